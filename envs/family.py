@@ -1,0 +1,312 @@
+"""Task families: what varies between tasks, and how a task becomes an environment.
+
+A task is a float64 vector whose components have names. A `TaskDistribution` draws such vectors;
+a `TaskFamily` turns one into a Gymnasium environment, and many into one vector environment.
+Families are found by name through a registry (`register`, `make_family`) or as `module:attribute`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.errors import UserError
+
+if TYPE_CHECKING:
+    from envs.vector import TaskVectorEnv
+
+Split = Literal["train", "test"]
+Tasks = NDArray[np.float64]  # [tasks, task_dim]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the nearest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class TaskDistribution(ABC):
+    """Where tasks are drawn from: named components, a train and a test split."""
+
+    names: tuple[str, ...]
+
+    @property
+    def dim(self) -> int:
+        """Number of components of a task vector."""
+        return len(self.names)
+
+    @abstractmethod
+    def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
+        """Draw n tasks, [n, task_dim]. The test split of few tasks is drawn balanced."""
+
+    @abstractmethod
+    def grid(self, n: int, split: Split = "test") -> Tasks:
+        """Return n tasks that cover a split evenly, [n, task_dim], the same at every call."""
+
+    @abstractmethod
+    def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the smallest and the largest value of each component, [task_dim] both."""
+
+    def vector(self, components: Mapping[str, float]) -> NDArray[np.float64]:
+        """Return the task vector of named components.
+
+        Raises:
+            UserError: a name is unknown or missing, or a value is not a finite number.
+        """
+        for name in components:
+            if name not in self.names:
+                raise UserError(
+                    f"no task component {name!r}{did_you_mean(name, self.names)}"
+                    f" (components: {', '.join(self.names)})"
+                )
+        missing = [name for name in self.names if name not in components]
+        if missing:
+            raise UserError(f"task component {missing[0]!r} is missing")
+        task = np.array([components[name] for name in self.names], np.float64)
+        if not np.isfinite(task).all():
+            raise UserError(f"a task must be finite numbers, got {dict(components)}")
+        return task
+
+
+class Uniform(TaskDistribution):
+    """Tasks drawn uniformly from a box, such as `Uniform({"velocity": (0.0, 2.0)})`.
+
+    Train and test tasks of one box are kept apart by their random streams; `test` names another
+    box to test on, for extrapolation.
+
+    Raises:
+        UserError: a lower bound is not below its upper bound, or `test` has other components.
+    """
+
+    def __init__(
+        self,
+        bounds: Mapping[str, tuple[float, float]],
+        test: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        self.names = tuple(bounds)
+        if test is not None and tuple(test) != self.names:
+            raise UserError(f"test must have the components {self.names}, got {tuple(test)}")
+        self._boxes = {
+            "train": np.array([bounds[name] for name in self.names], np.float64),
+            "test": np.array([(test or bounds)[name] for name in self.names], np.float64),
+        }
+        for box in self._boxes.values():
+            for name, (low, high) in zip(self.names, box, strict=True):
+                if not (np.isfinite(low) and np.isfinite(high) and low < high):
+                    raise UserError(f"{name} must have low < high, got [{low:g}, {high:g}]")
+
+    def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
+        low, high = self.bounds(split)
+        return rng.uniform(low, high, (n, self.dim))
+
+    def grid(self, n: int, split: Split = "test") -> Tasks:
+        low, high = self.bounds(split)
+        if self.dim == 1:
+            unit = (np.arange(n)[:, None] + 0.5) / n
+        else:
+            # Kronecker lattice of the generalized golden ratio: even cover in any dimension.
+            ratio = 2.0
+            for _ in range(64):
+                ratio = (1.0 + ratio) ** (1.0 / (self.dim + 1))
+            steps = ratio ** -np.arange(1, self.dim + 1)
+            unit = (0.5 + np.arange(n)[:, None] * steps) % 1.0
+        return low + unit * (high - low)
+
+    def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        box = self._boxes[split]
+        return box[:, 0], box[:, 1]
+
+
+class Finite(TaskDistribution):
+    """Tasks drawn from a list, such as `Finite(("direction",), [[-1.0], [1.0]])`.
+
+    Args:
+        names: names of the components.
+        values: the training tasks, [n, task_dim].
+        test: the test tasks; by default the training tasks, where a family has no others.
+        balanced: draw each training task equally often, instead of independently.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        values: Sequence[Sequence[float]],
+        test: Sequence[Sequence[float]] | None = None,
+        balanced: bool = False,
+    ) -> None:
+        self.names = tuple(names)
+        self.balanced = balanced
+        self._values = {
+            "train": np.array(values, np.float64),
+            "test": np.array(values if test is None else test, np.float64),
+        }
+        for split, tasks in self._values.items():
+            if tasks.ndim != 2 or tasks.shape[1] != self.dim or not len(tasks):
+                raise UserError(f"{split} tasks must be [n, {self.dim}], got {tasks.shape}")
+
+    def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
+        values = self._values[split]
+        if self.balanced or split == "test":
+            # Whole rounds of every task, then a random part of one more round.
+            whole = np.tile(np.arange(len(values)), n // len(values))
+            rest = rng.permutation(len(values))[: n % len(values)]
+            return values[np.concatenate([whole, rest])]
+        return values[rng.integers(len(values), size=n)]
+
+    def grid(self, n: int, split: Split = "test") -> Tasks:
+        values = self._values[split]
+        return values[np.arange(n) % len(values)]
+
+    def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return self._values[split].min(0), self._values[split].max(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFamily(ABC):
+    """Environments that differ by a task vector, and the distribution of that vector."""
+
+    name: str
+    tasks: TaskDistribution
+    horizon: int
+    """Steps after which an episode is truncated."""
+    description: str = ""
+    source: tuple[str, Mapping[str, Any]] | None = field(default=None, compare=False)
+    """Name and options that `make_family` rebuilds this family from; None if made by hand."""
+
+    parallel: ClassVar[bool] = False
+    """Whether several vector environments of the family run at once on threads of one process."""
+
+    def __post_init__(self) -> None:
+        if self.horizon < 1:
+            raise UserError(f"{self.name}: horizon must be at least 1, got {self.horizon}")
+
+    @abstractmethod
+    def make(
+        self, task: NDArray[np.float64] | None = None, *, render_mode: str | None = None
+    ) -> gym.Env:
+        """Return one environment, fixed to a task, or drawing a new one at every reset."""
+
+    @abstractmethod
+    def make_vec(self, num_tasks: int, episodes: int, **options: Any) -> TaskVectorEnv:
+        """Return num_tasks x episodes environments in one, task-major.
+
+        Options are those of `TaskVectorEnv`; native ones also take `threads`.
+        """
+
+
+# The registry ------------------------------------------------------------------------------------
+
+Factory = Callable[..., TaskFamily]
+_factories: dict[str, Factory] = {}
+
+
+def register(factory: Factory) -> Factory:
+    """Offer a function that returns a family under its own name, '_' read as '-' (decorator)."""
+    _factories[factory.__name__.replace("_", "-")] = factory
+    return factory
+
+
+def family_names() -> list[str]:
+    """Return the names of the registered families, sorted."""
+    return sorted(_factories)
+
+
+def make_family(name: str, **options: Any) -> TaskFamily:
+    """Return a family by its registered name, or by `module:attribute`.
+
+    The attribute is a family, or a function that returns one and takes the options. The current
+    folder is searched last, so that a user's own files never shadow an installed package.
+
+    Raises:
+        UserError: the name or an option is unknown, or the options do not make a family.
+    """
+    factory = _import_attribute(name) if ":" in name else _factories.get(name)
+    if factory is None:
+        hint = did_you_mean(name, _factories)
+        raise UserError(f"no task family {name!r}{hint} (metarl families lists them)")
+    if isinstance(factory, TaskFamily):
+        if options:
+            raise UserError(f"{name} is a family, not a function: it takes no options")
+        family = factory
+    else:
+        for option in options:
+            known = factory_options(factory)
+            if option not in known:
+                takes = f"it takes {', '.join(known)}" if known else "it takes none"
+                raise UserError(
+                    f"{name} has no option {option!r}{did_you_mean(option, known)} ({takes})"
+                )
+        try:
+            family = factory(**options)
+        except TypeError as error:
+            raise UserError(f"{name}: {error}") from error
+        if not isinstance(family, TaskFamily):
+            raise UserError(f"{name} must return a TaskFamily, got {type(family).__name__}")
+    return dataclasses.replace(family, source=(name, dict(options)))
+
+
+def family_factory(name: str) -> Factory | None:
+    """Return the function behind a registered name, or None."""
+    return _factories.get(name)
+
+
+def factory_options(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Return the options of a family's function and their defaults."""
+    if isinstance(factory, TaskFamily):
+        return {}
+    return {name: p.default for name, p in inspect.signature(factory).parameters.items()}
+
+
+def option_names(name: str) -> list[str]:
+    """Return the options that a family's name takes, [] if it is not known."""
+    factory = _import_attribute(name) if ":" in name else _factories.get(name)
+    return list(factory_options(factory)) if factory is not None else []
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Return {"low": 0.5} for ("low=0.5",); a value that is no Python literal is a string.
+
+    Raises:
+        UserError: a text has no '='.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"a family option is written name=value, got {text!r}")
+        try:
+            options[key.replace("-", "_")] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key.replace("-", "_")] = value
+    return options
+
+
+def _import_attribute(name: str) -> Any:
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise UserError(f"a family is named module:attribute, got {name!r}")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # a module that the user's module needs, not the one asked for
+        raise UserError(f"no module {module_name!r} here or among the installed ones") from error
+    if not hasattr(module, attribute):
+        hint = did_you_mean(attribute, vars(module))
+        raise UserError(f"module {module_name!r} has no {attribute!r}{hint}")
+    return getattr(module, attribute)

@@ -1,0 +1,178 @@
+"""Half-cheetah families: run in a direction, or at a goal velocity.
+
+Three scales are in the literature and cannot be compared with each other. The model, Gymnasium's
+`half_cheetah.xml`, is the same in all of them.
+
+=============  ==========  =======  ============  ==============================================
+scale          frame skip  horizon  action scale  used by
+=============  ==========  =======  ============  ==============================================
+``icml2017``   1           200      1             Finn et al. 2017 (rllab)
+``promp2019``  5           100      10            Rothfuss et al. 2019, pytorch-maml-rl, garage
+``pearl2019``  5           200      10            Rakelly et al. 2019, VariBAD, MQL
+(none)         5           200      1             the stock Gymnasium body
+=============  ==========  =======  ============  ==============================================
+
+With `icml2017`, velocity is that of the whole body's centre of mass, which is also observed (20
+observations, the absolute x among them), and the initial positions are perturbed less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import mujoco
+import numpy as np
+
+from envs.errors import UserError
+from envs.family import Finite, TaskDistribution, Uniform, did_you_mean, register
+from envs.mujoco_vector import MujocoFamily, Sim, Step
+from envs.vector import Floats
+
+CONTROL_COST = 0.05
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What differs between the half-cheetahs of the literature."""
+
+    frame_skip: int = 5
+    horizon: int = 200
+    action_scale: float = 1.0
+    centre_of_mass: bool = False
+    """Velocity of the centre of mass and not of the root, and three more observations."""
+    position_noise: float | None = None
+    """Standard deviation of the initial positions; None for the stock uniform +-0.1."""
+    highest_goal: float = 2.0
+    balanced: bool = False
+    """Both directions equally often in a batch of tasks, instead of drawn at random."""
+
+
+SCALES = {
+    "stock": Scale(),
+    "icml2017": Scale(frame_skip=1, centre_of_mass=True, position_noise=0.01),
+    "promp2019": Scale(horizon=100, action_scale=10.0, highest_goal=3.0),
+    "pearl2019": Scale(action_scale=10.0, highest_goal=3.0, balanced=True),
+}
+
+
+def observe_root(sim: Sim) -> Floats:
+    """Stock observations [n, 17]: positions but for the root's x, then velocities."""
+    return np.concatenate([sim.qpos[:, 1:], sim.qvel], axis=1)
+
+
+def observe_centre_of_mass(sim: Sim) -> Floats:
+    """rllab's observations [n, 20]: the stock ones and the centre of mass."""
+    return np.concatenate([sim.qpos[:, 1:], sim.qvel, sim.sensordata[:, :3]], axis=1)  # type: ignore[index]
+
+
+def root_velocity(step: Step) -> Floats:
+    """Forward velocity of the root over the step, m/s."""
+    return (step.sim.qpos[:, 0] - step.before) / step.dt
+
+
+def centre_of_mass_velocity(step: Step) -> Floats:
+    """Forward velocity of the body's centre of mass at the new state, m/s."""
+    return step.sim.sensordata[:, 3]  # type: ignore[index]
+
+
+def add_centre_of_mass(spec: mujoco.MjSpec) -> None:
+    """Add sensors of the centre of mass and its velocity to the model."""
+    for kind in (mujoco.mjtSensor.mjSENS_SUBTREECOM, mujoco.mjtSensor.mjSENS_SUBTREELINVEL):
+        spec.add_sensor(type=kind, objtype=mujoco.mjtObj.mjOBJ_BODY, objname="torso")
+
+
+def direction_reward(step: Step, velocity: Any) -> tuple[Floats, dict[str, Any]]:
+    """d v - 0.05 |a|^2, d the direction and a the action applied (Finn et al. 2017)."""
+    speed = velocity(step)
+    cost = control_cost(step)
+    return step.task[:, 0] * speed - cost, {"x_velocity": speed, "reward_ctrl": -cost}
+
+
+def velocity_reward(step: Step, velocity: Any) -> tuple[Floats, dict[str, Any]]:
+    """-|v - g| - 0.05 |a|^2, g the goal velocity and a the action applied (Finn et al. 2017)."""
+    speed = velocity(step)
+    cost = control_cost(step)
+    return -np.abs(speed - step.task[:, 0]) - cost, {"x_velocity": speed, "reward_ctrl": -cost}
+
+
+def control_cost(step: Step) -> Floats:
+    """0.05 |a|^2 of the action applied, [n]."""
+    return CONTROL_COST * np.square(step.action, dtype=np.float64).sum(axis=1)
+
+
+def initial_state(
+    rng: np.random.Generator, model: mujoco.MjModel, position_noise: float | None
+) -> tuple[Floats, Floats]:
+    """Draw qpos, then qvel, around the model's initial pose."""
+    if position_noise is None:
+        qpos = rng.uniform(-0.1, 0.1, model.nq)
+    else:
+        qpos = position_noise * rng.standard_normal(model.nq)
+    return model.qpos0 + qpos, 0.1 * rng.standard_normal(model.nv)
+
+
+def _half_cheetah(
+    name: str, description: str, reward: Any, tasks: TaskDistribution, body: Scale
+) -> MujocoFamily:
+    com = body.centre_of_mass
+    velocity = centre_of_mass_velocity if com else root_velocity
+    stage = mujoco.mjtStage.mjSTAGE_VEL if com else mujoco.mjtStage.mjSTAGE_NONE
+    return MujocoFamily(
+        name=name,
+        description=description,
+        tasks=tasks,
+        horizon=body.horizon,
+        xml="half_cheetah.xml",
+        frame_skip=body.frame_skip,
+        action_scale=body.action_scale,
+        observe=observe_centre_of_mass if com else observe_root,
+        reward=partial(reward, velocity=velocity),
+        initial_state=partial(initial_state, position_noise=body.position_noise),
+        edit=add_centre_of_mass if com else None,
+        stage=int(stage),
+    )
+
+
+def _scale(name: str | None, horizon: int | None) -> Scale:
+    if name is None:
+        name = "stock"
+    if name not in SCALES:
+        raise UserError(
+            f"no half-cheetah scale {name!r}{did_you_mean(name, SCALES)}"
+            f" (scales: {', '.join(SCALES)})"
+        )
+    return replace(SCALES[name], horizon=SCALES[name].horizon if horizon is None else horizon)
+
+
+@register
+def half_cheetah_dir(scale: str | None = None, horizon: int | None = None) -> MujocoFamily:
+    """Run forwards or backwards, as the task says (Finn et al. 2017, arXiv:1703.03400)."""
+    body = _scale(scale, horizon)
+    return _half_cheetah(
+        "half-cheetah-dir",
+        "half-cheetah runs forwards (direction 1) or backwards (-1)",
+        direction_reward,
+        Finite(("direction",), [[-1.0], [1.0]], balanced=body.balanced),
+        body,
+    )
+
+
+@register
+def half_cheetah_vel(
+    scale: str | None = None,
+    low: float = 0.0,
+    high: float | None = None,
+    horizon: int | None = None,
+) -> MujocoFamily:
+    """Run at a goal velocity from [low, high] m/s: [0, 2] in Finn et al. 2017, [0, 3] in ProMP."""
+    body = _scale(scale, horizon)
+    goals = Uniform({"velocity": (low, body.highest_goal if high is None else high)})
+    return _half_cheetah(
+        "half-cheetah-vel",
+        "half-cheetah runs at a goal velocity (m/s)",
+        velocity_reward,
+        goals,
+        body,
+    )

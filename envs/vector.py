@@ -1,0 +1,367 @@
+"""Vector environments over tasks: the semantics once, and the one over any Gymnasium environment.
+
+`TaskVectorEnv` is a `gymnasium.vector.VectorEnv` of `num_tasks x episodes` sub-environments,
+task-major: sub-environment `t * episodes + e` is episode e of task t.
+
+- `set_tasks` takes effect at the next reset. Without it, every reset of a sub-environment draws a
+  training task of its own.
+- `reset(seed=...)` takes None, one int (sub-environment i gets seed + i) or a list of ints, and
+  `options={"reset_mask": ...}` resets a part.
+- With `autoreset_mode` DISABLED a finished sub-environment stands still: reward 0, observation and
+  flags as at its end, until it is reset. With NEXT_STEP the step after the end resets it, reward 0.
+- An episode whose simulation diverged is truncated and marked in `info["diverged"]`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from envs.errors import UserError
+from envs.family import TaskFamily
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+
+
+class TaskVectorEnv(VectorEnv):
+    """The semantics above; a backend supplies `_begin`, `_advance` and `_observe`."""
+
+    def __init__(
+        self,
+        family: TaskFamily,
+        num_tasks: int,
+        episodes: int,
+        *,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        if num_tasks < 1 or episodes < 1:
+            raise UserError(f"num_tasks and episodes must be >= 1, got {num_tasks}, {episodes}")
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        if self.autoreset_mode is AutoresetMode.SAME_STEP:
+            raise UserError("autoreset_mode must be NextStep or Disabled, got SameStep")
+        self.family = family
+        self.num_tasks, self.episodes = num_tasks, episodes
+        self.num_envs = num_tasks * episodes
+        self.single_observation_space, self.single_action_space = observation_space, action_space
+        self.observation_space = batch_space(observation_space, self.num_envs)
+        self.action_space = batch_space(action_space, self.num_envs)
+        self.metadata = {**(metadata or {}), "autoreset_mode": self.autoreset_mode}
+        self.tasks = np.full((self.num_envs, family.tasks.dim), np.nan)  # in force, per episode
+        self._next_tasks: Floats | None = None
+        self._task_rngs = [None] * self.num_envs
+        self._elapsed = np.zeros(self.num_envs, np.int64)
+        self._reward = np.zeros(self.num_envs)
+        self._terminated = np.zeros(self.num_envs, np.bool_)
+        self._truncated = np.zeros(self.num_envs, np.bool_)
+        self._ready = np.zeros(self.num_envs, np.bool_)  # has been reset
+
+    # What a backend supplies
+
+    @abstractmethod
+    def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
+        """Start an episode in each of the sub-environments, of the task in `self.tasks`."""
+
+    @abstractmethod
+    def _advance(
+        self, ids: NDArray[np.int64] | None, actions: Any
+    ) -> tuple[Floats, Bools | None, Bools | None, Bools | None, dict[str, Any]]:
+        """Step the sub-environments ids, or all.
+
+        Returns:
+            reward, terminated, truncated (before the horizon) and diverged, [num_envs] each, with
+            None for a flag that no sub-environment has; and info arrays. What they hold for
+            sub-environments outside ids is ignored.
+        """
+
+    @abstractmethod
+    def _observe(self) -> NDArray:
+        """Return the observations of all sub-environments, a new array."""
+
+    # gymnasium.vector.VectorEnv
+
+    def set_tasks(self, tasks: Sequence[Sequence[float]] | Floats | None) -> None:
+        """Give each task's episodes their task from the next reset on, [num_tasks, task_dim].
+
+        None draws tasks again.
+
+        Raises:
+            UserError: the shape is another one, or a task is not finite.
+        """
+        if tasks is None:
+            self._next_tasks = None
+            return
+        array = np.asarray(tasks, np.float64)
+        shape = (self.num_tasks, self.family.tasks.dim)
+        if array.shape != shape or not np.isfinite(array).all():
+            raise UserError(f"tasks must be finite and of shape {shape}, got {array.shape}")
+        self._next_tasks = np.repeat(array, self.episodes, axis=0)
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[NDArray, dict[str, Any]]:
+        ids = np.arange(self.num_envs)
+        if options is not None and "reset_mask" in options:
+            mask = np.asarray(options["reset_mask"])
+            if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
+                raise UserError(
+                    f"reset_mask must be booleans of shape ({self.num_envs},) with a True"
+                )
+            ids = np.flatnonzero(mask)
+        if seed is None:
+            seeds: Sequence[int | None] = [None] * self.num_envs
+        elif isinstance(seed, (int, np.integer)):
+            seeds = [int(seed) + i for i in range(self.num_envs)]
+        else:
+            seeds = seed
+            if len(seeds) != self.num_envs:
+                raise UserError(f"seed must have {self.num_envs} entries, got {len(seeds)}")
+        self._start(ids, [seeds[i] for i in ids])
+        return self._observe(), {"task": self.tasks.copy()}
+
+    def step(self, actions: Any) -> tuple[NDArray, Floats, Bools, Bools, dict[str, Any]]:
+        if not self._ready.all():
+            raise gym.error.ResetNeeded("reset every sub-environment before the first step")
+        finished = self._terminated | self._truncated
+        ids, stand = None, None
+        if finished.any():
+            stand = np.flatnonzero(finished)
+            ids = np.flatnonzero(~finished)
+            if self.autoreset_mode is AutoresetMode.NEXT_STEP:
+                self._start(stand, [None] * len(stand))
+        if ids is not None and not len(ids):
+            self._reward = np.zeros(self.num_envs)
+            return self._observe(), self._reward, self._terminated, self._truncated, {}
+        reward, terminated, truncated, diverged, info = self._advance(ids, actions)
+        self._elapsed[slice(None) if ids is None else ids] += 1
+        now_truncated = self._elapsed >= self.family.horizon
+        if truncated is not None:
+            now_truncated |= truncated
+        if diverged is not None:
+            now_truncated |= diverged
+            info["diverged"] = diverged
+            reward = np.where(diverged, 0.0, reward)
+        if terminated is None:
+            terminated = np.zeros(self.num_envs, np.bool_)
+        elif diverged is not None:
+            terminated &= ~diverged
+        if stand is not None:
+            reward[stand] = 0.0
+            terminated[stand] = self._terminated[stand]
+            now_truncated[stand] = self._truncated[stand]
+            if diverged is not None:
+                diverged[stand] = False
+        self._reward, self._terminated, self._truncated = reward, terminated, now_truncated
+        # Copies: the caller may keep what it was given.
+        return self._observe(), reward, terminated.copy(), now_truncated.copy(), info
+
+    def _start(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
+        if self._next_tasks is not None:
+            self.tasks[ids] = self._next_tasks[ids]
+        else:
+            for i, seed in zip(ids, seeds, strict=True):
+                self.tasks[i] = self._draw_task(i, seed)
+        self._begin(ids, seeds)
+        self._elapsed[ids] = 0
+        self._terminated[ids] = self._truncated[ids] = False
+        self._ready[ids] = True
+
+    def _draw_task(self, i: int, seed: int | None) -> Floats:
+        # A stream of its own, so that drawing tasks leaves the initial states as they are.
+        if seed is not None:
+            self._task_rngs[i] = np.random.default_rng([seed, 1])
+        elif self._task_rngs[i] is None:
+            self._task_rngs[i] = np.random.default_rng()
+        return self.family.tasks.sample(self._task_rngs[i], 1)[0]
+
+
+class SingleTaskEnv(gym.Env):
+    """One sub-environment of a `TaskVectorEnv` as an ordinary Gymnasium environment."""
+
+    def __init__(
+        self,
+        family: TaskFamily,
+        task: Floats | None = None,
+        render_mode: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.family = family
+        self.vector = family.make_vec(
+            1, 1, autoreset_mode=AutoresetMode.DISABLED, render_mode=render_mode, **options
+        )
+        if task is not None:
+            self.vector.set_tasks(np.asarray(task, np.float64)[None])
+        self.metadata = {k: v for k, v in self.vector.metadata.items() if k != "autoreset_mode"}
+        modes = self.metadata.get("render_modes", [])
+        if render_mode is not None and render_mode not in modes:
+            raise UserError(f"render_mode must be one of {modes}, got {render_mode!r}")
+        self.render_mode = render_mode
+        self.observation_space = self.vector.single_observation_space
+        self.action_space = self.vector.single_action_space
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray, dict[str, Any]]:
+        super().reset(seed=seed)
+        observation, info = self.vector.reset(seed=[seed])
+        return observation[0], {name: value[0] for name, value in info.items()}
+
+    def step(self, action: Any) -> tuple[NDArray, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.vector.step(
+            np.asarray(action)[None]
+        )
+        return (
+            observation[0],
+            float(reward[0]),
+            bool(terminated[0]),
+            bool(truncated[0]),
+            {name: value[0] for name, value in info.items()},
+        )
+
+    def render(self) -> Any:
+        frames = self.vector.render()
+        return None if frames is None else frames[0]
+
+    def close(self) -> None:
+        self.vector.close()
+
+
+class TaskEnv(gym.Wrapper):
+    """An environment that is given a task before every reset."""
+
+    def __init__(self, env: gym.Env, family: GymnasiumFamily, task: Floats | None) -> None:
+        super().__init__(env)
+        self.family, self.task = family, task
+        self._rng: np.random.Generator | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        task = self.task
+        if task is None:
+            if seed is not None or self._rng is None:
+                self._rng = np.random.default_rng(None if seed is None else [seed, 1])
+            task = self.family.tasks.sample(self._rng, 1)[0]
+        self.family.set_task(self.env.unwrapped, task)
+        observation, info = self.env.reset(seed=seed, options=options)
+        return observation, {**info, "task": task}
+
+
+class GymnasiumVectorEnv(TaskVectorEnv):
+    """Any Gymnasium environment, one copy a sub-environment, stepped one after the other."""
+
+    def __init__(
+        self,
+        family: GymnasiumFamily,
+        num_tasks: int,
+        episodes: int,
+        *,
+        render_mode: str | None = None,
+        **options: Any,
+    ) -> None:
+        count = max(num_tasks, 0) * max(episodes, 0)
+        self._envs = [family.make_bare(render_mode) for _ in range(max(count, 1))]
+        first = self._envs[0]
+        super().__init__(
+            family,
+            num_tasks,
+            episodes,
+            observation_space=first.observation_space,
+            action_space=first.action_space,
+            metadata=dict(first.metadata),
+            **options,
+        )
+        self.render_mode = render_mode
+        shape = (self.num_envs, *first.observation_space.shape)  # type: ignore[misc]
+        self._observation = np.zeros(shape, first.observation_space.dtype)
+
+    def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
+        for i, seed in zip(ids, seeds, strict=True):
+            self.family.set_task(self._envs[i].unwrapped, self.tasks[i].copy())
+            self._observation[i], _ = self._envs[i].reset(seed=seed)
+
+    def _advance(
+        self, ids: NDArray[np.int64] | None, actions: Any
+    ) -> tuple[Floats, Bools | None, Bools | None, Bools | None, dict[str, Any]]:
+        reward = np.zeros(self.num_envs)
+        terminated = np.zeros(self.num_envs, np.bool_)
+        truncated = np.zeros(self.num_envs, np.bool_)
+        for i in range(self.num_envs) if ids is None else ids:
+            self._observation[i], reward[i], terminated[i], truncated[i], _ = self._envs[i].step(
+                actions[i]
+            )
+        return reward, terminated, truncated, None, {}
+
+    def _observe(self) -> NDArray:
+        return self._observation.copy()
+
+    def render(self) -> Any:
+        return tuple(env.render() for env in self._envs)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        for env in self._envs:
+            env.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GymnasiumFamily(TaskFamily):
+    """A family over any Gymnasium environment.
+
+    For example, pendulums in different gravity:
+
+        GymnasiumFamily(
+            name="pendulum-gravity",
+            env="Pendulum-v1",
+            tasks=Uniform({"gravity": (5.0, 15.0)}),
+            set_task=lambda env, task: setattr(env, "g", task[0]),
+            horizon=200,
+        )
+    """
+
+    env: str | Callable[..., gym.Env]
+    """A Gymnasium id, or a function that returns an environment."""
+    set_task: Callable[[gym.Env, Floats], None]
+    """Puts a task vector into the unwrapped environment; called before every reset."""
+    env_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the id or function."""
+
+    def make_bare(self, render_mode: str | None = None) -> gym.Env:
+        """Return the environment cut at the horizon, with flat observations and no task yet."""
+        options = dict(self.env_options)
+        if render_mode is not None:
+            options["render_mode"] = render_mode
+        if isinstance(self.env, str):
+            env = gym.make(self.env, max_episode_steps=self.horizon, **options)
+        else:
+            env = gym.wrappers.TimeLimit(self.env(**options), self.horizon)
+        if not isinstance(env.action_space, gym.spaces.Box):
+            raise UserError(
+                f"{self.name}: actions must be a Box, got {env.action_space}; "
+                "a Gaussian policy acts in continuous spaces only"
+            )
+        if not isinstance(env.observation_space, gym.spaces.Box) or (
+            len(env.observation_space.shape) != 1
+        ):
+            env = gym.wrappers.FlattenObservation(env)
+        return env
+
+    def make(self, task: Floats | None = None, *, render_mode: str | None = None) -> gym.Env:
+        return TaskEnv(self.make_bare(render_mode), self, task)
+
+    def make_vec(self, num_tasks: int, episodes: int, **options: Any) -> GymnasiumVectorEnv:
+        options.pop("threads", None)  # Python environments share one interpreter
+        return GymnasiumVectorEnv(self, num_tasks, episodes, **options)

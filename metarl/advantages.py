@@ -1,0 +1,163 @@
+"""Returns, generalized advantages and the linear feature baseline, masked and in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from envs.errors import UserError
+from metarl.parallel import ChunkPool, slices
+from metarl.trajectories import Rollout
+
+_CHUNK = 2  # tasks; their features stay in cache
+
+
+def discounted_sum(x: Tensor, factor: float) -> Tensor:
+    """Discounted sum of what is to come, y[t] = sum_l factor^l x[t + l].
+
+    An episode fills the front of its row and zeros follow, so the sum needs no mask.
+
+    Args:
+        x: [..., H]
+
+    Returns:
+        [..., H]
+    """
+    steps = torch.arange(x.shape[-1], device=x.device)
+    ahead = steps[:, None] - steps[None, :]  # how far row s lies ahead of column t
+    powers = torch.as_tensor(factor, dtype=x.dtype, device=x.device) ** ahead.clamp(min=0)
+    return x @ torch.where(ahead >= 0, powers, 0.0)
+
+
+def at_last_step(bootstrap: Tensor, valid: Tensor) -> Tensor:
+    """Return [..., H], zero but for `bootstrap` [...] at the last valid step."""
+    last = valid & ~torch.nn.functional.pad(valid[..., 1:], (0, 1))
+    return torch.where(last, bootstrap[..., None], 0.0)
+
+
+def gae(
+    reward: Tensor, value: Tensor, bootstrap: Tensor, valid: Tensor, discount: float, trace: float
+) -> Tensor:
+    """Generalized advantages, A[t] = sum_l (discount * trace)^l delta[t + l].
+
+    Schulman et al. 2016, eq. 16 (arXiv:1506.02438), with
+    delta[t] = r[t] + discount V[t + 1] - V[t].
+
+    Args:
+        reward, value: [..., H], zero where not valid.
+        bootstrap: [...]; value of what follows the last step, 0 where the task ended with it.
+        valid: [..., H] bool; True for real steps, which come first.
+        discount, trace: gamma and lambda.
+
+    Returns:
+        [..., H], zero where not valid.
+    """
+    following = torch.nn.functional.pad(value[..., 1:], (0, 1)) + at_last_step(bootstrap, valid)
+    return discounted_sum(reward + discount * following - value, discount * trace)
+
+
+def features(observation: Tensor, time: Tensor) -> Tensor:
+    """Features of the linear baseline, [..., 2 o + 4] from observations [..., o] at steps [...].
+
+    Duan et al. 2016 (arXiv:1604.06778): o, o^2, t, t^2, t^3 and 1, with o clipped to +-10 and t in
+    hundreds of steps; float64.
+    """
+    o = observation.clamp(-10.0, 10.0).double()
+    t = (time.double() / 100.0).expand(o.shape[:-1])
+    return torch.cat([o, o * o, torch.stack([t, t**2, t**3, torch.ones_like(t)], dim=-1)], dim=-1)
+
+
+def fit_linear(x: Tensor, y: Tensor, ridge: float = 1e-5) -> Tensor:
+    """Solve min_w |x w - y|^2 + ridge |w|^2 for each task, the ridge raised until it can be.
+
+    Args:
+        x: [T, N, F] float64; rows to leave out are zero.
+        y: [T, N] float64.
+        ridge: smallest ridge; multiplied by ten where the solution is not finite.
+
+    Returns:
+        [T, F]; zeros where no ridge up to 1e5 times as large gave a finite solution.
+    """
+    gram = x.transpose(1, 2) @ x
+    target = x.transpose(1, 2) @ y.unsqueeze(-1)
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    weights = torch.zeros_like(target)
+    unsolved = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for _ in range(6):
+        # Cholesky says by `info` where a matrix is not positive definite in floating point.
+        factor, info = torch.linalg.cholesky_ex(gram + ridge * eye)
+        solution = torch.cholesky_solve(target, factor)
+        good = (info == 0) & torch.isfinite(solution).all(dim=(1, 2))
+        take = unsolved & good
+        weights = torch.where(take[:, None, None], solution, weights)
+        unsolved = unsolved & ~good
+        if not unsolved.any():
+            break
+        ridge *= 10.0
+    return weights.squeeze(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    """How advantages are estimated."""
+
+    discount: float = 0.99
+    """Discount of future rewards (gamma)."""
+    trace: float = 1.0
+    """Trace decay of generalized advantages (lambda); 1 weighs whole returns."""
+    ridge: float = 1e-5
+    """Ridge of the linear feature baseline."""
+    normalize: bool = True
+    """Scale each task's advantages to mean 0 and standard deviation 1."""
+    bootstrap: bool = False
+    """Value what follows the horizon by the baseline, where time is not part of the task."""
+
+    def __post_init__(self) -> None:
+        for name in ("discount", "trace"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UserError(f"advantage.{name} must be in [0, 1], got {getattr(self, name)}")
+        if not self.ridge > 0.0:
+            raise UserError(f"advantage.ridge must be positive, got {self.ridge}")
+
+
+def estimate(rollout: Rollout, config: AdvantageConfig, pool: ChunkPool) -> Tensor:
+    """Return the advantages of a rollout, [T, E, H] float32, zero where not valid.
+
+    The baseline is fitted to each task's own discounted returns in this rollout. Advantages are
+    normalized over a task's valid steps, by the standard deviation.
+    """
+    valid = rollout.valid
+    reward = rollout.reward.double()
+    returns = discounted_sum(reward, config.discount)
+    steps = torch.arange(valid.shape[-1])
+    length = valid.sum(-1)
+    unfinished = (~rollout.terminated & (length > 0)) if config.bootstrap else None
+
+    def values(chunk: slice) -> tuple[Tensor, Tensor]:
+        x = features(rollout.observation[chunk], steps) * valid[chunk].unsqueeze(-1)
+        flat = x.flatten(1, 2)
+        weights = fit_linear(flat, returns[chunk].flatten(1), config.ridge).unsqueeze(-1)
+        value = (flat @ weights).view_as(reward[chunk])
+        if unfinished is None:
+            return value, torch.zeros_like(value[..., 0])
+        after = features(rollout.last_observation[chunk], length[chunk]) @ weights
+        return value, torch.where(unfinished[chunk], after.squeeze(-1), 0.0)
+
+    parts = pool.map(values, slices(len(valid), _CHUNK))
+    value = torch.cat([v for v, _ in parts])
+    bootstrap = torch.cat([b for _, b in parts])
+    advantage = gae(reward, value, bootstrap, valid, config.discount, config.trace)
+    if config.normalize:
+        advantage = normalize(advantage, valid)
+    return advantage.float()
+
+
+def normalize(advantage: Tensor, valid: Tensor) -> Tensor:
+    """Shift and scale each task's valid advantages to mean 0, standard deviation 1; [T, E, H]."""
+    count = valid.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+    mean = advantage.sum(dim=(1, 2), keepdim=True) / count
+    centred = torch.where(valid, advantage - mean, 0.0)
+    std = (centred.square().sum(dim=(1, 2), keepdim=True) / count).sqrt()
+    return centred / (std + 1e-8)

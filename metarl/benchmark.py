@@ -1,0 +1,145 @@
+"""`metarl benchmark`: sampling and training speed against the physics ceiling, in one run.
+
+The ceiling is the batched physics engine alone, replaying the very actions that the policy took
+from the same initial states. It is measured in turn with the training iterations, so that a
+machine whose speed drifts slows both.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+
+from envs import MujocoFamily
+from envs.errors import UserError
+from metarl.checkpoints import machine, versions
+from metarl.config import Config
+from metarl.rollouts import Address
+from metarl.trainer import Trainer
+from metarl.trajectories import Rollout
+
+
+def benchmark(config: Config, repeats: int = 3) -> dict[str, Any]:
+    """Run one warm-up iteration and `repeats` measured ones; return rates, seconds and memory.
+
+    Rates are env steps a second, medians over the iterations; the ceiling is None for a family
+    without native physics.
+    """
+    if repeats < 1:
+        raise UserError(f"repeats must be at least 1, got {repeats}")
+    rows: list[dict[str, Any]] = []
+    with Trainer(config) as trainer:
+        trainer.iterate()
+        for _ in range(repeats):
+            seen: list[Rollout] = []
+            row = trainer.iterate(watch=seen.extend)
+            row["steps"] = sum(rollout.env_steps for rollout in seen)
+            row["seconds_ceiling"] = sum(
+                _replay(trainer, rollout, Address(config.seed, row["iteration"] - 1, inner_step=k))
+                for k, rollout in enumerate(seen)
+            )
+            rows.append(row)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    native = isinstance(trainer.family, MujocoFamily)
+
+    def median(values: list[float]) -> float:
+        return statistics.median(values)
+
+    def rate(name: str) -> float:
+        return median([row["steps"] / row[name] for row in rows])
+
+    ceiling = rate("seconds_ceiling") if native else None
+    collect, train = rate("seconds_rollout"), rate("seconds_iteration")
+    phases = sorted({key for row in rows for key in row if key.startswith("seconds_")})
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "versions": versions(),
+        "threads": config.threads,
+        "family": config.family,
+        "preset": config.preset,
+        "algorithm": config.algorithm,
+        "tasks": config.tasks,
+        "episodes": config.episodes,
+        "horizon": trainer.family.horizon,
+        "hidden": list(config.policy.hidden),
+        "fisher_fraction": config.outer.fisher_fraction,
+        "repeats": repeats,
+        "ceiling_env_steps_per_second": ceiling,
+        "collect_env_steps_per_second": collect,
+        "train_env_steps_per_second": train,
+        "seconds": {
+            key.removeprefix("seconds_"): median([row.get(key, 0.0) for row in rows])
+            for key in phases
+        },
+        "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+    }
+    if native:
+        # Ratios pair by pair, so that drift between iterations cancels.
+        result["collect_to_ceiling"] = median(
+            [row["seconds_ceiling"] / row["seconds_rollout"] for row in rows]
+        )
+        result["train_to_ceiling"] = median(
+            [row["seconds_ceiling"] / row["seconds_iteration"] for row in rows]
+        )
+    return result
+
+
+def _replay(trainer: Trainer, rollout: Rollout, address: Address) -> float:
+    """Return the seconds that physics alone takes for a rollout's actions; 0 if not native."""
+    family, config = trainer.family, trainer.config
+    if not isinstance(family, MujocoFamily):
+        return 0.0
+    env = family.make_vec(
+        config.tasks, config.episodes, autoreset_mode=AutoresetMode.DISABLED, threads=config.threads
+    )
+    env.set_tasks(rollout.tasks.numpy())
+    env.reset(seed=[s for t in range(config.tasks) for s in address.episode_seeds(t, env.episodes)])
+    low, high = trainer.family.model.actuator_ctrlrange.T
+    control = rollout.action.double().numpy() / family.action_scale
+    control = np.ascontiguousarray(
+        np.clip(control, low, high).reshape(env.num_envs, -1, len(low)).swapaxes(0, 1)
+    )
+    length = rollout.valid.sum(-1).flatten()
+    ctrl, steps = env.batch.bind("ctrl"), int(length.max())
+    ragged = None if bool(rollout.valid.all()) else [
+        torch.nonzero(length > t).flatten().int().numpy() for t in range(steps)
+    ]  # fmt: skip
+    start = time.perf_counter()
+    for t in range(steps):
+        ctrl[...] = control[t]
+        env.batch.step(
+            None if ragged is None else ragged[t], nstep=family.frame_skip, stage=family.stage
+        )
+    return time.perf_counter() - start
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a benchmark as text."""
+    ceiling = result["ceiling_env_steps_per_second"]
+    lines = [
+        f"{result['family']} ({result['preset']}), {result['tasks']} tasks x"
+        f" {result['episodes']} episodes x {result['horizon']} steps,"
+        f" network {'-'.join(map(str, result['hidden']))}, {result['threads']} threads",
+        f"{result['machine']['processor']}, torch {result['versions']['torch']},"
+        f" mujoco {result['versions']['mujoco']}",
+        "",
+        f"{'':<28}{'env steps/s':>12}{'of ceiling':>12}",
+    ]
+    if ceiling is not None:
+        lines.append(f"{'physics alone (ceiling)':<28}{ceiling:>12,.0f}{1:>12.2f}")
+    for name, key in (("collect", "collect"), ("train, end to end", "train")):
+        ratio = result.get(f"{key}_to_ceiling")
+        cell = f"{ratio:>12.2f}" if ratio is not None else ""
+        lines.append(f"{name:<28}{result[f'{key}_env_steps_per_second']:>12,.0f}{cell}")
+    lines.append("")
+    lines.append(f"{'phase':<28}{'seconds':>12}")
+    lines += [f"{name:<28}{value:>12.3f}" for name, value in result["seconds"].items()]
+    lines.append(f"peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
+    return "\n".join(lines)

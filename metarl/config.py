@@ -1,0 +1,156 @@
+"""What a run is made of: frozen, validated where declared. The field texts are the flags' help."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from envs.errors import UserError
+from envs.family import did_you_mean
+from metarl.advantages import AdvantageConfig
+from metarl.policies import Activation
+from metarl.trust_region import TrustRegionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """The policy: a Gaussian whose mean is an MLP of the observation."""
+
+    hidden: tuple[int, ...] = (64, 64)
+    """Sizes of the hidden layers."""
+    activation: Activation = "tanh"
+    """Activation of the hidden layers."""
+    initial_std: float = 1.0
+    """Standard deviation of the actions at the start."""
+    min_std: float = 1e-6
+    """Floor of the standard deviation."""
+    action: Literal["clip", "scale"] = "clip"
+    """How actions fit the environment's bounds: cut to them, or [-1, 1] mapped onto them first."""
+
+    def __post_init__(self) -> None:
+        if any(size < 1 for size in self.hidden):
+            raise UserError(f"policy.hidden sizes must be at least 1, got {self.hidden}")
+        for name in ("initial_std", "min_std"):
+            _positive(f"policy.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerConfig:
+    """How one task adapts."""
+
+    steps: int = 1
+    """Gradient steps a task in training, each on fresh episodes."""
+    step_sizes: tuple[float, ...] = (0.1,)
+    """Size of each step; steps beyond those given repeat the last."""
+    test_step_sizes: tuple[float, ...] = ()
+    """Size of each step in evaluation; none: those of training."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise UserError(f"inner.steps must not be negative, got {self.steps}")
+        if not self.step_sizes:
+            raise UserError("inner.step_sizes must not be empty")
+        for name in ("step_sizes", "test_step_sizes"):
+            for size in getattr(self, name):
+                _positive(f"inner.{name}", size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    family: Annotated[str, tyro.conf.Positional] = ""
+    """Task family: a name that `metarl families` lists, or module:attribute of your own."""
+    family_options: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+    """Options of the family; --family.options on the command line."""
+    preset: str | None = None
+    """Preset that the other values started from."""
+    algorithm: str = "maml-trpo"
+    """Meta-learning algorithm."""
+    iterations: int = 100
+    """Meta-iterations in all, those before a resume counted."""
+    tasks: int = 40
+    """Tasks a meta-iteration."""
+    episodes: int = 20
+    """Episodes a task and inner step."""
+    seed: int = 0
+    """Seed of every random stream."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    inner: InnerConfig = field(default_factory=InnerConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    outer: TrustRegionConfig = field(default_factory=TrustRegionConfig)
+    threads: int = field(default_factory=lambda: available_threads())
+    """Threads for physics and for the update; results do not depend on it."""
+    device: str = "cpu"
+    """Where the update runs: cpu, or cuda where there is a GPU."""
+    checkpoint_every: int = 10
+    """Iterations between checkpoints that are kept; the newest is always saved."""
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "tasks", "episodes", "threads", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise UserError(f"seed must not be negative, got {self.seed}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the config as plain JSON values."""
+        return _plain(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Config:
+        """Return the config that `to_json` wrote.
+
+        Raises:
+            UserError: a key is unknown, or a value is not allowed.
+        """
+        parts = {
+            "policy": PolicyConfig,
+            "inner": InnerConfig,
+            "advantage": AdvantageConfig,
+            "outer": TrustRegionConfig,
+        }
+        values = dict(data)
+        for name, kind in parts.items():
+            values[name] = _build(kind, values.get(name, {}), f"{name}.")
+        return _build(Config, values, "")
+
+
+def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+    known = {f.name for f in dataclasses.fields(kind)}
+    for name in values:
+        if name not in known:
+            raise UserError(f"no config key {prefix + name!r}{did_you_mean(name, known)}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0.0):
+        raise UserError(f"{name} must be positive, got {value}")
+
+
+def available_threads() -> int:
+    """Return the processors this process may use, container limits included."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            count = min(count or 1, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(count or 1, 1)

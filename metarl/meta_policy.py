@@ -1,0 +1,245 @@
+"""A trained initialization as its user holds it: load, adapt to a task, act, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from envs import TaskFamily, make_family
+from envs.errors import UserError
+from metarl import checkpoints
+from metarl.adaptation import constant_step_sizes
+from metarl.algorithms import find_algorithm
+from metarl.checkpoints import CheckpointError
+from metarl.config import Config
+from metarl.inner_loop import InnerLoop
+from metarl.parallel import ChunkPool, one_intraop_thread
+from metarl.policies import GaussianMLP, Params
+from metarl.rollouts import ActionMode, Address, collect_episodes, env_action
+from metarl.seeding import stream
+
+
+class Policy:
+    """An ordinary policy: observations in, actions out."""
+
+    def __init__(
+        self,
+        policy: GaussianMLP,
+        params: Params,
+        space: gym.spaces.Box,
+        mode: ActionMode,
+        rng: np.random.Generator,
+    ) -> None:
+        self.policy, self.params = policy, params
+        self._space, self._mode, self._rng = space, mode, rng
+
+    def act(self, observation: Any, *, deterministic: bool = False) -> NDArray:
+        """Return the action as the environment takes it, [action_dim] or [n, action_dim].
+
+        Args:
+            observation: one, [observation_dim], or a batch [n, observation_dim].
+            deterministic: the most likely action instead of a sample.
+        """
+        seen = np.asarray(observation, np.float32)
+        batch = torch.from_numpy(np.atleast_2d(seen))
+        with torch.inference_mode():
+            dist = self.policy.distribution(self.params, batch)
+            if deterministic:
+                action = self.policy.mode(dist)
+            else:
+                noise = self._rng.standard_normal(dist["mean"].shape, dtype=np.float32)
+                action = self.policy.sample(dist, torch.from_numpy(noise))
+        return env_action(action.numpy(), self._space, self._mode).reshape(*seen.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class MetaPolicy:
+    """Meta-parameters, how they adapt, and where they come from."""
+
+    params: Params
+    config: Config
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """Iterations, env steps and versions of the training behind it."""
+
+    @cached_property
+    def family(self) -> TaskFamily:
+        """The family it was trained on."""
+        return make_family(self.config.family, **self.config.family_options)
+
+    @cached_property
+    def policy(self) -> GaussianMLP:
+        """The network, its sizes read off the parameters."""
+        return make_policy(
+            self.config,
+            self.params["layer0.weight"].shape[0],
+            self.params["log_std"].shape[0],
+        )
+
+    def inner_loop(self, pool: ChunkPool, step_sizes: Sequence[float] | None = None) -> InnerLoop:
+        """Return how this policy adapts; the step sizes are those of evaluation unless given."""
+        config = self.config
+        sizes = step_sizes or config.inner.test_step_sizes or config.inner.step_sizes
+        return InnerLoop(
+            self.policy,
+            find_algorithm(config.algorithm).inner_loss,
+            config.advantage,
+            constant_step_sizes(self.params, sizes),
+            pool,
+        )
+
+    def adapt(
+        self,
+        env: gym.Env | Sequence[float] | NDArray,
+        *,
+        steps: int = 1,
+        episodes: int = 20,
+        seed: int = 0,
+        step_sizes: Sequence[float] | None = None,
+    ) -> Policy:
+        """Adapt to one task and return an ordinary policy for it.
+
+        Args:
+            env: a Gymnasium environment with the spaces of the training family, or a task vector
+                of that family.
+            steps: inner steps; 0 returns the initialization as it is.
+            episodes: episodes sampled for each step.
+            seed: of the environment's resets and the actions.
+            step_sizes: one a step, the last repeated; by default those of evaluation.
+
+        Raises:
+            UserError: a number is out of range, or the environment has other spaces.
+        """
+        if steps < 0 or episodes < 1:
+            raise UserError(f"steps must be >= 0 and episodes >= 1, got {steps} and {episodes}")
+        made = None if isinstance(env, gym.Env) else self.family.make(np.asarray(env, np.float64))
+        target = env if isinstance(env, gym.Env) else made
+        assert target is not None
+        mode = self.config.policy.action
+
+        def sample(params: Params, k: int) -> Any:
+            return collect_episodes(
+                target,
+                self.policy,
+                {name: p[0] for name, p in params.items()},
+                episodes=episodes,
+                horizon=self.family.horizon,
+                address=Address(seed, split="test", inner_step=k),
+                mode=mode,
+            )
+
+        try:
+            with one_intraop_thread(), ChunkPool(1) as pool:
+                stacked = {name: p[None] for name, p in self.params.items()}
+                loop = self.inner_loop(pool, step_sizes)
+                adapted = loop.run(sample, stacked, steps=steps, query="none").iterates[-1]
+            space = target.action_space
+            assert isinstance(space, gym.spaces.Box)
+        finally:
+            if made is not None:
+                made.close()
+        params = {name: p[0].clone() for name, p in adapted.items()}
+        return Policy(self.policy, params, space, mode, stream(seed, 0, "test-noise", steps))
+
+    def save(self, path: str | Path) -> None:
+        """Write a policy file that `load` reads."""
+        metadata = {"kind": "policy", "config": self.config.to_json(), **self.record}
+        checkpoints.save(Path(path), self.params, metadata)
+
+
+def make_policy(config: Config, observation_dim: int, action_dim: int) -> GaussianMLP:
+    """Return a config's network for an environment's sizes."""
+    return GaussianMLP(
+        observation_dim=observation_dim,
+        action_dim=action_dim,
+        hidden=config.policy.hidden,
+        activation=config.policy.activation,
+        initial_std=config.policy.initial_std,
+        min_std=config.policy.min_std,
+    )
+
+
+def policy_for(config: Config, family: TaskFamily) -> GaussianMLP:
+    """Return a config's network for a family's environments."""
+    env = family.make()
+    try:
+        observation, action = env.observation_space, env.action_space
+        if observation.shape is None or len(observation.shape) != 1:
+            raise UserError(f"{family.name}: observations must be a flat Box, got {observation}")
+        if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1:
+            raise UserError(f"{family.name}: actions must be a flat Box, got {action}")
+        return make_policy(config, observation.shape[0], action.shape[0])
+    finally:
+        env.close()
+
+
+def random_meta_policy(like: MetaPolicy, seed: int = 0) -> MetaPolicy:
+    """Return the random initialization that a run with this seed starts from."""
+    return dataclasses.replace(like, params=like.policy.init(stream(seed, 0, "init")), record={})
+
+
+def shipped() -> list[str]:
+    """Return the names of the policies that come with the package."""
+    folder = resources.files("metarl") / "trained"
+    if not folder.is_dir():
+        return []
+    return sorted(
+        entry.name.removesuffix(".safetensors")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".safetensors")
+    )
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Return a run folder's newest checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = sorted((run / "checkpoints").glob("[0-9]*.safetensors"))
+    if not found:
+        raise CheckpointError(f"{run} holds no checkpoint yet")
+    return found[-1]
+
+
+def load(what: str | Path) -> MetaPolicy:
+    """Return a meta-policy from a run folder, a policy file or the name of a shipped policy.
+
+    Raises:
+        CheckpointError: it is none of them, or its file is damaged.
+    """
+    path = Path(what)
+    if path.is_dir():
+        path = newest_checkpoint(path)
+    elif not path.exists():
+        names = shipped()
+        if str(what) not in names:
+            close = difflib.get_close_matches(str(what), names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise CheckpointError(
+                f"no run folder, policy file or shipped policy {str(what)!r}{hint}"
+                f" (shipped: {', '.join(names) or 'none'})"
+            )
+        with resources.as_file(
+            resources.files("metarl") / "trained" / f"{what}.safetensors"
+        ) as file:
+            return load(file)
+    tensors, metadata = checkpoints.load(path)
+    config = Config.from_json(metadata["config"])
+    params = {n.removeprefix("meta."): t for n, t in tensors.items() if not n.startswith("outer.")}
+    record = {k: metadata[k] for k in ("iteration", "env_steps", "versions") if k in metadata}
+    meta = MetaPolicy(params, config, record)
+    if "layer0.weight" not in params or "log_std" not in params:
+        raise CheckpointError(f"{path} holds no policy")
+    checkpoints.check_shapes(path, params, meta.policy.shapes())
+    return meta

@@ -1,0 +1,72 @@
+"""Named hyper-parameters with their source, by preset and, where they differ, by family."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from envs.errors import UserError
+from envs.family import did_you_mean, option_names
+from metarl.config import Config, InnerConfig, PolicyConfig
+from metarl.trust_region import TrustRegionConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Hyper-parameters of a paper."""
+
+    source: str
+    values: Mapping[str, Any]
+    families: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What differs for a family."""
+
+
+_ICML_POLICY = PolicyConfig(hidden=(100, 100), activation="relu")
+_ICML_INNER = InnerConfig(step_sizes=(0.1,), test_step_sizes=(0.1, 0.05))
+
+# Common to all: discount 0.99, trace 1, 40 tasks of 20 episodes, 10 iterations of conjugate
+# gradient with damping 1e-5, a line search of 15 steps by 0.8; they are the defaults.
+PRESETS = {
+    "icml2017": Preset(
+        "Finn et al. 2017, arXiv:1703.03400, and its code (rllab)",
+        {"policy": _ICML_POLICY, "inner": _ICML_INNER},
+        {
+            # The published policies: direction at iteration 100 of a run with max KL 0.02,
+            # velocity at iteration 475 of one with 10 episodes.
+            "half-cheetah-dir": {"outer": TrustRegionConfig(max_kl=0.02)},
+            "half-cheetah-vel": {"episodes": 10, "iterations": 475},
+            "navigation-2d": {"inner": InnerConfig(step_sizes=(0.5,), test_step_sizes=(0.5, 0.25))},
+        },
+    ),
+    "promp2019": Preset(
+        "Rothfuss et al. 2019, arXiv:1810.06784, and its code (MAML-TRPO)",
+        {"iterations": 500},
+    ),
+    "pearl2019": Preset(
+        "tasks of Rakelly et al. 2019, arXiv:1903.08254; hyper-parameters of promp2019",
+        {"iterations": 500},
+    ),
+}
+
+
+def preset_config(preset: str | None, family: str) -> Config:
+    """Return a preset's config for a family; None gives the defaults.
+
+    A family that has a `scale` is made at the preset's.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if preset is None:
+        return Config(family=family)
+    if preset not in PRESETS:
+        raise UserError(
+            f"no preset {preset!r}{did_you_mean(preset, PRESETS)} (presets: {', '.join(PRESETS)})"
+        )
+    values = {**PRESETS[preset].values, **PRESETS[preset].families.get(family, {})}
+    options = {"scale": preset} if "scale" in option_names(family) else {}
+    return dataclasses.replace(
+        Config(family=family, preset=preset, family_options=options), **values
+    )

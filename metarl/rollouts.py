@@ -1,0 +1,279 @@
+"""collect(): a policy in a `TaskVectorEnv` gives a `Rollout`.
+
+Whole episodes of all tasks with stacked parameters: a step is one batched forward pass and one
+step of the vector environment. Where environments may run side by side, `Collector` splits the
+tasks over threads, each with a vector environment of its own, so that inference in one overlaps
+with physics in the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+
+from envs import TaskFamily, TaskVectorEnv
+from envs.errors import UserError
+from metarl.parallel import ChunkPool, slices
+from metarl.policies import GaussianMLP, Params
+from metarl.seeding import episode_seeds, stream
+from metarl.trajectories import Rollout
+
+ActionMode = Literal["clip", "scale"]
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where in a run episodes are sampled; names their random streams."""
+
+    seed: int
+    iteration: int = 0
+    split: Literal["train", "test", "validation"] = "train"
+    inner_step: int = 0
+
+    def _phase(self, kind: str) -> str:
+        return kind if self.split == "train" else f"{self.split}-{kind}"
+
+    def episode_seeds(self, task: int, episodes: int) -> list[int]:
+        """Return the reset seeds of a task's episodes."""
+        phase = self._phase("reset")
+        where = (self.inner_step, task)
+        return episode_seeds(self.seed, self.iteration, phase, *where, episodes=episodes)
+
+    def noise(self, task: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Return a task's action noise, [episodes, horizon, action_dim] standard normal."""
+        rng = stream(self.seed, self.iteration, self._phase("noise"), self.inner_step, task)
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    def tasks(self) -> np.random.Generator:
+        """Return the stream that tasks are drawn from."""
+        return stream(self.seed, self.iteration, self._phase("tasks"))
+
+
+def env_action(action: NDArray, space: gym.spaces.Box, mode: ActionMode) -> NDArray:
+    """Return a policy's action [..., action_dim] as the environment takes it.
+
+    `clip` cuts it to the bounds; `scale` maps [-1, 1] onto finite bounds first.
+    """
+    if mode == "scale":
+        middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
+        action = np.where(np.isfinite(half), middle + half * action, action)
+    return np.clip(action, space.low, space.high).astype(space.dtype, copy=False)
+
+
+class _Memory:
+    """NumPy arrays of a rollout in the making, laid out once."""
+
+    def __init__(self, policy: GaussianMLP, tasks: int, episodes: int, horizon: int) -> None:
+        grid = (tasks, episodes, horizon)
+        self.observation = np.zeros((*grid, policy.observation_dim), np.float32)
+        self.last_observation = np.zeros((*grid[:2], policy.observation_dim), np.float32)
+        self.action = np.zeros((*grid, policy.action_dim), np.float32)
+        self.mean = np.zeros((*grid, policy.action_dim), np.float32)
+        self.reward = np.zeros(grid, np.float32)
+        self.valid = np.zeros(grid, np.bool_)
+        self.terminated = np.zeros(grid[:2], np.bool_)
+        self.truncated = np.zeros(grid[:2], np.bool_)
+        self.diverged = np.zeros(grid[:2], np.bool_)
+
+    def rollout(self, policy: GaussianMLP, params: Params, tasks: NDArray) -> Rollout:
+        """Leave diverged episodes out and hand the memory over."""
+        for name in ("observation", "last_observation", "action", "mean", "reward", "valid"):
+            if self.diverged.any():
+                getattr(self, name)[self.diverged] = 0
+        log_std = params["log_std"].detach().clamp(min=float(np.log(policy.min_std)))
+        mean = torch.from_numpy(self.mean)
+        return Rollout(
+            tasks=torch.from_numpy(np.array(tasks, np.float64)),
+            observation=torch.from_numpy(self.observation),
+            last_observation=torch.from_numpy(self.last_observation),
+            action=torch.from_numpy(self.action),
+            behaviour={"mean": mean, "log_std": log_std[:, None, None, :].expand_as(mean)},
+            reward=torch.from_numpy(self.reward),
+            valid=torch.from_numpy(self.valid),
+            terminated=torch.from_numpy(self.terminated),
+            truncated=torch.from_numpy(self.truncated),
+            diverged=torch.from_numpy(self.diverged),
+        )
+
+
+def _collect_into(
+    memory: _Memory,
+    where: slice,
+    env: TaskVectorEnv,
+    policy: GaussianMLP,
+    params: Params,
+    tasks: NDArray,
+    address: Address,
+    mode: ActionMode,
+    deterministic: bool,
+) -> None:
+    """Fill the tasks `where` of the memory with one episode of every sub-environment."""
+    shape = (env.num_tasks, env.episodes)
+    horizon = env.family.horizon
+    ids = range(where.start, where.start + env.num_tasks)
+    seeds = [s for task in ids for s in address.episode_seeds(task, env.episodes)]
+    noise_shape = (env.episodes, horizon, policy.action_dim)
+    noise = torch.from_numpy(np.stack([address.noise(task, noise_shape) for task in ids]))
+    space = env.single_action_space
+    flat = (env.num_envs, policy.action_dim)
+    stacked = {name: p[where] for name, p in params.items()}
+    env.set_tasks(tasks[where])
+    observation, _ = env.reset(seed=seeds)
+    active = np.ones(shape, np.bool_)
+    with torch.inference_mode():
+        for t in range(horizon):
+            seen = memory.observation[where, :, t]
+            np.copyto(seen, observation.reshape(seen.shape), casting="same_kind")
+            dist = policy.distribution(stacked, torch.from_numpy(seen))
+            action = policy.mode(dist) if deterministic else policy.sample(dist, noise[:, :, t])
+            act = action.numpy()
+            memory.action[where, :, t] = act
+            memory.mean[where, :, t] = dist["mean"].numpy()
+            observation, reward, terminated, truncated, info = env.step(
+                env_action(act.reshape(flat), space, mode)
+            )
+            memory.reward[where, :, t] = reward.reshape(shape)
+            memory.valid[where, :, t] = active
+            if "diverged" in info:
+                memory.diverged[where] |= info["diverged"].reshape(shape)
+            active = ~(terminated | truncated).reshape(shape)
+            if not active.any():
+                break
+    last = memory.last_observation[where]
+    np.copyto(last, observation.reshape(last.shape), casting="same_kind")
+    memory.terminated[where] = terminated.reshape(shape)
+    memory.truncated[where] = truncated.reshape(shape)
+
+
+def _clear_after_the_end(memory: _Memory) -> None:
+    """Zero what was written for sub-environments that stood still."""
+    if not memory.valid.all():
+        for array in (memory.observation, memory.action, memory.mean, memory.reward):
+            array[~memory.valid] = 0
+
+
+class Collector:
+    """Samples rollouts of a fixed number of tasks and episodes of a family.
+
+    Results do not depend on the number of threads.
+    """
+
+    def __init__(
+        self,
+        family: TaskFamily,
+        policy: GaussianMLP,
+        num_tasks: int,
+        episodes: int,
+        pool: ChunkPool,
+        mode: ActionMode = "clip",
+    ) -> None:
+        self.family, self.policy, self.pool, self.mode = family, policy, pool, mode
+        self.num_tasks, self.episodes = num_tasks, episodes
+        shards = min(pool.threads, num_tasks) if family.parallel else 1
+        self._slices = slices(num_tasks, -(-num_tasks // shards))
+        self._envs = [
+            family.make_vec(s.stop - s.start, episodes, autoreset_mode=AutoresetMode.DISABLED)
+            for s in self._slices
+        ]
+        check_spaces(self._envs[0], policy, family.name)
+
+    def collect(
+        self, params: Params, tasks: NDArray, address: Address, *, deterministic: bool = False
+    ) -> Rollout:
+        """Sample every episode of every task once.
+
+        Args:
+            params: stacked, [tasks, ...] each.
+            tasks: [tasks, task_dim].
+            address: names the random streams.
+            deterministic: take the distribution's mode instead of a sample.
+        """
+        memory = _Memory(self.policy, self.num_tasks, self.episodes, self.family.horizon)
+        detached = {name: p.detach() for name, p in params.items()}
+        self.pool.map(
+            lambda shard: _collect_into(
+                memory, shard[0], shard[1], self.policy, detached, tasks, address, self.mode,
+                deterministic,
+            ),
+            zip(self._slices, self._envs, strict=True),
+        )  # fmt: skip
+        _clear_after_the_end(memory)
+        return memory.rollout(self.policy, detached, tasks)
+
+    def close(self) -> None:
+        """Close the environments."""
+        for env in self._envs:
+            env.close()
+
+
+def check_spaces(env: TaskVectorEnv | gym.Env, policy: GaussianMLP, name: str) -> None:
+    """Raise UserError if an environment's spaces are not those of the policy."""
+    vector = isinstance(env, TaskVectorEnv)
+    observation = env.single_observation_space if vector else env.observation_space
+    action = env.single_action_space if vector else env.action_space
+    for kind, space, dim in (
+        ("observations", observation, policy.observation_dim),
+        ("actions", action, policy.action_dim),
+    ):
+        if not isinstance(space, gym.spaces.Box) or space.shape != (dim,):
+            raise UserError(
+                f"{name}: {kind} are {space}, but the policy is made for a Box of shape ({dim},)"
+            )
+
+
+def collect_episodes(
+    env: gym.Env,
+    policy: GaussianMLP,
+    params: Params,
+    *,
+    episodes: int,
+    horizon: int,
+    address: Address,
+    mode: ActionMode = "clip",
+    deterministic: bool = False,
+    task: Sequence[float] | NDArray = (),
+) -> Rollout:
+    """Sample episodes of one ordinary Gymnasium environment, one after the other.
+
+    Args:
+        params: not stacked.
+        horizon: episodes are cut here, whatever the environment's own limit.
+        task: recorded in the rollout; the environment is taken as it is.
+
+    Raises:
+        UserError: the environment's spaces are not those of the policy.
+    """
+    check_spaces(env, policy, getattr(env.spec, "id", None) or type(env.unwrapped).__name__)
+    memory = _Memory(policy, 1, episodes, horizon)
+    seeds = address.episode_seeds(0, episodes)
+    noise = torch.from_numpy(address.noise(0, (episodes, horizon, policy.action_dim)))
+    with torch.inference_mode():
+        for e in range(episodes):
+            observation, _ = env.reset(seed=seeds[e])
+            for t in range(horizon):
+                memory.observation[0, e, t] = observation
+                seen = torch.from_numpy(memory.observation[0, e, t : t + 1])
+                dist = policy.distribution(params, seen)
+                action = policy.mode(dist) if deterministic else policy.sample(dist, noise[e, t])
+                memory.action[0, e, t] = action[0].numpy()
+                memory.mean[0, e, t] = dist["mean"][0].numpy()
+                observation, reward, terminated, truncated, info = env.step(
+                    env_action(action[0].numpy(), env.action_space, mode)  # type: ignore[arg-type]
+                )
+                memory.reward[0, e, t] = reward
+                memory.valid[0, e, t] = True
+                memory.diverged[0, e] |= bool(info.get("diverged", False))
+                if terminated or truncated:
+                    break
+            memory.last_observation[0, e] = observation
+            memory.terminated[0, e] = terminated
+            memory.truncated[0, e] = not terminated
+    stacked = {name: p.detach()[None] for name, p in params.items()}
+    return memory.rollout(policy, stacked, np.asarray(task, np.float64)[None])

@@ -1,0 +1,358 @@
+"""The outer loop: sample tasks, adapt on them, improve the initialization; save, resume."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from envs import make_family
+from envs.errors import UserError
+from metarl import checkpoints
+from metarl.adaptation import constant_step_sizes
+from metarl.algorithms import find_algorithm
+from metarl.checkpoints import CheckpointError, versions, write_atomically
+from metarl.config import Config
+from metarl.inner_loop import InnerLoop, NonFiniteError
+from metarl.meta_gradients import UnrolledProblem
+from metarl.meta_policy import MetaPolicy, newest_checkpoint, policy_for
+from metarl.metrics import MetricsLog
+from metarl.parallel import ChunkPool, one_intraop_thread
+from metarl.policies import Params, stack
+from metarl.rollouts import Address, Collector
+from metarl.seeding import stream
+from metarl.trajectories import Rollout
+from metarl.trust_region import TrustRegion
+
+SKIPPED_LIMIT = 10
+"""Updates skipped in a row after which a run stops."""
+
+
+class RunError(UserError):
+    """A run cannot start or go on; the message says why and what to do."""
+
+
+@dataclass
+class State:
+    """What a checkpoint holds besides the config."""
+
+    params: Params
+    iteration: int = 0
+    env_steps: int = 0
+    skipped_updates: int = 0
+    skipped_in_a_row: int = 0
+
+
+class Trainer:
+    """One run's environments, threads and state. Close it, or use it as a context manager."""
+
+    def __init__(self, config: Config, state: State | None = None) -> None:
+        self.config = config
+        self.algorithm = find_algorithm(config.algorithm)
+        self.family = make_family(config.family, **config.family_options)
+        self.policy = policy_for(config, self.family)
+        self.state = state or State(self.policy.init(stream(config.seed, 0, "init")))
+        check_device(config.device)
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(one_intraop_thread())
+        self.pool = self._stack.enter_context(ChunkPool(config.threads))
+        self._collector = Collector(
+            self.family, self.policy, config.tasks, config.episodes, self.pool, config.policy.action
+        )
+        self._stack.callback(self._collector.close)
+        self.inner_loop = InnerLoop(
+            self.policy,
+            self.algorithm.inner_loss,
+            config.advantage,
+            constant_step_sizes(self.state.params, config.inner.step_sizes),
+            self.pool,
+        )
+        self._outer = TrustRegion(config.outer)
+
+    def close(self) -> None:
+        """End the threads and close the environments."""
+        self._stack.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def iterate(self, watch: Callable[[list[Rollout]], None] | None = None) -> dict[str, Any]:
+        """Run one meta-iteration and return its metrics.
+
+        Where a sample or a gradient is not finite, the update is skipped and counted.
+
+        Args:
+            watch: is shown the iteration's rollouts, support first.
+        """
+        config, state, start = self.config, self.state, time.perf_counter()
+        address = Address(config.seed, state.iteration)
+        tasks = self.family.tasks.sample(address.tasks(), config.tasks)
+        rollouts: list[Rollout] = []
+        seconds = {"rollout": 0.0}
+
+        def sample(params: Params, k: int) -> Rollout:
+            begin = time.perf_counter()
+            rollout = self._collector.collect(params, tasks, replace(address, inner_step=k))
+            seconds["rollout"] += time.perf_counter() - begin
+            rollouts.append(rollout)
+            return rollout
+
+        stats: dict[str, Any] = {"finite": False}
+        try:
+            adapted = self.inner_loop.run(
+                sample, stack(state.params, config.tasks), steps=config.inner.steps, query="batch"
+            )
+            seconds["adapt"] = time.perf_counter() - start - seconds["rollout"]
+            params, stats = self._outer.step(self._problem(adapted.batches), state.params)
+        except NonFiniteError as error:
+            stats["skipped"] = str(error)
+        if stats.pop("finite"):
+            state.params, state.skipped_in_a_row = params, 0
+        else:
+            stats.setdefault("skipped", "the meta-gradient is not finite")
+            state.skipped_updates += 1
+            state.skipped_in_a_row += 1
+        state.iteration += 1
+        state.env_steps += sum(rollout.env_steps for rollout in rollouts)
+        if watch is not None:
+            watch(rollouts)
+        total = time.perf_counter() - start
+        returns = [float(rollout.mean_returns().nanmean()) for rollout in rollouts]
+        adapted_all = len(returns) == config.inner.steps + 1
+        return {
+            "iteration": state.iteration,
+            "env_steps": state.env_steps,
+            "return_pre": returns[0],
+            "return_post": returns[-1] if adapted_all else math.nan,
+            "gain": returns[-1] - returns[0] if adapted_all else math.nan,
+            "returns": [r if math.isfinite(r) else None for r in returns],
+            "episode_length": float(rollouts[-1].valid.sum(-1).double().mean()),
+            "diverged_episodes": sum(int(rollout.diverged.sum()) for rollout in rollouts),
+            "skipped_updates": state.skipped_updates,
+            "policy_std": float(
+                state.params["log_std"].clamp(min=math.log(self.policy.min_std)).exp().mean()
+            ),
+            **stats,
+            **{f"seconds_{name}": value for name, value in seconds.items()},
+            "seconds_update": total - seconds["rollout"],
+            "seconds_iteration": total,
+            "env_steps_per_second": sum(rollout.env_steps for rollout in rollouts) / total,
+        }
+
+    def _problem(self, batches: list[Any]) -> UnrolledProblem:
+        config = self.config
+        count = batches[-1].weight.shape[1]
+        used = max(1, round(config.outer.fisher_fraction * count))
+        samples = None
+        if used < count:
+            rng = stream(config.seed, self.state.iteration, "fisher")
+            samples = torch.from_numpy(rng.permutation(count)[:used]).sort().values
+        return UnrolledProblem(
+            self.policy,
+            batches,
+            self.inner_loop.step_sizes,
+            self.pool,
+            self.algorithm.inner_loss,
+            order=self.algorithm.order,
+            # A GPU takes all tasks at once; a processor's cache a few.
+            chunk=2 if config.device == "cpu" else config.tasks,
+            fisher_samples=samples,
+            device=config.device,
+        )
+
+    def meta_policy(self) -> MetaPolicy:
+        """Return the present meta-parameters as a policy to evaluate, adapt or save."""
+        state = self.state
+        record = {
+            "iteration": state.iteration,
+            "env_steps": state.env_steps,
+            "versions": versions(),
+        }
+        return MetaPolicy(dict(state.params), self.config, record)
+
+
+def check_device(device: str) -> None:
+    """Raise UserError unless torch has the device."""
+    if device != "cpu" and not device.startswith("cuda"):
+        raise UserError(f"device must be cpu or cuda, got {device!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} is not there: torch finds no GPU; use cpu")
+
+
+# Run folders --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder; a second process is refused for as long as this one lives.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    with open(folder / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                f"another process is training in {folder}; wait for it, or choose another --out"
+            ) from error
+        yield
+
+
+def create_run(folder: Path, config: Config) -> None:
+    """Make a run folder with its `config.json`.
+
+    Raises:
+        RunError: the folder exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(
+            f"{folder} exists; continue it with --resume {folder}, or choose another --out"
+        )
+    (folder / "checkpoints").mkdir(parents=True)
+    text = json.dumps({"config": config.to_json(), "versions": versions()}, indent=2)
+    write_atomically(folder / "config.json", text.encode())
+
+
+def run_config(folder: Path) -> Config:
+    """Return the config of a run folder.
+
+    Raises:
+        RunError: the folder is not a run.
+        UserError: its config is not one this version takes.
+    """
+    try:
+        data = json.loads((folder / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder} is not a run folder: it has no readable config.json") from error
+    return Config.from_json(data)
+
+
+def save_checkpoint(folder: Path, config: Config, state: State) -> None:
+    """Save a run's state as its newest checkpoint; the one before goes, unless it is kept."""
+    tensors = {f"meta.{name}": p for name, p in state.params.items()}
+    counters = {k: v for k, v in vars(state).items() if k != "params"}
+    metadata = {
+        "kind": "checkpoint", "config": config.to_json(), "versions": versions(), **counters,
+    }  # fmt: skip
+    where = folder / "checkpoints"
+    checkpoints.save(where / f"{state.iteration:06d}.safetensors", tensors, metadata)
+    before = state.iteration - 1
+    if before % config.checkpoint_every:
+        (where / f"{before:06d}.safetensors").unlink(missing_ok=True)
+
+
+def load_state(folder: Path, config: Config) -> State:
+    """Return the newest checkpoint's state.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is another run's.
+    """
+    path = newest_checkpoint(folder)
+    tensors, metadata = checkpoints.load(path)
+    free = ("iterations", "threads")
+    stored = Config.from_json(metadata["config"])
+    if replace(stored, **{k: getattr(config, k) for k in free}) != config:
+        other = differences(stored, config)[0]
+        raise CheckpointError(f"{path} is of another run: {other}")
+    params = {name.removeprefix("meta."): t for name, t in tensors.items()}
+    counters = {k: metadata[k] for k in State.__dataclass_fields__ if k != "params"}
+    return State(params, **counters)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Return where two configs differ, but for iterations and threads: "key old, not new"."""
+
+    def flat(config: Config) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in config.to_json().items():
+            if isinstance(value, dict) and key != "family_options":
+                result.update({f"{key}.{name}": v for name, v in value.items()})
+            else:
+                result[key] = value
+        return result
+
+    a, b = flat(old), flat(new)
+    return [
+        f"{key} is {a[key]}, not {b[key]}"
+        for key in a
+        if key not in ("iterations", "threads") and a[key] != b[key]
+    ]
+
+
+def train(
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> MetaPolicy:
+    """Train in a run folder and return the meta-policy.
+
+    Args:
+        config: what to train; `iterations` is the total, also of a resumed run.
+        out: the run folder; a new one, or with `resume` the one to continue.
+        resume: go on from the newest checkpoint.
+        progress: is given each iteration's metrics.
+        stop: asked after each iteration, which is saved by then.
+
+    Raises:
+        RunError: the folder exists, is in use or is not a run; or ten updates in a row were
+            skipped.
+        CheckpointError: the checkpoint to resume from cannot be used.
+        UserError: the config or the family is at fault.
+    """
+    folder = Path(out)
+    if not resume:
+        # Faults of the config and the family show before the folder is made.
+        with Trainer(config) as trainer:
+            create_run(folder, config)
+            with locked(folder):
+                save_checkpoint(folder, config, trainer.state)
+                return _train(trainer, folder, progress, stop)
+    stored = run_config(folder)
+    if differences(stored, config):
+        raise RunError(
+            f"{folder} was trained with other options: {differences(stored, config)[0]};"
+            " leave that option out, or start a new run"
+        )
+    with locked(folder):
+        state = load_state(folder, config)
+        with Trainer(config, state) as trainer:
+            checkpoints.check_shapes(folder, state.params, trainer.policy.shapes())
+            return _train(trainer, folder, progress, stop)
+
+
+def _train(
+    trainer: Trainer,
+    folder: Path,
+    progress: Callable[[dict[str, Any]], None] | None,
+    stop: Callable[[], bool],
+) -> MetaPolicy:
+    config, state = trainer.config, trainer.state
+    with MetricsLog(folder, state.iteration, json.dumps(config.to_json(), indent=2)) as log:
+        while state.iteration < config.iterations and not stop():
+            row = trainer.iterate()
+            if state.skipped_in_a_row >= SKIPPED_LIMIT:
+                raise RunError(
+                    f"{SKIPPED_LIMIT} updates in a row were skipped; the last because"
+                    f" {row['skipped']}. The last good checkpoint is in {folder}"
+                )
+            log.write(row)
+            # After the metrics: a crash in between repeats the iteration, and its row.
+            save_checkpoint(folder, config, state)
+            if progress is not None:
+                progress(row)
+    return trainer.meta_policy()

@@ -1,0 +1,52 @@
+"""Rollouts: what was sampled, task-major arrays [tasks, episodes, time, ...] and their masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Whole episodes of several tasks, time order kept.
+
+    T tasks, E episodes, H steps at most. Steps that were not taken (`valid` False) hold zeros, as
+    do those of an episode whose simulation diverged: it is left out whole.
+    """
+
+    tasks: Tensor
+    """[T, task_dim] float64"""
+    observation: Tensor
+    """[T, E, H, observation_dim]; before each action."""
+    last_observation: Tensor
+    """[T, E, observation_dim]; after the last action, before any reset."""
+    action: Tensor
+    """[T, E, H, action_dim]; as the policy drew it, before any clipping."""
+    behaviour: dict[str, Tensor]
+    """Parameters of the distribution each action was drawn from, [T, E, H, ...] each."""
+    reward: Tensor
+    """[T, E, H]"""
+    valid: Tensor
+    """[T, E, H] bool; True for a real step."""
+    terminated: Tensor
+    """[T, E] bool; the task ended (not merely its time)."""
+    truncated: Tensor
+    """[T, E] bool; cut by the horizon."""
+    diverged: Tensor
+    """[T, E] bool; the simulation broke down."""
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps that were simulated and kept."""
+        return int(self.valid.sum())
+
+    def returns(self) -> Tensor:
+        """Undiscounted return of every episode, [T, E] float64, NaN where it diverged."""
+        total = torch.where(self.valid, self.reward, 0.0).sum(dim=2, dtype=torch.float64)
+        return total.masked_fill(self.diverged, torch.nan)
+
+    def mean_returns(self) -> Tensor:
+        """Mean return of each task, [T] float64, NaN where every episode diverged."""
+        return self.returns().nanmean(dim=1)

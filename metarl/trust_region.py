@@ -1,0 +1,118 @@
+"""TRPO's step: natural gradient by conjugate gradient, then a backtracking line search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from envs.errors import UserError
+from metarl.meta_gradients import UnrolledProblem
+from metarl.policies import Params, flatten, unflatten
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustRegionConfig:
+    """The outer step of MAML-TRPO."""
+
+    max_kl: float = 0.01
+    """Largest mean KL of the adapted policies from those that drew the query samples."""
+    cg_iterations: int = 10
+    """Iterations of conjugate gradient."""
+    cg_damping: float = 1e-5
+    """Added to the Fisher matrix's diagonal."""
+    line_search_steps: int = 15
+    """Step lengths tried before the update is given up."""
+    backtrack: float = 0.8
+    """Factor between one step length and the next."""
+    fisher_fraction: float = 0.2
+    """Fraction of the samples that Fisher products use; the line search always uses all."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_kl", "cg_iterations", "line_search_steps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"outer.{name} must be positive, got {getattr(self, name)}")
+        if not self.cg_damping >= 0.0:
+            raise UserError(f"outer.cg_damping must not be negative, got {self.cg_damping}")
+        if not 0.0 < self.fisher_fraction <= 1.0:
+            raise UserError(f"outer.fisher_fraction must be in (0, 1], got {self.fisher_fraction}")
+        if not 0.0 < self.backtrack < 1.0:
+            raise UserError(f"outer.backtrack must be in (0, 1), got {self.backtrack}")
+
+
+def conjugate_gradient(
+    product: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float = 1e-10
+) -> Tensor:
+    """Return x with A x = b approximately, A symmetric and positive definite (Hestenes 1952).
+
+    Args:
+        product: v -> A v.
+        b: [P]
+        iterations: at most so many products.
+        tolerance: stop where |residual|^2 falls below it.
+    """
+    x = torch.zeros_like(b)
+    residual, direction = b.clone(), b.clone()
+    squared = residual @ residual
+    for _ in range(iterations):
+        if squared <= tolerance:
+            break
+        image = product(direction)
+        step = squared / (direction @ image)
+        x = x + step * direction
+        residual = residual - step * image
+        new = residual @ residual
+        direction = residual + (new / squared) * direction
+        squared = new
+    return x
+
+
+class TrustRegion:
+    """Schulman et al. 2015, appendix C (arXiv:1502.05477), on the post-adaptation objective."""
+
+    def __init__(self, config: TrustRegionConfig) -> None:
+        self.config = config
+
+    def step(self, problem: UnrolledProblem, meta: Params) -> tuple[Params, dict[str, Any]]:
+        """Return new meta-parameters and statistics.
+
+        Along the natural gradient, the longest step tried that improves the surrogate within the
+        KL bound is taken, both measured over all samples. Where none does, or the gradient is not
+        finite, the meta-parameters come back as they were, with `line_search_steps` 0 and
+        `finite` telling which.
+        """
+        config = self.config
+        gradient, before = problem.gradient(meta)
+        stats: dict[str, Any] = {
+            "surrogate_before": -before,
+            "surrogate_after": -before,
+            "kl": 0.0,
+            "line_search_steps": 0,
+            "gradient_norm": float(gradient.norm()),
+            "finite": bool(torch.isfinite(gradient).all()) and math.isfinite(before),
+        }
+        if not stats["finite"] or stats["gradient_norm"] == 0.0:
+            return meta, stats
+        with problem.linearize(meta) as fisher:
+
+            def damped(v: Tensor) -> Tensor:
+                return fisher(v) + config.cg_damping * v
+
+            direction = conjugate_gradient(damped, -gradient, config.cg_iterations)
+            curvature = float(direction @ damped(direction))
+        if not (math.isfinite(curvature) and curvature > 0.0):
+            stats["finite"] = math.isfinite(curvature)
+            return meta, stats
+        full = math.sqrt(2.0 * config.max_kl / curvature) * direction
+        theta = flatten(meta)
+        for i in range(config.line_search_steps):
+            candidate = unflatten(theta + config.backtrack**i * full, meta)
+            after = problem.evaluate(candidate)
+            if after.loss < before and after.kl <= config.max_kl:
+                stats.update(surrogate_after=-after.loss, kl=after.kl, line_search_steps=i + 1)
+                return candidate, stats
+        return meta, stats

@@ -1,0 +1,188 @@
+"""Returns, advantages and the baseline against naive loops, on ragged episodes, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metarl.advantages import (
+    AdvantageConfig,
+    discounted_sum,
+    estimate,
+    features,
+    fit_linear,
+    gae,
+    normalize,
+)
+from metarl.parallel import ChunkPool
+from metarl.trajectories import Rollout
+
+T, E, H, OBS = 3, 4, 9, 2
+
+
+def make_rollout(lengths: np.ndarray, seed: int = 0, terminated: bool = False) -> Rollout:
+    """A rollout of episodes of these lengths [T, E]; zeros after their ends."""
+    rng = np.random.default_rng(seed)
+    valid = torch.from_numpy(np.arange(H) < lengths[..., None])
+
+    def draw(*shape):
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
+    grid = (T, E, H)
+    ended = torch.full((T, E), terminated)
+    return Rollout(
+        tasks=torch.zeros(T, 1, dtype=torch.float64),
+        observation=12.0 * draw(*grid, OBS) * valid.unsqueeze(-1),
+        last_observation=draw(T, E, OBS),
+        action=draw(*grid, 1) * valid.unsqueeze(-1),
+        behaviour={"mean": draw(*grid, 1), "log_std": draw(*grid, 1)},
+        reward=draw(*grid) * valid,
+        valid=valid,
+        terminated=ended & (valid.sum(-1) > 0),
+        truncated=~ended,
+        diverged=valid.sum(-1) == 0,
+    )
+
+
+def loop_estimate(rollout: Rollout, config: AdvantageConfig) -> np.ndarray:
+    """Everything again with loops over tasks, episodes and steps, in NumPy."""
+    result = np.zeros((T, E, H))
+    for task in range(T):
+        rows, targets, where = [], [], []
+        for e in range(E):
+            n = int(rollout.valid[task, e].sum())
+            total = 0.0
+            returns = [0.0] * n
+            for t in reversed(range(n)):
+                total = float(rollout.reward[task, e, t]) + config.discount * total
+                returns[t] = total
+            for t in range(n):
+                rows.append(feature_row(rollout.observation[task, e, t].numpy(), t))
+                targets.append(returns[t])
+                where.append((e, t))
+        if not rows:
+            continue
+        x, y = np.array(rows), np.array(targets)
+        weights = np.linalg.solve(x.T @ x + config.ridge * np.eye(x.shape[1]), x.T @ y)
+        for e in range(E):
+            n = int(rollout.valid[task, e].sum())
+            values = [
+                float(feature_row(rollout.observation[task, e, t].numpy(), t) @ weights)
+                for t in range(n)
+            ]
+            after = 0.0
+            if config.bootstrap and not bool(rollout.terminated[task, e]) and n:
+                after = float(feature_row(rollout.last_observation[task, e].numpy(), n) @ weights)
+            values.append(after)
+            running = 0.0
+            for t in reversed(range(n)):
+                reward = float(rollout.reward[task, e, t])
+                delta = reward + config.discount * values[t + 1] - values[t]
+                running = delta + config.discount * config.trace * running
+                result[task, e, t] = running
+        if config.normalize:
+            seen = np.array([result[task, e, t] for e, t in where])
+            for e, t in where:
+                result[task, e, t] = (result[task, e, t] - seen.mean()) / (seen.std() + 1e-8)
+    return result
+
+
+def feature_row(observation: np.ndarray, t: int) -> np.ndarray:
+    o = np.clip(observation.astype(np.float64), -10, 10)
+    s = t / 100
+    return np.concatenate([o, o**2, [s, s**2, s**3, 1.0]])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, H), min_size=T * E, max_size=T * E),
+    seed=st.integers(0, 100),
+    bootstrap=st.booleans(),
+    terminated=st.booleans(),
+    norm=st.booleans(),
+)
+def test_estimate_matches_loops_on_ragged_episodes(lengths, seed, bootstrap, terminated, norm):
+    rollout = make_rollout(np.array(lengths).reshape(T, E), seed, terminated)
+    config = AdvantageConfig(
+        discount=0.9, trace=0.8, bootstrap=bootstrap, normalize=norm, ridge=0.1
+    )
+    with ChunkPool(1) as pool:
+        found = estimate(rollout, config, pool)
+    assert not found[~rollout.valid].any()
+    np.testing.assert_allclose(found.numpy(), loop_estimate(rollout, config), rtol=2e-5, atol=2e-5)
+
+
+def test_discounted_sum_matches_its_definition():
+    x = np.random.default_rng(0).standard_normal((2, 50))
+    expected = [[sum(0.9**k * row[t + k] for k in range(50 - t)) for t in range(50)] for row in x]
+    found = discounted_sum(torch.from_numpy(x), 0.9).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_gae_with_trace_one_is_the_return_less_the_value():
+    rng = np.random.default_rng(1)
+    reward, value = (torch.from_numpy(rng.standard_normal((5, H))) for _ in range(2))
+    valid = torch.ones(5, H, dtype=torch.bool)
+    bootstrap = torch.from_numpy(rng.standard_normal(5))
+    following = reward.clone()
+    following[:, -1] += 0.9 * bootstrap
+    found = gae(reward, value, bootstrap, valid, 0.9, 1.0)
+    torch.testing.assert_close(found, discounted_sum(following, 0.9) - value)
+
+
+def test_baseline_is_the_ridge_solution_of_each_task():
+    rng = np.random.default_rng(2)
+    x, y = rng.standard_normal((T, 40, 6)), rng.standard_normal((T, 40))
+    found = fit_linear(torch.from_numpy(x), torch.from_numpy(y), 0.3).numpy()
+    for task in range(T):
+        # Ridge regression as least squares with rows sqrt(ridge) e_i appended.
+        rows = np.vstack([x[task], np.sqrt(0.3) * np.eye(6)])
+        expected = np.linalg.lstsq(rows, np.append(y[task], np.zeros(6)), rcond=None)[0]
+        np.testing.assert_allclose(found[task], expected, rtol=1e-10)
+
+
+def test_baseline_raises_the_ridge_where_it_cannot_solve():
+    # Huge collinear columns: the Gram matrix plus 1e-5 is not positive definite in float64.
+    column = 1e8 * torch.linspace(1, 2, 30, dtype=torch.float64)
+    x = torch.stack([column, column * (1 + 1e-15), column], dim=1)[None]
+    y = column[None] / 1e8
+    gram = (x.transpose(1, 2) @ x)[0] + 1e-5 * torch.eye(3, dtype=torch.float64)
+    assert torch.linalg.cholesky_ex(gram)[1] != 0
+    weights = fit_linear(x, y, 1e-5)
+    assert torch.isfinite(weights).all()
+
+
+def test_features_of_a_step():
+    row = features(torch.tensor([[3.0, -40.0]]), torch.tensor([50]))[0]
+    expected = torch.tensor([3.0, -10.0, 9.0, 100.0, 0.5, 0.25, 0.125, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(row, expected)
+
+
+def test_normalize_divides_by_the_standard_deviation():
+    rng = np.random.default_rng(3)
+    advantage = torch.from_numpy(5.0 + 3.0 * rng.standard_normal((2, 3, H)))
+    valid = torch.ones(2, 3, H, dtype=torch.bool)
+    valid[0, 1, 4:] = False
+    found = normalize(torch.where(valid, advantage, 0.0), valid)
+    for task in range(2):
+        seen = found[task][valid[task]]
+        assert float(seen.mean()) == pytest.approx(0.0, abs=1e-12)
+        assert float(seen.std(correction=0)) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_a_task_of_no_valid_steps_has_no_advantages(pool):
+    lengths = np.full((T, E), H)
+    lengths[1] = 0
+    found = estimate(make_rollout(lengths), AdvantageConfig(), pool)
+    assert torch.isfinite(found).all()
+    assert not found[1].any()
+    assert found[0].any()
+
+
+@pytest.mark.parametrize(("key", "value"), [("discount", 1.5), ("trace", -0.1), ("ridge", 0.0)])
+def test_bad_values_are_refused_by_name(key, value):
+    with pytest.raises(ValueError, match=f"advantage.{key}"):
+        AdvantageConfig(**{key: value})

@@ -1,0 +1,204 @@
+"""Meta-gradients and Fisher products against derivations of their own, in float64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import double_params, random_batch
+
+from metarl.adaptation import adapt, constant_step_sizes
+from metarl.meta_gradients import UnrolledProblem
+from metarl.objectives import likelihood_ratio, log_likelihood, mean_kl
+from metarl.parallel import ChunkPool
+from metarl.policies import GaussianMLP, flatten, stack, unflatten
+
+SIZES = (0.3, 0.2, 0.15)
+
+
+def problem(policy, pool, steps, order, **options):
+    batches = [random_batch(policy, 3, 20, seed) for seed in range(steps + 1)]
+    sizes = constant_step_sizes(double_params(policy), SIZES)
+    return UnrolledProblem(policy, batches, sizes, pool, log_likelihood, order=order, **options)
+
+
+def post_adaptation_loss(made: UnrolledProblem, theta: torch.Tensor, like) -> torch.Tensor:
+    """The mean outer loss written out task by task, with no stacking, chunks or vmap."""
+    policy, losses = made.policy, []
+    for t in range(made.tasks):
+        params = unflatten(theta, like)
+        *support, query = (batch.map(lambda x, t=t: x[t : t + 1]) for batch in made.batches)
+        for k, batch in enumerate(support):
+            stacked = {name: p[None] for name, p in params.items()}
+            loss = log_likelihood(policy, stacked, batch).sum()
+            slope = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            params = {
+                name: p - SIZES[k] * g for (name, p), g in zip(params.items(), slope, strict=True)
+            }
+        stacked = {name: p[None] for name, p in params.items()}
+        losses.append(likelihood_ratio(policy, stacked, query).sum())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_second_order_gradient_matches_central_differences(small_policy, pool, steps):
+    meta = double_params(small_policy)
+    made = problem(small_policy, pool, steps, order=2, chunk=2)
+    gradient, loss = made.gradient(meta)
+    theta = flatten(meta).requires_grad_()
+    assert loss == pytest.approx(float(post_adaptation_loss(made, theta, meta).detach()), abs=1e-12)
+    for i in range(0, len(theta), 5):
+        h = torch.zeros_like(theta)
+        h[i] = 1e-5
+        up, down = (post_adaptation_loss(made, theta + s * h, meta) for s in (1, -1))
+        assert float(gradient[i]) == pytest.approx(
+            float((up - down).detach()) / 2e-5, rel=1e-6, abs=1e-8
+        )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_first_order_gradient_is_the_outer_gradient_at_the_adapted_parameters(
+    small_policy, pool, steps
+):
+    meta = double_params(small_policy)
+    made = problem(small_policy, pool, steps, order=1, chunk=2)
+    gradient, _ = made.gradient(meta)
+    expected = torch.zeros_like(gradient)
+    for t in range(made.tasks):
+        *support, query = (batch.map(lambda x, t=t: x[t : t + 1]) for batch in made.batches)
+        loss = partial(log_likelihood, small_policy)
+        theta = adapt(loss, stack(meta, 1), made.step_sizes, support, order=0)[-1]
+        theta = {name: p.requires_grad_() for name, p in theta.items()}
+        outer = likelihood_ratio(small_policy, theta, query).sum()
+        grads = torch.autograd.grad(outer, list(theta.values()))
+        expected += torch.cat([g.reshape(-1) for g in grads]) / made.tasks
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_meta_gradient_of_a_quadratic_matches_its_closed_form(steps, order):
+    # One step maps the miss e = theta - goal to (I - aA) e, so e_K = (I - aA)^K e and
+    #   MAML: (I - aA)^K A e_K      FOMAML: A e_K
+    generator = torch.Generator().manual_seed(steps)
+    root = torch.randn(3, 4, 4, generator=generator, dtype=torch.float64)
+    A = root @ root.transpose(1, 2) / 4
+    goal = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    theta = torch.randn(4, generator=generator, dtype=torch.float64).requires_grad_()
+
+    def loss(params, batch):
+        miss = params["x"] - goal
+        return 0.5 * torch.einsum("ti,tij,tj->t", miss, A, miss)
+
+    size = 0.2
+    sizes = {"x": torch.tensor([size], dtype=torch.float64)}
+    iterates = adapt(loss, {"x": theta.expand(3, 4)}, sizes, [None] * steps, order=order)
+    (gradient,) = torch.autograd.grad(loss(iterates[-1], None).mean(), theta)
+
+    shrink = torch.eye(4, dtype=torch.float64) - size * A
+    power = torch.linalg.matrix_power(shrink, steps)
+    miss = power @ (theta.detach() - goal).unsqueeze(-1)
+    expected = A @ miss if order == 1 else power.transpose(1, 2) @ A @ miss
+    torch.testing.assert_close(gradient, expected.mean(0).squeeze(-1), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_fisher_product_matches_the_dense_hessian_of_the_kl(pool, steps):
+    # The Hessian of KL(adapted(theta0) || adapted(theta)) in theta at theta0 is J' F J.
+    policy = GaussianMLP(observation_dim=2, action_dim=2, hidden=(3,))
+    meta = double_params(policy)
+    made = problem(policy, pool, steps, order=2, chunk=2)
+    loss = partial(log_likelihood, policy)
+
+    def adapted(theta):
+        stacked = stack(unflatten(theta, meta), made.tasks)
+        return adapt(loss, stacked, made.step_sizes, made.batches[:-1], order=2)[-1]
+
+    query = made.batches[-1]
+    theta = flatten(meta).requires_grad_()
+    dist = policy.distribution(adapted(theta), query.observation)
+    fixed = {name: x.detach() for name, x in dist.items()}
+
+    def kl(theta):
+        dist = policy.distribution(adapted(theta), query.observation)
+        return (query.weight * policy.kl(fixed, dist)).sum(1).mean()
+
+    hessian = torch.autograd.functional.hessian(kl, theta.detach())
+    made.gradient(meta)
+    with made.linearize(meta) as product:
+        columns = [product(e) for e in torch.eye(len(theta), dtype=torch.float64)]
+    torch.testing.assert_close(torch.stack(columns), hessian, rtol=1e-9, atol=1e-11)
+
+
+def test_fisher_samples_change_the_metric_and_not_the_point_it_is_taken_at(small_policy, pool):
+    # With every sample listed the product is the full one; with a part of the support the
+    # adapted parameters must still be those of all samples.
+    meta = double_params(small_policy)
+    full = problem(small_policy, pool, 1, order=2)
+    listed = problem(small_policy, pool, 1, order=2, fisher_samples=torch.arange(20))
+    part = problem(small_policy, pool, 1, order=1, fisher_samples=torch.arange(0, 20, 2))
+    v = torch.linspace(-1, 1, len(flatten(meta)), dtype=torch.float64)
+    results = []
+    for made in (full, listed, part):
+        made.gradient(meta)
+        with made.linearize(meta) as product:
+            results.append(product(v))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+    # Order 1: J is that of the network at the adapted parameters, so the product on a part of
+    # the query samples is that of a problem whose query holds just these.
+    chosen = part.batches[-1].select(torch.arange(0, 20, 2))
+    alone = UnrolledProblem(
+        small_policy, [*part.batches[:-1], chosen], part.step_sizes, pool, log_likelihood, order=1
+    )
+    alone.gradient(meta)
+    with alone.linearize(meta) as product:
+        torch.testing.assert_close(results[2], product(v), rtol=1e-10, atol=1e-12)
+
+
+def test_a_tasks_result_does_not_depend_on_the_other_tasks(small_policy, pool):
+    meta = double_params(small_policy)
+    together = problem(small_policy, pool, 2, order=2, chunk=3)
+    total = torch.zeros(len(flatten(meta)), dtype=torch.float64)
+    for t in range(together.tasks):
+        alone = UnrolledProblem(
+            small_policy,
+            [batch.map(lambda x, t=t: x[t : t + 1]) for batch in together.batches],
+            together.step_sizes,
+            pool,
+            log_likelihood,
+        )
+        total += alone.gradient(meta)[0] / together.tasks
+    torch.testing.assert_close(together.gradient(meta)[0], total, rtol=1e-12, atol=1e-14)
+
+
+def test_gradient_and_products_are_bit_identical_at_any_number_of_threads(small_policy):
+    meta = {name: p.float() for name, p in double_params(small_policy).items()}
+    results = []
+    for threads in (1, 2, 3):
+        with ChunkPool(threads) as pool:
+            made = problem(small_policy, pool, 1, order=2, chunk=1)
+            made.batches = [batch.map(torch.Tensor.float) for batch in made.batches]
+            gradient, _ = made.gradient(meta)
+            with made.linearize(meta) as product:
+                results.append((gradient, product(gradient)))
+    for gradient, image in results[1:]:
+        assert torch.equal(gradient, results[0][0])
+        assert torch.equal(image, results[0][1])
+
+
+def test_evaluate_is_the_loss_and_kl_of_policies_adapted_anew(small_policy, pool):
+    meta = double_params(small_policy)
+    made = problem(small_policy, pool, 2, order=2)
+    elsewhere = {name: p + 0.05 for name, p in meta.items()}
+    found = made.evaluate(elsewhere)
+    theta = flatten(elsewhere).requires_grad_()
+    assert found.loss == pytest.approx(
+        float(post_adaptation_loss(made, theta, meta).detach()), rel=1e-12
+    )
+    loss = partial(log_likelihood, small_policy)
+    *support, query = made.batches
+    adapted = adapt(loss, stack(elsewhere, 3), made.step_sizes, support, order=0)[-1]
+    dist = small_policy.distribution(adapted, query.observation)
+    expected = float(mean_kl(small_policy, dist, query).mean())
+    assert found.kl == pytest.approx(expected, rel=1e-12)

@@ -1,0 +1,122 @@
+"""The Gaussian MLP against torch.distributions and layer-by-layer arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import double_params
+from torch.distributions import Independent, Normal, kl_divergence
+
+from metarl.policies import GaussianMLP, flatten, stack, tanh, unflatten
+
+
+def reference(dist):
+    return Independent(Normal(dist["mean"], dist["log_std"].exp()), 1)
+
+
+@pytest.fixture
+def two_dists(small_policy):
+    observation = torch.randn(
+        2, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    return [
+        small_policy.distribution(stack(double_params(small_policy, seed), 2), observation)
+        for seed in (1, 2)
+    ]
+
+
+def test_log_prob_entropy_and_kl_match_torch_distributions(small_policy, two_dists):
+    old, new = two_dists
+    action = small_policy.sample(old, torch.ones_like(old["mean"]))
+    torch.testing.assert_close(
+        small_policy.log_prob(new, action), reference(new).log_prob(action), rtol=1e-13, atol=1e-13
+    )
+    torch.testing.assert_close(small_policy.entropy(new), reference(new).entropy())
+    torch.testing.assert_close(
+        small_policy.kl(old, new), kl_divergence(reference(old), reference(new)), rtol=1e-12, atol=0
+    )
+
+
+def test_a_sample_is_the_mean_plus_noise_times_the_standard_deviation(small_policy, two_dists):
+    dist = two_dists[0]
+    noise = torch.full_like(dist["mean"], -2.0)
+    expected = dist["mean"] - 2.0 * dist["log_std"].exp()
+    torch.testing.assert_close(small_policy.sample(dist, noise), expected)
+    assert torch.equal(small_policy.mode(dist), dist["mean"])
+
+
+def test_fisher_is_the_hessian_of_the_kl(small_policy):
+    point = torch.tensor([0.3, -0.2, 0.1, -0.4], dtype=torch.float64)
+
+    def dist(x):
+        return {"mean": x[:2], "log_std": x[2:]}
+
+    hessian = torch.autograd.functional.hessian(
+        lambda x: small_policy.kl(dist(point), dist(x)), point
+    )
+    tangent = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    found = small_policy.fisher(dist(point), dist(tangent))
+    expected = hessian @ tangent
+    torch.testing.assert_close(torch.cat([found["mean"], found["log_std"]]), expected)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_stacked_parameters_give_what_each_task_gives_alone(activation):
+    policy = GaussianMLP(observation_dim=3, action_dim=2, hidden=(5, 4), activation=activation)
+    tasks = [double_params(policy, seed) for seed in range(3)]
+    stacked = {name: torch.stack([p[name] for p in tasks]) for name in tasks[0]}
+    observation = torch.randn(
+        3, 6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    together = policy.distribution(stacked, observation)
+    function = torch.tanh if activation == "tanh" else torch.relu
+    for t, p in enumerate(tasks):
+        x = observation[t]
+        for i in range(2):
+            x = function(x @ p[f"layer{i}.weight"] + p[f"layer{i}.bias"])
+        x = x @ p["layer2.weight"] + p["layer2.bias"]
+        torch.testing.assert_close(together["mean"][t], x, rtol=1e-13, atol=1e-14)
+        torch.testing.assert_close(policy.distribution(p, observation[t])["mean"], x)
+        torch.testing.assert_close(together["log_std"][t], p["log_std"].expand(6, 2))
+
+
+def test_context_is_further_inputs(small_policy):
+    wide = GaussianMLP(observation_dim=2, action_dim=2, hidden=(5, 4), context_dim=1)
+    params = double_params(wide)
+    observation, context = torch.ones(6, 2, dtype=torch.float64), torch.tensor([0.7]).double()
+    joined = torch.cat([observation, context.expand(6, 1)], dim=1)
+    found = wide.distribution(params, observation, context)["mean"]
+    torch.testing.assert_close(found, small_policy.distribution(params, joined)["mean"])
+
+
+def test_tanh_has_all_its_derivatives():
+    x = torch.linspace(-3, 3, 13, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(tanh(x), torch.tanh(x), rtol=1e-14, atol=1e-15)
+    assert torch.autograd.gradcheck(tanh, x)
+    assert torch.autograd.gradgradcheck(tanh, x)
+
+
+def test_initial_weights_are_xavier_and_biases_zero():
+    policy = GaussianMLP(observation_dim=300, action_dim=6, hidden=(200,), initial_std=0.5)
+    params = policy.init(np.random.default_rng(0))
+    bound = np.sqrt(6 / 500)
+    weight = params["layer0.weight"]
+    assert weight.abs().max() <= bound
+    assert float(weight.std()) == pytest.approx(bound / np.sqrt(3), rel=0.02)
+    assert not params["layer0.bias"].any()
+    torch.testing.assert_close(params["log_std"].exp(), torch.full((6,), 0.5))
+
+
+def test_standard_deviation_has_a_floor():
+    policy = GaussianMLP(observation_dim=1, action_dim=1, hidden=(), min_std=0.1)
+    params = policy.init(np.random.default_rng(0))
+    params["log_std"] = torch.tensor([-50.0])
+    dist = policy.distribution(params, torch.zeros(1, 1))
+    assert float(dist["log_std"].exp()) == pytest.approx(0.1)
+
+
+def test_flatten_and_unflatten_are_inverse(small_policy):
+    params = double_params(small_policy)
+    again = unflatten(flatten(params), params)
+    assert all(torch.equal(params[name], again[name]) for name in params)

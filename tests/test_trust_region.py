@@ -1,0 +1,106 @@
+"""Conjugate gradient against a direct solve; the step against what TRPO promises."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from metarl.meta_gradients import Evaluation
+from metarl.trust_region import TrustRegion, TrustRegionConfig, conjugate_gradient
+
+
+def spd(n: int, seed: int = 0) -> torch.Tensor:
+    root = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return root @ root.T + 0.1 * torch.eye(n, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("n", [1, 5, 20])
+def test_conjugate_gradient_matches_a_direct_solve(n):
+    A = spd(n)
+    b = torch.linspace(-1, 2, n, dtype=torch.float64)
+    found = conjugate_gradient(lambda v: A @ v, b, iterations=4 * n, tolerance=1e-26)
+    torch.testing.assert_close(found, torch.linalg.solve(A, b), rtol=1e-8, atol=1e-9)
+
+
+def test_conjugate_gradient_minimizes_over_the_krylov_space():
+    # After k products x minimizes 1/2 x'Ax - b'x over span{b, Ab, ..., A^(k-1) b}.
+    A, b = spd(8), torch.linspace(-1, 2, 8, dtype=torch.float64)
+    basis = torch.stack([torch.linalg.matrix_power(A, i) @ b for i in range(3)], dim=1)
+    expected = basis @ torch.linalg.solve(basis.T @ A @ basis, basis.T @ b)
+    found = conjugate_gradient(lambda v: A @ v, b, iterations=3)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+class Quadratic:
+    """A problem with loss g'x + x'Bx / 2 and KL x'Fx / 2 around x = 0."""
+
+    def __init__(self, gradient, B, F):
+        self.g, self.B, self.F = gradient, B, F
+
+    def gradient(self, meta):
+        return self.g, 0.0
+
+    def evaluate(self, meta):
+        x = meta["x"]
+        return Evaluation(float(self.g @ x + 0.5 * x @ self.B @ x), float(0.5 * x @ self.F @ x))
+
+    @contextmanager
+    def linearize(self, meta):
+        yield lambda v: self.F @ v
+
+
+ZERO = {"x": torch.zeros(4, dtype=torch.float64)}
+GRADIENT = torch.tensor([1.0, -1.0, 0.5, 2.0], dtype=torch.float64)
+
+
+def test_on_a_linear_loss_the_step_is_the_natural_gradient_to_the_bound():
+    F = spd(4)
+    config = TrustRegionConfig(max_kl=0.02, cg_damping=0.0, cg_iterations=40)
+    made = Quadratic(GRADIENT, torch.zeros(4, 4, dtype=torch.float64), F)
+    # The bound is met up to rounding, so allow the first or the second step length.
+    new, stats = TrustRegion(config).step(made, ZERO)
+    natural = torch.linalg.solve(F, GRADIENT)
+    length = math.sqrt(2 * 0.02 / float(natural @ F @ natural))
+    factor = 0.8 ** (stats["line_search_steps"] - 1)
+    assert stats["line_search_steps"] in (1, 2)
+    torch.testing.assert_close(new["x"], -factor * length * natural, rtol=1e-6, atol=1e-9)
+    assert stats["kl"] <= 0.02
+    assert stats["surrogate_after"] > stats["surrogate_before"]
+
+
+def test_the_line_search_shrinks_until_the_loss_falls():
+    stiff = 30.0 * torch.eye(4, dtype=torch.float64)
+    made = Quadratic(GRADIENT, stiff, torch.eye(4, dtype=torch.float64))
+    new, stats = TrustRegion(TrustRegionConfig(max_kl=0.5)).step(made, ZERO)
+    assert stats["line_search_steps"] > 1
+    assert made.evaluate(new).loss < 0.0
+
+
+def test_without_any_improvement_the_parameters_stay():
+    made = Quadratic(GRADIENT, 1e9 * torch.eye(4, dtype=torch.float64), torch.eye(4).double())
+    new, stats = TrustRegion(TrustRegionConfig(max_kl=0.5)).step(made, ZERO)
+    assert new is ZERO
+    assert stats["line_search_steps"] == 0
+    assert stats["finite"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    gradient = GRADIENT.clone()
+    gradient[2] = bad
+    made = Quadratic(gradient, torch.zeros(4, 4).double(), torch.eye(4).double())
+    new, stats = TrustRegion(TrustRegionConfig()).step(made, ZERO)
+    assert new is ZERO
+    assert not stats["finite"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_kl", 0.0), ("cg_iterations", 0), ("backtrack", 1.0), ("fisher_fraction", 0.0)],
+)
+def test_bad_values_are_refused_by_name(key, value):
+    with pytest.raises(ValueError, match=f"outer.{key}"):
+        TrustRegionConfig(**{key: value})
