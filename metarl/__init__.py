@@ -5,7 +5,13 @@ policy = meta_policy.adapt(env)
 action = policy.act(observation)
 """
 
-import envs  # registers the families with Gymnasium  # noqa: F401
+import os
+
+# Without it MKL's results depend on where in memory an array lies, and so on the number of
+# threads. It is read at the process's first matrix product; an existing value is left alone.
+os.environ.setdefault("MKL_CBWR", "AUTO")
+
+import envs  # noqa: F401  (registers the families with Gymnasium)
 from metarl.config import Config
 from metarl.evaluation import evaluate
 from metarl.meta_policy import MetaPolicy, Policy, load

@@ -68,19 +68,22 @@ def env_action(action: NDArray, space: gym.spaces.Box, mode: ActionMode) -> NDAr
 
 
 class _Memory:
-    """NumPy arrays of a rollout in the making, laid out once."""
+    """NumPy views of a rollout in the making, laid out once."""
 
     def __init__(self, policy: GaussianMLP, tasks: int, episodes: int, horizon: int) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> NDArray:
+            return torch.zeros(shape, dtype=dtype).numpy()  # torch aligns; NumPy may not
+
         grid = (tasks, episodes, horizon)
-        self.observation = np.zeros((*grid, policy.observation_dim), np.float32)
-        self.last_observation = np.zeros((*grid[:2], policy.observation_dim), np.float32)
-        self.action = np.zeros((*grid, policy.action_dim), np.float32)
-        self.mean = np.zeros((*grid, policy.action_dim), np.float32)
-        self.reward = np.zeros(grid, np.float32)
-        self.valid = np.zeros(grid, np.bool_)
-        self.terminated = np.zeros(grid[:2], np.bool_)
-        self.truncated = np.zeros(grid[:2], np.bool_)
-        self.diverged = np.zeros(grid[:2], np.bool_)
+        self.observation = zeros(*grid, policy.observation_dim)
+        self.last_observation = zeros(*grid[:2], policy.observation_dim)
+        self.action = zeros(*grid, policy.action_dim)
+        self.mean = zeros(*grid, policy.action_dim)
+        self.reward = zeros(*grid)
+        self.valid = zeros(*grid, dtype=torch.bool)
+        self.terminated = zeros(*grid[:2], dtype=torch.bool)
+        self.truncated = zeros(*grid[:2], dtype=torch.bool)
+        self.diverged = zeros(*grid[:2], dtype=torch.bool)
 
     def rollout(self, policy: GaussianMLP, params: Params, tasks: NDArray) -> Rollout:
         """Leave diverged episodes out and hand the memory over."""
@@ -123,7 +126,7 @@ def _collect_into(
     noise = torch.from_numpy(np.stack([address.noise(task, noise_shape) for task in ids]))
     space = env.single_action_space
     flat = (env.num_envs, policy.action_dim)
-    stacked = {name: p[where] for name, p in params.items()}
+    stacked = {name: p[where].clone() for name, p in params.items()}
     env.set_tasks(tasks[where])
     observation, _ = env.reset(seed=seeds)
     active = np.ones(shape, np.bool_)

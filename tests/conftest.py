@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+import metarl  # noqa: F401  (before the first matrix product)
+from envs import GymnasiumFamily, Uniform
 from metarl.objectives import Batch
 from metarl.parallel import ChunkPool
 from metarl.policies import GaussianMLP, Params
@@ -64,4 +67,37 @@ def random_batch(
         weight=valid / valid.sum(dim=1, keepdim=True),
         old_log_prob=policy.log_prob(old, action),
         old=old,
+    )
+
+
+class CountingEnv(gym.Env):
+    """Observes and pays the number of steps taken; an episode ends after `length` of them."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+    length = 3.0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0.0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.count += 1.0
+        done = self.count >= self.length
+        return np.array([self.count], np.float32), self.count, done, False, {}
+
+
+def set_length(env: gym.Env, task: np.ndarray) -> None:
+    env.length = task[0]  # type: ignore[attr-defined]
+
+
+def counting_family(horizon: int = 6) -> GymnasiumFamily:
+    """Task g: episodes of g steps."""
+    return GymnasiumFamily(
+        name="counting",
+        env=CountingEnv,
+        tasks=Uniform({"length": (1.0, 9.0)}),
+        set_task=set_length,
+        horizon=horizon,
     )

@@ -1,0 +1,125 @@
+"""The inner update and its losses against plain autograd, in float64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import double_params, random_batch
+from torch.distributions import Independent, Normal
+
+from metarl.adaptation import adapt, constant_step_sizes, step_size
+from metarl.objectives import likelihood_ratio, log_likelihood, mean_kl
+from metarl.policies import stack
+
+
+def test_zero_steps_are_the_identity(small_policy):
+    params = stack(double_params(small_policy), 3)
+    iterates = adapt(
+        partial(log_likelihood, small_policy),
+        params,
+        constant_step_sizes(params, [0.1]),
+        [],
+        order=2,
+    )
+    assert len(iterates) == 1
+    assert iterates[0] is params
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_each_task_takes_its_own_gradient_step_on_each_batch(small_policy, order):
+    params = double_params(small_policy)
+    batches = [random_batch(small_policy, 3, 20, seed) for seed in range(3)]
+    sizes = constant_step_sizes(params, [0.3, 0.1])
+    loss = partial(log_likelihood, small_policy)
+    leaves = {name: p.requires_grad_() for name, p in stack(params, 3).items()}
+    iterates = adapt(loss, leaves, sizes, batches, order=order)
+    for t in range(3):
+        theta = {name: p.clone().requires_grad_() for name, p in params.items()}
+        for k, batch in enumerate(batches):
+            n = batch.weight[t] > 0
+            dist = small_policy.distribution(theta, batch.observation[t][n])
+            density = Independent(Normal(dist["mean"], dist["log_std"].exp()), 1)
+            # The mean over this task's valid steps, never over tasks.
+            value = -(density.log_prob(batch.action[t][n]) * batch.advantage[t][n]).mean()
+            slope = torch.autograd.grad(value, list(theta.values()))
+            size = [0.3, 0.1, 0.1][k]  # steps beyond those given repeat the last
+            theta = {
+                name: (p - size * g).detach().requires_grad_()
+                for (name, p), g in zip(theta.items(), slope, strict=True)
+            }
+            for name, p in theta.items():
+                torch.testing.assert_close(
+                    iterates[k + 1][name][t].detach(), p.detach(), rtol=1e-12, atol=1e-14
+                )
+
+
+def test_step_sizes_may_differ_by_layer_and_entry(small_policy):
+    params = stack(double_params(small_policy), 2)
+    batch = random_batch(small_policy, 2, 10, 0)
+    loss = partial(log_likelihood, small_policy)
+    unit = adapt(loss, params, constant_step_sizes(params, [1.0]), [batch], order=0)[1]
+    sizes = {name: torch.zeros(1, dtype=torch.float64) for name in params}
+    sizes["log_std"] = torch.tensor([[0.5, 0.0]], dtype=torch.float64)
+    moved = adapt(loss, params, sizes, [batch], order=0)[1]
+    for name in params:
+        expected = params[name] + (unit[name] - params[name]) * step_size(sizes, name, 0)
+        torch.testing.assert_close(moved[name], expected)
+    assert torch.equal(moved["layer0.weight"], params["layer0.weight"])
+
+
+def test_likelihood_ratios_are_one_before_any_update(small_policy):
+    params = stack(double_params(small_policy), 2)
+    batch = random_batch(small_policy, 2, 30, 0)
+    dist = small_policy.distribution(params, batch.observation)
+    fresh = {**vars(batch), "old": dist, "old_log_prob": small_policy.log_prob(dist, batch.action)}
+    batch = type(batch)(**fresh)
+    ratio = (small_policy.log_prob(dist, batch.action) - batch.old_log_prob).exp()
+    assert torch.equal(ratio, torch.ones_like(ratio))
+    expected = -(batch.weight * batch.advantage).sum(1)
+    torch.testing.assert_close(likelihood_ratio(small_policy, params, batch), expected)
+    kl = mean_kl(small_policy, dist, batch)
+    torch.testing.assert_close(kl, torch.zeros_like(kl), rtol=0, atol=1e-15)
+
+
+def test_ratio_and_likelihood_have_the_same_gradient_at_the_old_policy(small_policy):
+    theta = {n: p.requires_grad_() for n, p in double_params(small_policy).items()}
+    batch = random_batch(small_policy, 2, 30, 0)
+    dist = small_policy.distribution(stack(theta, 2), batch.observation)
+    old = {n: x.detach() for n, x in dist.items()}
+    batch = type(batch)(
+        **{**vars(batch), "old": old, "old_log_prob": small_policy.log_prob(old, batch.action)}
+    )
+    grads = [
+        torch.autograd.grad(loss(small_policy, stack(theta, 2), batch).sum(), list(theta.values()))
+        for loss in (likelihood_ratio, log_likelihood)
+    ]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_samples_that_are_not_valid_do_not_count(small_policy):
+    params = stack(double_params(small_policy), 2)
+    batch = random_batch(small_policy, 2, 16, 0)
+    junk = torch.where(batch.weight > 0, 0.0, 1e3)
+    spoiled = type(batch)(
+        **{
+            **vars(batch),
+            "observation": batch.observation + junk.unsqueeze(-1),
+            "advantage": batch.advantage + junk,
+        }
+    )
+    for loss in (log_likelihood, likelihood_ratio):
+        torch.testing.assert_close(
+            loss(small_policy, params, batch), loss(small_policy, params, spoiled)
+        )
+
+
+def test_selected_samples_are_weighted_to_one_again(small_policy):
+    batch = random_batch(small_policy, 2, 16, 0)
+    part = batch.select(torch.tensor([0, 3, 15]))
+    torch.testing.assert_close(part.weight.sum(1), torch.ones(2, dtype=torch.float64))
+    assert torch.equal(part.action, batch.action[:, [0, 3, 15]])
+    nothing = batch.select(torch.tensor([15]))
+    assert torch.equal(nothing.weight, torch.zeros(2, 1, dtype=torch.float64))

@@ -1,0 +1,191 @@
+"""Rollouts against a plain loop over environments; random streams; masks."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import CountingEnv, counting_family
+
+from envs import make_family
+from envs.errors import UserError
+from metarl.parallel import ChunkPool, slices
+from metarl.policies import GaussianMLP, stack
+from metarl.rollouts import Address, Collector, collect_episodes, env_action
+from metarl.seeding import episode_seeds, stream
+
+POLICY = GaussianMLP(observation_dim=17, action_dim=6, hidden=(8,))
+
+
+def per_task_params(policy: GaussianMLP, tasks: int):
+    each = [policy.init(np.random.default_rng(t)) for t in range(tasks)]
+    return {name: torch.stack([p[name] for p in each]) for name in each[0]}
+
+
+def test_collect_matches_a_plain_loop_over_single_environments(pool):
+    family = make_family("half-cheetah-vel", horizon=25)
+    tasks = family.tasks.grid(3)
+    params = per_task_params(POLICY, 3)
+    address = Address(seed=4, iteration=7, inner_step=1)
+    rollout = Collector(family, POLICY, 3, 2, pool).collect(params, tasks, address)
+    assert rollout.observation.shape == (3, 2, 25, 17)
+    assert rollout.env_steps == 150
+    assert rollout.valid.all()
+    for t in range(3):
+        noise = address.noise(t, (2, 25, 6))
+        for e, seed in enumerate(address.episode_seeds(t, 2)):
+            env = gym.make("HalfCheetah-v5", max_episode_steps=25)
+            observation, _ = env.reset(seed=seed)
+            for h in range(25):
+                np.testing.assert_array_equal(
+                    rollout.observation[t, e, h].numpy(), observation.astype(np.float32)
+                )
+                alone = {name: p[t] for name, p in params.items()}
+                dist = POLICY.distribution(alone, rollout.observation[t, e, h : h + 1])
+                action = rollout.action[t, e, h].numpy()
+                np.testing.assert_allclose(
+                    action, dist["mean"][0].numpy() + noise[e, h], rtol=0, atol=1e-6
+                )
+                np.testing.assert_allclose(
+                    rollout.behaviour["mean"][t, e, h], dist["mean"][0], rtol=0, atol=1e-6
+                )
+                observation, _, terminated, truncated, info = env.step(np.clip(action, -1, 1))
+                cost = 0.05 * np.square(np.clip(action, -1, 1)).sum()
+                reward = -abs(info["x_velocity"] - tasks[t, 0]) - cost
+                assert float(rollout.reward[t, e, h]) == pytest.approx(reward, abs=1e-5)
+            assert truncated
+            np.testing.assert_array_equal(
+                rollout.last_observation[t, e].numpy(), observation.astype(np.float32)
+            )
+    assert rollout.truncated.all()
+    assert not rollout.terminated.any()
+
+
+@pytest.mark.parametrize("name", ["half-cheetah-dir", "navigation-2d"])
+def test_results_are_bit_identical_at_any_number_of_threads(name):
+    family = make_family(name, horizon=15)
+    sizes = {"half-cheetah-dir": (17, 6), "navigation-2d": (2, 2)}[name]
+    policy = GaussianMLP(observation_dim=sizes[0], action_dim=sizes[1], hidden=(32, 32))
+    tasks = family.tasks.sample(np.random.default_rng(0), 7)
+    results = []
+    for threads in (1, 2, 3, 7):
+        with ChunkPool(threads) as pool:
+            collector = Collector(family, policy, 7, 5, pool)
+            results.append(collector.collect(per_task_params(policy, 7), tasks, Address(1)))
+    for other in results[1:]:
+        for name in ("observation", "action", "reward", "valid", "last_observation"):
+            assert torch.equal(getattr(results[0], name), getattr(other, name))
+
+
+def test_one_environment_alone_gives_what_the_vector_gives(pool):
+    family = make_family("half-cheetah-dir", horizon=20)
+    params = POLICY.init(np.random.default_rng(0))
+    address = Address(3, split="test", inner_step=2)
+    together = Collector(family, POLICY, 1, 3, pool).collect(
+        stack(params, 1), np.array([[1.0]]), address
+    )
+    alone = collect_episodes(
+        family.make(np.array([1.0])), POLICY, params, episodes=3, horizon=20, address=address
+    )
+    for name in ("observation", "action", "reward", "last_observation"):
+        a, b = getattr(together, name), getattr(alone, name)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        assert torch.equal(a[:, :, :1], b[:, :, :1]) or name == "last_observation"
+
+
+def test_ragged_episodes_are_masked_and_zero_after_their_ends(pool):
+    # Task g ends its episodes after g steps; reward t + 1 at step t.
+    family = counting_family(horizon=6)
+    policy = GaussianMLP(observation_dim=1, action_dim=1, hidden=())
+    params = stack(policy.init(np.random.default_rng(0)), 3)
+    rollout = Collector(family, policy, 3, 2, pool).collect(
+        params, np.array([[1.0], [4.0], [9.0]]), Address(0)
+    )
+    lengths = torch.tensor([1, 4, 6])
+    assert torch.equal(rollout.valid.sum(-1), lengths[:, None].expand(3, 2))
+    assert rollout.terminated.tolist() == [[True, True], [True, True], [False, False]]
+    assert rollout.truncated.tolist() == [[False, False], [False, False], [True, True]]
+    for name in ("observation", "action", "reward"):
+        values = getattr(rollout, name)
+        assert not values[~rollout.valid].any()
+    assert rollout.returns()[:, 0].tolist() == [1.0, 10.0, 21.0]
+    assert rollout.last_observation[:, 0, 0].tolist() == [1.0, 4.0, 6.0]
+    assert rollout.env_steps == 2 * 11
+
+
+def test_a_diverged_episode_is_left_out_whole(pool, monkeypatch):
+    family = make_family("half-cheetah-dir", horizon=10)
+    collector = Collector(family, POLICY, 2, 3, ChunkPool(1))
+    env = collector._envs[0]
+    begin = env._begin
+
+    def sabotage(ids, seeds):
+        begin(ids, seeds)
+        env.sim.qvel[4, 0] = 1e11  # episode 1 of task 1
+
+    monkeypatch.setattr(env, "_begin", sabotage)
+    rollout = collector.collect(per_task_params(POLICY, 2), np.array([[1.0], [-1.0]]), Address(0))
+    assert rollout.diverged.tolist() == [[False] * 3, [False, True, False]]
+    assert rollout.env_steps == 50
+    assert not rollout.valid[1, 1].any()
+    assert torch.isnan(rollout.returns()[1, 1])
+    assert torch.isfinite(rollout.mean_returns()).all()
+    expected = rollout.returns()[1, [0, 2]].mean()
+    torch.testing.assert_close(rollout.mean_returns()[1], expected)
+
+
+def test_deterministic_actions_are_the_mean(pool):
+    family = make_family("navigation-2d", horizon=5)
+    policy = GaussianMLP(observation_dim=2, action_dim=2, hidden=(4,))
+    params = stack(policy.init(np.random.default_rng(0)), 2)
+    rollout = Collector(family, policy, 2, 2, pool).collect(
+        params, family.tasks.grid(2), Address(0), deterministic=True
+    )
+    assert torch.equal(rollout.action, rollout.behaviour["mean"])
+
+
+def test_actions_are_clipped_or_scaled_to_the_bounds():
+    space = gym.spaces.Box(np.float32([-2, 0]), np.float32([2, 1]))
+    action = np.float32([[0.5, 0.5], [-3.0, 3.0]])
+    np.testing.assert_allclose(env_action(action, space, "clip"), [[0.5, 0.5], [-2.0, 1.0]])
+    np.testing.assert_allclose(env_action(action, space, "scale"), [[1.0, 0.75], [-2.0, 1.0]])
+
+
+def test_a_policy_of_other_sizes_is_refused(pool):
+    with pytest.raises(UserError, match=r"navigation-2d: observations are .* shape \(17,\)"):
+        Collector(make_family("navigation-2d"), POLICY, 1, 1, pool)
+    with pytest.raises(UserError, match="CountingEnv: observations"):
+        collect_episodes(CountingEnv(), POLICY, {}, episodes=1, horizon=1, address=Address(0))
+
+
+# Random streams -----------------------------------------------------------------------------------
+
+
+def test_streams_differ_by_every_part_of_their_address():
+    addresses = [
+        (0, 0, "noise", 0, 0), (1, 0, "noise", 0, 0), (0, 1, "noise", 0, 0),
+        (0, 0, "reset", 0, 0), (0, 0, "noise", 1, 0), (0, 0, "noise", 0, 1),
+        (0, 0, "test-noise", 0, 0), (0, 0, "validation-noise", 0, 0),
+    ]  # fmt: skip
+    draws = [tuple(stream(*address).integers(1 << 60, size=2)) for address in addresses]
+    assert len(set(draws)) == len(addresses)
+    assert tuple(stream(*addresses[0]).integers(1 << 60, size=2)) == draws[0]
+
+
+def test_an_episodes_streams_do_not_depend_on_how_many_there_are():
+    few = episode_seeds(0, 0, "reset", 0, 3, episodes=3)
+    assert episode_seeds(0, 0, "reset", 0, 3, episodes=10)[:3] == few
+    address = Address(0)
+    assert np.array_equal(address.noise(2, (3, 4, 2)), address.noise(2, (5, 4, 2))[:3])
+
+
+def test_chunks_cover_all_and_come_back_in_order():
+    assert slices(5, 2) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    with ChunkPool(3) as pool:
+        assert pool.map(lambda x: x * x, range(20)) == [x * x for x in range(20)]
+        with pytest.raises(ZeroDivisionError):
+            pool.map(lambda x: 1 / x, range(3))
+        assert pool.map(lambda x: x, [1]) == [1]
+    with pytest.raises(UserError, match="threads must be at least 1"):
+        ChunkPool(0)
