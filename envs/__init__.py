@@ -81,7 +81,9 @@ def _family_and_tasks(
     # One keyword for a task of several components, such as goal=(0.3, -0.2).
     joint = components[0].rsplit("_", 1)[0]
     if joint not in components and joint in keywords:
-        goal = dict(zip(components, np.moveaxis(np.asarray(keywords.pop(joint)), -1, 0)))
+        goal = dict(
+            zip(components, np.moveaxis(np.asarray(keywords.pop(joint)), -1, 0), strict=True)
+        )
     family = make_family(name, **keywords)
     if not goal:
         return family, None

@@ -67,10 +67,14 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def check_shapes(
+def in_shapes(
     path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raise CheckpointError unless tensors have these names and shapes."""
+) -> dict[str, Tensor]:
+    """Return the tensors in the order of these names; files keep no order, and sums depend on it.
+
+    Raises:
+        CheckpointError: their names or shapes are others.
+    """
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != dict(shapes):
         odd = sorted(set(found.items()) ^ set(shapes.items()))[0][0]
@@ -78,6 +82,7 @@ def check_shapes(
             f"{path} is of another network: {odd} is {found.get(odd, 'missing')},"
             f" expected {shapes.get(odd, 'none')}"
         )
+    return {name: tensors[name] for name in shapes}
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -147,7 +147,6 @@ def _run(arguments: list[str]) -> int:
         default=default,
         prog=f"metarl {name}",
         description=kind.__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
     )
     return function(command)
 

@@ -192,7 +192,7 @@ def evaluate(
 
         def curve(policy: MetaPolicy, sizes: Sequence[float] | None) -> Curve:
             loop = policy.inner_loop(pool, sizes)
-            given = loop.step_sizes["log_std"].tolist()
+            given = sizes or policy.test_step_sizes
 
             def sample(params: Params, k: int) -> Rollout:
                 where = Address(seed, split=split, inner_step=k)
@@ -208,7 +208,7 @@ def evaluate(
                     for k, params in enumerate(adapted.iterates)
                 ]
             returns = [rollout.mean_returns().numpy() for rollout in rollouts]
-            used = [round(given[min(k, len(given) - 1)], 9) for k in range(steps)]
+            used = [given[min(k, len(given) - 1)] for k in range(steps)]
             return Curve(used, np.stack(returns, axis=1))
 
         try:

@@ -48,7 +48,7 @@ class UnrolledProblem:
     inner_loss: Loss
     outer_loss: Loss = likelihood_ratio
     order: int = 2
-    chunk: int = 2
+    chunk: int = 4
     """Tasks a chunk: the working set stays in cache."""
     fisher_samples: Tensor | None = None
     """Indices of the samples that Fisher products use; None for all."""

@@ -86,10 +86,15 @@ class MetaPolicy:
             self.params["log_std"].shape[0],
         )
 
+    @property
+    def test_step_sizes(self) -> tuple[float, ...]:
+        """Sizes of the inner steps it adapts by, the last repeated."""
+        return self.config.inner.test_step_sizes or self.config.inner.step_sizes
+
     def inner_loop(self, pool: ChunkPool, step_sizes: Sequence[float] | None = None) -> InnerLoop:
-        """Return how this policy adapts; the step sizes are those of evaluation unless given."""
+        """Return how this policy adapts; the step sizes are its own unless given."""
         config = self.config
-        sizes = step_sizes or config.inner.test_step_sizes or config.inner.step_sizes
+        sizes = step_sizes or self.test_step_sizes
         return InnerLoop(
             self.policy,
             find_algorithm(config.algorithm).inner_loss,
@@ -238,8 +243,7 @@ def load(what: str | Path) -> MetaPolicy:
     config = Config.from_json(metadata["config"])
     params = {n.removeprefix("meta."): t for n, t in tensors.items() if not n.startswith("outer.")}
     record = {k: metadata[k] for k in ("iteration", "env_steps", "versions") if k in metadata}
-    meta = MetaPolicy(params, config, record)
     if "layer0.weight" not in params or "log_std" not in params:
         raise CheckpointError(f"{path} holds no policy")
-    checkpoints.check_shapes(path, params, meta.policy.shapes())
-    return meta
+    shapes = MetaPolicy(params, config).policy.shapes()
+    return MetaPolicy(checkpoints.in_shapes(path, params, shapes), config, record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,18 @@ _TENSORBOARD = {
     "seconds_rollout": "time/seconds_rollout",
     "seconds_update": "time/seconds_update",
 }
+
+
+class Stopwatch:
+    """Seconds from lap to lap."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap, or the start."""
+        last, self._last = self._last, time.perf_counter()
+        return self._last - last
 
 
 def measured_time(name: str) -> bool:

@@ -26,7 +26,7 @@ from metarl.meta_gradients import UnrolledProblem
 from metarl.meta_policy import MetaPolicy, newest_checkpoint, policy_for
 from metarl.metrics import MetricsLog
 from metarl.parallel import ChunkPool, one_intraop_thread
-from metarl.policies import Params, stack
+from metarl.policies import GaussianMLP, Params, stack
 from metarl.rollouts import Address, Collector
 from metarl.seeding import stream
 from metarl.trajectories import Rollout
@@ -34,6 +34,10 @@ from metarl.trust_region import TrustRegion
 
 SKIPPED_LIMIT = 10
 """Updates skipped in a row after which a run stops."""
+
+
+FISHER_SAMPLES = 200
+"""Samples a task that Fisher products use at least."""
 
 
 class RunError(UserError):
@@ -54,12 +58,12 @@ class State:
 class Trainer:
     """One run's environments, threads and state. Close it, or use it as a context manager."""
 
-    def __init__(self, config: Config, state: State | None = None) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
         self.algorithm = find_algorithm(config.algorithm)
         self.family = make_family(config.family, **config.family_options)
         self.policy = policy_for(config, self.family)
-        self.state = state or State(self.policy.init(stream(config.seed, 0, "init")))
+        self.state = State(self.policy.init(stream(config.seed, 0, "init")))
         check_device(config.device)
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(one_intraop_thread())
@@ -153,7 +157,7 @@ class Trainer:
     def _problem(self, batches: list[Any]) -> UnrolledProblem:
         config = self.config
         count = batches[-1].weight.shape[1]
-        used = max(1, round(config.outer.fisher_fraction * count))
+        used = max(round(config.outer.fisher_fraction * count), FISHER_SAMPLES)
         samples = None
         if used < count:
             rng = stream(config.seed, self.state.iteration, "fisher")
@@ -166,7 +170,7 @@ class Trainer:
             self.algorithm.inner_loss,
             order=self.algorithm.order,
             # A GPU takes all tasks at once; a processor's cache a few.
-            chunk=2 if config.device == "cpu" else config.tasks,
+            chunk=4 if config.device == "cpu" else config.tasks,
             fisher_samples=samples,
             device=config.device,
         )
@@ -253,11 +257,11 @@ def save_checkpoint(folder: Path, config: Config, state: State) -> None:
         (where / f"{before:06d}.safetensors").unlink(missing_ok=True)
 
 
-def load_state(folder: Path, config: Config) -> State:
+def load_state(folder: Path, config: Config, policy: GaussianMLP) -> State:
     """Return the newest checkpoint's state.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it is another run's.
+        CheckpointError: there is none, it is damaged, or it is another run's or network's.
     """
     path = newest_checkpoint(folder)
     tensors, metadata = checkpoints.load(path)
@@ -267,6 +271,7 @@ def load_state(folder: Path, config: Config) -> State:
         other = differences(stored, config)[0]
         raise CheckpointError(f"{path} is of another run: {other}")
     params = {name.removeprefix("meta."): t for name, t in tensors.items()}
+    params = checkpoints.in_shapes(path, params, policy.shapes())
     counters = {k: metadata[k] for k in State.__dataclass_fields__ if k != "params"}
     return State(params, **counters)
 
@@ -328,11 +333,9 @@ def train(
             f"{folder} was trained with other options: {differences(stored, config)[0]};"
             " leave that option out, or start a new run"
         )
-    with locked(folder):
-        state = load_state(folder, config)
-        with Trainer(config, state) as trainer:
-            checkpoints.check_shapes(folder, state.params, trainer.policy.shapes())
-            return _train(trainer, folder, progress, stop)
+    with locked(folder), Trainer(config) as trainer:
+        trainer.state = load_state(folder, config, trainer.policy)
+        return _train(trainer, folder, progress, stop)
 
 
 def _train(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from envs.errors import UserError
 from metarl.meta_gradients import UnrolledProblem
+from metarl.metrics import Stopwatch
 from metarl.policies import Params, flatten, unflatten
 
 
@@ -29,8 +30,9 @@ class TrustRegionConfig:
     """Step lengths tried before the update is given up."""
     backtrack: float = 0.8
     """Factor between one step length and the next."""
-    fisher_fraction: float = 0.2
-    """Fraction of the samples that Fisher products use; the line search always uses all."""
+    fisher_fraction: float = 0.1
+    """Fraction of the samples that Fisher products use, but no fewer than 200 a task; the gradient
+    and the line search always use all."""
 
     def __post_init__(self) -> None:
         for name in ("max_kl", "cg_iterations", "line_search_steps"):
@@ -46,8 +48,10 @@ class TrustRegionConfig:
 
 def conjugate_gradient(
     product: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float = 1e-10
-) -> Tensor:
-    """Return x with A x = b approximately, A symmetric and positive definite (Hestenes 1952).
+) -> tuple[Tensor, Tensor]:
+    """Return x with A x = b approximately, and b - A x; A symmetric and positive definite.
+
+    Hestenes & Stiefel 1952.
 
     Args:
         product: v -> A v.
@@ -68,7 +72,7 @@ def conjugate_gradient(
         new = residual @ residual
         direction = residual + (new / squared) * direction
         squared = new
-    return x
+    return x, residual
 
 
 class TrustRegion:
@@ -86,6 +90,7 @@ class TrustRegion:
         `finite` telling which.
         """
         config = self.config
+        watch = Stopwatch()
         gradient, before = problem.gradient(meta)
         stats: dict[str, Any] = {
             "surrogate_before": -before,
@@ -95,6 +100,7 @@ class TrustRegion:
             "gradient_norm": float(gradient.norm()),
             "finite": bool(torch.isfinite(gradient).all()) and math.isfinite(before),
         }
+        stats["seconds_gradient"] = watch.lap()
         if not stats["finite"] or stats["gradient_norm"] == 0.0:
             return meta, stats
         with problem.linearize(meta) as fisher:
@@ -102,8 +108,9 @@ class TrustRegion:
             def damped(v: Tensor) -> Tensor:
                 return fisher(v) + config.cg_damping * v
 
-            direction = conjugate_gradient(damped, -gradient, config.cg_iterations)
-            curvature = float(direction @ damped(direction))
+            direction, residual = conjugate_gradient(damped, -gradient, config.cg_iterations)
+        curvature = float(direction @ (-gradient - residual))  # x'Ax, with no further product
+        stats["seconds_conjugate_gradient"] = watch.lap()
         if not (math.isfinite(curvature) and curvature > 0.0):
             stats["finite"] = math.isfinite(curvature)
             return meta, stats
@@ -114,5 +121,7 @@ class TrustRegion:
             after = problem.evaluate(candidate)
             if after.loss < before and after.kl <= config.max_kl:
                 stats.update(surrogate_after=-after.loss, kl=after.kl, line_search_steps=i + 1)
-                return candidate, stats
+                meta = candidate
+                break
+        stats["seconds_line_search"] = watch.lap()
         return meta, stats

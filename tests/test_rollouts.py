@@ -50,7 +50,7 @@ def test_collect_matches_a_plain_loop_over_single_environments(pool):
                 np.testing.assert_allclose(
                     rollout.behaviour["mean"][t, e, h], dist["mean"][0], rtol=0, atol=1e-6
                 )
-                observation, _, terminated, truncated, info = env.step(np.clip(action, -1, 1))
+                observation, _, _, truncated, info = env.step(np.clip(action, -1, 1))
                 cost = 0.05 * np.square(np.clip(action, -1, 1)).sum()
                 reward = -abs(info["x_velocity"] - tasks[t, 0]) - cost
                 assert float(rollout.reward[t, e, h]) == pytest.approx(reward, abs=1e-5)

@@ -21,7 +21,8 @@ def spd(n: int, seed: int = 0) -> torch.Tensor:
 def test_conjugate_gradient_matches_a_direct_solve(n):
     A = spd(n)
     b = torch.linspace(-1, 2, n, dtype=torch.float64)
-    found = conjugate_gradient(lambda v: A @ v, b, iterations=4 * n, tolerance=1e-26)
+    found, residual = conjugate_gradient(lambda v: A @ v, b, iterations=4 * n, tolerance=1e-26)
+    torch.testing.assert_close(residual, b - A @ found, rtol=0, atol=1e-9)
     torch.testing.assert_close(found, torch.linalg.solve(A, b), rtol=1e-8, atol=1e-9)
 
 
@@ -30,7 +31,8 @@ def test_conjugate_gradient_minimizes_over_the_krylov_space():
     A, b = spd(8), torch.linspace(-1, 2, 8, dtype=torch.float64)
     basis = torch.stack([torch.linalg.matrix_power(A, i) @ b for i in range(3)], dim=1)
     expected = basis @ torch.linalg.solve(basis.T @ A @ basis, basis.T @ b)
-    found = conjugate_gradient(lambda v: A @ v, b, iterations=3)
+    found, residual = conjugate_gradient(lambda v: A @ v, b, iterations=3)
+    torch.testing.assert_close(residual, b - A @ found, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 

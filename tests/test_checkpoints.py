@@ -1,0 +1,89 @@
+"""Files of parameters: whole or not at all, and refused when altered anywhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from metarl import checkpoints
+from metarl.checkpoints import CheckpointError
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5])}
+
+
+@pytest.fixture
+def path(tmp_path):
+    checkpoints.save(tmp_path / "x.safetensors", TENSORS, {"iteration": 3, "text": "ü"})
+    return tmp_path / "x.safetensors"
+
+
+def test_what_was_saved_is_loaded(path):
+    tensors, metadata = checkpoints.load(path)
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+    assert metadata == {"iteration": 3, "text": "ü", "format": checkpoints.FORMAT}
+    assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
+
+
+def test_a_flip_of_any_byte_is_refused(path):
+    data = path.read_bytes()
+    for i in range(len(data)):
+        for bit in (1, 128):
+            spoiled = bytearray(data)
+            spoiled[i] ^= bit
+            path.write_bytes(bytes(spoiled))
+            with pytest.raises(CheckpointError, match=r"damaged|format"):
+                checkpoints.load(path)
+
+
+def test_a_file_cut_short_anywhere_is_refused(path):
+    data = path.read_bytes()
+    for length in range(0, len(data), 7):
+        path.write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match="damaged"):
+            checkpoints.load(path)
+
+
+def test_other_files_are_refused_and_never_run(path, tmp_path):
+    torch.save({"a": 1}, tmp_path / "pickle.pt")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
+    for name in ("pickle.pt", "plain.safetensors"):
+        with pytest.raises(CheckpointError, match="damaged or no metarl file"):
+            checkpoints.load(tmp_path / name)
+    with pytest.raises(CheckpointError, match="No such file"):
+        checkpoints.load(tmp_path / "missing")
+
+
+def test_a_later_format_asks_for_an_update(path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "FORMAT", 99)
+    checkpoints.save(path, TENSORS, {})
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"has format 99.*update metarl"):
+        checkpoints.load(path)
+
+
+def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.save(path, {"a": torch.zeros(9)}, {})
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
+
+
+def test_shapes_of_another_network_are_named(path):
+    with pytest.raises(CheckpointError, match=r"another network: a is \(2, 3\), expected \(4, 3\)"):
+        checkpoints.in_shapes(path, TENSORS, {"a": (4, 3), "b": (1,)})
+    assert list(checkpoints.in_shapes(path, TENSORS, {"b": (1,), "a": (2, 3)})) == ["b", "a"]
+
+
+def test_versions_and_machine_are_json():
+    found = json.loads(json.dumps([checkpoints.versions(), checkpoints.machine()]))
+    assert found[0]["torch"].startswith(torch.__version__.split("+")[0])
+    assert found[1]["cores"] >= 1

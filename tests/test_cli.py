@@ -1,0 +1,169 @@
+"""The command line as its user meets it: help, output, exit codes and messages."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from metarl.cli import main
+from metarl.config import Config
+from metarl.metrics import read_metrics
+from metarl.trainer import run_config
+
+SMALL = [
+    "--tasks", "4", "--episodes", "3", "--policy.hidden", "8", "--threads", "1",
+    "--family-options", "horizon=10",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as exit:  # tyro leaves this way
+        return int(exit.code or 0)
+
+
+def test_train_evaluate_resume(tmp_path, capsys):
+    train = ["train", "navigation-2d", *SMALL, "--iterations", "2", "--out", "run"]
+    assert run(*train) == 0
+    out, err = capsys.readouterr()
+    assert "done: 2 iterations" in out
+    assert "metarl evaluate run" in out
+    assert "return" in err  # the progress bar
+    assert run("train", "--resume", "run", "--iterations", "3") == 0
+    assert run("train", "navigation-2d", "--resume", "run", "--iterations", "4", "--seed", "0") == 0
+    assert len(read_metrics(tmp_path / "run")) == 4
+    capsys.readouterr()
+    evaluate = ["evaluate", "run", "--tasks", "3", "--episodes", "2", "--steps", "2"]
+    assert run(*evaluate) == 0
+    out = capsys.readouterr().out
+    assert "this policy" in out
+    assert "random" in out
+    assert (tmp_path / "run" / "evaluation.png").exists()
+    stored = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert run(*evaluate, "--json", "--step-sizes", "0.5", "0.2", "--out", "elsewhere") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["step_sizes"] == [0.5, 0.2]
+    assert printed == json.loads((tmp_path / "elsewhere" / "evaluation.json").read_text())
+    assert printed["returns"][0] == stored["returns"][0]
+    assert len(printed["per_task"]) == 3
+
+
+def test_every_config_field_is_a_documented_flag(capsys):
+    assert run("train", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for key, value in Config().to_json().items():
+        if key in ("family", "family_options"):
+            continue
+        for flag in [f"{key}.{name}" for name in value] if isinstance(value, dict) else [key]:
+            assert f"--{flag.replace('_', '-')}" in text
+
+
+def test_presets_fill_in_what_is_not_given(tmp_path):
+    arguments = ["--preset", "icml2017", "--iterations", "1", "--tasks", "1", "--episodes", "1"]
+    assert run("train", "half-cheetah-vel", *arguments, "--out", "run") == 0
+    config = run_config(tmp_path / "run")
+    assert config.family_options == {"scale": "icml2017"}
+    assert config.policy.hidden == (100, 100)
+    assert config.policy.activation == "relu"
+    assert config.inner.test_step_sizes == (0.1, 0.05)
+    assert config.preset == "icml2017"
+
+
+def test_listings(capsys):
+    assert run("families") == 0
+    out = capsys.readouterr().out
+    assert "half-cheetah-vel" in out
+    assert "velocity in [0, 2]" in out
+    assert "scale=None" in out
+    assert run("algorithms") == 0
+    assert "arXiv:1703.03400" in capsys.readouterr().out
+    assert run("--help") == 0
+    assert "benchmark" in capsys.readouterr().out
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("metarl 0.")
+
+
+def test_benchmark_prints_one_object(capsys):
+    arguments = ["--tasks", "2", "--episodes", "2", "--repeats", "1", "--threads", "2", "--json"]
+    assert run("benchmark", *arguments, "--family-options", "horizon=20") == 0
+    result = json.loads(capsys.readouterr().out)
+    for key in [
+        "machine",
+        "versions",
+        "ceiling_env_steps_per_second",
+        "collect_env_steps_per_second",
+        "train_env_steps_per_second",
+        "seconds",
+        "peak_memory_bytes",
+    ]:
+        assert result[key]
+    assert result["preset"] == "pearl2019"
+    assert {"rollout", "gradient", "conjugate_gradient", "line_search"} <= set(result["seconds"])
+    assert run("benchmark", "navigation-2d", *arguments, "--family-options", "horizon=20") == 0
+    assert json.loads(capsys.readouterr().out)["ceiling_env_steps_per_second"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "name a task family"),
+        (["train", "half-cheeta-vel"], "did you mean 'half-cheetah-vel'?"),
+        (["trian"], "no command 'trian'; did you mean 'train'?"),
+        (["train", "navigation-2d", "--preset", "icml"], "did you mean 'icml2017'?"),
+        (["train", "navigation-2d", "--algorithm", "mamltrpo"], "did you mean 'maml-trpo'?"),
+        (["train", "navigation-2d", "--itertions", "3"], "--iterations"),
+        (["train", "navigation-2d", "--iterations", "many"], "many"),
+        (["train", "navigation-2d", "--tasks", "0"], "tasks must be at least 1, got 0"),
+        (["train", "navigation-2d", "--inner.step-sizes", "-0.1"], "inner.step_sizes must be pos"),
+        (["train", "navigation-2d", "--outer.max-kl", "0"], "outer.max_kl must be positive, got 0"),
+        (["train", "navigation-2d", "--family-options", "horizn=3"], "did you mean 'horizon'?"),
+        (["train", "navigation-2d", "--family-options", "horizon"], "name=value, got 'horizon'"),
+        (["train", "navigation-2d", "--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
+        (["train", "--resume", "nowhere"], "nowhere is not a run folder"),
+        (["train", "nowhere:family"], "no module 'nowhere'"),
+        (["evaluate"], "name a run folder"),
+        (["evaluate", "half-cheetah-dir-icml"], "no run folder, policy file or shipped policy"),
+        (["benchmark", "--repeats", "0"], "repeats must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_told_in_a_line_with_exit_code_2(arguments, message, capsys, tmp_path):
+    assert run(*arguments) == 2
+    err = capsys.readouterr().err
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resume_with_other_options_is_refused(capsys):
+    assert run("train", "navigation-2d", *SMALL, "--iterations", "1", "--out", "run") == 0
+    for extra, message in (
+        (["--tasks", "9"], "tasks is 4, not 9"),
+        (["--preset", "icml2017"], "preset is None, not icml2017"),
+        (["--out", "other"], "leave --out out"),
+    ):
+        capsys.readouterr()
+        assert run("train", "--resume", "run", *extra) == 2
+        assert message in capsys.readouterr().err
+    assert run("train", "half-cheetah-vel", "--resume", "run") == 2
+    assert run("train", "navigation-2d", *SMALL, "--out", "run") == 2
+    assert "exists; continue it with --resume run" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_told(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert run("train", "navigation-2d", *SMALL, "--out", "file/run") == 2
+    assert "file/run" in capsys.readouterr().err
+
+
+def test_numbers_of_a_run_are_json(tmp_path):
+    assert run("train", "navigation-2d", *SMALL, "--iterations", "1", "--out", "run") == 0
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert np.isfinite(row["return_post"])

@@ -1,0 +1,177 @@
+"""Evaluation: its statistics, its protocol and what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from envs.errors import UserError
+from metarl import evaluate
+from metarl.config import Config, InnerConfig, PolicyConfig
+from metarl.evaluation import Curve, EvaluationResult, mean_interval
+from metarl.meta_policy import MetaPolicy, policy_for, random_meta_policy
+from metarl.plots import plot_evaluation
+
+
+def navigator(**changes) -> MetaPolicy:
+    config = Config(
+        **{
+            "family": "navigation-2d",
+            "family_options": {"horizon": 15},
+            "policy": PolicyConfig(hidden=(8,)),
+            "inner": InnerConfig(step_sizes=(0.5,), test_step_sizes=(0.5, 0.25)),
+            **changes,
+        }
+    )
+    from envs import make_family
+
+    family = make_family(config.family, **config.family_options)
+    return MetaPolicy(policy_for(config, family).init(np.random.default_rng(3)), config)
+
+
+def test_the_interval_is_students_t():
+    values = np.random.default_rng(0).standard_normal(12)
+    mean, low, high = mean_interval(values)
+    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert mean == pytest.approx(values.mean())
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+    assert math.isnan(mean_interval(np.ones(1))[1])
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(2000):
+        _, low, high = mean_interval(rng.standard_normal(8))
+        hits += low <= 0.0 <= high
+    assert 0.935 < hits / 2000 < 0.965  # three standard errors around 0.95
+
+
+def result(per_task: list[list[float]]) -> EvaluationResult:
+    return EvaluationResult(Curve([0.1], np.array(per_task)), {})
+
+
+def test_the_verdict_tells_a_gain_a_loss_and_neither():
+    gaining = result([[0.0, 5.0], [1.0, 6.5], [2.0, 6.8], [3.0, 7.7]])
+    assert gaining.verdict().startswith("Adaptation gains 5.0 ± ")
+    assert "(100 % of tasks improve)" in gaining.verdict()
+    losing = result([[5.0, 0.0], [6.5, 1.0], [6.8, 2.0], [7.7, 3.0]])
+    assert losing.verdict().startswith("Adaptation LOSES 5.")
+    neither = result([[0.0, 5.0], [0.0, -4.0], [0.0, 1.0], [0.0, -3.0]])
+    assert "cannot be told from zero" in neither.verdict()
+    assert "single task" in result([[0.0, 1.0]]).verdict()
+
+
+def test_a_policy_that_cannot_adapt_is_told_so():
+    # A 95 % interval misses zero by chance once in twenty seeds.
+    verdicts = [
+        evaluate(
+            navigator(), tasks=20, episodes=5, steps=1, step_sizes=[1e-9], seed=seed, threads=1
+        ).verdict()
+        for seed in range(6)
+    ]
+    assert sum("cannot be told from zero" in verdict for verdict in verdicts) >= 4
+
+
+def test_k_steps_take_k_plus_one_samples_of_their_own(monkeypatch):
+    meta = navigator()
+    addresses = []
+    from metarl.rollouts import Collector
+
+    collect = Collector.collect
+
+    def watch(self, params, tasks, address, **options):
+        addresses.append((address.split, address.inner_step))
+        return collect(self, params, tasks, address, **options)
+
+    monkeypatch.setattr(Collector, "collect", watch)
+    found = evaluate(meta, tasks=3, episodes=2, steps=3, threads=1)
+    assert addresses == [("test", k) for k in range(4)] * 2  # the policy, then the random one
+    assert found.curve.per_task.shape == (3, 4)
+    assert found.curve.step_sizes == [0.5, 0.25, 0.25]
+    assert found.references["random"].step_sizes == [0.5, 0.25, 0.25]
+
+
+def test_each_task_starts_from_the_initialization():
+    # A task's curve is the same whatever other tasks there are.
+    meta = navigator()
+    few = evaluate(meta, tasks=2, episodes=3, steps=2, threads=1)
+    many = evaluate(meta, tasks=6, episodes=3, steps=2, threads=2)
+    np.testing.assert_allclose(few.curve.per_task, many.curve.per_task[:2], rtol=1e-5)
+
+
+def test_the_policy_is_left_as_it_was():
+    meta = navigator()
+    before = {name: p.clone() for name, p in meta.params.items()}
+    evaluate(meta, tasks=2, episodes=2, steps=1, threads=1)
+    assert all(torch.equal(before[name], meta.params[name]) for name in before)
+
+
+def test_step_sizes_seed_split_and_deterministic_actions_are_heeded():
+    meta = navigator()
+
+    def returns(**options):
+        options = {"tasks": 3, "episodes": 3, "steps": 1, "threads": 1, **options}
+        return evaluate(meta, **options).curve
+
+    base = returns()
+    assert returns().returns == base.returns
+    assert returns(seed=1).returns != base.returns
+    assert returns(split="validation").returns != base.returns
+    larger = returns(step_sizes=[2.0])
+    assert larger.returns[0] == base.returns[0]
+    assert larger.returns[1] != base.returns[1]
+    still = returns(deterministic=True).per_task
+    spread = returns(deterministic=True, episodes=1).per_task
+    assert still[:, 0] == pytest.approx(spread[:, 0])  # no chance before adaptation
+
+
+def test_references_are_evaluated_on_the_same_tasks_and_must_share_the_family():
+    meta = navigator()
+    other = random_meta_policy(meta, seed=9)
+    found = evaluate(meta, tasks=3, episodes=2, steps=1, references={"other": other}, threads=1)
+    assert set(found.references) == {"random", "other"}
+    alone = evaluate(other, tasks=3, episodes=2, steps=1, threads=1)
+    assert found.references["other"].returns == alone.curve.returns
+    far = dataclasses.replace(
+        meta, config=dataclasses.replace(meta.config, family_options={"horizon": 9})
+    )
+    with pytest.raises(UserError, match="far was trained on"):
+        evaluate(meta, tasks=1, episodes=1, references={"far": far}, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": 0}, "tasks must be at least 1, got 0"),
+        ({"episodes": -1}, "episodes must be at least 1"),
+        ({"steps": -1}, "steps must be at least 0"),
+        ({"step_sizes": [0.1, -0.5]}, "step sizes must be positive, got -0.5"),
+    ],
+)
+def test_bad_numbers_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(navigator(), **options)
+
+
+def test_json_and_plot(tmp_path):
+    found = evaluate(navigator(), tasks=4, episodes=2, steps=2, threads=1)
+    data = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    settings = {"family", "preset", "tasks", "episodes", "step_sizes"}
+    assert settings | {"returns", "ci95", "per_task", "references"} <= set(data)
+    assert np.array(data["per_task"]).shape == (4, 3)
+    assert np.array(data["ci95"]).shape == (3, 2)
+    assert len(data["tasks"]) == 4
+    assert set(data["references"]["random"]) == {"step_sizes", "returns", "ci95", "per_task"}
+    plot_evaluation(found, tmp_path / "evaluation.png")
+    assert (tmp_path / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
+    single = evaluate(navigator(), tasks=1, episodes=2, steps=0, threads=1)
+    assert json.loads(json.dumps(single.to_json(), allow_nan=False))["ci95"] == [[None, None]]
+    plot_evaluation(single, tmp_path / "single.png")
+    assert "this policy" in found.table()

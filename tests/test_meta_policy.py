@@ -1,0 +1,105 @@
+"""Load, adapt to one task, act, save."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from test_evaluation import navigator
+
+import metarl
+from metarl.checkpoints import CheckpointError
+from metarl.meta_policy import load, shipped
+
+
+def test_adapting_by_hand_and_by_the_method_agree():
+    # One REINFORCE step written out on the episodes that `adapt` samples.
+    from metarl.advantages import estimate
+    from metarl.parallel import ChunkPool
+    from metarl.rollouts import Address, collect_episodes
+
+    meta = navigator()
+    env = gym.make("metarl/Navigation2D-v0", goal=(0.3, 0.2), horizon=15)
+    policy = meta.adapt(env, steps=1, episodes=6, seed=4)
+    rollout = collect_episodes(
+        env, meta.policy, meta.params, episodes=6, horizon=15, address=Address(4, split="test")
+    )
+    with ChunkPool(1) as pool:
+        advantage = estimate(rollout, meta.config.advantage, pool)
+    theta = {name: p.clone().requires_grad_() for name, p in meta.params.items()}
+    dist = meta.policy.distribution(theta, rollout.observation[0].flatten(0, 1))
+    log_prob = meta.policy.log_prob(dist, rollout.action[0].flatten(0, 1))
+    valid = rollout.valid[0].flatten()
+    loss = -(log_prob * advantage[0].flatten())[valid].mean()
+    slopes = torch.autograd.grad(loss, list(theta.values()))
+    for (name, p), slope in zip(theta.items(), slopes, strict=True):
+        expected = (p - 0.5 * slope).detach()
+        torch.testing.assert_close(policy.params[name], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(policy.params["log_std"], meta.params["log_std"])
+
+
+def test_an_environment_and_its_task_vector_give_the_same_policy():
+    meta = navigator()
+    env = gym.make("metarl/Navigation2D-v0", goal=(0.3, 0.2), horizon=15)
+    by_env = meta.adapt(env, steps=2, episodes=3)
+    by_task = meta.adapt([0.3, 0.2], steps=2, episodes=3)
+    assert all(torch.equal(by_env.params[name], by_task.params[name]) for name in meta.params)
+
+
+def test_steps_taken_are_the_steps_asked_for():
+    meta = navigator()
+    results = [meta.adapt([0.3, 0.2], steps=k, episodes=3).params["log_std"] for k in range(4)]
+    assert torch.equal(results[0], meta.params["log_std"])
+    for k in range(3):
+        assert not torch.equal(results[k], results[k + 1])
+    sized = meta.adapt([0.3, 0.2], steps=1, episodes=3, step_sizes=[1e-12])
+    torch.testing.assert_close(sized.params["log_std"], meta.params["log_std"])
+
+
+def test_actions_are_as_the_environment_takes_them():
+    meta = navigator()
+    policy = meta.adapt([0.0, 0.3], steps=0)
+    one = policy.act(np.zeros(2))
+    assert one.shape == (2,)
+    assert one.dtype == np.float32
+    batch = policy.act(100 * np.ones((5, 2)))
+    assert batch.shape == (5, 2)
+    assert (np.abs(batch) <= 1.0).all()
+    still = [policy.act(np.zeros(2), deterministic=True) for _ in range(2)]
+    assert np.array_equal(*still)
+    assert not np.array_equal(policy.act(np.zeros(2)), policy.act(np.zeros(2)))
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+    meta = navigator()
+    meta.save(tmp_path / "mine.safetensors")
+    again = load(tmp_path / "mine.safetensors")
+    assert again.config == meta.config
+    assert list(again.params) == list(meta.params)
+    assert all(torch.equal(again.params[name], meta.params[name]) for name in meta.params)
+
+
+def test_what_cannot_be_loaded_or_adapted_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match="no run folder, policy file or shipped policy"):
+        load("nothing-here")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load(tmp_path)
+    meta = navigator()
+    with pytest.raises(ValueError, match=r"HalfCheetah.* observations are .* shape \(2,\)"):
+        meta.adapt(gym.make("metarl/HalfCheetahDir-v0", direction=1.0))
+    with pytest.raises(ValueError, match="steps must be >= 0"):
+        meta.adapt([0.0, 0.1], steps=-1)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_policies_load_and_know_their_family(name):
+    meta = metarl.load(name)
+    assert meta.family.name in name
+    assert meta.record["env_steps"] > 0
+    assert meta.record["versions"]["mujoco"]
+    task = meta.family.tasks.grid(1)[0]
+    policy = meta.adapt(task, steps=1, episodes=1)
+    env = meta.family.make(task)
+    observation, _ = env.reset(seed=0)
+    assert env.action_space.contains(policy.act(observation))

@@ -1,0 +1,318 @@
+"""Runs: metrics, exact resume, threads, faults; on a small navigation task."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import CountingEnv, counting_family
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from envs import make_family
+from envs.errors import UserError
+from metarl import load, train
+from metarl.checkpoints import CheckpointError
+from metarl.config import Config, InnerConfig, PolicyConfig
+from metarl.meta_policy import newest_checkpoint
+from metarl.metrics import measured_time, read_metrics
+from metarl.policies import GaussianMLP
+from metarl.trainer import RunError, Trainer, load_state, locked, run_config
+
+
+def small(**changes) -> Config:
+    values = {
+        "family": "navigation-2d",
+        "family_options": {"horizon": 12},
+        "iterations": 4,
+        "tasks": 5,
+        "episodes": 4,
+        "threads": 2,
+        "policy": PolicyConfig(hidden=(8,)),
+        "checkpoint_every": 2,
+    }
+    return Config(**{**values, **changes})
+
+
+def timeless(folder) -> list[dict]:
+    rows = read_metrics(folder)
+    return [{k: v for k, v in row.items() if not measured_time(k)} for row in rows]
+
+
+def same_params(a, b) -> bool:
+    return all(torch.equal(a.params[name], b.params[name]) for name in a.params)
+
+
+def test_a_run_leaves_metrics_events_config_and_checkpoints(tmp_path):
+    seen: list[dict] = []
+    meta = train(small(), tmp_path / "run", progress=seen.append)
+    rows = read_metrics(tmp_path / "run")
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    assert len(seen) == 4
+    needed = (
+        "env_steps return_pre return_post kl surrogate_before surrogate_after line_search_steps"
+        " policy_std seconds_rollout seconds_update seconds_iteration env_steps_per_second"
+    )
+    assert set(needed.split()) <= set(rows[0])
+    assert rows[-1]["env_steps"] <= 4 * 2 * 5 * 4 * 12
+    assert abs(rows[0]["surrogate_before"]) < 1e-6  # advantages are normalized, ratios are 1
+    assert run_config(tmp_path / "run") == small()
+    names = [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    assert names == [f"{i:06d}.safetensors" for i in (0, 2, 4)]
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    points = events.Scalars("rollout/ep_rew_mean_post")
+    assert [p.step for p in points] == [row["env_steps"] for row in rows]
+    assert points[-1].value == pytest.approx(rows[-1]["return_post"], rel=1e-6)
+    assert same_params(load(tmp_path / "run"), meta)
+    assert load(tmp_path / "run").record["iteration"] == 4
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+    whole = train(small(iterations=6), tmp_path / "whole")
+    train(small(iterations=2), tmp_path / "parts")
+    # A crash may leave metrics beyond the checkpoint and a line cut short.
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 3, "env_steps": 1}\n{"iterat')
+    for iterations in (3, 6):
+        parts = train(small(iterations=iterations), tmp_path / "parts", resume=True)
+    assert same_params(whole, parts)
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+    events = EventAccumulator(str(tmp_path / "parts")).Reload()
+    assert len(events.Scalars("rollout/ep_rew_mean_post")) == 6
+
+
+@pytest.mark.parametrize("name", ["navigation-2d", "half-cheetah-vel"])
+def test_the_same_run_at_any_number_of_threads(tmp_path, name):
+    runs = []
+    for threads in (1, 2, 3):
+        config = small(family=name, threads=threads, iterations=2, inner=InnerConfig(steps=2))
+        runs.append(train(config, tmp_path / str(threads)))
+    for threads in (2, 3):
+        assert same_params(runs[0], runs[threads - 1])
+        assert timeless(tmp_path / "1") == timeless(tmp_path / str(threads))
+    other = train(small(family=name, iterations=2, seed=1), tmp_path / "other")
+    assert not same_params(runs[0], other)
+
+
+def test_stop_ends_after_an_iteration_that_is_saved(tmp_path):
+    rows: list[dict] = []
+    meta = train(small(), tmp_path / "run", progress=rows.append, stop=lambda: len(rows) == 2)
+    assert meta.record["iteration"] == 2
+    assert newest_checkpoint(tmp_path / "run").stem == "000002"
+
+
+def test_a_user_family_trains_by_module_and_attribute(tmp_path, monkeypatch):
+    (tmp_path / "own_family.py").write_text(
+        "from envs import GymnasiumFamily, Uniform\n"
+        "def put(env, task):\n    env.g = float(task[0])\n"
+        "pendulums = GymnasiumFamily(name='pendulum', env='Pendulum-v1', set_task=put,\n"
+        "    tasks=Uniform({'gravity': (5.0, 15.0)}), horizon=20)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = small(family="own_family:pendulums", family_options={}, iterations=2)
+    meta = train(config, tmp_path / "run")
+    assert load(tmp_path / "run").family.name == "pendulum"
+    assert same_params(meta, load(tmp_path / "run"))
+
+
+# Faults -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_exists_or_is_no_run_is_refused(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thing").write_text("mine")
+    with pytest.raises(RunError, match="exists; continue it with --resume"):
+        train(small(), tmp_path / "full")
+    with pytest.raises(RunError, match="not a run folder"):
+        train(small(), tmp_path / "full", resume=True)
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thing"]
+
+
+def test_a_bad_family_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="no task family"):
+        train(small(family="navigation-3d"), tmp_path / "run")
+    with pytest.raises(UserError, match="finds no GPU"):
+        train(small(device="cuda"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_use_is_refused(tmp_path):
+    train(small(iterations=1), tmp_path / "run")
+    with locked(tmp_path / "run"), pytest.raises(RunError, match="another process"):
+        train(small(iterations=2), tmp_path / "run", resume=True)
+    train(small(iterations=2), tmp_path / "run", resume=True)
+
+
+def test_resuming_with_other_options_names_the_key(tmp_path):
+    train(small(iterations=1), tmp_path / "run")
+    other = small(outer=dataclasses.replace(small().outer, max_kl=0.05))
+    with pytest.raises(RunError, match=r"outer.max_kl is 0.01, not 0.05"):
+        train(other, tmp_path / "run", resume=True)
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
+    train(small(iterations=1), tmp_path / "run")
+    train(small(iterations=1, seed=5), tmp_path / "other")
+    train(small(iterations=1, policy=PolicyConfig(hidden=(9,))), tmp_path / "wide")
+    path = newest_checkpoint(tmp_path / "run")
+    good = path.read_bytes()
+    for name, message in (("other", "another run: seed is 5, not 0"), ("wide", "policy.hidden")):
+        path.write_bytes(newest_checkpoint(tmp_path / name).read_bytes())
+        with pytest.raises(CheckpointError, match=message):
+            train(small(), tmp_path / "run", resume=True)
+    flipped = bytearray(good)
+    flipped[-3] ^= 4
+    path.write_bytes(bytes(flipped))
+    with pytest.raises(CheckpointError, match="checksum"):
+        train(small(), tmp_path / "run", resume=True)
+    with pytest.raises(CheckpointError, match="checksum"):
+        load(tmp_path / "run")
+    path.write_bytes(good)
+    train(small(), tmp_path / "run", resume=True)
+
+
+class Poisoned(CountingEnv):
+    """Pays its action, but NaN in the tasks whose length is above `bad_above`."""
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, math.nan if self.length > bad_above else float(action[0]), *rest
+
+
+bad_above = 0.0
+
+
+def poisoned_config(tmp_path, monkeypatch) -> Config:
+    family = dataclasses.replace(counting_family(), env=Poisoned)
+    monkeypatch.setattr("metarl.trainer.make_family", lambda *_, **__: family)
+    return small(family="counting", family_options={}, iterations=20)
+
+
+def test_rewards_that_are_not_numbers_skip_the_update(tmp_path, monkeypatch):
+    config = poisoned_config(tmp_path, monkeypatch)
+    monkeypatch.setitem(globals(), "bad_above", 0.0)
+    with Trainer(config) as trainer:
+        before = dict(trainer.state.params)
+        row = trainer.iterate()
+        assert "reward is not finite in task" in row["skipped"]
+        assert row["skipped_updates"] == 1
+        assert all(torch.equal(before[n], trainer.state.params[n]) for n in before)
+        monkeypatch.setitem(globals(), "bad_above", 100.0)
+        for _ in range(3):  # on so few samples a line search may find no improvement
+            row = trainer.iterate()
+            assert "skipped" not in row
+            assert row["skipped_updates"] == 1
+        assert trainer.state.skipped_in_a_row == 0
+        assert not all(torch.equal(before[n], trainer.state.params[n]) for n in before)
+
+
+def test_ten_skipped_updates_in_a_row_stop_the_run(tmp_path, monkeypatch):
+    config = poisoned_config(tmp_path, monkeypatch)
+    monkeypatch.setitem(globals(), "bad_above", 0.0)
+    with pytest.raises(RunError, match="10 updates in a row were skipped"):
+        train(config, tmp_path / "run")
+    state = load_state(
+        tmp_path / "run", config, GaussianMLP(observation_dim=1, action_dim=1, hidden=(8,))
+    )
+    assert state.iteration == 9
+    assert all(torch.isfinite(p).all() for p in state.params.values())
+
+
+def test_a_diverging_family_is_counted_and_trains_on(monkeypatch):
+    family = make_family("half-cheetah-dir", horizon=8)
+    monkeypatch.setattr("metarl.trainer.make_family", lambda *_, **__: family)
+    with Trainer(small(family="half-cheetah-dir", family_options={}, threads=1)) as trainer:
+        env = trainer._collector._envs[0]
+        begin = env._begin
+
+        def sabotage(ids, seeds):
+            begin(ids, seeds)
+            env.sim.qvel[:4, 0] = 1e11  # every episode of task 0
+            env.sim.qvel[5, 0] = 1e11  # one of task 1
+
+        monkeypatch.setattr(env, "_begin", sabotage)
+        row = trainer.iterate()
+    assert row["diverged_episodes"] == 2 * 5
+    assert row["env_steps"] == 2 * 15 * 8
+    assert np.isfinite([row["return_pre"], row["return_post"], row["kl"]]).all()
+    assert row["line_search_steps"] > 0
+
+
+# Killed -------------------------------------------------------------------------------------------
+
+RUN = [
+    sys.executable, "-m", "metarl", "train", "navigation-2d", "--family-options", "horizon=12",
+    "--tasks", "5", "--episodes", "4", "--policy.hidden", "8", "--threads", "1",
+]  # fmt: skip
+
+
+def wait_for_rows(folder, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(read_metrics(folder)) < count and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert len(read_metrics(folder)) >= count
+
+
+def test_killed_at_random_moments_a_run_resumes_to_the_same_end(tmp_path):
+    subprocess.run([*RUN, "--iterations", "60", "--out", "whole"], cwd=tmp_path, check=True)
+    command = [*RUN, "--iterations", "60", "--out", "parts"]
+    rng = random.Random(0)
+    for rows in (3, 20):
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        wait_for_rows(tmp_path / "parts", rows)
+        time.sleep(0.05 * rng.random())
+        process.kill()
+        process.wait()
+        command = [*RUN[:4], "--iterations", "60", "--resume", "parts"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+    assert same_params(load(tmp_path / "whole"), load(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
+    process = subprocess.Popen(
+        [*RUN, "--iterations", "100000", "--out", "run"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_rows(tmp_path / "run", 2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "continue with: metarl train --resume run" in out
+    assert "Traceback" not in err
+    assert int(newest_checkpoint(tmp_path / "run").stem) == len(read_metrics(tmp_path / "run"))
+
+
+def test_a_second_ctrl_c_leaves_at_once_with_the_checkpoint_intact(tmp_path):
+    slow = [*RUN, "--tasks", "40", "--episodes", "200", "--iterations", "50", "--out", "run"]
+    slow[slow.index("horizon=12")] = "horizon=100"
+    process = subprocess.Popen(slow, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for_rows(tmp_path / "run", 1)
+    time.sleep(0.3)  # well into the second iteration
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert load(tmp_path / "run").record["iteration"] >= 1
+
+
+def test_an_environment_of_ones_own_that_raises_shows_its_traceback(tmp_path, monkeypatch):
+    class Broken(CountingEnv):
+        def step(self, action):
+            raise ZeroDivisionError("mine")
+
+    family = dataclasses.replace(counting_family(), env=Broken)
+    monkeypatch.setattr("metarl.trainer.make_family", lambda *_, **__: family)
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        train(small(family="counting", family_options={}), tmp_path / "run")
+    assert isinstance(family.make(), gym.Env)
