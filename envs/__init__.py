@@ -11,7 +11,6 @@ sub-environment) or an option of the family. Without the task, every reset draws
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -87,9 +86,7 @@ def _family_and_tasks(
     family = make_family(name, **keywords)
     if not goal:
         return family, None
-    columns: dict[str, Sequence[float]] = {
-        key: np.broadcast_to(value, count) for key, value in goal.items()
-    }
+    columns = {key: np.broadcast_to(value, count) for key, value in goal.items()}
     rows = [{key: float(column[i]) for key, column in columns.items()} for i in range(count)]
     return family, np.stack([family.tasks.vector(row) for row in rows])
 

@@ -16,6 +16,9 @@ With `icml2017`, velocity is that of the whole body's centre of mass, which is a
 observations, the absolute x among them), and the initial positions are perturbed less.
 """
 
+# mujoco is compiled and brings no type stubs.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

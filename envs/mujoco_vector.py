@@ -9,6 +9,9 @@ only its warning counters tell. They are compared after every step, and the epis
 and marked in `info["diverged"]`.
 """
 
+# mujoco is compiled and brings no type stubs.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import functools
@@ -118,6 +121,8 @@ class MujocoFamily(TaskFamily):
 class MujocoVectorEnv(TaskVectorEnv):
     """All simulations of a `MujocoFamily`, on `threads` threads of one batch."""
 
+    family: MujocoFamily
+
     def __init__(
         self,
         family: MujocoFamily,
@@ -215,7 +220,11 @@ class MujocoVectorEnv(TaskVectorEnv):
                 self.model, mujoco.mjtObj.mjOBJ_CAMERA, self.family.camera or ""
             )
             self._renderer = MujocoRenderer(
-                self.model, self._data, camera_id=named if named >= 0 else None
+                self.model,
+                self._data,
+                width=480,
+                height=480,
+                camera_id=named if named >= 0 else None,
             )
         frames = []
         for i in range(1 if self.render_mode == "human" else self.num_envs):

@@ -74,7 +74,8 @@ class NavigationVectorEnv(TaskVectorEnv):
         gap = self._position - self.tasks
         # The paper's text says the squared distance; its code, and its figures, the distance.
         reward = -np.sqrt(np.square(gap).sum(axis=1))
-        return reward, (np.abs(gap) < REACHED).all(axis=1), None, None, {}
+        reached: Bools = np.all(np.abs(gap) < REACHED, axis=1)
+        return reward, reached, None, None, {}
 
     def _observe(self) -> NDArray:
         return self._position.copy()

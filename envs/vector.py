@@ -60,7 +60,7 @@ class TaskVectorEnv(VectorEnv):
         self.metadata = {**(metadata or {}), "autoreset_mode": self.autoreset_mode}
         self.tasks = np.full((self.num_envs, family.tasks.dim), np.nan)  # in force, per episode
         self._next_tasks: Floats | None = None
-        self._task_rngs = [None] * self.num_envs
+        self._task_rngs: list[np.random.Generator | None] = [None] * self.num_envs
         self._elapsed = np.zeros(self.num_envs, np.int64)
         self._reward = np.zeros(self.num_envs)
         self._terminated = np.zeros(self.num_envs, np.bool_)
@@ -127,10 +127,10 @@ class TaskVectorEnv(VectorEnv):
         elif isinstance(seed, (int, np.integer)):
             seeds = [int(seed) + i for i in range(self.num_envs)]
         else:
-            seeds = seed
+            seeds = list(seed)
             if len(seeds) != self.num_envs:
                 raise UserError(f"seed must have {self.num_envs} entries, got {len(seeds)}")
-        self._start(ids, [seeds[i] for i in ids])
+        self._start(ids, [seeds[int(i)] for i in ids])
         return self._observe(), {"task": self.tasks.copy()}
 
     def step(self, actions: Any) -> tuple[NDArray, Floats, Bools, Bools, dict[str, Any]]:
@@ -182,11 +182,10 @@ class TaskVectorEnv(VectorEnv):
 
     def _draw_task(self, i: int, seed: int | None) -> Floats:
         # A stream of its own, so that drawing tasks leaves the initial states as they are.
-        if seed is not None:
-            self._task_rngs[i] = np.random.default_rng([seed, 1])
-        elif self._task_rngs[i] is None:
-            self._task_rngs[i] = np.random.default_rng()
-        return self.family.tasks.sample(self._task_rngs[i], 1)[0]
+        rng = self._task_rngs[i]
+        if seed is not None or rng is None:
+            rng = self._task_rngs[i] = np.random.default_rng(None if seed is None else [seed, 1])
+        return self.family.tasks.sample(rng, 1)[0]
 
 
 class SingleTaskEnv(gym.Env):
@@ -263,6 +262,8 @@ class TaskEnv(gym.Wrapper):
 
 class GymnasiumVectorEnv(TaskVectorEnv):
     """Any Gymnasium environment, one copy a sub-environment, stepped one after the other."""
+
+    family: GymnasiumFamily
 
     def __init__(
         self,

@@ -101,7 +101,7 @@ def _replay(trainer: Trainer, rollout: Rollout, address: Address) -> float:
     )
     env.set_tasks(rollout.tasks.numpy())
     env.reset(seed=[s for t in range(config.tasks) for s in address.episode_seeds(t, env.episodes)])
-    low, high = trainer.family.model.actuator_ctrlrange.T
+    low, high = family.model.actuator_ctrlrange.T
     control = rollout.action.double().numpy() / family.action_scale
     control = np.ascontiguousarray(
         np.clip(control, low, high).reshape(env.num_envs, -1, len(low)).swapaxes(0, 1)

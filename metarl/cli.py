@@ -280,10 +280,10 @@ def _evaluate(command: Evaluate) -> int:
         print(text)
         return 0
     setting = result.setting
-    options = " ".join(f"{k}={v}" for k, v in setting["family_options"].items())
+    options = "".join(f" {k}={v}" for k, v in setting["family_options"].items())
     sizes = ", ".join(f"{size:g}" for size in result.curve.step_sizes) or "none"
     print(
-        f"{setting['family']} {options}: {command.tasks} held-out tasks, {command.episodes}"
+        f"{setting['family']}{options}: {command.tasks} held-out tasks, {command.episodes}"
         f" episodes of {setting['horizon']} steps each, step sizes {sizes}\n"
     )
     print(result.table())

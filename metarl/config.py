@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
@@ -15,6 +15,7 @@ from envs.errors import UserError
 from envs.family import did_you_mean
 from metarl.advantages import AdvantageConfig
 from metarl.policies import Activation
+from metarl.rollouts import ActionMode
 from metarl.trust_region import TrustRegionConfig
 
 
@@ -30,7 +31,7 @@ class PolicyConfig:
     """Standard deviation of the actions at the start."""
     min_std: float = 1e-6
     """Floor of the standard deviation."""
-    action: Literal["clip", "scale"] = "clip"
+    action: ActionMode = "clip"
     """How actions fit the environment's bounds: cut to them, or [-1, 1] mapped onto them first."""
 
     def __post_init__(self) -> None:

@@ -42,7 +42,8 @@ class Policy:
         rng: np.random.Generator,
     ) -> None:
         self.policy, self.params = policy, params
-        self._space, self._mode, self._rng = space, mode, rng
+        self._space, self._rng = space, rng
+        self._mode: ActionMode = mode
 
     def act(self, observation: Any, *, deterministic: bool = False) -> NDArray:
         """Return the action as the environment takes it, [action_dim] or [n, action_dim].

@@ -125,11 +125,13 @@ def _collect_into(
     noise_shape = (env.episodes, horizon, policy.action_dim)
     noise = torch.from_numpy(np.stack([address.noise(task, noise_shape) for task in ids]))
     space = env.single_action_space
+    assert isinstance(space, gym.spaces.Box)
     flat = (env.num_envs, policy.action_dim)
     stacked = {name: p[where].clone() for name, p in params.items()}
     env.set_tasks(tasks[where])
     observation, _ = env.reset(seed=seeds)
     active = np.ones(shape, np.bool_)
+    terminated = truncated = np.zeros(shape, np.bool_)
     with torch.inference_mode():
         for t in range(horizon):
             seen = memory.observation[where, :, t]
@@ -177,7 +179,8 @@ class Collector:
         pool: ChunkPool,
         mode: ActionMode = "clip",
     ) -> None:
-        self.family, self.policy, self.pool, self.mode = family, policy, pool, mode
+        self.family, self.policy, self.pool = family, policy, pool
+        self.mode: ActionMode = mode
         self.num_tasks, self.episodes = num_tasks, episodes
         shards = min(pool.threads, num_tasks) if family.parallel else 1
         self._slices = slices(num_tasks, -(-num_tasks // shards))
@@ -260,6 +263,7 @@ def collect_episodes(
     with torch.inference_mode():
         for e in range(episodes):
             observation, _ = env.reset(seed=seeds[e])
+            terminated = False
             for t in range(horizon):
                 memory.observation[0, e, t] = observation
                 seen = torch.from_numpy(memory.observation[0, e, t : t + 1])

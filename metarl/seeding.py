@@ -7,7 +7,6 @@ iteration counter, and any number of threads, workers or ranks draws the same nu
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 # Phases are numbers in the address; changing one changes every run.
 PHASES = {
@@ -35,7 +34,7 @@ def episode_seeds(seed: int, iteration: int, phase: str, *where: int, episodes: 
 
     Episode e's seed does not depend on how many episodes there are.
     """
-    words: NDArray[np.uint32] = _sequence(seed, iteration, phase, where).generate_state(episodes)
+    words = _sequence(seed, iteration, phase, where).generate_state(episodes)
     return words.tolist()
 
 

@@ -113,6 +113,7 @@ class Trainer:
             return rollout
 
         stats: dict[str, Any] = {"finite": False}
+        params = state.params
         try:
             adapted = self.inner_loop.run(
                 sample, stack(state.params, config.tasks), steps=config.inner.steps, query="batch"

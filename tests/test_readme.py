@@ -1,0 +1,80 @@
+"""What stands in the README runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from metarl import cli
+from metarl.cli import main
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.M | re.S)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for language, code in BLOCKS
+    if language == "bash"
+    for line in code.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+
+
+def module_file(folder: Path) -> None:
+    (example,) = [code for code in PYTHON if code.startswith("# my_tasks.py")]
+    (folder / "my_tasks.py").write_text(example)
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.split("\n")[0][:40])
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(names) > 2  # it ran to its end and left what it made
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_taken(command, tmp_path, monkeypatch):
+    # Parsed whole and handed to the function behind them, which is not run here.
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+        return
+    if words[0] == "python":
+        assert (ROOT / words[1]).exists()
+        return
+    if words[0] == "tensorboard":
+        pytest.importorskip("tensorboard")
+        return
+    assert words[0] == "metarl"
+    module_file(tmp_path)
+    for name in ("_train", "_evaluate", "_benchmark"):
+        monkeypatch.setattr(cli, name, lambda command: 0)
+    if "--resume" in words:
+        from test_trainer import small
+
+        from metarl.trainer import create_run
+
+        create_run(tmp_path / words[words.index("--resume") + 1], small())
+    assert main(words[1:]) == 0
+
+
+def test_a_family_of_ones_own_trains_and_evaluates(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module_file(tmp_path)
+    small = ["--iterations", "2", "--tasks", "2", "--episodes", "2", "--out", "run"]
+    assert main(["train", "my_tasks:pendulum", "--policy.action", "scale", *small]) == 0
+    assert main(["evaluate", "run", "--tasks", "2", "--episodes", "2", "--steps", "1"]) == 0
+    assert "this policy" in capsys.readouterr().out
+
+
+def test_every_file_that_is_named_exists():
+    for name in re.findall(r"\((docs/[\w./-]+)\)", TEXT):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"scripts/\w+\.py", TEXT):
+        assert (ROOT / name).exists(), name
