@@ -1,4 +1,4 @@
-"""The inner update: theta' = theta - alpha grad L(theta), once for each batch.
+"""What adapts, and the inner update: theta' = theta - alpha grad L(theta), once for each batch.
 
 All tasks adapt at once. Their losses are summed, never averaged: a parameter leaf has a task axis,
 so the gradient of the sum is each task's own gradient.
@@ -7,26 +7,135 @@ so the gradient of the sum is each task's own gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from metarl.objectives import Batch
-from metarl.policies import Params
+from metarl.objectives import Batch, Loss
+from metarl.policies import Dist, GaussianMLP, Params, stack
 
 StepSizes = dict[str, Tensor]
-"""For each parameter [K, ...]: one entry an inner step, broadcast against the leaf."""
+"""For each fast parameter [K, ...]: one entry an inner step, broadcast against the leaf."""
 
+Fast = Literal["all", "head", "context"]
+Learned = Literal["no", "layer", "parameter"]
 
-def constant_step_sizes(params: Params, sizes: Sequence[float]) -> StepSizes:
-    """Return the same step sizes, one an inner step, for every parameter."""
-    return {name: torch.tensor(sizes, dtype=p.dtype) for name, p in params.items()}
+_STEP = "step_size."  # prefix of learned step sizes among the meta-parameters
 
 
 def step_size(step_sizes: StepSizes, name: str, k: int) -> Tensor:
     """Return the size of step k for a parameter; steps beyond those given repeat the last."""
     sizes = step_sizes[name]
     return sizes[min(k, len(sizes) - 1)]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Which parameters adapt, by which loss and step sizes.
+
+    MAML adapts all; ANIL (Raghu et al. 2020, arXiv:1909.09157) the last layer; CAVIA (Zintgraf et
+    al. 2019, arXiv:1810.03642) a context input that starts at zero. Step sizes are given, or
+    learned: one for each layer and step (MAML++, Antoniou et al. 2019, arXiv:1810.09502) or each
+    scalar parameter (Meta-SGD, Li et al. 2017, arXiv:1707.09835).
+    """
+
+    policy: GaussianMLP
+    loss: Loss
+    step_sizes: tuple[float, ...]
+    fast: Fast = "all"
+    learned: Learned = "no"
+    updates: int = 1
+    """Gradient steps on each batch."""
+    proximal: float = 0.0
+    """Strength of the pull towards the initialization."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each meta-parameter: the policy's, and learned step sizes."""
+        policy = self.policy.shapes()
+        shapes = dict(policy)
+        if self.learned != "no":
+            count = len(self.step_sizes)
+            for name, leaf in policy.items():
+                if self._is_fast(name):
+                    more = leaf if self.learned == "parameter" else ()
+                    shapes[_STEP + name] = (count, *more)
+            if self.fast == "context":
+                more = (self.policy.context_dim,) if self.learned == "parameter" else ()
+                shapes[_STEP + "context"] = (count, *more)
+        return shapes
+
+    def init(self, params: Params) -> Params:
+        """Return meta-parameters: a policy's parameters, and step sizes where they are learned."""
+        meta = dict(params)
+        for name, shape in self.shapes().items():
+            if name.startswith(_STEP):
+                sizes = torch.tensor(self.step_sizes, dtype=params["log_std"].dtype)
+                meta[name] = sizes.view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
+        return meta
+
+    def split(self, meta: Params) -> tuple[Params, Params, StepSizes]:
+        """Return the parameters that adapt, those that do not, and the step sizes."""
+        params = {name: p for name, p in meta.items() if not name.startswith(_STEP)}
+        fast = {name: p for name, p in params.items() if self._is_fast(name)}
+        slow = {name: p for name, p in params.items() if not self._is_fast(name)}
+        like = meta["log_std"]
+        if self.fast == "context":
+            fast["context"] = like.new_zeros(self.policy.context_dim)
+        given = like.new_tensor(self.step_sizes)
+        return fast, slow, {name: meta.get(_STEP + name, given) for name in fast}
+
+    def mean_step_sizes(self, meta: Params, steps: int) -> list[float]:
+        """Return the size of each of `steps` steps: as given, or the mean of those learned."""
+        sizes = list(self.step_sizes)
+        if self.learned != "no":
+            learned = [p.view(len(p), -1) for n, p in meta.items() if n.startswith(_STEP)]
+            sizes = torch.cat(learned, dim=1).mean(dim=1).tolist()
+        return [sizes[min(k, len(sizes) - 1)] for k in range(steps)]
+
+    def _is_fast(self, name: str) -> bool:
+        if self.fast == "head":
+            return name.startswith(f"layer{self.policy.layers - 1}.")
+        return self.fast == "all"
+
+    def params(self, fast: Params, slow: Params, tasks: int) -> Params:
+        """Return the policy's parameters, all stacked, [tasks, ...] each."""
+        return {**stack(slow, tasks), **fast}
+
+    def distribution(self, fast: Params, slow: Params, batch: Batch) -> Dist:
+        """Return the distributions at a batch's observations, [T, N, ...] each."""
+        params = {**slow, **fast}
+        if self.policy.context_dim and "context" not in params:
+            assert batch.context is not None
+            params["context"] = batch.context
+        return self.policy.distribution(params, batch.observation)
+
+    def adapt(
+        self,
+        fast: Params,
+        slow: Params,
+        step_sizes: StepSizes,
+        batches: Sequence[Batch],
+        *,
+        order: int,
+        at: Sequence[Params] | None = None,
+    ) -> list[Params]:
+        """Return the iterates of the fast parameters, stacked; see `adapt`."""
+        return adapt(
+            lambda theta, batch: self.inner_loss(theta, slow, batch),
+            fast,
+            step_sizes,
+            batches,
+            order=order,
+            updates=self.updates,
+            proximal=self.proximal,
+            at=at,
+        )
+
+    def inner_loss(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
+        """Return the inner loss of each task, [T]."""
+        return self.loss(self.policy, self.distribution(fast, slow, batch), batch)
 
 
 def adapt(
@@ -36,11 +145,14 @@ def adapt(
     batches: Sequence[Batch],
     *,
     order: int,
+    updates: int = 1,
+    proximal: float = 0.0,
     at: Sequence[Params] | None = None,
 ) -> list[Params]:
     """Return the iterates theta_0 ... theta_K of K inner steps, each on a batch of its own.
 
-    Finn et al. 2017, eq. 1 (arXiv:1703.03400).
+    Finn et al. 2017, eq. 1 (arXiv:1703.03400); with `proximal`, gradient descent on the inner
+    problem of iMAML, Rajeswaran et al. 2019, eq. 3 (arXiv:1909.04630).
 
     Args:
         loss: (stacked parameters, batch) -> [T].
@@ -49,24 +161,28 @@ def adapt(
         batches: K batches; none gives the identity.
         order: 2 keeps the graph through the gradient; 1 takes the gradient for a constant, so that
             theta_K depends on theta_0 with the identity as its Jacobian; 0 keeps no graph at all.
+        updates: gradient steps on each batch; an iterate is what they end in.
+        proximal: strength lambda of lambda / 2 |theta - theta_0|^2, added to the loss.
         at: values theta_1 ... theta_K to differentiate at. Batches that are a part of the samples
             then give the derivative of the step, while its value stays that of all samples.
     """
     iterates = [params]
     for k, batch in enumerate(batches):
-        theta = iterates[-1]
-        if order < 2:
-            theta = {name: p.detach().requires_grad_() for name, p in theta.items()}
-        slope = torch.autograd.grad(
-            loss(theta, batch).sum(), list(theta.values()), create_graph=order == 2
-        )
-        new = {
-            name: p - step_size(step_sizes, name, k) * g
-            for (name, p), g in zip(iterates[-1].items(), slope, strict=True)
-        }
-        if order == 0:
-            new = {name: p.detach() for name, p in new.items()}
-        elif at is not None:
-            new = {name: at[k][name] + (p - p.detach()) for name, p in new.items()}
-        iterates.append(new)
+        current = iterates[-1]
+        for _ in range(updates):
+            theta = current
+            if order < 2:
+                theta = {name: p.detach().requires_grad_() for name, p in theta.items()}
+            slope = torch.autograd.grad(
+                loss(theta, batch).sum(), list(theta.values()), create_graph=order == 2
+            )
+            new = {}
+            for (name, p), g in zip(current.items(), slope, strict=True):
+                if proximal:
+                    g = g + proximal * (p - params[name])
+                new[name] = p - step_size(step_sizes, name, k) * g
+            current = new if order else {name: p.detach() for name, p in new.items()}
+        if at is not None:
+            current = {name: at[k][name] + (p - p.detach()) for name, p in current.items()}
+        iterates.append(current)
     return iterates

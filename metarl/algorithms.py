@@ -1,42 +1,170 @@
-"""Algorithms, one row each: an inner loss, a meta-gradient and where they come from."""
+"""Algorithms, one row each: an inner loss, a meta-gradient, an outer optimizer, and their paper.
+
+To add one is to add a row and, where none of the functions fits, one pure function.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from envs.errors import UserError
 from envs.family import did_you_mean
-from metarl.objectives import Loss, log_likelihood
+from metarl.adaptation import Fast, Learned
+from metarl.objectives import Loss, dice, likelihood_ratio, log_likelihood
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Algorithm:
     """What one meta-learning algorithm is made of."""
 
     name: str
     description: str
     source: str
-    inner_loss: Loss
-    order: int
+    inner_loss: Loss = log_likelihood
+    gradient: Literal["unrolled", "displacement", "implicit"] = "unrolled"
+    order: int = 2
     """Order of the meta-gradient through the inner steps; 1 ignores their curvature."""
+    outer: Literal["trust-region", "adam", "clipped"] = "trust-region"
+    fast: Fast = "all"
+    """What adapts: all parameters, the last layer, or a context input."""
+    learned_steps: Learned = "no"
+    """Step sizes learned with the initialization: one a layer and step, or one a parameter."""
+    annealed: bool = False
+    """Multi-step loss, and order 1 first; both give way over `meta.anneal` iterations."""
+    told: bool = False
+    """The policy sees the task vector."""
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Values of config sections that the algorithm starts from."""
 
+
+_FINN = "Finn et al. 2017, arXiv:1703.03400"
 
 ALGORITHMS = {
     row.name: row
     for row in (
         Algorithm(
-            "maml-trpo",
-            "policy-gradient inner steps, exact second-order meta-gradient, TRPO outside",
-            "Finn et al. 2017, arXiv:1703.03400",
-            inner_loss=log_likelihood,
-            order=2,
+            name="maml-trpo",
+            description="policy-gradient inner steps, exact second-order meta-gradient, TRPO",
+            source=_FINN,
         ),
         Algorithm(
-            "fomaml-trpo",
-            "as maml-trpo, the inner steps' Jacobian taken for the identity",
-            "Finn et al. 2017, section 5.2; Nichol et al. 2018, arXiv:1803.02999",
-            inner_loss=log_likelihood,
+            name="maml-reinforce",
+            description="as maml-trpo, the outer step by Adam on the policy gradient",
+            source=_FINN,
+            outer="adam",
+            defaults={"adam": {"learning_rate": 1e-2}},
+        ),
+        Algorithm(
+            name="maml-ppo",
+            description="as maml-trpo, the outer steps by Adam on PPO's clipped objective",
+            source=f"{_FINN}; Schulman et al. 2017, arXiv:1707.06347",
+            outer="clipped",
+            defaults={"adam": {"learning_rate": 1e-3, "epochs": 5}},
+        ),
+        Algorithm(
+            name="fomaml-trpo",
+            description="as maml-trpo, the inner steps' Jacobian taken for the identity",
+            source="Finn et al. 2017, section 5.2; Nichol et al. 2018, arXiv:1803.02999",
             order=1,
+        ),
+        Algorithm(
+            name="fomaml-reinforce",
+            description="as maml-reinforce, the inner steps' Jacobian taken for the identity",
+            source="Finn et al. 2017, section 5.2; Nichol et al. 2018, arXiv:1803.02999",
+            order=1,
+            outer="adam",
+            defaults={"adam": {"learning_rate": 1e-2}},
+        ),
+        Algorithm(
+            name="reptile",
+            description="moves towards the adapted parameters; samples no query episodes",
+            source="Nichol et al. 2018, arXiv:1803.02999",
+            inner_loss=likelihood_ratio,
+            gradient="displacement",
+            outer="adam",
+            defaults={"adam": {"learning_rate": 1e-2}, "inner": {"updates": 5}},
+        ),
+        Algorithm(
+            name="e-maml",
+            description="adds what pre-update sampling earns for the post-update return",
+            source="Stadie et al. 2018, arXiv:1803.01118; Al-Shedivat et al. 2018",
+            defaults={"meta": {"credit": 1.0}},
+        ),
+        Algorithm(
+            name="promp",
+            description="low-variance-curvature inner surrogate, clipped objective, inner KL",
+            source="Rothfuss et al. 2019, arXiv:1810.06784",
+            inner_loss=likelihood_ratio,
+            outer="clipped",
+            defaults={
+                "adam": {"learning_rate": 1e-3, "epochs": 5, "clip": 0.3},
+                "meta": {"inner_kl": 5e-4},
+            },
+        ),
+        Algorithm(
+            name="dice-maml",
+            description="loaded DiCE inner objective: unbiased higher-order terms",
+            source="Foerster et al. 2018, arXiv:1802.05098; Farquhar et al. 2019, 1909.10549",
+            inner_loss=dice,
+        ),
+        Algorithm(
+            name="imaml",
+            description="proximal inner problem, implicit meta-gradient by conjugate gradient",
+            source="Rajeswaran et al. 2019, arXiv:1909.04630",
+            inner_loss=likelihood_ratio,
+            gradient="implicit",
+            outer="adam",
+            defaults={
+                "adam": {"learning_rate": 1e-2},
+                "inner": {"updates": 10, "proximal": 1.0},
+            },
+        ),
+        Algorithm(
+            name="maml++",
+            description="step sizes a layer and step, multi-step loss, order annealed, cosine",
+            source="Antoniou et al. 2019, arXiv:1810.09502",
+            learned_steps="layer",
+            annealed=True,
+            outer="adam",
+            defaults={
+                "adam": {"learning_rate": 1e-2},
+                "inner": {"steps": 2},
+                "meta": {"anneal": 30, "decay": 500},
+            },
+        ),
+        Algorithm(
+            name="meta-sgd",
+            description="a step size, and its sign, for every parameter, learned",
+            source="Li et al. 2017, arXiv:1707.09835",
+            learned_steps="parameter",
+        ),
+        Algorithm(
+            name="anil",
+            description="only the last layer adapts",
+            source="Raghu et al. 2020, arXiv:1909.09157",
+            fast="head",
+        ),
+        Algorithm(
+            name="cavia",
+            description="only a context vector adapts, an input that starts at zero",
+            source="Zintgraf et al. 2019, arXiv:1810.03642",
+            fast="context",
+            defaults={"inner": {"step_sizes": (10.0,)}},
+        ),
+        Algorithm(
+            name="pretrained",
+            description="reference: one policy for all tasks, no adaptation in training",
+            source=_FINN,
+            defaults={"inner": {"steps": 0}},
+        ),
+        Algorithm(
+            name="oracle",
+            description="reference: the policy sees the task vector",
+            source=_FINN,
+            told=True,
+            defaults={"inner": {"steps": 0}},
         ),
     )
 }

@@ -69,7 +69,7 @@ def benchmark(config: Config, repeats: int = 3) -> dict[str, Any]:
         "episodes": config.episodes,
         "horizon": trainer.family.horizon,
         "hidden": list(config.policy.hidden),
-        "fisher_fraction": config.outer.fisher_fraction,
+        "fisher_fraction": config.trust_region.fisher_fraction,
         "repeats": repeats,
         "ceiling_env_steps_per_second": ceiling,
         "collect_env_steps_per_second": collect,

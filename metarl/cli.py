@@ -139,7 +139,8 @@ def _run(arguments: list[str]) -> int:
         default = Train(config=_starting_config(rest))
     elif kind is Benchmark:
         family, preset = "half-cheetah-dir", _peek(rest, "--preset") or "pearl2019"
-        config = preset_config(preset, next((a for a in rest[:1] if a[:1] != "-"), family))
+        family = next((a for a in rest[:1] if a[:1] != "-"), family)
+        config = preset_config(preset, family, _peek(rest, "--algorithm") or "maml-trpo")
         default = Benchmark(config=config)
     command = tyro.cli(
         kind,
@@ -171,7 +172,8 @@ def _starting_config(arguments: Sequence[str]) -> Config:
     family = next((a for a in arguments[:1] if not a.startswith("-")), "")
     if family and family not in family_names() and ":" not in family:
         make_family(family)  # raises, with the nearest name
-    return preset_config(_peek(arguments, "--preset"), family)
+    algorithm = _peek(arguments, "--algorithm") or "maml-trpo"
+    return preset_config(_peek(arguments, "--preset"), family, algorithm)
 
 
 def _with_options(config: Config, texts: Sequence[str]) -> Config:

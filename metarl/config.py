@@ -14,6 +14,7 @@ import tyro
 from envs.errors import UserError
 from envs.family import did_you_mean
 from metarl.advantages import AdvantageConfig
+from metarl.first_order import AdamConfig
 from metarl.policies import Activation
 from metarl.rollouts import ActionMode
 from metarl.trust_region import TrustRegionConfig
@@ -31,12 +32,16 @@ class PolicyConfig:
     """Standard deviation of the actions at the start."""
     min_std: float = 1e-6
     """Floor of the standard deviation."""
+    context: int = 8
+    """Size of the context input, where the algorithm adapts one (CAVIA)."""
     action: ActionMode = "clip"
     """How actions fit the environment's bounds: cut to them, or [-1, 1] mapped onto them first."""
 
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.hidden):
             raise UserError(f"policy.hidden sizes must be at least 1, got {self.hidden}")
+        if self.context < 1:
+            raise UserError(f"policy.context must be at least 1, got {self.context}")
         for name in ("initial_std", "min_std"):
             _positive(f"policy.{name}", getattr(self, name))
 
@@ -50,16 +55,44 @@ class InnerConfig:
     step_sizes: tuple[float, ...] = (0.1,)
     """Size of each step; steps beyond those given repeat the last."""
     test_step_sizes: tuple[float, ...] = ()
-    """Size of each step in evaluation; none: those of training."""
+    """Size of each step in evaluation; none: those of training, or those learned."""
+    updates: int = 1
+    """Gradient steps on each batch of episodes; more than one need likelihood ratios."""
+    proximal: float = 0.0
+    """Strength of the pull towards the initialization (iMAML's lambda)."""
 
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise UserError(f"inner.steps must not be negative, got {self.steps}")
+        if self.updates < 1:
+            raise UserError(f"inner.updates must be at least 1, got {self.updates}")
+        if not (math.isfinite(self.proximal) and self.proximal >= 0.0):
+            raise UserError(f"inner.proximal must not be negative, got {self.proximal}")
         if not self.step_sizes:
             raise UserError("inner.step_sizes must not be empty")
         for name in ("step_sizes", "test_step_sizes"):
             for size in getattr(self, name):
                 _positive(f"inner.{name}", size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaConfig:
+    """What algorithms add to the meta-objective."""
+
+    credit: float = 0.0
+    """Weight of what pre-update sampling earns for the post-update return (E-MAML)."""
+    inner_kl: float = 0.0
+    """Weight of the KL from the pre-update policies that drew the support samples (ProMP)."""
+    anneal: int = 0
+    """Iterations over which multi-step loss and first order give way (MAML++)."""
+    decay: int = 0
+    """Iterations over which the outer step falls to zero along a cosine; 0 keeps it."""
+
+    def __post_init__(self) -> None:
+        for name in ("credit", "inner_kl", "anneal", "decay"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"meta.{name} must not be negative, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +118,9 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     inner: InnerConfig = field(default_factory=InnerConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
-    outer: TrustRegionConfig = field(default_factory=TrustRegionConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    trust_region: TrustRegionConfig = field(default_factory=TrustRegionConfig)
+    adam: AdamConfig = field(default_factory=AdamConfig)
     threads: int = field(default_factory=lambda: available_threads())
     """Threads for physics and for the update; results do not depend on it."""
     device: str = "cpu"
@@ -115,7 +150,9 @@ class Config:
             "policy": PolicyConfig,
             "inner": InnerConfig,
             "advantage": AdvantageConfig,
-            "outer": TrustRegionConfig,
+            "meta": MetaConfig,
+            "trust_region": TrustRegionConfig,
+            "adam": AdamConfig,
         }
         values = dict(data)
         for name, kind in parts.items():

@@ -20,7 +20,7 @@ from metarl.config import available_threads
 from metarl.inner_loop import NonFiniteError
 from metarl.meta_policy import MetaPolicy, random_meta_policy
 from metarl.parallel import ChunkPool, one_intraop_thread
-from metarl.policies import Params, stack
+from metarl.policies import Params
 from metarl.rollouts import Address, Collector
 from metarl.trajectories import Rollout
 
@@ -191,24 +191,23 @@ def evaluate(
         )
 
         def curve(policy: MetaPolicy, sizes: Sequence[float] | None) -> Curve:
-            loop = policy.inner_loop(pool, sizes)
-            given = sizes or policy.test_step_sizes
+            loop, meta = policy.inner_loop(pool, sizes)
+            told = policy.context(goals)
 
-            def sample(params: Params, k: int) -> Rollout:
+            def sample(params: Params, k: int, *, deterministic: bool = False) -> Rollout:
                 where = Address(seed, split=split, inner_step=k)
-                return collector.collect(params, goals, where)
+                params = {**params, **told}
+                return collector.collect(params, goals, where, deterministic=deterministic)
 
-            adapted = loop.run(sample, stack(policy.params, tasks), steps=steps, query="rollout")
+            adapted = loop.run(sample, meta, tasks, steps=steps, query="rollout")
             rollouts = adapted.rollouts
             if deterministic:
                 rollouts = [
-                    collector.collect(
-                        params, goals, Address(seed, split=split, inner_step=k), deterministic=True
-                    )
-                    for k, params in enumerate(adapted.iterates)
+                    sample(loop.adapter.params(fast, adapted.slow, tasks), k, deterministic=True)
+                    for k, fast in enumerate(adapted.iterates)
                 ]
             returns = [rollout.mean_returns().numpy() for rollout in rollouts]
-            used = [given[min(k, len(given) - 1)] for k in range(steps)]
+            used = loop.adapter.mean_step_sizes(meta, steps)
             return Curve(used, np.stack(returns, axis=1))
 
         try:

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Literal
 
 import torch
 
 from envs.errors import UserError
-from metarl.adaptation import StepSizes, adapt
+from metarl.adaptation import Adapter, StepSizes
 from metarl.advantages import AdvantageConfig, estimate
-from metarl.objectives import Batch, Loss, make_batch
+from metarl.objectives import Batch, make_batch
 from metarl.parallel import ChunkPool, slices
-from metarl.policies import GaussianMLP, Params
+from metarl.policies import Params, stack
 from metarl.trajectories import Rollout
 
 _CHUNK = 4  # tasks
 
 Sampler = Callable[[Params, int], Rollout]
 """(stacked parameters, inner step) -> episodes sampled with them"""
+
+
+Query = Literal["none", "rollout", "batch"]
 
 
 class NonFiniteError(UserError):
@@ -34,6 +37,8 @@ class Adapted:
     """What an inner loop leaves: iterate k sampled rollout k, and rollout k made iterate k + 1."""
 
     iterates: list[Params]
+    """Fast parameters, stacked."""
+    slow: Params
     rollouts: list[Rollout] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
 
@@ -42,18 +47,19 @@ class Adapted:
 class InnerLoop:
     """How tasks adapt, wherever their episodes come from."""
 
-    policy: GaussianMLP
-    loss: Loss
+    adapter: Adapter
     advantage: AdvantageConfig
-    step_sizes: StepSizes
     pool: ChunkPool
 
-    def run(self, sample: Sampler, params: Params, *, steps: int, query: str) -> Adapted:
-        """Adapt stacked parameters [T, ...] by `steps` steps, each on episodes of its own.
+    def run(
+        self, sample: Sampler, meta: Params, tasks: int, *, steps: int, query: Query
+    ) -> Adapted:
+        """Adapt meta-parameters to `tasks` tasks by `steps` steps, each on episodes of its own.
 
         Args:
             sample: see `Sampler`.
-            params: theta_0, stacked.
+            meta: not stacked.
+            tasks: T.
             steps: K.
             query: after the last step, "none" samples nothing more, "rollout" samples episodes
                 with theta_K, and "batch" estimates their advantages too.
@@ -61,11 +67,12 @@ class InnerLoop:
         Raises:
             NonFiniteError: something sampled, or an adapted parameter, is not a finite number.
         """
-        adapted = Adapted([params])
+        fast, slow, step_sizes = self.adapter.split(meta)
+        adapted = Adapted([stack(fast, tasks)], slow)
         for k in range(steps + 1):
             if k == steps and query == "none":
                 break
-            rollout = sample(adapted.iterates[k], k)
+            rollout = sample(self.adapter.params(adapted.iterates[k], slow, tasks), k)
             _check_finite(rollout)
             adapted.rollouts.append(rollout)
             if k == steps and query == "rollout":
@@ -73,24 +80,25 @@ class InnerLoop:
             batch = self.prepare(rollout)
             adapted.batches.append(batch)
             if k < steps:
-                adapted.iterates.append(self.adapt(adapted.iterates[k], batch, k))
+                sizes = {name: s[min(k, len(s) - 1) :] for name, s in step_sizes.items()}
+                adapted.iterates.append(self._adapt(adapted.iterates[k], slow, sizes, batch, k))
         return adapted
 
     def prepare(self, rollout: Rollout) -> Batch:
         """Return a rollout's samples with their advantages."""
-        return make_batch(self.policy, rollout, estimate(rollout, self.advantage, self.pool))
+        advantage = estimate(rollout, self.advantage, self.pool)
+        return make_batch(self.adapter.policy, rollout, advantage)
 
-    def adapt(self, params: Params, batch: Batch, k: int) -> Params:
-        """Return the stacked parameters after inner step k on a batch."""
-        sizes = {name: s[min(k, len(s) - 1) :] for name, s in self.step_sizes.items()}
-
+    def _adapt(
+        self, fast: Params, slow: Params, step_sizes: StepSizes, batch: Batch, k: int
+    ) -> Params:
         def one(chunk: slice) -> Params:
-            theta = {name: p[chunk] for name, p in params.items()}
+            theta = {name: p[chunk] for name, p in fast.items()}
             part = batch.map(lambda x: x[chunk])
-            return adapt(partial(self.loss, self.policy), theta, sizes, [part], order=0)[-1]
+            return self.adapter.adapt(theta, slow, step_sizes, [part], order=0)[-1]
 
         parts = self.pool.map(one, slices(len(batch.weight), _CHUNK))
-        new = {name: torch.cat([part[name] for part in parts]) for name in params}
+        new = {name: torch.cat([part[name] for part in parts]) for name in fast}
         for name, p in new.items():
             if not torch.isfinite(p).all():
                 raise NonFiniteError(f"parameter {name} is not finite after inner step {k + 1}")

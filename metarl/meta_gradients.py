@@ -1,68 +1,81 @@
-"""The meta-gradient through adaptation, and Fisher products through it.
+"""Meta-gradients of one iteration's samples: unrolled, displacement and implicit.
 
-`UnrolledProblem` is what an outer optimizer sees of one iteration's samples: the gradient of the
-post-adaptation loss with respect to the meta-parameters, the loss and KL at other meta-parameters,
-and the product of a vector with J' F J, J the Jacobian of the adapted policies' distributions and
-F their Fisher metric. Tasks are processed in chunks of a fixed shape on a pool of threads; what
-they give is summed in a fixed order.
+A problem is what an outer optimizer sees. All give the gradient of the meta-objective with respect
+to the meta-parameters. `UnrolledProblem` also gives the objective and KL at other meta-parameters,
+and the product of a vector with J' F J, J the Jacobian of the adapted policies' distributions and F
+their Fisher metric. Tasks are processed in chunks of a fixed shape on a pool of threads; what they
+give is summed in a fixed order.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metarl.adaptation import StepSizes, adapt
-from metarl.objectives import Batch, Loss, likelihood_ratio, mean_kl, ratio_surrogate
+from metarl.adaptation import Adapter
+from metarl.objectives import Batch, Loss, likelihood_ratio, mean_kl, score
 from metarl.parallel import ChunkPool, slices
-from metarl.policies import GaussianMLP, Params, flatten, stack
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The outer objective at some meta-parameters, means over tasks."""
-
-    loss: float
-    """Surrogate loss of the query samples under the policies adapted to the support samples."""
-    kl: float
-    """Mean KL from the policies that drew the query samples."""
-
+from metarl.policies import Dist, Params, flatten, stack
 
 Product = Callable[[Tensor], Tensor]
 
 
-@dataclass
-class UnrolledProblem:
-    """MAML's meta-objective (Finn et al. 2017, algorithm 3) on one iteration's samples."""
+@dataclass(frozen=True)
+class Objective:
+    """The meta-objective of one iteration: the query loss, and what algorithms add to it."""
 
-    policy: GaussianMLP
-    batches: Sequence[Batch]
-    """K support batches, then the query batch."""
-    step_sizes: StepSizes
-    pool: ChunkPool
-    inner_loss: Loss
     outer_loss: Loss = likelihood_ratio
+    step_weights: tuple[float, ...] = ()
+    """Weights of the losses of iterates 1 ... K on the samples they drew (MAML++); none: the last
+    alone."""
+    inner_kl: float = 0.0
+    """Weight of the KL from the pre-update policies that drew the support samples (ProMP)."""
+    credit: Tensor | None = None
+    """[T]; what a task's support episodes earned afterwards, times the score of drawing them
+    (E-MAML)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The meta-objective at some meta-parameters, means over tasks."""
+
+    loss: float
+    """Loss of the policies adapted to the support samples."""
+    kl: float
+    """Mean KL from the policies that drew the query samples."""
+
+
+@dataclass
+class Problem(ABC):
+    """One iteration's samples and how meta-parameters adapt to them."""
+
+    adapter: Adapter
+    batches: Sequence[Batch]
+    """K support batches, then the query batch where there is one."""
+    pool: ChunkPool
+    objective: Objective = field(default_factory=Objective)
     order: int = 2
     chunk: int = 4
     """Tasks a chunk: the working set stays in cache."""
-    fisher_samples: Tensor | None = None
-    """Indices of the samples that Fisher products use; None for all."""
     device: str = "cpu"
     """Where the products are computed; what crosses back are vectors of the parameters' size."""
 
     def __post_init__(self) -> None:
         if self.device != "cpu":
             self.batches = [batch.map(lambda x: x.to(self.device)) for batch in self.batches]
-            self.step_sizes = {name: x.to(self.device) for name, x in self.step_sizes.items()}
         self.tasks = len(self.batches[-1].weight)
         self._slices = slices(self.tasks, self.chunk)
-        self._iterates: list[list[Params]] = []
-        self._loss = partial(self.inner_loss, self.policy)
+
+    @abstractmethod
+    def gradient(self, meta: Params) -> tuple[Tensor, dict[str, Any]]:
+        """Return the flat meta-gradient [P], and statistics with the mean `loss` among them."""
 
     def _part(self, chunk: slice) -> list[Batch]:
         return [batch.map(lambda x: x[chunk]) for batch in self.batches]
@@ -70,37 +83,83 @@ class UnrolledProblem:
     def _leaves(self, meta: Params) -> Params:
         return {name: p.detach().to(self.device).requires_grad_() for name, p in meta.items()}
 
-    def gradient(self, meta: Params) -> tuple[Tensor, float]:
-        """Return the flat gradient [P] of the mean outer loss, and that loss."""
+    def _average(self, parts: Sequence[Tensor]) -> Tensor:
+        return sum_in_order(parts) / self.tasks
 
+
+@dataclass
+class UnrolledProblem(Problem):
+    """MAML's meta-objective (Finn et al. 2017, algorithm 3), differentiated through the steps."""
+
+    fisher_samples: Tensor | None = None
+    """Indices of the samples that Fisher products use; None for all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._iterates: list[list[Params]] = []
+
+    def _adapted(
+        self, theta: Params, support: Sequence[Batch], tasks: int, **options: Any
+    ) -> tuple[list[Params], Params]:
+        fast, slow, step_sizes = self.adapter.split(theta)
+        iterates = self.adapter.adapt(stack(fast, tasks), slow, step_sizes, support, **options)
+        return iterates, slow
+
+    def _loss(
+        self, iterates: list[Params], slow: Params, batches: list[Batch], chunk: slice
+    ) -> tuple[Tensor, Dist]:
+        """Return the objective of each task [T], and the adapted distributions at the query."""
+        adapter, objective = self.adapter, self.objective
+        policy, last = adapter.policy, len(batches) - 1
+        dist = adapter.distribution(iterates[last], slow, batches[last])
+        weights = objective.step_weights or (0.0,) * (last - 1) + (1.0,)
+        loss = objective.outer_loss(policy, dist, batches[last])
+        if last:
+            loss = weights[-1] * loss
+        for k in range(last):
+            batch = batches[k]
+            weight = weights[k - 1] if k else 0.0
+            if not (weight or objective.inner_kl or objective.credit is not None):
+                continue
+            before = adapter.distribution(iterates[k], slow, batch)
+            if weight:
+                loss = loss + weight * objective.outer_loss(policy, before, batch)
+            if objective.inner_kl:
+                loss = loss + objective.inner_kl / last * mean_kl(policy, before, batch)
+            if objective.credit is not None:
+                credit = objective.credit[chunk].to(self.device)
+                loss = loss - credit * score(policy, before, batch)
+        return loss, dist
+
+    def gradient(self, meta: Params) -> tuple[Tensor, dict[str, Any]]:
         def one(chunk: slice) -> tuple[Tensor, Tensor, list[Params]]:
-            *support, query = self._part(chunk)
+            batches = self._part(chunk)
             theta = self._leaves(meta)
-            stacked = stack(theta, len(query.weight))
-            iterates = adapt(self._loss, stacked, self.step_sizes, support, order=self.order)
-            loss = self.outer_loss(self.policy, iterates[-1], query).sum()
-            grads = torch.autograd.grad(loss, list(theta.values()))
+            tasks = len(batches[-1].weight)
+            iterates, slow = self._adapted(theta, batches[:-1], tasks, order=self.order)
+            loss = self._loss(iterates, slow, batches, chunk)[0].sum()
+            gradient = flat_gradient(loss, theta)
             adapted = [{name: p.detach() for name, p in it.items()} for it in iterates[1:]]
-            return torch.cat([g.reshape(-1) for g in grads]).cpu(), loss.detach().cpu(), adapted
+            return gradient.cpu(), loss.detach().cpu(), adapted
 
         parts = self.pool.map(one, self._slices)
         self._iterates = [adapted for _, _, adapted in parts]
-        gradient = sum_in_order([g for g, _, _ in parts]) / self.tasks
-        return gradient, float(sum_in_order([loss for _, loss, _ in parts])) / self.tasks
+        loss = float(self._average([loss for _, loss, _ in parts]))
+        return self._average([g for g, _, _ in parts]), {"loss": loss}
 
     def evaluate(self, meta: Params) -> Evaluation:
         """Return loss and KL over all samples at meta-parameters, adapted anew."""
 
         def one(chunk: slice) -> Tensor:
-            *support, query = self._part(chunk)
-            stacked = stack(self._leaves(meta), len(query.weight))
-            iterates = adapt(self._loss, stacked, self.step_sizes, support, order=0)
+            batches = self._part(chunk)
+            tasks = len(batches[-1].weight)
+            iterates, slow = self._adapted(self._leaves(meta), batches[:-1], tasks, order=0)
             with torch.no_grad():
-                dist = self.policy.distribution(iterates[-1], query.observation)
-                loss = ratio_surrogate(self.policy, dist, query).sum()
-                return torch.stack([loss, mean_kl(self.policy, dist, query).sum()]).cpu()
+                loss, dist = self._loss(iterates, slow, batches, chunk)
+                kl = mean_kl(self.adapter.policy, dist, batches[-1])
+                return torch.stack([loss.sum(), kl.sum()]).cpu()
 
-        loss, kl = (sum_in_order(self.pool.map(one, self._slices)) / self.tasks).tolist()
+        loss, kl = self._average(self.pool.map(one, self._slices)).tolist()
         return Evaluation(loss, kl)
 
     @contextlib.contextmanager
@@ -119,40 +178,173 @@ class UnrolledProblem:
                 support = [batch.select(samples) for batch in support]
                 query = query.select(samples)
             theta = self._leaves(meta)
-            leaves = list(theta.values())
-            stacked = stack(theta, len(query.weight))
-            iterates = adapt(
-                self._loss, stacked, self.step_sizes, support,
-                order=self.order, at=self._iterates[index],
-            )  # fmt: skip
-            dist = self.policy.distribution(iterates[-1], query.observation)
+            iterates, slow = self._adapted(
+                theta, support, len(query.weight), order=self.order, at=self._iterates[index]
+            )
+            dist = self.adapter.distribution(iterates[-1], slow, query)
             names = list(dist)
             phi = [dist[name] for name in names]
             fixed = {name: x.detach() for name, x in dist.items()}
             dummy = [torch.zeros_like(x, requires_grad=True) for x in phi]
-            back = flatten(
-                dict(enumerate(torch.autograd.grad(phi, leaves, dummy, create_graph=True)))  # type: ignore[arg-type]
-            )
+            back = flat_gradient(phi, theta, dummy, create_graph=True)
             weight = query.weight.unsqueeze(-1)
 
             def product(v: Tensor) -> Tensor:
                 tangent = torch.autograd.grad(back, dummy, v.to(self.device), retain_graph=True)
-                metric = self.policy.fisher(fixed, dict(zip(names, tangent, strict=True)))
+                metric = self.adapter.policy.fisher(fixed, dict(zip(names, tangent, strict=True)))
                 cotangent = [weight * metric[name] for name in names]
-                pulled = torch.autograd.grad(phi, leaves, cotangent, retain_graph=True)
-                return torch.cat([g.reshape(-1) for g in pulled]).cpu()
+                return flat_gradient(phi, theta, cotangent, retain_graph=True).cpu()
 
             return product
 
         products = self.pool.map(build, range(len(self._slices)))
 
         def apply(v: Tensor) -> Tensor:
-            return sum_in_order(self.pool.map(lambda product: product(v), products)) / self.tasks
+            return self._average(self.pool.map(lambda product: product(v), products))
 
         try:
             yield apply
         finally:
             products.clear()
+
+
+@dataclass
+class DisplacementProblem(Problem):
+    """Reptile (Nichol et al. 2018, arXiv:1803.02999): theta - theta_K serves as the gradient.
+
+    All batches are support: nothing is sampled with theta_K.
+    """
+
+    def gradient(self, meta: Params) -> tuple[Tensor, dict[str, Any]]:
+        def one(chunk: slice) -> tuple[Tensor, Tensor]:
+            batches = self._part(chunk)
+            tasks = len(batches[-1].weight)
+            fast, slow, step_sizes = self.adapter.split(self._leaves(meta))
+            start = {name: p.detach() for name, p in stack(fast, tasks).items()}
+            adapted = self.adapter.adapt(start, slow, step_sizes, batches, order=0)[-1]
+            moved = {n: (start[n] - adapted[n]).sum(0) for n in start}
+            gradient = {n: moved.get(n, torch.zeros_like(p)) for n, p in meta.items()}
+            with torch.no_grad():
+                loss = self.adapter.inner_loss(adapted, slow, batches[-1]).sum()
+            return flatten(gradient).cpu(), loss.cpu()
+
+        parts = self.pool.map(one, self._slices)
+        loss = float(self._average([loss for _, loss in parts]))
+        return self._average([g for g, _ in parts]), {"loss": loss}
+
+
+@dataclass
+class ImplicitProblem(Problem):
+    """iMAML (Rajeswaran et al. 2019, eq. 6, arXiv:1909.04630): (I + H / lambda)^-1 grad L_query.
+
+    H is the Hessian of the support loss at the solution of the proximal inner problem. Each task's
+    system is solved by conjugate gradient on its own; a task whose curvature I + H / lambda is
+    found not to be positive keeps what it has by then. Statistics: the relative residual of the
+    solve and of the inner problem's stationarity, and the share of tasks with such curvature.
+    """
+
+    iterations: int = 10
+
+    def gradient(self, meta: Params) -> tuple[Tensor, dict[str, Any]]:
+        strength = self.adapter.proximal
+
+        def one(chunk: slice) -> tuple[Tensor, Tensor]:
+            support, query = self._part(chunk)
+            tasks = len(query.weight)
+            fast, slow, step_sizes = self.adapter.split(self._leaves(meta))
+            start = {name: p.detach() for name, p in stack(fast, tasks).items()}
+            solution = self.adapter.adapt(start, slow, step_sizes, [support], order=0)[-1]
+            theta = {name: p.requires_grad_() for name, p in solution.items()}
+            dist = self.adapter.distribution(theta, slow, query)
+            loss = self.objective.outer_loss(self.adapter.policy, dist, query).sum()
+            b = rows(torch.autograd.grad(loss, list(theta.values())))
+            inner = self.adapter.inner_loss(theta, slow, support).sum()
+            slope = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
+
+            def product(v: Tensor) -> Tensor:
+                parts = v.split([p[0].numel() for p in theta.values()], dim=1)
+                vs = [x.view_as(p) for x, p in zip(parts, theta.values(), strict=True)]
+                image = torch.autograd.grad(slope, list(theta.values()), vs, retain_graph=True)
+                return v + rows(image) / strength
+
+            x, residual, curved = solve_each(product, b, self.iterations)
+            pull = rows([strength * (theta[n] - start[n]) for n in theta])
+            stationary = (rows(slope) + pull).norm(dim=1) / pull.norm(dim=1).clamp(min=1e-12)
+            parts = x.sum(0).split([p[0].numel() for p in theta.values()])
+            found = dict(zip(theta, parts, strict=True))
+            gradient = torch.cat(
+                [found.get(n, torch.zeros_like(p).reshape(-1)) for n, p in meta.items()]
+            )
+            numbers = [loss, residual.sum(), stationary.sum(), curved.sum()]
+            return gradient.detach().cpu(), torch.stack([n.detach().float() for n in numbers]).cpu()
+
+        parts = self.pool.map(one, self._slices)
+        loss, residual, stationary, curved = self._average([n for _, n in parts]).tolist()
+        stats = {
+            "loss": loss,
+            "implicit_residual": residual,
+            "inner_residual": stationary,
+            "non_positive_curvature": curved,
+        }
+        return self._average([g for g, _ in parts]), stats
+
+
+def solve_each(product: Product, b: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve A_t x_t = b_t for every task by conjugate gradient.
+
+    Args:
+        product: [T, P] -> [T, P], each row by its own symmetric A_t.
+        b: [T, P]
+        iterations: at most so many products.
+
+    Returns:
+        x [T, P]; relative residuals |b - A x| / |b| [T]; and whether a direction of non-positive
+        curvature was met [T], where the row stops.
+    """
+    x = torch.zeros_like(b)
+    residual, direction = b.clone(), b.clone()
+    squared = (residual * residual).sum(1, keepdim=True)
+    scale = squared.clamp(min=1e-30)
+    curved = torch.zeros_like(squared, dtype=torch.bool)
+    for _ in range(iterations):
+        image = product(direction)
+        curvature = (direction * image).sum(1, keepdim=True)
+        live = squared > 1e-20 * scale
+        curved = curved | (live & (curvature <= 0.0))
+        live = live & ~curved
+        if not live.any():
+            break
+        step = torch.where(live, squared / torch.where(live, curvature, 1.0), 0.0)
+        x = x + step * direction
+        residual = residual - step * image
+        new = (residual * residual).sum(1, keepdim=True)
+        ratio = torch.where(live, new / squared.clamp(min=1e-30), 0.0)
+        direction = torch.where(live, residual + ratio * direction, direction)
+        squared = torch.where(live, new, squared)
+    return x, (squared / scale).sqrt().squeeze(1), curved.squeeze(1)
+
+
+def rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors [T, ...] side by side, [T, P]."""
+    return torch.cat([x.flatten(1) for x in tensors], dim=1)
+
+
+def flat_gradient(
+    outputs: Tensor | Sequence[Tensor],
+    leaves: Params,
+    cotangents: Sequence[Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Return the gradient of outputs in all leaves as one vector, zero where they do not matter."""
+    grads = torch.autograd.grad(
+        outputs, list(leaves.values()), cotangents, allow_unused=True, **options
+    )
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if g is None else g).reshape(-1)
+            for g, p in zip(grads, leaves.values(), strict=True)
+        ]
+    )
 
 
 def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
@@ -161,3 +353,18 @@ def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         total += part
     return total
+
+
+def annealed_weights(steps: int, progress: float) -> tuple[float, ...]:
+    """Return MAML++'s weights of the losses of iterates 1 ... K (Antoniou et al. 2019, section 4).
+
+    Uniform at progress 0; by progress 1 all the weight is on the last.
+    """
+    progress = min(max(progress, 0.0), 1.0)
+    early = (1.0 - progress) / max(steps, 1)
+    return (early,) * (steps - 1) + (1.0 - early * (steps - 1),) if steps else ()
+
+
+def cosine(progress: float) -> float:
+    """Return a factor that falls from 1 at progress 0 to 0 at progress 1 along a cosine."""
+    return 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))

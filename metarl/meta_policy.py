@@ -15,11 +15,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from envs import TaskFamily, make_family
 from envs.errors import UserError
 from metarl import checkpoints
-from metarl.adaptation import constant_step_sizes
+from metarl.adaptation import Adapter
 from metarl.algorithms import find_algorithm
 from metarl.checkpoints import CheckpointError
 from metarl.config import Config
@@ -81,28 +82,32 @@ class MetaPolicy:
     @cached_property
     def policy(self) -> GaussianMLP:
         """The network, its sizes read off the parameters."""
-        return make_policy(
-            self.config,
-            self.params["layer0.weight"].shape[0],
-            self.params["log_std"].shape[0],
-        )
+        told = find_algorithm(self.config.algorithm).told
+        context = context_dim(self.config, self.family.tasks.dim if told else 0)
+        observation = self.params["layer0.weight"].shape[0] - context
+        return make_policy(self.config, observation, self.params["log_std"].shape[0], context)
 
-    @property
-    def test_step_sizes(self) -> tuple[float, ...]:
-        """Sizes of the inner steps it adapts by, the last repeated."""
-        return self.config.inner.test_step_sizes or self.config.inner.step_sizes
+    def inner_loop(
+        self, pool: ChunkPool, step_sizes: Sequence[float] | None = None
+    ) -> tuple[InnerLoop, Params]:
+        """Return how this policy adapts, and the meta-parameters it adapts from.
 
-    def inner_loop(self, pool: ChunkPool, step_sizes: Sequence[float] | None = None) -> InnerLoop:
-        """Return how this policy adapts; the step sizes are its own unless given."""
-        config = self.config
-        sizes = step_sizes or self.test_step_sizes
-        return InnerLoop(
-            self.policy,
-            find_algorithm(config.algorithm).inner_loss,
-            config.advantage,
-            constant_step_sizes(self.params, sizes),
-            pool,
-        )
+        The step sizes are those given, else the config's for evaluation, else those learned, else
+        those of training.
+        """
+        given = tuple(step_sizes or self.config.inner.test_step_sizes)
+        adapter = make_adapter(self.config, self.policy)
+        params = dict(self.params)
+        if given:
+            adapter = dataclasses.replace(adapter, step_sizes=given, learned="no")
+            params = {name: params[name] for name in adapter.shapes()}
+        return InnerLoop(adapter, self.config.advantage, pool), params
+
+    def context(self, tasks: NDArray) -> Params:
+        """Return what the policy is told of tasks [T, task_dim], as an entry of its parameters."""
+        if not find_algorithm(self.config.algorithm).told:
+            return {}
+        return {"context": scaled_tasks(self.family, tasks)}
 
     def adapt(
         self,
@@ -132,12 +137,19 @@ class MetaPolicy:
         target = env if isinstance(env, gym.Env) else made
         assert target is not None
         mode = self.config.policy.action
+        told: Params = {}
+        if find_algorithm(self.config.algorithm).told:
+            if made is None:
+                raise UserError(
+                    "an oracle is told its task: give the task vector, not an environment"
+                )
+            told = self.context(np.asarray(env, np.float64)[None])
 
         def sample(params: Params, k: int) -> Any:
             return collect_episodes(
                 target,
                 self.policy,
-                {name: p[0] for name, p in params.items()},
+                {name: p[0] for name, p in {**params, **told}.items()},
                 episodes=episodes,
                 horizon=self.family.horizon,
                 address=Address(seed, split="test", inner_step=k),
@@ -146,15 +158,15 @@ class MetaPolicy:
 
         try:
             with one_intraop_thread(), ChunkPool(1) as pool:
-                stacked = {name: p[None] for name, p in self.params.items()}
-                loop = self.inner_loop(pool, step_sizes)
-                adapted = loop.run(sample, stacked, steps=steps, query="none").iterates[-1]
+                loop, meta = self.inner_loop(pool, step_sizes)
+                adapted = loop.run(sample, meta, 1, steps=steps, query="none")
             space = target.action_space
             assert isinstance(space, gym.spaces.Box)
         finally:
             if made is not None:
                 made.close()
-        params = {name: p[0].clone() for name, p in adapted.items()}
+        params = loop.adapter.params(adapted.iterates[-1], adapted.slow, 1) | told
+        params = {name: p[0].clone() for name, p in params.items()}
         return Policy(self.policy, params, space, mode, stream(seed, 0, "test-noise", steps))
 
     def save(self, path: str | Path) -> None:
@@ -163,9 +175,39 @@ class MetaPolicy:
         checkpoints.save(Path(path), self.params, metadata)
 
 
-def make_policy(config: Config, observation_dim: int, action_dim: int) -> GaussianMLP:
+def context_dim(config: Config, task_dim: int) -> int:
+    """Return the size of the context input that an algorithm's policy has."""
+    row = find_algorithm(config.algorithm)
+    return config.policy.context if row.fast == "context" else task_dim if row.told else 0
+
+
+def scaled_tasks(family: TaskFamily, tasks: NDArray) -> Tensor:
+    """Return tasks [T, task_dim] with their training bounds mapped onto [-1, 1], float32."""
+    low, high = family.tasks.bounds()
+    scaled = (2.0 * tasks - low - high) / np.where(high > low, high - low, 1.0)
+    return torch.from_numpy(scaled.astype(np.float32))
+
+
+def make_adapter(config: Config, policy: GaussianMLP) -> Adapter:
+    """Return what adapts in a config's algorithm, and how."""
+    row = find_algorithm(config.algorithm)
+    return Adapter(
+        policy,
+        row.inner_loss,
+        config.inner.step_sizes,
+        fast=row.fast,
+        learned=row.learned_steps,
+        updates=config.inner.updates,
+        proximal=config.inner.proximal,
+    )
+
+
+def make_policy(
+    config: Config, observation_dim: int, action_dim: int, context: int = 0
+) -> GaussianMLP:
     """Return a config's network for an environment's sizes."""
     return GaussianMLP(
+        context_dim=context,
         observation_dim=observation_dim,
         action_dim=action_dim,
         hidden=config.policy.hidden,
@@ -184,14 +226,16 @@ def policy_for(config: Config, family: TaskFamily) -> GaussianMLP:
             raise UserError(f"{family.name}: observations must be a flat Box, got {observation}")
         if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1:
             raise UserError(f"{family.name}: actions must be a flat Box, got {action}")
-        return make_policy(config, observation.shape[0], action.shape[0])
+        context = context_dim(config, family.tasks.dim)
+        return make_policy(config, observation.shape[0], action.shape[0], context)
     finally:
         env.close()
 
 
 def random_meta_policy(like: MetaPolicy, seed: int = 0) -> MetaPolicy:
     """Return the random initialization that a run with this seed starts from."""
-    return dataclasses.replace(like, params=like.policy.init(stream(seed, 0, "init")), record={})
+    params = make_adapter(like.config, like.policy).init(like.policy.init(stream(seed, 0, "init")))
+    return dataclasses.replace(like, params=params, record={})
 
 
 def shipped() -> list[str]:
@@ -246,5 +290,5 @@ def load(what: str | Path) -> MetaPolicy:
     record = {k: metadata[k] for k in ("iteration", "env_steps", "versions") if k in metadata}
     if "layer0.weight" not in params or "log_std" not in params:
         raise CheckpointError(f"{path} holds no policy")
-    shapes = MetaPolicy(params, config).policy.shapes()
+    shapes = make_adapter(config, MetaPolicy(params, config).policy).shapes()
     return MetaPolicy(checkpoints.in_shapes(path, params, shapes), config, record)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metarl.policies import Dist, GaussianMLP, Params
+from metarl.policies import Dist, GaussianMLP
 from metarl.trajectories import Rollout
 
 
@@ -32,17 +33,32 @@ class Batch:
     """[T, N]; log-density of the action under the policy that drew it."""
     old: Dist
     """Parameters of the distribution it was drawn from, [T, N, ...] each."""
+    episodes: int
+    """Episodes a task; a task's samples are those of episode 0 in order of time, then of 1, …"""
+    context: Tensor | None = None
+    """[T, context_dim]; what the policy was told of its task, where it was told."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with a function applied to every tensor."""
-        new = {f.name: function(getattr(self, f.name)) for f in fields(self) if f.name != "old"}
-        return replace(self, **new, old={name: function(x) for name, x in self.old.items()})
+        new = {f.name: _map(function, getattr(self, f.name)) for f in fields(self)}
+        return Batch(**new)
 
     def select(self, samples: Tensor) -> Batch:
-        """Return some of the samples of every task [N'], weights summing to 1 again."""
-        part = self.map(lambda x: x.index_select(1, samples))
+        """Return some of the samples of every task [N'], weights summing to 1 again.
+
+        Their order in time is lost.
+        """
+        per_sample = replace(self, context=None)
+        part = per_sample.map(lambda x: x.index_select(1, samples))
         total = part.weight.sum(dim=1, keepdim=True)
-        return replace(part, weight=part.weight / total.clamp(min=torch.finfo(total.dtype).tiny))
+        weight = part.weight / total.clamp(min=torch.finfo(total.dtype).tiny)
+        return replace(part, weight=weight, context=self.context)
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: function(x) for name, x in value.items()}
+    return function(value) if isinstance(value, Tensor) else value
 
 
 def make_batch(policy: GaussianMLP, rollout: Rollout, advantage: Tensor) -> Batch:
@@ -58,31 +74,63 @@ def make_batch(policy: GaussianMLP, rollout: Rollout, advantage: Tensor) -> Batc
         weight=valid.to(advantage.dtype) / count.to(advantage.dtype),
         old_log_prob=policy.log_prob(old, action),
         old=old,
+        episodes=rollout.valid.shape[1],
+        context=rollout.context,
     )
 
 
-Loss = Callable[[GaussianMLP, Params, Batch], Tensor]
-"""(policy, stacked parameters, batch) -> [T]"""
+Loss = Callable[[GaussianMLP, Dist, Batch], Tensor]
+"""(policy, distribution at the batch's observations, batch) -> [T]"""
 
 
-def log_likelihood(policy: GaussianMLP, params: Params, batch: Batch) -> Tensor:
+def log_likelihood(policy: GaussianMLP, dist: Dist, batch: Batch) -> Tensor:
     """REINFORCE (Williams 1992): -E[log pi(a | s) A], [T]; the inner loss of Finn et al. 2017."""
-    log_prob = policy.log_prob(policy.distribution(params, batch.observation), batch.action)
+    log_prob = policy.log_prob(dist, batch.action)
     return -(batch.weight * batch.advantage * log_prob).sum(dim=1)
 
 
-def likelihood_ratio(policy: GaussianMLP, params: Params, batch: Batch) -> Tensor:
+def likelihood_ratio(policy: GaussianMLP, dist: Dist, batch: Batch) -> Tensor:
     """Importance-weighted surrogate of TRPO: -E[pi(a | s) / pi_old(a | s) A], [T].
 
-    Schulman et al. 2015, eq. 14 (arXiv:1502.05477).
+    Schulman et al. 2015, eq. 14 (arXiv:1502.05477). As an inner loss it has the low-variance
+    curvature of Rothfuss et al. 2019, eq. 14 (arXiv:1810.06784): at the old parameters its Hessian
+    is that of the mean of (grad^2 log pi + grad log pi grad log pi') A.
     """
-    return ratio_surrogate(policy, policy.distribution(params, batch.observation), batch)
-
-
-def ratio_surrogate(policy: GaussianMLP, dist: Dist, batch: Batch) -> Tensor:
-    """`likelihood_ratio` of a distribution that is at hand already, [T]."""
     ratio = (policy.log_prob(dist, batch.action) - batch.old_log_prob).exp()
     return -(batch.weight * batch.advantage * ratio).sum(dim=1)
+
+
+def clipped_ratio(policy: GaussianMLP, dist: Dist, batch: Batch, *, clip: float) -> Tensor:
+    """PPO's pessimistic surrogate, -E[min(r A, clip(r, 1 - c, 1 + c) A)], [T].
+
+    Schulman et al. 2017, eq. 7 (arXiv:1707.06347).
+    """
+    ratio = (policy.log_prob(dist, batch.action) - batch.old_log_prob).exp()
+    cut = ratio.clamp(1.0 - clip, 1.0 + clip)
+    return -(batch.weight * torch.minimum(ratio * batch.advantage, cut * batch.advantage)).sum(1)
+
+
+def dice(policy: GaussianMLP, dist: Dist, batch: Batch) -> Tensor:
+    """Loaded DiCE: -E[(box(w[t]) - box(w[t - 1])) A[t]] with w[t] = sum_{s <= t} log pi(a_s | s_s).
+
+    box(w) = exp(w - stop(w)) is 1, and its derivatives of all orders carry the score. Foerster et
+    al. 2018 (arXiv:1802.05098); the difference admits advantages, Farquhar et al. 2019
+    (arXiv:1909.10549). Derivatives of any order are unbiased; the value is 0.
+    """
+    shape = (len(batch.weight), batch.episodes, -1)
+    # Steps beyond an episode's end hold anything; they come last and must not enter the sums.
+    log_prob = policy.log_prob(dist, batch.action).view(shape)
+    log_prob = torch.where(batch.weight.view(shape) > 0, log_prob, 0.0)
+    through = log_prob.cumsum(dim=2)
+    before = through - log_prob
+    box = (through - through.detach()).exp() - (before - before.detach()).exp()
+    return -(batch.weight * batch.advantage * box.flatten(1)).sum(dim=1)
+
+
+def score(policy: GaussianMLP, dist: Dist, batch: Batch) -> Tensor:
+    """Sum of the log-densities of all of a task's valid actions, [T]."""
+    log_prob = policy.log_prob(dist, batch.action)
+    return torch.where(batch.weight > 0, log_prob, 0.0).sum(dim=1)
 
 
 def mean_kl(policy: GaussianMLP, dist: Dist, batch: Batch) -> Tensor:

@@ -60,8 +60,8 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class GaussianMLP:
     """Diagonal Gaussian: an MLP gives the mean, the log standard deviation is a free vector.
 
-    The policy of Finn et al. 2017 and of TRPO before it. `context_dim` more inputs may follow the
-    observation.
+    The policy of Finn et al. 2017 and of TRPO before it. With a `context_dim`, an entry `context`
+    of the parameters, [context_dim] or [tasks, context_dim], is a further input at every step.
     """
 
     observation_dim: int
@@ -100,19 +100,17 @@ class GaussianMLP:
             params[name] = torch.from_numpy(values.astype(np.float32))
         return params
 
-    def distribution(
-        self, params: Params, observation: Tensor, context: Tensor | None = None
-    ) -> Dist:
+    def distribution(self, params: Params, observation: Tensor) -> Dist:
         """Return mean and log_std, [..., samples, action_dim] both.
 
         Args:
-            params: leaves [...] or [tasks, ...].
+            params: leaves [...] or [tasks, ...]; some may be stacked and others not.
             observation: [samples, observation_dim], or [tasks, samples, observation_dim].
-            context: [..., context_dim], the same for all samples of a task.
         """
         x = observation
-        if context is not None:
-            x = torch.cat([x, context.unsqueeze(-2).expand(*x.shape[:-1], -1)], dim=-1)
+        if self.context_dim:
+            context = params["context"].unsqueeze(-2).expand(*x.shape[:-1], self.context_dim)
+            x = torch.cat([x, context], dim=-1)
         activation = _ACTIVATIONS[self.activation]
         for i in range(self.layers):
             x = affine(x, params[f"layer{i}.weight"], params[f"layer{i}.bias"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from envs.errors import UserError
 from envs.family import did_you_mean, option_names
+from metarl.algorithms import find_algorithm
 from metarl.config import Config, InnerConfig, PolicyConfig
 from metarl.trust_region import TrustRegionConfig
 
@@ -35,7 +36,7 @@ PRESETS = {
         {
             # The published policies: direction at iteration 100 of a run with max KL 0.02,
             # velocity at iteration 475 of one with 10 episodes.
-            "half-cheetah-dir": {"outer": TrustRegionConfig(max_kl=0.02)},
+            "half-cheetah-dir": {"trust_region": TrustRegionConfig(max_kl=0.02)},
             "half-cheetah-vel": {"episodes": 10, "iterations": 475},
             "navigation-2d": {"inner": InnerConfig(step_sizes=(0.5,), test_step_sizes=(0.5, 0.25))},
         },
@@ -51,14 +52,27 @@ PRESETS = {
 }
 
 
-def preset_config(preset: str | None, family: str) -> Config:
-    """Return a preset's config for a family; None gives the defaults.
+def preset_config(preset: str | None, family: str, algorithm: str = "maml-trpo") -> Config:
+    """Return a preset's config for a family and algorithm; None gives the defaults.
 
-    A family that has a `scale` is made at the preset's.
+    A family that has a `scale` is made at the preset's. What an algorithm needs of its own goes
+    before the preset's values.
 
     Raises:
-        UserError: there is no such preset.
+        UserError: there is no such preset or algorithm.
     """
+    config = _family_config(preset, family)
+    row = find_algorithm(algorithm)
+    sections = {
+        name: dataclasses.replace(getattr(config, name), **values)
+        for name, values in row.defaults.items()
+    }
+    if "step_sizes" in row.defaults.get("inner", {}):
+        sections["inner"] = dataclasses.replace(sections["inner"], test_step_sizes=())
+    return dataclasses.replace(config, algorithm=algorithm, **sections)
+
+
+def _family_config(preset: str | None, family: str) -> Config:
     if preset is None:
         return Config(family=family)
     if preset not in PRESETS:

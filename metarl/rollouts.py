@@ -103,6 +103,7 @@ class _Memory:
             terminated=torch.from_numpy(self.terminated),
             truncated=torch.from_numpy(self.truncated),
             diverged=torch.from_numpy(self.diverged),
+            context=params.get("context"),
         )
 
 

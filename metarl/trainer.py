@@ -9,28 +9,46 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from envs import make_family
 from envs.errors import UserError
 from metarl import checkpoints
-from metarl.adaptation import constant_step_sizes
 from metarl.algorithms import find_algorithm
 from metarl.checkpoints import CheckpointError, versions, write_atomically
 from metarl.config import Config
-from metarl.inner_loop import InnerLoop, NonFiniteError
-from metarl.meta_gradients import UnrolledProblem
-from metarl.meta_policy import MetaPolicy, newest_checkpoint, policy_for
+from metarl.first_order import Adam
+from metarl.inner_loop import Adapted, InnerLoop, NonFiniteError, Query
+from metarl.meta_gradients import (
+    DisplacementProblem,
+    ImplicitProblem,
+    Objective,
+    Problem,
+    UnrolledProblem,
+    annealed_weights,
+    cosine,
+)
+from metarl.meta_policy import (
+    MetaPolicy,
+    make_adapter,
+    newest_checkpoint,
+    policy_for,
+    scaled_tasks,
+)
 from metarl.metrics import MetricsLog
+from metarl.objectives import clipped_ratio, likelihood_ratio
 from metarl.parallel import ChunkPool, one_intraop_thread
-from metarl.policies import GaussianMLP, Params, stack
+from metarl.policies import Params
+from metarl.presets import preset_config
 from metarl.rollouts import Address, Collector
 from metarl.seeding import stream
 from metarl.trajectories import Rollout
-from metarl.trust_region import TrustRegion
+from metarl.trust_region import OuterState, TrustRegion
 
 SKIPPED_LIMIT = 10
 """Updates skipped in a row after which a run stops."""
@@ -49,6 +67,7 @@ class State:
     """What a checkpoint holds besides the config."""
 
     params: Params
+    outer: OuterState
     iteration: int = 0
     env_steps: int = 0
     skipped_updates: int = 0
@@ -63,8 +82,12 @@ class Trainer:
         self.algorithm = find_algorithm(config.algorithm)
         self.family = make_family(config.family, **config.family_options)
         self.policy = policy_for(config, self.family)
-        self.state = State(self.policy.init(stream(config.seed, 0, "init")))
+        check_combination(config)
         check_device(config.device)
+        adapter = make_adapter(config, self.policy)
+        params = adapter.init(self.policy.init(stream(config.seed, 0, "init")))
+        self._outer = make_outer(config)
+        self.state = State(params, self._outer.init(params))
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(one_intraop_thread())
         self.pool = self._stack.enter_context(ChunkPool(config.threads))
@@ -72,14 +95,7 @@ class Trainer:
             self.family, self.policy, config.tasks, config.episodes, self.pool, config.policy.action
         )
         self._stack.callback(self._collector.close)
-        self.inner_loop = InnerLoop(
-            self.policy,
-            self.algorithm.inner_loss,
-            config.advantage,
-            constant_step_sizes(self.state.params, config.inner.step_sizes),
-            self.pool,
-        )
-        self._outer = TrustRegion(config.outer)
+        self.inner_loop = InnerLoop(adapter, config.advantage, self.pool)
 
     def close(self) -> None:
         """End the threads and close the environments."""
@@ -104,26 +120,32 @@ class Trainer:
         tasks = self.family.tasks.sample(address.tasks(), config.tasks)
         rollouts: list[Rollout] = []
         seconds = {"rollout": 0.0}
+        told = {"context": scaled_tasks(self.family, tasks)} if self.algorithm.told else {}
 
         def sample(params: Params, k: int) -> Rollout:
             begin = time.perf_counter()
-            rollout = self._collector.collect(params, tasks, replace(address, inner_step=k))
+            where = replace(address, inner_step=k)
+            rollout = self._collector.collect({**params, **told}, tasks, where)
             seconds["rollout"] += time.perf_counter() - begin
             rollouts.append(rollout)
             return rollout
 
         stats: dict[str, Any] = {"finite": False}
-        params = state.params
+        params, outer = state.params, state.outer
+        query: Query = "none" if self.algorithm.gradient == "displacement" else "batch"
         try:
             adapted = self.inner_loop.run(
-                sample, stack(state.params, config.tasks), steps=config.inner.steps, query="batch"
+                sample, state.params, config.tasks, steps=config.inner.steps, query=query
             )
             seconds["adapt"] = time.perf_counter() - start - seconds["rollout"]
-            params, stats = self._outer.step(self._problem(adapted.batches), state.params)
+            problem = self._problem(adapted)
+            decay = config.meta.decay
+            rate = cosine(state.iteration / decay) if decay else 1.0
+            params, outer, stats = self._outer.step(problem, params, outer, rate)
         except NonFiniteError as error:
             stats["skipped"] = str(error)
         if stats.pop("finite"):
-            state.params, state.skipped_in_a_row = params, 0
+            state.params, state.outer, state.skipped_in_a_row = params, outer, 0
         else:
             stats.setdefault("skipped", "the meta-gradient is not finite")
             state.skipped_updates += 1
@@ -134,7 +156,8 @@ class Trainer:
             watch(rollouts)
         total = time.perf_counter() - start
         returns = [float(rollout.mean_returns().nanmean()) for rollout in rollouts]
-        adapted_all = len(returns) == config.inner.steps + 1
+        # Reptile samples nothing with its adapted parameters, and so has no return after them.
+        adapted_all = query == "batch" and len(returns) == config.inner.steps + 1
         return {
             "iteration": state.iteration,
             "env_steps": state.env_steps,
@@ -155,26 +178,47 @@ class Trainer:
             "env_steps_per_second": sum(rollout.env_steps for rollout in rollouts) / total,
         }
 
-    def _problem(self, batches: list[Any]) -> UnrolledProblem:
-        config = self.config
+    def _problem(self, adapted: Adapted) -> Problem:
+        config, row, iteration = self.config, self.algorithm, self.state.iteration
+        # A GPU takes all tasks at once; a processor's cache a few.
+        chunk = 4 if config.device == "cpu" else config.tasks
+        common: dict[str, Any] = {"chunk": chunk, "device": config.device}
+        batches, adapter = adapted.batches, self.inner_loop.adapter
+        if row.gradient == "displacement":
+            return DisplacementProblem(adapter, batches, self.pool, **common)
+        outer_loss = likelihood_ratio
+        if row.outer == "clipped":
+            outer_loss = partial(clipped_ratio, clip=config.adam.clip)
+        if row.gradient == "implicit":
+            objective = Objective(outer_loss)
+            return ImplicitProblem(adapter, batches, self.pool, objective, **common)
+        progress = iteration / config.meta.anneal if config.meta.anneal else 1.0
+        objective = Objective(
+            outer_loss,
+            step_weights=annealed_weights(config.inner.steps, progress) if row.annealed else (),
+            inner_kl=config.meta.inner_kl,
+            credit=self._credit(adapted) if config.meta.credit else None,
+        )
         count = batches[-1].weight.shape[1]
-        used = max(round(config.outer.fisher_fraction * count), FISHER_SAMPLES)
+        used = max(round(config.trust_region.fisher_fraction * count), FISHER_SAMPLES)
         samples = None
         if used < count:
-            rng = stream(config.seed, self.state.iteration, "fisher")
+            rng = stream(config.seed, iteration, "fisher")
             samples = torch.from_numpy(rng.permutation(count)[:used]).sort().values
+        order = 1 if row.annealed and progress < 1.0 else row.order
         return UnrolledProblem(
-            self.policy,
-            batches,
-            self.inner_loop.step_sizes,
-            self.pool,
-            self.algorithm.inner_loss,
-            order=self.algorithm.order,
-            # A GPU takes all tasks at once; a processor's cache a few.
-            chunk=4 if config.device == "cpu" else config.tasks,
-            fisher_samples=samples,
-            device=config.device,
+            adapter, batches, self.pool, objective, order=order, fisher_samples=samples, **common
         )
+
+    def _credit(self, adapted: Adapted) -> Tensor:
+        """Return what each task's support episodes earned afterwards, [T].
+
+        The post-update return, scaled to mean 0 and standard deviation 1 over tasks, a sample of
+        the support's.
+        """
+        earned = adapted.rollouts[-1].mean_returns().nan_to_num()
+        scaled = (earned - earned.mean()) / (earned.std() + 1e-8)
+        return (self.config.meta.credit * scaled * adapted.batches[0].weight.amax(1)).float()
 
     def meta_policy(self) -> MetaPolicy:
         """Return the present meta-parameters as a policy to evaluate, adapt or save."""
@@ -185,6 +229,41 @@ class Trainer:
             "versions": versions(),
         }
         return MetaPolicy(dict(state.params), self.config, record)
+
+
+def make_outer(config: Config) -> TrustRegion | Adam:
+    """Return a config's outer optimizer."""
+    row = find_algorithm(config.algorithm)
+    return TrustRegion(config.trust_region) if row.outer == "trust-region" else Adam(config.adam)
+
+
+def check_combination(config: Config) -> None:
+    """Raise UserError where options do not go together, or have no effect."""
+    row = find_algorithm(config.algorithm)
+    base = preset_config(config.preset, config.family, config.algorithm)
+    name, inner, meta = row.name, config.inner, config.meta
+    unused = "adam" if row.outer == "trust-region" else "trust_region"
+    if getattr(config, unused) != getattr(base, unused):
+        raise UserError(f"{unused} has no effect with {name}, whose outer step is {row.outer}")
+    if inner.updates > 1 and row.inner_loss is not likelihood_ratio:
+        raise UserError(
+            f"inner.updates is {inner.updates}, but {name} takes one step on each batch: its inner"
+            " loss is no likelihood ratio and has no lower bound on a fixed sample"
+        )
+    if row.gradient != "unrolled" and (meta.credit or meta.inner_kl):
+        raise UserError(f"meta.credit and meta.inner_kl have no effect with {name}")
+    if row.gradient == "implicit" and (inner.steps != 1 or not inner.proximal):
+        raise UserError(f"{name} needs inner.steps 1 and inner.proximal above 0")
+    if row.gradient == "displacement" and inner.steps < 1:
+        raise UserError(f"{name} needs inner.steps of at least 1, got {inner.steps}")
+    if meta.anneal and not row.annealed:
+        raise UserError(f"meta.anneal has no effect with {name}")
+    if meta.credit and not inner.steps:
+        raise UserError("meta.credit needs inner.steps of at least 1, got 0")
+    if config.policy.context != base.policy.context and row.fast != "context":
+        raise UserError(f"policy.context has no effect with {name}")
+    if row.name in ("pretrained", "oracle") and inner.steps:
+        raise UserError(f"{name} does not adapt in training: inner.steps must be 0")
 
 
 def check_device(device: str) -> None:
@@ -247,7 +326,8 @@ def run_config(folder: Path) -> Config:
 def save_checkpoint(folder: Path, config: Config, state: State) -> None:
     """Save a run's state as its newest checkpoint; the one before goes, unless it is kept."""
     tensors = {f"meta.{name}": p for name, p in state.params.items()}
-    counters = {k: v for k, v in vars(state).items() if k != "params"}
+    tensors |= {f"outer.{name}": p for name, p in state.outer.items()}
+    counters = {k: v for k, v in vars(state).items() if k not in ("params", "outer")}
     metadata = {
         "kind": "checkpoint", "config": config.to_json(), "versions": versions(), **counters,
     }  # fmt: skip
@@ -258,8 +338,8 @@ def save_checkpoint(folder: Path, config: Config, state: State) -> None:
         (where / f"{before:06d}.safetensors").unlink(missing_ok=True)
 
 
-def load_state(folder: Path, config: Config, policy: GaussianMLP) -> State:
-    """Return the newest checkpoint's state.
+def load_state(folder: Path, config: Config, like: State) -> State:
+    """Return the newest checkpoint's state, of the names and shapes of another.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is another run's or network's.
@@ -271,10 +351,16 @@ def load_state(folder: Path, config: Config, policy: GaussianMLP) -> State:
     if replace(stored, **{k: getattr(config, k) for k in free}) != config:
         other = differences(stored, config)[0]
         raise CheckpointError(f"{path} is of another run: {other}")
-    params = {name.removeprefix("meta."): t for name, t in tensors.items()}
-    params = checkpoints.in_shapes(path, params, policy.shapes())
-    counters = {k: metadata[k] for k in State.__dataclass_fields__ if k != "params"}
-    return State(params, **counters)
+    params, outer = (
+        checkpoints.in_shapes(
+            path,
+            {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)},
+            {name: tuple(t.shape) for name, t in kept.items()},
+        )
+        for part, kept in (("meta.", like.params), ("outer.", like.outer))
+    )
+    counters = {k: metadata[k] for k in State.__dataclass_fields__ if k in metadata}
+    return State(params, outer, **counters)
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -335,7 +421,7 @@ def train(
             " leave that option out, or start a new run"
         )
     with locked(folder), Trainer(config) as trainer:
-        trainer.state = load_state(folder, config, trainer.policy)
+        trainer.state = load_state(folder, config, trainer.state)
         return _train(trainer, folder, progress, stop)
 
 

@@ -36,6 +36,8 @@ class Rollout:
     """[T, E] bool; cut by the horizon."""
     diverged: Tensor
     """[T, E] bool; the simulation broke down."""
+    context: Tensor | None = None
+    """[T, context_dim]; the context input of the policy, where it has one."""
 
     @property
     def env_steps(self) -> int:

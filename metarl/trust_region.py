@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from envs.errors import UserError
-from metarl.meta_gradients import UnrolledProblem
+from metarl.meta_gradients import Problem, UnrolledProblem
 from metarl.metrics import Stopwatch
 from metarl.policies import Params, flatten, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrustRegionConfig:
-    """The outer step of MAML-TRPO."""
+    """The outer step by a trust region."""
 
     max_kl: float = 0.01
     """Largest mean KL of the adapted policies from those that drew the query samples."""
@@ -37,13 +37,15 @@ class TrustRegionConfig:
     def __post_init__(self) -> None:
         for name in ("max_kl", "cg_iterations", "line_search_steps"):
             if not getattr(self, name) > 0:
-                raise UserError(f"outer.{name} must be positive, got {getattr(self, name)}")
+                raise UserError(f"trust_region.{name} must be positive, got {getattr(self, name)}")
         if not self.cg_damping >= 0.0:
-            raise UserError(f"outer.cg_damping must not be negative, got {self.cg_damping}")
+            raise UserError(f"trust_region.cg_damping must not be negative, got {self.cg_damping}")
         if not 0.0 < self.fisher_fraction <= 1.0:
-            raise UserError(f"outer.fisher_fraction must be in (0, 1], got {self.fisher_fraction}")
+            raise UserError(
+                f"trust_region.fisher_fraction must be in (0, 1], got {self.fisher_fraction}"
+            )
         if not 0.0 < self.backtrack < 1.0:
-            raise UserError(f"outer.backtrack must be in (0, 1), got {self.backtrack}")
+            raise UserError(f"trust_region.backtrack must be in (0, 1), got {self.backtrack}")
 
 
 def conjugate_gradient(
@@ -75,14 +77,24 @@ def conjugate_gradient(
     return x, residual
 
 
+OuterState = dict[str, Tensor]
+"""What an outer optimizer keeps from step to step; a part of every checkpoint."""
+
+
 class TrustRegion:
     """Schulman et al. 2015, appendix C (arXiv:1502.05477), on the post-adaptation objective."""
 
     def __init__(self, config: TrustRegionConfig) -> None:
         self.config = config
 
-    def step(self, problem: UnrolledProblem, meta: Params) -> tuple[Params, dict[str, Any]]:
-        """Return new meta-parameters and statistics.
+    def init(self, meta: Params) -> OuterState:
+        """Return the state before the first step: none."""
+        return {}
+
+    def step(
+        self, problem: Problem, meta: Params, state: OuterState, rate: float = 1.0
+    ) -> tuple[Params, OuterState, dict[str, Any]]:
+        """Return new meta-parameters, the state and statistics; `rate` scales the KL bound.
 
         Along the natural gradient, the longest step tried that improves the surrogate within the
         KL bound is taken, both measured over all samples. Where none does, or the gradient is not
@@ -91,7 +103,11 @@ class TrustRegion:
         """
         config = self.config
         watch = Stopwatch()
-        gradient, before = problem.gradient(meta)
+        if not isinstance(problem, UnrolledProblem):
+            raise TypeError(f"a trust region needs an UnrolledProblem, got {type(problem)}")
+        gradient, found = problem.gradient(meta)
+        before = found["loss"]
+        max_kl = rate * config.max_kl
         stats: dict[str, Any] = {
             "surrogate_before": -before,
             "surrogate_after": -before,
@@ -102,7 +118,7 @@ class TrustRegion:
         }
         stats["seconds_gradient"] = watch.lap()
         if not stats["finite"] or stats["gradient_norm"] == 0.0:
-            return meta, stats
+            return meta, state, stats
         with problem.linearize(meta) as fisher:
 
             def damped(v: Tensor) -> Tensor:
@@ -113,15 +129,15 @@ class TrustRegion:
         stats["seconds_conjugate_gradient"] = watch.lap()
         if not (math.isfinite(curvature) and curvature > 0.0):
             stats["finite"] = math.isfinite(curvature)
-            return meta, stats
-        full = math.sqrt(2.0 * config.max_kl / curvature) * direction
+            return meta, state, stats
+        full = math.sqrt(2.0 * max_kl / curvature) * direction
         theta = flatten(meta)
         for i in range(config.line_search_steps):
             candidate = unflatten(theta + config.backtrack**i * full, meta)
             after = problem.evaluate(candidate)
-            if after.loss < before and after.kl <= config.max_kl:
+            if after.loss < before and after.kl <= max_kl:
                 stats.update(surrogate_after=-after.loss, kl=after.kl, line_search_steps=i + 1)
                 meta = candidate
                 break
         stats["seconds_line_search"] = watch.lap()
-        return meta, stats
+        return meta, state, stats

@@ -41,7 +41,7 @@ def main(arguments: Arguments) -> None:
                 iterations=arguments.iterations,
                 policy=dataclasses.replace(base.policy, hidden=(64, 64), activation="tanh"),
                 advantage=dataclasses.replace(base.advantage, trace=0.95),
-                outer=dataclasses.replace(base.outer, fisher_fraction=fraction),
+                trust_region=dataclasses.replace(base.trust_region, fisher_fraction=fraction),
             )
             folder = arguments.out / f"{fraction:g}-{seed}"
             metarl.train(config, folder)

@@ -67,6 +67,7 @@ def random_batch(
         weight=valid / valid.sum(dim=1, keepdim=True),
         old_log_prob=policy.log_prob(old, action),
         old=old,
+        episodes=1,
     )
 
 

@@ -123,7 +123,10 @@ def test_benchmark_prints_one_object(capsys):
         (["train", "navigation-2d", "--iterations", "many"], "many"),
         (["train", "navigation-2d", "--tasks", "0"], "tasks must be at least 1, got 0"),
         (["train", "navigation-2d", "--inner.step-sizes", "-0.1"], "inner.step_sizes must be pos"),
-        (["train", "navigation-2d", "--outer.max-kl", "0"], "outer.max_kl must be positive, got 0"),
+        (
+            ["train", "navigation-2d", "--trust-region.max-kl", "0"],
+            "trust_region.max_kl must be",
+        ),
         (["train", "navigation-2d", "--family-options", "horizn=3"], "did you mean 'horizon'?"),
         (["train", "navigation-2d", "--family-options", "horizon"], "name=value, got 'horizon'"),
         (["train", "navigation-2d", "--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),

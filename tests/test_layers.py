@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 ENVS = ["errors", "family", "vector", "mujoco_vector", "half_cheetah", "navigation", "__init__"]
 METARL = [
     "seeding", "parallel", "trajectories", "policies", "rollouts", "advantages", "objectives",
-    "adaptation", "inner_loop", "meta_gradients", "metrics", "trust_region", "algorithms",
-    "config", "presets", "checkpoints", "meta_policy", "trainer", "evaluation", "plots",
-    "benchmark", "__init__", "cli", "__main__",
+    "adaptation", "inner_loop", "meta_gradients", "metrics", "trust_region", "first_order",
+    "algorithms", "config", "presets", "checkpoints", "meta_policy", "trainer", "evaluation",
+    "plots", "benchmark", "__init__", "cli", "__main__",
 ]  # fmt: skip
 
 

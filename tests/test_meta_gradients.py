@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from conftest import double_params, random_batch
 
-from metarl.adaptation import adapt, constant_step_sizes
+from metarl.adaptation import Adapter, adapt
 from metarl.meta_gradients import UnrolledProblem
 from metarl.objectives import likelihood_ratio, log_likelihood, mean_kl
 from metarl.parallel import ChunkPool
@@ -19,35 +17,51 @@ SIZES = (0.3, 0.2, 0.15)
 
 def problem(policy, pool, steps, order, **options):
     batches = [random_batch(policy, 3, 20, seed) for seed in range(steps + 1)]
-    sizes = constant_step_sizes(double_params(policy), SIZES)
-    return UnrolledProblem(policy, batches, sizes, pool, log_likelihood, order=order, **options)
+    adapter = Adapter(policy, log_likelihood, SIZES)
+    return UnrolledProblem(adapter, batches, pool, order=order, **options)
+
+
+def losses(policy, stacked, batch):
+    return log_likelihood(policy, policy.distribution(stacked, batch.observation), batch)
+
+
+def ratios(policy, stacked, batch):
+    return likelihood_ratio(policy, policy.distribution(stacked, batch.observation), batch)
+
+
+def adapted(made, theta, support, order=0):
+    """The last iterate of parameters that are not stacked."""
+    fast, slow, sizes = made.adapter.split(theta)
+    return made.adapter.adapt(stack(fast, made.tasks), slow, sizes, support, order=order)[-1]
 
 
 def post_adaptation_loss(made: UnrolledProblem, theta: torch.Tensor, like) -> torch.Tensor:
     """The mean outer loss written out task by task, with no stacking, chunks or vmap."""
-    policy, losses = made.policy, []
+    policy, found = made.adapter.policy, []
     for t in range(made.tasks):
         params = unflatten(theta, like)
         *support, query = (batch.map(lambda x, t=t: x[t : t + 1]) for batch in made.batches)
         for k, batch in enumerate(support):
             stacked = {name: p[None] for name, p in params.items()}
-            loss = log_likelihood(policy, stacked, batch).sum()
+            loss = losses(policy, stacked, batch).sum()
             slope = torch.autograd.grad(loss, list(params.values()), create_graph=True)
             params = {
                 name: p - SIZES[k] * g for (name, p), g in zip(params.items(), slope, strict=True)
             }
         stacked = {name: p[None] for name, p in params.items()}
-        losses.append(likelihood_ratio(policy, stacked, query).sum())
-    return torch.stack(losses).mean()
+        found.append(ratios(policy, stacked, query).sum())
+    return torch.stack(found).mean()
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
 def test_second_order_gradient_matches_central_differences(small_policy, pool, steps):
     meta = double_params(small_policy)
     made = problem(small_policy, pool, steps, order=2, chunk=2)
-    gradient, loss = made.gradient(meta)
+    gradient, stats = made.gradient(meta)
     theta = flatten(meta).requires_grad_()
-    assert loss == pytest.approx(float(post_adaptation_loss(made, theta, meta).detach()), abs=1e-12)
+    assert stats["loss"] == pytest.approx(
+        float(post_adaptation_loss(made, theta, meta).detach()), abs=1e-12
+    )
     for i in range(0, len(theta), 5):
         h = torch.zeros_like(theta)
         h[i] = 1e-5
@@ -67,10 +81,10 @@ def test_first_order_gradient_is_the_outer_gradient_at_the_adapted_parameters(
     expected = torch.zeros_like(gradient)
     for t in range(made.tasks):
         *support, query = (batch.map(lambda x, t=t: x[t : t + 1]) for batch in made.batches)
-        loss = partial(log_likelihood, small_policy)
-        theta = adapt(loss, stack(meta, 1), made.step_sizes, support, order=0)[-1]
+        fast, slow, sizes = made.adapter.split(meta)
+        theta = made.adapter.adapt(stack(fast, 1), slow, sizes, support, order=0)[-1]
         theta = {name: p.requires_grad_() for name, p in theta.items()}
-        outer = likelihood_ratio(small_policy, theta, query).sum()
+        outer = ratios(small_policy, theta, query).sum()
         grads = torch.autograd.grad(outer, list(theta.values()))
         expected += torch.cat([g.reshape(-1) for g in grads]) / made.tasks
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
@@ -109,20 +123,18 @@ def test_fisher_product_matches_the_dense_hessian_of_the_kl(pool, steps):
     policy = GaussianMLP(observation_dim=2, action_dim=2, hidden=(3,))
     meta = double_params(policy)
     made = problem(policy, pool, steps, order=2, chunk=2)
-    loss = partial(log_likelihood, policy)
-
-    def adapted(theta):
-        stacked = stack(unflatten(theta, meta), made.tasks)
-        return adapt(loss, stacked, made.step_sizes, made.batches[:-1], order=2)[-1]
-
-    query = made.batches[-1]
+    *support, query = made.batches
     theta = flatten(meta).requires_grad_()
-    dist = policy.distribution(adapted(theta), query.observation)
+
+    def distribution(theta):
+        final = adapted(made, unflatten(theta, meta), support, order=2)
+        return policy.distribution(final, query.observation)
+
+    dist = distribution(theta)
     fixed = {name: x.detach() for name, x in dist.items()}
 
     def kl(theta):
-        dist = policy.distribution(adapted(theta), query.observation)
-        return (query.weight * policy.kl(fixed, dist)).sum(1).mean()
+        return (query.weight * policy.kl(fixed, distribution(theta))).sum(1).mean()
 
     hessian = torch.autograd.functional.hessian(kl, theta.detach())
     made.gradient(meta)
@@ -148,9 +160,7 @@ def test_fisher_samples_change_the_metric_and_not_the_point_it_is_taken_at(small
     # Order 1: J is that of the network at the adapted parameters, so the product on a part of
     # the query samples is that of a problem whose query holds just these.
     chosen = part.batches[-1].select(torch.arange(0, 20, 2))
-    alone = UnrolledProblem(
-        small_policy, [*part.batches[:-1], chosen], part.step_sizes, pool, log_likelihood, order=1
-    )
+    alone = UnrolledProblem(part.adapter, [*part.batches[:-1], chosen], pool, order=1)
     alone.gradient(meta)
     with alone.linearize(meta) as product:
         torch.testing.assert_close(results[2], product(v), rtol=1e-10, atol=1e-12)
@@ -162,11 +172,9 @@ def test_a_tasks_result_does_not_depend_on_the_other_tasks(small_policy, pool):
     total = torch.zeros(len(flatten(meta)), dtype=torch.float64)
     for t in range(together.tasks):
         alone = UnrolledProblem(
-            small_policy,
+            together.adapter,
             [batch.map(lambda x, t=t: x[t : t + 1]) for batch in together.batches],
-            together.step_sizes,
             pool,
-            log_likelihood,
         )
         total += alone.gradient(meta)[0] / together.tasks
     torch.testing.assert_close(together.gradient(meta)[0], total, rtol=1e-12, atol=1e-14)
@@ -196,9 +204,7 @@ def test_evaluate_is_the_loss_and_kl_of_policies_adapted_anew(small_policy, pool
     assert found.loss == pytest.approx(
         float(post_adaptation_loss(made, theta, meta).detach()), rel=1e-12
     )
-    loss = partial(log_likelihood, small_policy)
     *support, query = made.batches
-    adapted = adapt(loss, stack(elsewhere, 3), made.step_sizes, support, order=0)[-1]
-    dist = small_policy.distribution(adapted, query.observation)
+    dist = small_policy.distribution(adapted(made, elsewhere, support), query.observation)
     expected = float(mean_kl(small_policy, dist, query).mean())
     assert found.kl == pytest.approx(expected, rel=1e-12)

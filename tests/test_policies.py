@@ -86,7 +86,7 @@ def test_context_is_further_inputs(small_policy):
     params = double_params(wide)
     observation, context = torch.ones(6, 2, dtype=torch.float64), torch.tensor([0.7]).double()
     joined = torch.cat([observation, context.expand(6, 1)], dim=1)
-    found = wide.distribution(params, observation, context)["mean"]
+    found = wide.distribution({**params, "context": context}, observation)["mean"]
     torch.testing.assert_close(found, small_policy.distribution(params, joined)["mean"])
 
 

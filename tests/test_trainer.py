@@ -24,7 +24,6 @@ from metarl.checkpoints import CheckpointError
 from metarl.config import Config, InnerConfig, PolicyConfig
 from metarl.meta_policy import newest_checkpoint
 from metarl.metrics import measured_time, read_metrics
-from metarl.policies import GaussianMLP
 from metarl.trainer import RunError, Trainer, load_state, locked, run_config
 
 
@@ -153,8 +152,8 @@ def test_a_run_in_use_is_refused(tmp_path):
 
 def test_resuming_with_other_options_names_the_key(tmp_path):
     train(small(iterations=1), tmp_path / "run")
-    other = small(outer=dataclasses.replace(small().outer, max_kl=0.05))
-    with pytest.raises(RunError, match=r"outer.max_kl is 0.01, not 0.05"):
+    other = small(trust_region=dataclasses.replace(small().trust_region, max_kl=0.05))
+    with pytest.raises(RunError, match=r"trust_region.max_kl is 0.01, not 0.05"):
         train(other, tmp_path / "run", resume=True)
 
 
@@ -219,9 +218,8 @@ def test_ten_skipped_updates_in_a_row_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "bad_above", 0.0)
     with pytest.raises(RunError, match="10 updates in a row were skipped"):
         train(config, tmp_path / "run")
-    state = load_state(
-        tmp_path / "run", config, GaussianMLP(observation_dim=1, action_dim=1, hidden=(8,))
-    )
+    with Trainer(config) as trainer:
+        state = load_state(tmp_path / "run", config, trainer.state)
     assert state.iteration == 9
     assert all(torch.isfinite(p).all() for p in state.params.values())
 

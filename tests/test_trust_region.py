@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from metarl.meta_gradients import Evaluation
+from metarl.meta_gradients import Evaluation, UnrolledProblem
 from metarl.trust_region import TrustRegion, TrustRegionConfig, conjugate_gradient
 
 
@@ -36,14 +36,14 @@ def test_conjugate_gradient_minimizes_over_the_krylov_space():
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
-class Quadratic:
+class Quadratic(UnrolledProblem):
     """A problem with loss g'x + x'Bx / 2 and KL x'Fx / 2 around x = 0."""
 
     def __init__(self, gradient, B, F):
         self.g, self.B, self.F = gradient, B, F
 
     def gradient(self, meta):
-        return self.g, 0.0
+        return self.g, {"loss": 0.0}
 
     def evaluate(self, meta):
         x = meta["x"]
@@ -63,7 +63,7 @@ def test_on_a_linear_loss_the_step_is_the_natural_gradient_to_the_bound():
     config = TrustRegionConfig(max_kl=0.02, cg_damping=0.0, cg_iterations=40)
     made = Quadratic(GRADIENT, torch.zeros(4, 4, dtype=torch.float64), F)
     # The bound is met up to rounding, so allow the first or the second step length.
-    new, stats = TrustRegion(config).step(made, ZERO)
+    new, _, stats = TrustRegion(config).step(made, ZERO, {})
     natural = torch.linalg.solve(F, GRADIENT)
     length = math.sqrt(2 * 0.02 / float(natural @ F @ natural))
     factor = 0.8 ** (stats["line_search_steps"] - 1)
@@ -76,14 +76,14 @@ def test_on_a_linear_loss_the_step_is_the_natural_gradient_to_the_bound():
 def test_the_line_search_shrinks_until_the_loss_falls():
     stiff = 30.0 * torch.eye(4, dtype=torch.float64)
     made = Quadratic(GRADIENT, stiff, torch.eye(4, dtype=torch.float64))
-    new, stats = TrustRegion(TrustRegionConfig(max_kl=0.5)).step(made, ZERO)
+    new, _, stats = TrustRegion(TrustRegionConfig(max_kl=0.5)).step(made, ZERO, {})
     assert stats["line_search_steps"] > 1
     assert made.evaluate(new).loss < 0.0
 
 
 def test_without_any_improvement_the_parameters_stay():
     made = Quadratic(GRADIENT, 1e9 * torch.eye(4, dtype=torch.float64), torch.eye(4).double())
-    new, stats = TrustRegion(TrustRegionConfig(max_kl=0.5)).step(made, ZERO)
+    new, _, stats = TrustRegion(TrustRegionConfig(max_kl=0.5)).step(made, ZERO, {})
     assert new is ZERO
     assert stats["line_search_steps"] == 0
     assert stats["finite"]
@@ -94,7 +94,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     gradient = GRADIENT.clone()
     gradient[2] = bad
     made = Quadratic(gradient, torch.zeros(4, 4).double(), torch.eye(4).double())
-    new, stats = TrustRegion(TrustRegionConfig()).step(made, ZERO)
+    new, _, stats = TrustRegion(TrustRegionConfig()).step(made, ZERO, {})
     assert new is ZERO
     assert not stats["finite"]
 
@@ -104,5 +104,5 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     [("max_kl", 0.0), ("cg_iterations", 0), ("backtrack", 1.0), ("fisher_fraction", 0.0)],
 )
 def test_bad_values_are_refused_by_name(key, value):
-    with pytest.raises(ValueError, match=f"outer.{key}"):
+    with pytest.raises(ValueError, match=f"trust_region.{key}"):
         TrustRegionConfig(**{key: value})

@@ -1,0 +1,101 @@
+"""Outer steps by Adam: one on a plain gradient, or several epochs on a clipped objective."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from envs.errors import UserError
+from metarl.meta_gradients import Problem, UnrolledProblem
+from metarl.metrics import Stopwatch
+from metarl.policies import Params, unflatten
+from metarl.trust_region import OuterState
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamConfig:
+    """The outer step by Adam."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size."""
+    epochs: int = 1
+    """Gradient steps on one iteration's samples."""
+    clip: float = 0.3
+    """Likelihood ratios count up to 1 +- this, where the algorithm clips them."""
+    max_kl: float = 0.05
+    """Mean KL from the sampling policies after which further epochs are left out."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epochs", "clip", "max_kl"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"adam.{name} must be positive, got {getattr(self, name)}")
+
+
+class Adam:
+    """Kingma & Ba 2015 (arXiv:1412.6980) on a problem's gradient, for one or more epochs."""
+
+    def __init__(self, config: AdamConfig) -> None:
+        self.config = config
+
+    def init(self, meta: Params) -> OuterState:
+        """Return zero moments for every meta-parameter."""
+        state = {f"mean.{name}": torch.zeros_like(p) for name, p in meta.items()}
+        state |= {f"square.{name}": torch.zeros_like(p) for name, p in meta.items()}
+        return {**state, "steps": torch.zeros(())}
+
+    def step(
+        self, problem: Problem, meta: Params, state: OuterState, rate: float = 1.0
+    ) -> tuple[Params, OuterState, dict[str, Any]]:
+        """Return new meta-parameters, moments and statistics; `rate` scales the step size.
+
+        A gradient that is not finite leaves both as they were, with `finite` False. Where the
+        problem can tell, the surrogate and KL afterwards are measured; epochs end early once the
+        KL is above its bound.
+        """
+        watch = Stopwatch()
+        stats: dict[str, Any] = {"finite": True, "kl": math.nan, "epochs": 0}
+        new, moments = meta, state
+        for epoch in range(self.config.epochs):
+            gradient, found = problem.gradient(new)
+            norm = float(gradient.norm())
+            if not (math.isfinite(norm) and math.isfinite(found["loss"])):
+                return meta, state, {**stats, "finite": False, "gradient_norm": norm}
+            if epoch == 0:
+                loss = found.pop("loss")
+                stats |= {"surrogate_before": -loss, "gradient_norm": norm, **found}
+            new, moments = self._move(new, unflatten(gradient, meta), moments, rate)
+            stats["epochs"] = epoch + 1
+            if epoch < self.config.epochs - 1 and isinstance(problem, UnrolledProblem):
+                stats["kl"] = problem.evaluate(new).kl
+                if stats["kl"] > self.config.max_kl:
+                    break
+        stats["seconds_gradient"] = watch.lap()
+        stats["surrogate_after"], stats["line_search_steps"] = math.nan, 0
+        if isinstance(problem, UnrolledProblem):
+            after = problem.evaluate(new)
+            stats |= {"surrogate_after": -after.loss, "kl": after.kl}
+            stats["seconds_evaluate"] = watch.lap()
+        return new, moments, stats
+
+    def _move(
+        self, meta: Params, gradient: Params, state: OuterState, rate: float
+    ) -> tuple[Params, OuterState]:
+        optimizer = torch.optim.Adam(
+            leaves := [p.clone() for p in meta.values()], lr=rate * self.config.learning_rate
+        )
+        for leaf, (name, slope) in zip(leaves, gradient.items(), strict=True):
+            leaf.grad = slope
+            optimizer.state[leaf] = {
+                "step": state["steps"].clone(),
+                "exp_avg": state[f"mean.{name}"].clone(),
+                "exp_avg_sq": state[f"square.{name}"].clone(),
+            }
+        optimizer.step()
+        new = {"steps": state["steps"] + 1.0}
+        for leaf, name in zip(leaves, meta, strict=True):
+            new[f"mean.{name}"] = optimizer.state[leaf]["exp_avg"]
+            new[f"square.{name}"] = optimizer.state[leaf]["exp_avg_sq"]
+        return dict(zip(meta, leaves, strict=True)), new
