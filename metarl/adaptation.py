@@ -80,7 +80,7 @@ class Adapter:
         params = {name: p for name, p in meta.items() if not name.startswith(_STEP)}
         fast = {name: p for name, p in params.items() if self._is_fast(name)}
         slow = {name: p for name, p in params.items() if not self._is_fast(name)}
-        like = meta["log_std"]
+        like = next(iter(params.values()))
         if self.fast == "context":
             fast["context"] = like.new_zeros(self.policy.context_dim)
         given = like.new_tensor(self.step_sizes)
@@ -173,6 +173,11 @@ def adapt(
             theta = current
             if order < 2:
                 theta = {name: p.detach().requires_grad_() for name, p in theta.items()}
+            elif not all(p.requires_grad for p in theta.values()):  # a context that starts at zero
+                theta = current = {
+                    name: p if p.requires_grad else p.detach().requires_grad_()
+                    for name, p in theta.items()
+                }
             slope = torch.autograd.grad(
                 loss(theta, batch).sum(), list(theta.values()), create_graph=order == 2
             )

@@ -1,0 +1,617 @@
+"""Each algorithm's formula against a derivation of its own, in float64; and how they combine."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from conftest import double_params, random_batch
+from test_trainer import same_params, small, timeless
+
+from envs.errors import UserError
+from metarl import evaluate, load, preset_config, train
+from metarl.adaptation import Adapter
+from metarl.algorithms import ALGORITHMS, find_algorithm
+from metarl.first_order import Adam, AdamConfig
+from metarl.meta_gradients import (
+    DisplacementProblem,
+    ImplicitProblem,
+    Objective,
+    UnrolledProblem,
+    annealed_weights,
+    cosine,
+    solve_each,
+)
+from metarl.objectives import Batch, clipped_ratio, dice, likelihood_ratio, log_likelihood, mean_kl
+from metarl.policies import flatten, stack
+from metarl.trainer import Trainer
+
+D = torch.float64
+
+# Quadratics ---------------------------------------------------------------------------------------
+#
+# Task t has the loss (x - g_t)' A_t (x - g_t) / 2 in the parameters x; its minimum is g_t. One step
+# of size a maps the miss e = x - g to (I - aA) e.
+
+TASKS, DIM = 3, 4
+
+
+@dataclass(frozen=True)
+class Point:
+    """A "policy" whose distribution is its parameter vector itself."""
+
+    context_dim: int = 0
+
+    def shapes(self):
+        return {"x": (DIM,)}
+
+    def distribution(self, params, observation):
+        return {"x": params["x"]}
+
+
+def quadratic(policy, dist, batch):
+    miss = dist["x"] - batch.observation[:, 0]
+    return 0.5 * torch.einsum("ti,tij,tj->t", miss, batch.action, miss)
+
+
+def draw(*shape, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
+
+
+def task_batch(goal, A):
+    ones = torch.ones(TASKS, 1, dtype=D)
+    return Batch(goal[:, None], A, ones, ones, ones, {}, episodes=1)
+
+
+def spd(seed):
+    root = draw(TASKS, DIM, DIM, seed=seed)
+    return root @ root.transpose(1, 2) / 4 + 0.2 * torch.eye(DIM, dtype=D)
+
+
+A, B = spd(1), spd(2)
+GOAL, QUERY_GOAL = draw(TASKS, DIM, seed=3), draw(TASKS, DIM, seed=4)
+THETA = {"x": draw(DIM, seed=5)}
+SUPPORT, QUERY = task_batch(GOAL, A), task_batch(QUERY_GOAL, B)
+EYE = torch.eye(DIM, dtype=D)
+OBJECTIVE = Objective(quadratic)
+
+
+def times(matrix, vector):
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def moved(steps, size=0.2):
+    """x after steps on the support loss."""
+    power = torch.linalg.matrix_power(EYE - size * A, steps)
+    return GOAL + times(power, THETA["x"] - GOAL)
+
+
+def test_reptiles_gradient_is_the_displacement(pool):
+    for steps, updates in ((1, 1), (2, 1), (1, 3)):
+        adapter = Adapter(Point(), quadratic, (0.2,), updates=updates)
+        problem = DisplacementProblem(adapter, [SUPPORT] * steps, pool, chunk=2)
+        gradient, _ = problem.gradient(THETA)
+        expected = (THETA["x"] - moved(steps * updates)).mean(0)
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("strength", [0.5, 3.0])
+def test_imamls_gradient_is_the_exact_implicit_one(pool, strength):
+    # argmin of loss + s/2 |x - theta|^2 is (A + s)^-1 (A g + s theta); its Jacobian s (A + s)^-1.
+    adapter = Adapter(Point(), quadratic, (0.1,), updates=4000, proximal=strength)
+    problem = ImplicitProblem(adapter, [SUPPORT, QUERY], pool, OBJECTIVE, iterations=20)
+    gradient, stats = problem.gradient(THETA)
+    system = A + strength * EYE
+    solution = torch.linalg.solve(system, times(A, GOAL) + strength * THETA["x"])
+    outer = times(B, solution - QUERY_GOAL)
+    expected = strength * torch.linalg.solve(system, outer)
+    torch.testing.assert_close(gradient, expected.mean(0), rtol=1e-8, atol=1e-10)
+    assert stats["implicit_residual"] < 1e-8
+    assert stats["inner_residual"] < 1e-8
+    assert stats["non_positive_curvature"] == 0.0
+
+
+def test_imaml_reports_an_unfinished_inner_problem_and_solve(pool):
+    adapter = Adapter(Point(), quadratic, (0.1,), updates=2, proximal=0.1)
+    _, stats = ImplicitProblem(adapter, [SUPPORT, QUERY], pool, OBJECTIVE, iterations=1).gradient(
+        THETA
+    )
+    assert stats["inner_residual"] > 0.1
+    assert stats["implicit_residual"] > 0.01
+
+
+def test_imaml_detects_curvature_that_is_not_positive(pool):
+    hollow = task_batch(GOAL, -5.0 * A)
+    adapter = Adapter(Point(), quadratic, (1e-3,), updates=1, proximal=1.0)
+    gradient, stats = ImplicitProblem(adapter, [hollow, QUERY], pool, OBJECTIVE).gradient(THETA)
+    assert stats["non_positive_curvature"] == 1.0
+    assert torch.isfinite(gradient).all()
+
+
+def test_solve_each_solves_every_tasks_own_system():
+    b = draw(TASKS, DIM, seed=9)
+    x, residual, curved = solve_each(lambda v: times(A, v), b, 10)
+    torch.testing.assert_close(x, torch.linalg.solve(A, b), rtol=1e-8, atol=1e-9)
+    assert (residual < 1e-8).all()
+    assert not curved.any()
+
+
+@pytest.mark.parametrize("learned", ["layer", "parameter"])
+def test_gradients_of_step_sizes_match_their_closed_form(pool, learned):
+    # d/da of L(x - a g) is -g . grad L: for each entry alone (Meta-SGD), or their sum.
+    adapter = Adapter(Point(), quadratic, (0.2,), learned=learned)
+    meta = {
+        **THETA,
+        "step_size.x": torch.full((1, DIM) if learned == "parameter" else (1,), 0.2, dtype=D),
+    }
+    gradient, _ = UnrolledProblem(adapter, [SUPPORT, QUERY], pool, OBJECTIVE).gradient(meta)
+    slope = times(A, THETA["x"] - GOAL)
+    outer = times(B, moved(1) - QUERY_GOAL)
+    each = -(slope * outer).mean(0)
+    expected = each if learned == "parameter" else each.sum()[None]
+    torch.testing.assert_close(gradient[DIM:], expected, rtol=1e-12, atol=1e-14)
+    jacobian = EYE - 0.2 * A
+    torch.testing.assert_close(gradient[:DIM], times(jacobian, outer).mean(0))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_multi_step_loss_weighs_every_iterate(pool, order):
+    adapter = Adapter(Point(), quadratic, (0.2,))
+    weights = (0.3, 0.7)
+    objective = dataclasses.replace(OBJECTIVE, step_weights=weights)
+    # Two steps on the support loss; iterate 1 is judged by batch 1, iterate 2 by the query.
+    problem = UnrolledProblem(adapter, [SUPPORT, SUPPORT, QUERY], pool, objective, order=order)
+    gradient, stats = problem.gradient(THETA)
+    expected, loss = torch.zeros(DIM, dtype=D), 0.0
+    for k, weight, goal, H in ((1, 0.3, GOAL, A), (2, 0.7, QUERY_GOAL, B)):
+        miss = moved(k) - goal
+        outer = times(H, miss)
+        jacobian = torch.linalg.matrix_power(EYE - 0.2 * A, k) if order == 2 else EYE
+        expected += weight * times(jacobian, outer).mean(0)
+        loss += weight * 0.5 * float((miss * outer).sum(1).mean())
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+    assert stats["loss"] == pytest.approx(loss, rel=1e-12)
+
+
+def test_several_updates_on_a_batch_unroll(pool):
+    adapter = Adapter(Point(), quadratic, (0.2,), updates=3)
+    gradient, _ = UnrolledProblem(adapter, [SUPPORT, QUERY], pool, OBJECTIVE).gradient(THETA)
+    outer = times(B, moved(3) - QUERY_GOAL)
+    jacobian = torch.linalg.matrix_power(EYE - 0.2 * A, 3)
+    torch.testing.assert_close(gradient, times(jacobian, outer).mean(0), rtol=1e-12, atol=1e-14)
+
+
+def test_annealing():
+    assert annealed_weights(2, 0.0) == pytest.approx((0.5, 0.5))
+    assert annealed_weights(3, 0.5) == pytest.approx((1 / 6, 1 / 6, 2 / 3))
+    assert annealed_weights(3, 1.0) == annealed_weights(3, 7.0) == (0.0, 0.0, 1.0)
+    assert annealed_weights(0, 0.3) == ()
+    assert [cosine(p) for p in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
+
+
+# A tabular MDP, by enumeration --------------------------------------------------------------------
+#
+# Two states, two actions, two steps; every trajectory is listed, so expectations are exact sums.
+
+REWARD = torch.tensor([[1.0, -0.5], [0.3, 2.0]], dtype=D)  # [state, action]
+NEXT = torch.tensor([[[0.8, 0.2], [0.3, 0.7]], [[0.5, 0.5], [0.1, 0.9]]], dtype=D)
+STEPS = 2
+PATHS = list(itertools.product(range(2), range(2), range(2)))  # a0, s1, a1; s0 is 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A softmax policy: logits for each state and action."""
+
+    context_dim: int = 0
+
+    def shapes(self):
+        return {"logits": (2, 2)}
+
+    def distribution(self, params, observation):
+        return {"logits": (observation.to(D) @ params["logits"]).log_softmax(-1)}
+
+    def log_prob(self, dist, action):
+        return dist["logits"].gather(-1, action.long()).squeeze(-1)
+
+    def kl(self, old, new):
+        return (old["logits"].exp() * (old["logits"] - new["logits"])).sum(-1)
+
+
+TABLE = Table()
+LOGITS = {"logits": draw(2, 2, seed=11)}
+
+
+def path_batch(paths, weight):
+    """One task whose episodes are these paths; advantages are the rewards to come."""
+    states = [(0, s1) for _, s1, _ in paths]
+    acts = [(a0, a1) for a0, _, a1 in paths]
+    rewards = [[float(REWARD[s, a]) for s, a in zip(*path, strict=True)]
+               for path in zip(states, acts, strict=True)]  # fmt: skip
+    to_come = [[r0 + r1, r1] for r0, r1 in rewards]
+    observation = torch.nn.functional.one_hot(torch.tensor(states).flatten(), 2).to(D)[None]
+    action = torch.tensor(acts).flatten()[None, :, None]
+    old = TABLE.distribution(stack(LOGITS, 1), observation)
+    weights = torch.as_tensor(weight, dtype=D).repeat_interleave(STEPS)[None]
+    return Batch(
+        observation, action, torch.tensor(to_come, dtype=D).flatten()[None], weights,
+        TABLE.log_prob(old, action), old, episodes=len(paths),
+    )  # fmt: skip
+
+
+def path_log_prob(logits, path):
+    a0, s1, a1 = path
+    log = logits.log_softmax(-1)
+    return log[0, a0] + NEXT[0, a0, s1].log() + log[s1, a1]
+
+
+def expected_return(logits):
+    total = torch.zeros((), dtype=D)
+    for a0, s1, a1 in PATHS:
+        total = total + path_log_prob(logits, (a0, s1, a1)).exp() * (REWARD[0, a0] + REWARD[s1, a1])
+    return total
+
+
+@pytest.mark.parametrize("episodes", [1, 2])
+def test_e_mamls_estimator_is_the_gradient_of_what_adaptation_earns(pool, episodes):
+    # grad E over support of J(theta'(support)), every support set listed.
+    size = 0.4
+    adapter = Adapter(TABLE, log_likelihood, (size,))
+
+    def adapted(logits, paths):
+        score = torch.zeros((), dtype=D)
+        for a0, s1, a1 in paths:
+            log = logits.log_softmax(-1)
+            first, second = REWARD[0, a0], REWARD[s1, a1]
+            score = score + log[0, a0] * (first + second) + log[s1, a1] * second
+        (slope,) = torch.autograd.grad(score / (STEPS * len(paths)), logits, create_graph=True)
+        return logits + size * slope
+
+    logits = LOGITS["logits"].clone().requires_grad_()
+    truth = torch.zeros((), dtype=D)
+    estimate = {True: torch.zeros(4, dtype=D), False: torch.zeros(4, dtype=D)}
+    everything = [1.0 / len(PATHS)] * len(PATHS)
+    for paths in itertools.product(PATHS, repeat=episodes):
+        chance = sum(path_log_prob(logits, path) for path in paths).exp()
+        after = adapted(logits, paths)
+        truth = truth + chance * expected_return(after)
+        # The package's estimator on this support set, the query expectation exact.
+        support = path_batch(paths, [1.0 / (STEPS * episodes)] * episodes)
+        query = path_batch(PATHS, everything)
+        final = {"logits": after.detach()}
+        dist = TABLE.distribution(stack(final, 1), query.observation)
+        likely = torch.stack([path_log_prob(final["logits"], path).exp() for path in PATHS])
+        query = dataclasses.replace(
+            query,
+            old=dist,
+            old_log_prob=TABLE.log_prob(dist, query.action),
+            weight=likely.repeat_interleave(STEPS)[None],
+        )
+        earned = expected_return(final["logits"])[None]
+        for credited in (True, False):
+            objective = Objective(credit=earned if credited else None)
+            problem = UnrolledProblem(adapter, [support, query], pool, objective)
+            estimate[credited] -= float(chance.detach()) * problem.gradient(LOGITS)[0]
+    (expected,) = torch.autograd.grad(truth, logits)
+    torch.testing.assert_close(estimate[True], expected.flatten(), rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(estimate[False], expected.flatten(), rtol=1e-2, atol=1e-3)
+
+
+def mean_hessian(loss):
+    """E over trajectories of the Hessian of -loss of one trajectory, at the old parameters."""
+    total = torch.zeros(4, 4, dtype=D)
+    for path in PATHS:
+        batch = path_batch([path], [1.0])
+
+        def value(flat, batch=batch):
+            dist = TABLE.distribution({"logits": flat.view(1, 2, 2)}, batch.observation)
+            return -loss(TABLE, dist, batch).sum()
+
+        chance = path_log_prob(LOGITS["logits"], path).exp()
+        flat = LOGITS["logits"].flatten()
+        total += chance * torch.autograd.functional.hessian(value, flat)
+    return total
+
+
+def mean_outer_products(within_a_step, across_steps):
+    """E of the products of scores that the Hessian of the return has, parts of them."""
+    total = torch.zeros(4, 4, dtype=D)
+    for a0, s1, a1 in PATHS:
+        logits = LOGITS["logits"].clone().requires_grad_()
+        log = logits.log_softmax(-1)
+        scores = [
+            torch.autograd.grad(x, logits, retain_graph=True)[0].flatten()
+            for x in (log[0, a0], log[s1, a1])
+        ]
+        first, second = REWARD[0, a0] + REWARD[s1, a1], REWARD[s1, a1]
+        chance = path_log_prob(LOGITS["logits"], (a0, s1, a1)).exp()
+        if within_a_step:
+            total += chance * first * torch.outer(scores[0], scores[0])
+            total += chance * second * torch.outer(scores[1], scores[1])
+        if across_steps:
+            cross = torch.outer(scores[0], scores[1])
+            total += chance * second * (cross + cross.T)
+    return total
+
+
+TRUE_HESSIAN = torch.autograd.functional.hessian(
+    lambda flat: expected_return(flat.view(2, 2)), LOGITS["logits"].flatten()
+)
+
+
+def test_dices_hessian_is_unbiased():
+    torch.testing.assert_close(mean_hessian(dice), TRUE_HESSIAN, rtol=1e-10, atol=1e-12)
+
+
+def test_the_plain_hessian_misses_exactly_the_products_of_scores():
+    missing = mean_outer_products(True, True)
+    assert missing.abs().max() > 0.1
+    torch.testing.assert_close(mean_hessian(log_likelihood) + missing, TRUE_HESSIAN)
+
+
+def test_promps_surrogate_has_the_low_variance_curvature():
+    # It has the products within a step and leaves out those across steps.
+    across = mean_outer_products(False, True)
+    torch.testing.assert_close(mean_hessian(likelihood_ratio) + across, TRUE_HESSIAN)
+    within = mean_outer_products(True, False)
+    torch.testing.assert_close(
+        mean_hessian(likelihood_ratio), mean_hessian(log_likelihood) + within
+    )
+
+
+@pytest.mark.parametrize("loss", [log_likelihood, likelihood_ratio, dice])
+def test_every_inner_losss_gradient_is_the_policy_gradient(loss):
+    total = torch.zeros(2, 2, dtype=D)
+    for path in PATHS:
+        logits = LOGITS["logits"].clone().requires_grad_()
+        batch = path_batch([path], [1.0])
+        dist = TABLE.distribution({"logits": logits[None]}, batch.observation)
+        (slope,) = torch.autograd.grad(-loss(TABLE, dist, batch).sum(), logits)
+        total += path_log_prob(LOGITS["logits"], path).exp() * slope
+    logits = LOGITS["logits"].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(expected_return(logits), logits)
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_dice_leaves_out_steps_after_an_episodes_end():
+    whole = path_batch(PATHS[:3], [1.0] * 3)
+    weight = whole.weight.clone()
+    weight[0, 1] = 0.0  # the first episode ends after one step
+    changed = whole.action.clone()
+    changed[0, 1] = 1 - changed[0, 1]
+
+    def hessian(action):
+        batch = dataclasses.replace(whole, weight=weight, action=action)
+        return torch.autograd.functional.hessian(
+            lambda flat: dice(
+                TABLE, TABLE.distribution({"logits": flat.view(1, 2, 2)}, batch.observation), batch
+            ).sum(),
+            LOGITS["logits"].flatten(),
+        )
+
+    torch.testing.assert_close(hessian(whole.action), hessian(changed))
+
+
+# ProMP's other parts ------------------------------------------------------------------------------
+
+
+def test_the_clipped_objective_matches_a_scalar_reference(small_policy):
+    params = stack(double_params(small_policy, 3), 2)
+    batch = random_batch(small_policy, 2, 40, 0)
+    dist = small_policy.distribution(params, batch.observation)
+    log_prob = small_policy.log_prob(dist, batch.action)
+    found = clipped_ratio(small_policy, dist, batch, clip=0.2)
+    cuts = 0
+    for t in range(2):
+        total = 0.0
+        for n in range(40):
+            ratio = float((log_prob[t, n] - batch.old_log_prob[t, n]).exp())
+            advantage = float(batch.advantage[t, n])
+            cut = min(max(ratio, 0.8), 1.2)
+            cuts += cut != ratio
+            total += float(batch.weight[t, n]) * min(ratio * advantage, cut * advantage)
+        assert float(found[t]) == pytest.approx(-total, rel=1e-12)
+    assert cuts > 10
+
+
+def test_inner_kl_is_that_of_the_pre_update_policies(small_policy, pool):
+    meta = double_params(small_policy)
+    batches = [random_batch(small_policy, 3, 20, seed) for seed in range(3)]
+    adapter = Adapter(small_policy, likelihood_ratio, (0.1,))
+
+    def loss(inner_kl):
+        objective = Objective(inner_kl=inner_kl)
+        return UnrolledProblem(adapter, batches, pool, objective).evaluate(meta).loss
+
+    fast, slow, sizes = adapter.split(meta)
+    iterates = adapter.adapt(stack(fast, 3), slow, sizes, batches[:2], order=0)
+    kls = [
+        mean_kl(small_policy, small_policy.distribution(iterate, batch.observation), batch)
+        for iterate, batch in zip(iterates, batches[:2], strict=False)
+    ]
+    expected = 0.7 * float(torch.stack(kls).mean())
+    assert loss(0.7) - loss(0.0) == pytest.approx(expected, rel=1e-10)
+
+
+# Adam ---------------------------------------------------------------------------------------------
+
+
+class Slope:
+    """A problem whose gradient is given."""
+
+    def __init__(self, *gradients):
+        self.gradients = list(gradients)
+
+    def gradient(self, meta):
+        return self.gradients.pop(0), {"loss": 0.0}
+
+
+def test_adam_follows_its_formula():
+    meta = {"x": draw(DIM, seed=1)}
+    slopes = [draw(DIM, seed=s) for s in (2, 3, 4)]
+    outer = Adam(AdamConfig(learning_rate=0.1))
+    state = outer.init(meta)
+    x, m, v = meta["x"], torch.zeros(DIM, dtype=D), torch.zeros(DIM, dtype=D)
+    for i, g in enumerate(slopes, start=1):
+        meta, state, stats = outer.step(Slope(g), meta, state, rate=0.5)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        x = x - 0.05 * (m / (1 - 0.9**i)) / ((v / (1 - 0.999**i)).sqrt() + 1e-8)
+        torch.testing.assert_close(meta["x"], x, rtol=1e-6, atol=1e-9)
+    assert float(state["steps"]) == 3
+    assert stats["finite"]
+
+
+def test_adam_leaves_everything_at_a_gradient_that_is_not_finite():
+    meta = {"x": draw(DIM, seed=1)}
+    outer = Adam(AdamConfig())
+    state = outer.init(meta)
+    bad = torch.full((DIM,), torch.nan, dtype=D)
+    new, after, stats = outer.step(Slope(bad), meta, state)
+    assert new is meta
+    assert after is state
+    assert not stats["finite"]
+
+
+# What adapts --------------------------------------------------------------------------------------
+
+
+def test_only_the_fast_parameters_adapt(small_policy):
+    batch = random_batch(small_policy, 2, 20, 0)
+    for fast, names in (("all", set(small_policy.shapes())),
+                        ("head", {"layer2.weight", "layer2.bias"})):  # fmt: skip
+        adapter = Adapter(small_policy, log_likelihood, (0.1,), fast=fast)
+        start, slow, sizes = adapter.split(double_params(small_policy))
+        assert set(start) == names
+        assert set(slow) == set(small_policy.shapes()) - names
+        new = adapter.adapt(stack(start, 2), slow, sizes, [batch], order=0)[-1]
+        assert set(new) == names
+        assert all((new[name] - start[name]).abs().max() > 0 for name in names)
+    told = dataclasses.replace(small_policy, context_dim=3)
+    adapter = Adapter(told, log_likelihood, (0.1,), fast="context")
+    start, slow, sizes = adapter.split(double_params(told))
+    assert set(start) == {"context"}
+    assert not start["context"].any()
+    new = adapter.adapt(stack(start, 2), slow, sizes, [batch], order=0)[-1]["context"]
+    assert new.shape == (2, 3)
+    assert not torch.equal(new[0], new[1])
+
+
+def test_cavias_gradient_matches_central_differences(small_policy, pool):
+    told = dataclasses.replace(small_policy, context_dim=2)
+    adapter = Adapter(told, log_likelihood, (0.5,), fast="context")
+    meta = double_params(told)
+    batches = [random_batch(told, 2, 20, seed) for seed in range(2)]
+    problem = UnrolledProblem(adapter, batches, pool)
+    gradient, _ = problem.gradient(meta)
+    theta = flatten(meta)
+    from metarl.policies import unflatten
+
+    for i in range(0, len(theta), 7):
+        h = torch.zeros_like(theta)
+        h[i] = 1e-5
+        up, down = (problem.evaluate(unflatten(theta + s * h, meta)).loss for s in (1, -1))
+        assert float(gradient[i]) == pytest.approx((up - down) / 2e-5, rel=1e-5, abs=1e-8)
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_trains_resumes_repeats_and_evaluates(tmp_path, name):
+    def config(iterations, threads=1):
+        base = preset_config(None, "navigation-2d", name)
+        shared = small(iterations=iterations, threads=threads)
+        values = {f: getattr(shared, f) for f in ("family_options", "tasks", "episodes")}
+        policy = dataclasses.replace(base.policy, hidden=(8,))
+        return dataclasses.replace(
+            base, iterations=iterations, threads=threads, policy=policy, **values
+        )
+
+    whole = train(config(4), tmp_path / "whole")
+    train(config(2), tmp_path / "parts")
+    parts = train(config(4, threads=2), tmp_path / "parts", resume=True)
+    assert same_params(whole, parts)
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+    loaded = load(tmp_path / "whole")
+    assert same_params(whole, loaded)
+    result = evaluate(loaded, tasks=3, episodes=2, steps=2, threads=1)
+    assert np.isfinite(result.curve.per_task).all()
+    assert len(result.curve.step_sizes) == 2
+    start = Trainer(config(4))
+    initial = start.state.params
+    start.close()
+    assert not all(torch.equal(initial[n], whole.params[n]) for n in initial)
+    rows = timeless(tmp_path / "whole")
+    samples = 4 * 5 * 4 * 12  # iterations x tasks x episodes x horizon, for one rollout
+    rollouts = 1 if name in ("reptile", "pretrained", "oracle") else config(4).inner.steps + 1
+    assert samples * rollouts * 0.9 < rows[-1]["env_steps"] <= samples * rollouts
+
+
+def test_learned_step_sizes_are_used_in_evaluation(tmp_path):
+    base = preset_config(None, "navigation-2d", "meta-sgd")
+    shared = small()
+    config = dataclasses.replace(
+        base, iterations=2, tasks=4, episodes=4, threads=1,
+        family_options=shared.family_options, policy=shared.policy,
+    )  # fmt: skip
+    meta = train(config, tmp_path / "run")
+    sizes = torch.cat([p.flatten() for n, p in meta.params.items() if n.startswith("step_size.")])
+    found = evaluate(meta, tasks=2, episodes=2, steps=1, threads=1)
+    assert found.curve.step_sizes == pytest.approx([float(sizes.mean())], rel=1e-5)
+    assert float(sizes.std()) > 0.0
+    given = evaluate(meta, tasks=2, episodes=2, steps=1, step_sizes=[0.3], threads=1)
+    assert given.curve.step_sizes == [0.3]
+
+
+def test_an_oracle_sees_its_task(tmp_path):
+    base = preset_config(None, "navigation-2d", "oracle")
+    config = dataclasses.replace(
+        base, iterations=1, tasks=4, episodes=2, threads=1, family_options={"horizon": 12}
+    )
+    meta = train(config, tmp_path / "run")
+    assert meta.policy.context_dim == 2
+    np.testing.assert_allclose(meta.context(np.array([[0.5, -0.25]]))["context"], [[1.0, -0.5]])
+    policy = meta.adapt([0.3, 0.2], steps=0)
+    other = meta.adapt([-0.3, 0.2], steps=0)
+    origin = np.zeros(2)
+    assert not np.array_equal(
+        policy.act(origin, deterministic=True), other.act(origin, deterministic=True)
+    )
+    with pytest.raises(UserError, match="give the task vector"):
+        meta.adapt(meta.family.make(np.array([0.3, 0.2])), steps=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("maml-trpo", {"adam": {"learning_rate": 0.5}}, "adam has no effect with maml-trpo"),
+        ("promp", {"trust_region": {"max_kl": 0.5}}, "trust_region has no effect with promp"),
+        ("maml-trpo", {"inner": {"updates": 2}}, "takes one step on each batch"),
+        ("reptile", {"meta": {"inner_kl": 0.1}}, "no effect with reptile"),
+        ("reptile", {"inner": {"steps": 0}}, "reptile needs inner.steps of at least 1"),
+        ("imaml", {"inner": {"proximal": 0.0}}, "imaml needs inner.steps 1 and inner.proximal"),
+        ("maml-trpo", {"meta": {"anneal": 5}}, "meta.anneal has no effect"),
+        ("maml-trpo", {"policy": {"context": 3}}, "policy.context has no effect"),
+        ("oracle", {"inner": {"steps": 1}}, "oracle does not adapt in training"),
+        ("e-maml", {"inner": {"steps": 0}}, "meta.credit needs inner.steps"),
+    ],
+)
+def test_what_does_not_combine_is_told(name, changes, message):
+    config = preset_config(None, "navigation-2d", name)
+    for section, values in changes.items():
+        part = dataclasses.replace(getattr(config, section), **values)
+        config = dataclasses.replace(config, **{section: part})
+    with pytest.raises(UserError, match=message):
+        Trainer(config)
+
+
+def test_rows_name_their_paper_and_are_found():
+    for name, row in ALGORITHMS.items():
+        assert find_algorithm(name) is row
+        assert "20" in row.source
+    with pytest.raises(UserError, match="did you mean 'reptile'"):
+        find_algorithm("reptil")
