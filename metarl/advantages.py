@@ -132,11 +132,13 @@ def estimate(rollout: Rollout, config: AdvantageConfig, pool: ChunkPool) -> Tens
     reward = rollout.reward.double()
     returns = discounted_sum(reward, config.discount)
     steps = torch.arange(valid.shape[-1])
-    length = valid.sum(-1)
+    length, whole = valid.sum(-1), bool(valid.all())
     unfinished = (~rollout.terminated & (length > 0)) if config.bootstrap else None
 
     def values(chunk: slice) -> tuple[Tensor, Tensor]:
-        x = features(rollout.observation[chunk], steps) * valid[chunk].unsqueeze(-1)
+        x = features(rollout.observation[chunk], steps)
+        if not whole:
+            x *= valid[chunk].unsqueeze(-1)
         flat = x.flatten(1, 2)
         weights = fit_linear(flat, returns[chunk].flatten(1), config.ridge).unsqueeze(-1)
         value = (flat @ weights).view_as(reward[chunk])

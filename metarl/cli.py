@@ -313,7 +313,7 @@ def _algorithms(command: Algorithms) -> int:
     from metarl.algorithms import ALGORITHMS
 
     for row in ALGORITHMS.values():
-        print(f"{row.name:<14}{row.description}\n{'':<14}{row.source}")
+        print(f"{row.name:<18}{row.description}\n{'':<18}{row.source}")
     return 0
 
 

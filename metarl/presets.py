@@ -69,6 +69,13 @@ def preset_config(preset: str | None, family: str, algorithm: str = "maml-trpo")
     }
     if "step_sizes" in row.defaults.get("inner", {}):
         sections["inner"] = dataclasses.replace(sections["inner"], test_step_sizes=())
+    elif (inner := sections.get("inner", config.inner)).updates > 1:
+        # Several updates on a batch share the step that the preset takes on it.
+        sections["inner"] = dataclasses.replace(
+            inner,
+            step_sizes=tuple(size / inner.updates for size in inner.step_sizes),
+            test_step_sizes=tuple(size / inner.updates for size in inner.test_step_sizes),
+        )
     return dataclasses.replace(config, algorithm=algorithm, **sections)
 
 

@@ -41,7 +41,7 @@ from metarl.meta_policy import (
     scaled_tasks,
 )
 from metarl.metrics import MetricsLog
-from metarl.objectives import clipped_ratio, likelihood_ratio
+from metarl.objectives import clipped_ratio, dice, likelihood_ratio, log_likelihood
 from metarl.parallel import ChunkPool, one_intraop_thread
 from metarl.policies import Params
 from metarl.presets import preset_config
@@ -245,7 +245,7 @@ def check_combination(config: Config) -> None:
     unused = "adam" if row.outer == "trust-region" else "trust_region"
     if getattr(config, unused) != getattr(base, unused):
         raise UserError(f"{unused} has no effect with {name}, whose outer step is {row.outer}")
-    if inner.updates > 1 and row.inner_loss is not likelihood_ratio:
+    if inner.updates > 1 and row.inner_loss in (log_likelihood, dice):
         raise UserError(
             f"inner.updates is {inner.updates}, but {name} takes one step on each batch: its inner"
             " loss is no likelihood ratio and has no lower bound on a fixed sample"

@@ -609,6 +609,16 @@ def test_what_does_not_combine_is_told(name, changes, message):
         Trainer(config)
 
 
+def test_an_algorithms_defaults_go_before_the_presets():
+    config = preset_config("icml2017", "navigation-2d", "reptile")
+    assert config.inner.updates == 5
+    # Five updates on a batch share the preset's step of 0.5.
+    assert config.inner.step_sizes == pytest.approx((0.1,))
+    assert config.inner.test_step_sizes == pytest.approx((0.1, 0.05))
+    assert preset_config("icml2017", "navigation-2d", "promp").meta.inner_kl == 5e-4
+    assert preset_config("icml2017", "navigation-2d", "cavia").inner.test_step_sizes == ()
+
+
 def test_rows_name_their_paper_and_are_found():
     for name, row in ALGORITHMS.items():
         assert find_algorithm(name) is row

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from metarl import cli
+from metarl.algorithms import ALGORITHMS
 from metarl.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,7 @@ def module_file(folder: Path) -> None:
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.split("\n")[0][:40])
 def test_python_blocks_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("metarl.algorithms.ALGORITHMS", dict(ALGORITHMS))
     names = {"__name__": "readme"}
     exec(compile(code, "README.md", "exec"), names)
     assert len(names) > 2  # it ran to its end and left what it made
