@@ -202,7 +202,7 @@ class Trainer:
         count = batches[-1].weight.shape[1]
         used = max(round(config.trust_region.fisher_fraction * count), FISHER_SAMPLES)
         samples = None
-        if used < count:
+        if used < count and row.inner_loss is not dice:  # DiCE needs the order in time
             rng = stream(config.seed, iteration, "fisher")
             samples = torch.from_numpy(rng.permutation(count)[:used]).sort().values
         order = 1 if row.annealed and progress < 1.0 else row.order
