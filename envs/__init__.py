@@ -26,8 +26,9 @@ from envs.family import (
     make_family,
     register,
 )
+from envs.gymnasium_family import GymnasiumFamily
 from envs.mujoco_vector import MujocoFamily
-from envs.vector import GymnasiumFamily, TaskVectorEnv
+from envs.vector import TaskVectorEnv
 
 __all__ = [
     "Finite",

@@ -166,7 +166,7 @@ def _starting_config(arguments: Sequence[str]) -> Config:
     """Return what the flags change: the resumed run's config, or the preset's for the family."""
     resume = _peek(arguments, "--resume")
     if resume is not None:
-        from metarl.trainer import run_config
+        from metarl.runs import run_config
 
         return run_config(Path(resume))
     family = next((a for a in arguments[:1] if not a.startswith("-")), "")

@@ -1,4 +1,4 @@
-"""Named hyper-parameters with their source, by preset and, where they differ, by family."""
+"""Named hyper-parameters with their source, by preset, family and algorithm; what goes together."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from envs.errors import UserError
 from envs.family import did_you_mean, option_names
 from metarl.algorithms import find_algorithm
 from metarl.config import Config, InnerConfig, PolicyConfig
+from metarl.objectives import dice, log_likelihood
 from metarl.trust_region import TrustRegionConfig
 
 
@@ -91,3 +94,40 @@ def _family_config(preset: str | None, family: str) -> Config:
     return dataclasses.replace(
         Config(family=family, preset=preset, family_options=options), **values
     )
+
+
+def check_combination(config: Config) -> None:
+    """Raise UserError where options do not go together, or have no effect."""
+    row = find_algorithm(config.algorithm)
+    base = preset_config(config.preset, config.family, config.algorithm)
+    name, inner, meta = row.name, config.inner, config.meta
+    unused = "adam" if row.outer == "trust-region" else "trust_region"
+    if getattr(config, unused) != getattr(base, unused):
+        raise UserError(f"{unused} has no effect with {name}, whose outer step is {row.outer}")
+    if inner.updates > 1 and row.inner_loss in (log_likelihood, dice):
+        raise UserError(
+            f"inner.updates is {inner.updates}, but {name} takes one step on each batch: its inner"
+            " loss is no likelihood ratio and has no lower bound on a fixed sample"
+        )
+    if row.gradient != "unrolled" and (meta.credit or meta.inner_kl):
+        raise UserError(f"meta.credit and meta.inner_kl have no effect with {name}")
+    if row.gradient == "implicit" and (inner.steps != 1 or not inner.proximal):
+        raise UserError(f"{name} needs inner.steps 1 and inner.proximal above 0")
+    if row.gradient == "displacement" and inner.steps < 1:
+        raise UserError(f"{name} needs inner.steps of at least 1, got {inner.steps}")
+    if meta.anneal and not row.annealed:
+        raise UserError(f"meta.anneal has no effect with {name}")
+    if meta.credit and not inner.steps:
+        raise UserError("meta.credit needs inner.steps of at least 1, got 0")
+    if config.policy.context != base.policy.context and row.fast != "context":
+        raise UserError(f"policy.context has no effect with {name}")
+    if row.name in ("pretrained", "oracle") and inner.steps:
+        raise UserError(f"{name} does not adapt in training: inner.steps must be 0")
+
+
+def check_device(device: str) -> None:
+    """Raise UserError unless torch has the device."""
+    if device != "cpu" and not device.startswith("cuda"):
+        raise UserError(f"device must be cpu or cuda, got {device!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} is not there: torch finds no GPU; use cpu")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,8 @@ import torch
 from torch import Tensor
 
 from envs import make_family
-from envs.errors import UserError
-from metarl import checkpoints
 from metarl.algorithms import find_algorithm
-from metarl.checkpoints import CheckpointError, versions, write_atomically
+from metarl.checkpoints import versions
 from metarl.config import Config
 from metarl.first_order import Adam
 from metarl.inner_loop import Adapted, InnerLoop, NonFiniteError, Query
@@ -36,19 +33,28 @@ from metarl.meta_gradients import (
 from metarl.meta_policy import (
     MetaPolicy,
     make_adapter,
-    newest_checkpoint,
     policy_for,
     scaled_tasks,
 )
 from metarl.metrics import MetricsLog
-from metarl.objectives import clipped_ratio, dice, likelihood_ratio, log_likelihood
+from metarl.objectives import clipped_ratio, dice, likelihood_ratio
 from metarl.parallel import ChunkPool, one_intraop_thread
 from metarl.policies import Params
-from metarl.presets import preset_config
+from metarl.presets import check_combination, check_device
 from metarl.rollouts import Address, Collector
+from metarl.runs import (
+    RunError,
+    State,
+    create_run,
+    differences,
+    load_state,
+    locked,
+    run_config,
+    save_checkpoint,
+)
 from metarl.seeding import stream
 from metarl.trajectories import Rollout
-from metarl.trust_region import OuterState, TrustRegion
+from metarl.trust_region import TrustRegion
 
 SKIPPED_LIMIT = 10
 """Updates skipped in a row after which a run stops."""
@@ -56,22 +62,6 @@ SKIPPED_LIMIT = 10
 
 FISHER_SAMPLES = 200
 """Samples a task that Fisher products use at least."""
-
-
-class RunError(UserError):
-    """A run cannot start or go on; the message says why and what to do."""
-
-
-@dataclass
-class State:
-    """What a checkpoint holds besides the config."""
-
-    params: Params
-    outer: OuterState
-    iteration: int = 0
-    env_steps: int = 0
-    skipped_updates: int = 0
-    skipped_in_a_row: int = 0
 
 
 class Trainer:
@@ -235,152 +225,6 @@ def make_outer(config: Config) -> TrustRegion | Adam:
     """Return a config's outer optimizer."""
     row = find_algorithm(config.algorithm)
     return TrustRegion(config.trust_region) if row.outer == "trust-region" else Adam(config.adam)
-
-
-def check_combination(config: Config) -> None:
-    """Raise UserError where options do not go together, or have no effect."""
-    row = find_algorithm(config.algorithm)
-    base = preset_config(config.preset, config.family, config.algorithm)
-    name, inner, meta = row.name, config.inner, config.meta
-    unused = "adam" if row.outer == "trust-region" else "trust_region"
-    if getattr(config, unused) != getattr(base, unused):
-        raise UserError(f"{unused} has no effect with {name}, whose outer step is {row.outer}")
-    if inner.updates > 1 and row.inner_loss in (log_likelihood, dice):
-        raise UserError(
-            f"inner.updates is {inner.updates}, but {name} takes one step on each batch: its inner"
-            " loss is no likelihood ratio and has no lower bound on a fixed sample"
-        )
-    if row.gradient != "unrolled" and (meta.credit or meta.inner_kl):
-        raise UserError(f"meta.credit and meta.inner_kl have no effect with {name}")
-    if row.gradient == "implicit" and (inner.steps != 1 or not inner.proximal):
-        raise UserError(f"{name} needs inner.steps 1 and inner.proximal above 0")
-    if row.gradient == "displacement" and inner.steps < 1:
-        raise UserError(f"{name} needs inner.steps of at least 1, got {inner.steps}")
-    if meta.anneal and not row.annealed:
-        raise UserError(f"meta.anneal has no effect with {name}")
-    if meta.credit and not inner.steps:
-        raise UserError("meta.credit needs inner.steps of at least 1, got 0")
-    if config.policy.context != base.policy.context and row.fast != "context":
-        raise UserError(f"policy.context has no effect with {name}")
-    if row.name in ("pretrained", "oracle") and inner.steps:
-        raise UserError(f"{name} does not adapt in training: inner.steps must be 0")
-
-
-def check_device(device: str) -> None:
-    """Raise UserError unless torch has the device."""
-    if device != "cpu" and not device.startswith("cuda"):
-        raise UserError(f"device must be cpu or cuda, got {device!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device!r} is not there: torch finds no GPU; use cpu")
-
-
-# Run folders --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder; a second process is refused for as long as this one lives.
-
-    Raises:
-        RunError: another process holds it.
-    """
-    with open(folder / "lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f"another process is training in {folder}; wait for it, or choose another --out"
-            ) from error
-        yield
-
-
-def create_run(folder: Path, config: Config) -> None:
-    """Make a run folder with its `config.json`.
-
-    Raises:
-        RunError: the folder exists and is not empty.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(
-            f"{folder} exists; continue it with --resume {folder}, or choose another --out"
-        )
-    (folder / "checkpoints").mkdir(parents=True)
-    text = json.dumps({"config": config.to_json(), "versions": versions()}, indent=2)
-    write_atomically(folder / "config.json", text.encode())
-
-
-def run_config(folder: Path) -> Config:
-    """Return the config of a run folder.
-
-    Raises:
-        RunError: the folder is not a run.
-        UserError: its config is not one this version takes.
-    """
-    try:
-        data = json.loads((folder / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{folder} is not a run folder: it has no readable config.json") from error
-    return Config.from_json(data)
-
-
-def save_checkpoint(folder: Path, config: Config, state: State) -> None:
-    """Save a run's state as its newest checkpoint; the one before goes, unless it is kept."""
-    tensors = {f"meta.{name}": p for name, p in state.params.items()}
-    tensors |= {f"outer.{name}": p for name, p in state.outer.items()}
-    counters = {k: v for k, v in vars(state).items() if k not in ("params", "outer")}
-    metadata = {
-        "kind": "checkpoint", "config": config.to_json(), "versions": versions(), **counters,
-    }  # fmt: skip
-    where = folder / "checkpoints"
-    checkpoints.save(where / f"{state.iteration:06d}.safetensors", tensors, metadata)
-    before = state.iteration - 1
-    if before % config.checkpoint_every:
-        (where / f"{before:06d}.safetensors").unlink(missing_ok=True)
-
-
-def load_state(folder: Path, config: Config, like: State) -> State:
-    """Return the newest checkpoint's state, of the names and shapes of another.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or it is another run's or network's.
-    """
-    path = newest_checkpoint(folder)
-    tensors, metadata = checkpoints.load(path)
-    free = ("iterations", "threads")
-    stored = Config.from_json(metadata["config"])
-    if replace(stored, **{k: getattr(config, k) for k in free}) != config:
-        other = differences(stored, config)[0]
-        raise CheckpointError(f"{path} is of another run: {other}")
-    params, outer = (
-        checkpoints.in_shapes(
-            path,
-            {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)},
-            {name: tuple(t.shape) for name, t in kept.items()},
-        )
-        for part, kept in (("meta.", like.params), ("outer.", like.outer))
-    )
-    counters = {k: metadata[k] for k in State.__dataclass_fields__ if k in metadata}
-    return State(params, outer, **counters)
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """Return where two configs differ, but for iterations and threads: "key old, not new"."""
-
-    def flat(config: Config) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in config.to_json().items():
-            if isinstance(value, dict) and key != "family_options":
-                result.update({f"{key}.{name}": v for name, v in value.items()})
-            else:
-                result[key] = value
-        return result
-
-    a, b = flat(old), flat(new)
-    return [
-        f"{key} is {a[key]}, not {b[key]}"
-        for key in a
-        if key not in ("iterations", "threads") and a[key] != b[key]
-    ]
 
 
 def train(

@@ -10,7 +10,7 @@ import pytest
 from metarl.cli import main
 from metarl.config import Config
 from metarl.metrics import read_metrics
-from metarl.trainer import run_config
+from metarl.runs import run_config
 
 SMALL = [
     "--tasks", "4", "--episodes", "3", "--policy.hidden", "8", "--threads", "1",

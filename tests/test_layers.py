@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENVS = ["errors", "family", "vector", "mujoco_vector", "half_cheetah", "navigation", "__init__"]
+ENVS = [
+    "errors", "family", "vector", "gymnasium_family", "mujoco_vector", "half_cheetah",
+    "navigation", "__init__",
+]  # fmt: skip
 METARL = [
     "seeding", "parallel", "trajectories", "policies", "rollouts", "advantages", "objectives",
     "adaptation", "inner_loop", "meta_gradients", "metrics", "trust_region", "first_order",
-    "algorithms", "config", "presets", "checkpoints", "meta_policy", "trainer", "evaluation",
+    "algorithms", "config", "presets", "checkpoints", "meta_policy", "runs", "trainer", "evaluation",
     "plots", "benchmark", "__init__", "cli", "__main__",
 ]  # fmt: skip
 

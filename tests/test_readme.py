@@ -60,7 +60,7 @@ def test_commands_are_taken(command, tmp_path, monkeypatch):
     if "--resume" in words:
         from test_trainer import small
 
-        from metarl.trainer import create_run
+        from metarl.runs import create_run
 
         create_run(tmp_path / words[words.index("--resume") + 1], small())
     assert main(words[1:]) == 0

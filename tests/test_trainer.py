@@ -24,7 +24,8 @@ from metarl.checkpoints import CheckpointError
 from metarl.config import Config, InnerConfig, PolicyConfig
 from metarl.meta_policy import newest_checkpoint
 from metarl.metrics import measured_time, read_metrics
-from metarl.trainer import RunError, Trainer, load_state, locked, run_config
+from metarl.runs import RunError, load_state, locked, run_config
+from metarl.trainer import Trainer
 
 
 def small(**changes) -> Config:
