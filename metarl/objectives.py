@@ -118,9 +118,8 @@ def dice(policy: GaussianMLP, dist: Dist, batch: Batch) -> Tensor:
     (arXiv:1909.10549). Derivatives of any order are unbiased; the value is 0.
     """
     shape = (len(batch.weight), batch.episodes, -1)
-    # Steps beyond an episode's end hold anything; they come last and must not enter the sums.
+    # Steps beyond an episode's end come last: they enter no sum of a step that has a weight.
     log_prob = policy.log_prob(dist, batch.action).view(shape)
-    log_prob = torch.where(batch.weight.view(shape) > 0, log_prob, 0.0)
     through = log_prob.cumsum(dim=2)
     before = through - log_prob
     box = (through - through.detach()).exp() - (before - before.detach()).exp()
