@@ -70,8 +70,10 @@ def preset_config(preset: str | None, family: str, algorithm: str = "maml-trpo")
         name: dataclasses.replace(getattr(config, name), **values)
         for name, values in row.defaults.items()
     }
-    if "step_sizes" in row.defaults.get("inner", {}):
-        sections["inner"] = dataclasses.replace(sections["inner"], test_step_sizes=())
+    if "step_sizes" in row.defaults.get("inner", {}) or row.learned_steps != "no":
+        # Sizes of the algorithm's own, or learned, are those of evaluation too.
+        inner = sections.get("inner", config.inner)
+        sections["inner"] = dataclasses.replace(inner, test_step_sizes=())
     elif (inner := sections.get("inner", config.inner)).updates > 1:
         # Several updates on a batch share the step that the preset takes on it.
         sections["inner"] = dataclasses.replace(

@@ -616,7 +616,8 @@ def test_an_algorithms_defaults_go_before_the_presets():
     assert config.inner.step_sizes == pytest.approx((0.1,))
     assert config.inner.test_step_sizes == pytest.approx((0.1, 0.05))
     assert preset_config("icml2017", "navigation-2d", "promp").meta.inner_kl == 5e-4
-    assert preset_config("icml2017", "navigation-2d", "cavia").inner.test_step_sizes == ()
+    for name in ("cavia", "meta-sgd", "maml++"):
+        assert preset_config("icml2017", "navigation-2d", name).inner.test_step_sizes == ()
 
 
 def test_rows_name_their_paper_and_are_found():
