@@ -6,7 +6,8 @@ Importing this package registers its families with Gymnasium:
     gym.make_vec("metarl/HalfCheetahDir-v0", num_envs=8, direction=-1.0)
 
 A keyword names a component of the task (a sequence of them in `make_vec`, one for each
-sub-environment) or an option of the family. Without the task, every reset draws one.
+sub-environment) or an option of the family. A task outside the range that training draws from is
+taken as it is. Without the task, every reset draws one.
 """
 
 from __future__ import annotations

@@ -57,6 +57,10 @@ class TaskDistribution(ABC):
         """Return n tasks that cover a split evenly, [n, task_dim], the same at every call."""
 
     @abstractmethod
+    def describe(self) -> str:
+        """Return the components and their training values in words."""
+
+    @abstractmethod
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the smallest and the largest value of each component, [task_dim] both."""
 
@@ -125,6 +129,10 @@ class Uniform(TaskDistribution):
             unit = (0.5 + np.arange(n)[:, None] * steps) % 1.0
         return low + unit * (high - low)
 
+    def describe(self) -> str:
+        box = zip(self.names, self._boxes["train"], strict=True)
+        return ", ".join(f"{name} in [{low:g}, {high:g}]" for name, (low, high) in box)
+
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         box = self._boxes[split]
         return box[:, 0], box[:, 1]
@@ -170,6 +178,11 @@ class Finite(TaskDistribution):
         values = self._values[split]
         return values[np.arange(n) % len(values)]
 
+    def describe(self) -> str:
+        tasks = [", ".join(f"{x:g}" for x in task) for task in self._values["train"][:8]]
+        more = ", …" if len(self._values["train"]) > 8 else ""
+        return f"{', '.join(self.names)} one of {'; '.join(tasks)}{more}"
+
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         return self._values[split].min(0), self._values[split].max(0)
 
@@ -190,8 +203,10 @@ class TaskFamily(ABC):
     """Whether several vector environments of the family run at once on threads of one process."""
 
     def __post_init__(self) -> None:
-        if self.horizon < 1:
-            raise UserError(f"{self.name}: horizon must be at least 1, got {self.horizon}")
+        if not isinstance(self.horizon, int) or self.horizon < 1:
+            raise UserError(
+                f"{self.name}: horizon must be a whole number of at least 1, got {self.horizon!r}"
+            )
 
     @abstractmethod
     def make(
@@ -237,6 +252,11 @@ def make_family(name: str, **options: Any) -> TaskFamily:
     if factory is None:
         hint = did_you_mean(name, _factories)
         raise UserError(f"no task family {name!r}{hint} (metarl families lists them)")
+    if not isinstance(factory, TaskFamily) and not callable(factory):
+        raise UserError(
+            f"{name} must be a TaskFamily or a function that returns one,"
+            f" got {type(factory).__name__}"
+        )
     if isinstance(factory, TaskFamily):
         if options:
             raise UserError(f"{name} is a family, not a function: it takes no options")
@@ -251,8 +271,11 @@ def make_family(name: str, **options: Any) -> TaskFamily:
                 )
         try:
             family = factory(**options)
-        except TypeError as error:
-            raise UserError(f"{name}: {error}") from error
+        except (TypeError, ValueError) as error:
+            if isinstance(error, UserError) or not options:
+                raise
+            given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+            raise UserError(f"{name} cannot be made with {given}: {error}") from error
         if not isinstance(family, TaskFamily):
             raise UserError(f"{name} must return a TaskFamily, got {type(family).__name__}")
     return dataclasses.replace(family, source=(name, dict(options)))

@@ -122,7 +122,10 @@ class GymnasiumFamily(TaskFamily):
         if render_mode is not None:
             options["render_mode"] = render_mode
         if isinstance(self.env, str):
-            env = gym.make(self.env, max_episode_steps=self.horizon, **options)
+            try:
+                env = gym.make(self.env, max_episode_steps=self.horizon, **options)
+            except (gym.error.UnregisteredEnv, gym.error.NamespaceNotFound) as error:
+                raise UserError(f"{self.name}: {error}") from error
         else:
             env = gym.wrappers.TimeLimit(self.env(**options), self.horizon)
         if not isinstance(env.action_space, gym.spaces.Box):

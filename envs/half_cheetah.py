@@ -9,7 +9,7 @@ scale          frame skip  horizon  action scale  used by
 ``icml2017``   1           200      1             Finn et al. 2017 (rllab)
 ``promp2019``  5           100      10            Rothfuss et al. 2019, pytorch-maml-rl, garage
 ``pearl2019``  5           200      10            Rakelly et al. 2019, VariBAD, MQL
-(none)         5           200      1             the stock Gymnasium body
+``stock``      5           200      1             the stock Gymnasium body
 =============  ==========  =======  ============  ==============================================
 
 With `icml2017`, velocity is that of the whole body's centre of mass, which is also observed (20
@@ -138,9 +138,7 @@ def _half_cheetah(
     )
 
 
-def _scale(name: str | None, horizon: int | None) -> Scale:
-    if name is None:
-        name = "stock"
+def _scale(name: str, horizon: int | None) -> Scale:
     if name not in SCALES:
         raise UserError(
             f"no half-cheetah scale {name!r}{did_you_mean(name, SCALES)}"
@@ -150,12 +148,12 @@ def _scale(name: str | None, horizon: int | None) -> Scale:
 
 
 @register
-def half_cheetah_dir(scale: str | None = None, horizon: int | None = None) -> MujocoFamily:
+def half_cheetah_dir(scale: str = "stock", horizon: int | None = None) -> MujocoFamily:
     """Run forwards or backwards, as the task says (Finn et al. 2017, arXiv:1703.03400)."""
     body = _scale(scale, horizon)
     return _half_cheetah(
         "half-cheetah-dir",
-        "half-cheetah runs forwards (direction 1) or backwards (-1)",
+        f"half-cheetah runs forwards (direction 1) or backwards (-1); scales: {', '.join(SCALES)}",
         direction_reward,
         Finite(("direction",), [[-1.0], [1.0]], balanced=body.balanced),
         body,
@@ -164,7 +162,7 @@ def half_cheetah_dir(scale: str | None = None, horizon: int | None = None) -> Mu
 
 @register
 def half_cheetah_vel(
-    scale: str | None = None,
+    scale: str = "stock",
     low: float = 0.0,
     high: float | None = None,
     horizon: int | None = None,
@@ -174,7 +172,7 @@ def half_cheetah_vel(
     goals = Uniform({"velocity": (low, body.highest_goal if high is None else high)})
     return _half_cheetah(
         "half-cheetah-vel",
-        "half-cheetah runs at a goal velocity (m/s)",
+        f"half-cheetah runs at a goal velocity (m/s); scales: {', '.join(SCALES)}",
         velocity_reward,
         goals,
         body,

@@ -225,7 +225,8 @@ def _train(command: Train) -> int:
         if bar is None:
             first = row["iteration"] - 1
             bar = tqdm(total=config.iterations, initial=first, unit="it", desc=name, smoothing=0.1)
-        bar.set_postfix_str(f"return {row['return_pre']:.1f} -> {row['return_post']:.1f}", False)
+        returns = [f"{r:.1f}" if r is not None else "none" for r in row["returns"]]
+        bar.set_postfix_str(f"return {' -> '.join(returns)}", False)
         if "skipped" in row:
             bar.write(f"iteration {row['iteration']}: update skipped, {row['skipped']}")
         bar.update()
@@ -240,6 +241,9 @@ def _train(command: Train) -> int:
             if bar is not None:
                 bar.close()
     done = meta.record["iteration"]
+    if bar is None and stop.signal is None:
+        print(f"nothing to do: {folder} has its {done} iterations; give more with --iterations")
+        return 0
     if done < config.iterations and stop.signal is not None:
         print(f"stopped after iteration {done}; continue with: metarl train --resume {folder}")
         return 128 + stop.signal
@@ -298,10 +302,8 @@ def _families(command: Families) -> int:
 
     for name in family_names():
         family = make_family(name)
-        low, high = family.tasks.bounds()
-        parts = zip(family.tasks.names, low, high, strict=True)
-        tasks = ", ".join(f"{n} in [{a:g}, {b:g}]" for n, a, b in parts)
-        print(f"{name}\n    {family.description}\n    tasks: {tasks}; horizon {family.horizon}")
+        tasks = f"{family.tasks.describe()}; horizon {family.horizon}"
+        print(f"{name}\n    {family.description}\n    tasks: {tasks}")
         factory = family_factory(name)
         options = factory_options(factory) if factory else {}
         print("    options: " + ", ".join(f"{k}={v}" for k, v in options.items()))

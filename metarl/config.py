@@ -104,9 +104,9 @@ class Config:
     family_options: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Options of the family; --family.options on the command line."""
     preset: str | None = None
-    """Preset that the other values started from."""
+    """Preset that the other values start from: icml2017, promp2019 or pearl2019."""
     algorithm: str = "maml-trpo"
-    """Meta-learning algorithm."""
+    """Meta-learning algorithm (metarl algorithms lists them)."""
     iterations: int = 100
     """Meta-iterations in all, those before a resume counted."""
     tasks: int = 40

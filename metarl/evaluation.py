@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from scipy import stats
 from envs.errors import UserError
 from metarl.config import available_threads
 from metarl.inner_loop import NonFiniteError
-from metarl.meta_policy import MetaPolicy, random_meta_policy
+from metarl.meta_policy import MetaPolicy, load, random_meta_policy
 from metarl.parallel import ChunkPool, one_intraop_thread
 from metarl.policies import Params
 from metarl.rollouts import Address, Collector
@@ -129,7 +130,7 @@ class EvaluationResult:
 
 
 def evaluate(
-    meta_policy: MetaPolicy,
+    meta_policy: MetaPolicy | str | Path,
     *,
     tasks: int = 40,
     episodes: int = 20,
@@ -146,6 +147,7 @@ def evaluate(
     """Return a meta-policy's returns after 0 ... `steps` inner steps on held-out tasks.
 
     Args:
+        meta_policy: a meta-policy, or what `load` takes.
         tasks: held-out tasks; few possible ones are drawn equally often.
         episodes: episodes a task, for each update and for each return.
         seed: of tasks and episodes; the same ones for every policy.
@@ -162,7 +164,10 @@ def evaluate(
         UserError: a number is out of range, the family cannot be made, or a reference is of
             another family.
     """
-    for name, value, least in (("tasks", tasks, 1), ("episodes", episodes, 1), ("steps", steps, 0)):
+    if not isinstance(meta_policy, MetaPolicy):
+        meta_policy = load(meta_policy)
+    least_values = (("tasks", tasks, 1), ("episodes", episodes, 1), ("steps", steps, 0))
+    for name, value, least in (*least_values, ("seed", seed, 0)):
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
     for size in (*(step_sizes or ()), *(random_step_sizes or ())):

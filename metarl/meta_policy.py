@@ -54,6 +54,11 @@ class Policy:
             deterministic: the most likely action instead of a sample.
         """
         seen = np.asarray(observation, np.float32)
+        if seen.ndim not in (1, 2) or seen.shape[-1] != self.policy.observation_dim:
+            raise UserError(
+                f"observations must be [{self.policy.observation_dim}] or"
+                f" [n, {self.policy.observation_dim}], got {list(seen.shape)}"
+            )
         batch = torch.from_numpy(np.atleast_2d(seen))
         with torch.inference_mode():
             dist = self.policy.distribution(self.params, batch)
@@ -62,7 +67,9 @@ class Policy:
             else:
                 noise = self._rng.standard_normal(dist["mean"].shape, dtype=np.float32)
                 action = self.policy.sample(dist, torch.from_numpy(noise))
-        return env_action(action.numpy(), self._space, self._mode).reshape(*seen.shape[:-1], -1)
+        return env_action(action.numpy(), self._space, self._mode).reshape(
+            *seen.shape[:-1], self.policy.action_dim
+        )
 
 
 @dataclass(frozen=True)
@@ -131,8 +138,15 @@ class MetaPolicy:
         Raises:
             UserError: a number is out of range, or the environment has other spaces.
         """
-        if steps < 0 or episodes < 1:
-            raise UserError(f"steps must be >= 0 and episodes >= 1, got {steps} and {episodes}")
+        for name, value, least in (
+            ("steps", steps, 0),
+            ("episodes", episodes, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise UserError(f"{name} must be at least {least}, got {value}")
+        if isinstance(env, gym.vector.VectorEnv):
+            raise UserError("adapt takes one environment, got a vector environment")
         made = None if isinstance(env, gym.Env) else self.family.make(np.asarray(env, np.float64))
         target = env if isinstance(env, gym.Env) else made
         assert target is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -255,9 +256,14 @@ def train(
         # Faults of the config and the family show before the folder is made.
         with Trainer(config) as trainer:
             create_run(folder, config)
-            with locked(folder):
-                save_checkpoint(folder, config, trainer.state)
-                return _train(trainer, folder, progress, stop)
+            try:
+                with locked(folder):
+                    save_checkpoint(folder, config, trainer.state)
+                    return _train(trainer, folder, progress, stop)
+            except Exception:
+                if not trainer.state.iteration:  # nothing was learned that could be continued
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
     stored = run_config(folder)
     if differences(stored, config):
         raise RunError(

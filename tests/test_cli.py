@@ -41,6 +41,8 @@ def test_train_evaluate_resume(tmp_path, capsys):
     assert run("train", "navigation-2d", "--resume", "run", "--iterations", "4", "--seed", "0") == 0
     assert len(read_metrics(tmp_path / "run")) == 4
     capsys.readouterr()
+    assert run("train", "--resume", "run", "--iterations", "2") == 0
+    assert "nothing to do: run has its 4 iterations" in capsys.readouterr().out
     evaluate = ["evaluate", "run", "--tasks", "3", "--episodes", "2", "--steps", "2"]
     assert run(*evaluate) == 0
     out = capsys.readouterr().out
@@ -82,7 +84,8 @@ def test_listings(capsys):
     out = capsys.readouterr().out
     assert "half-cheetah-vel" in out
     assert "velocity in [0, 2]" in out
-    assert "scale=None" in out
+    assert "scale=stock" in out
+    assert "direction one of -1; 1" in out
     assert run("algorithms") == 0
     assert "arXiv:1703.03400" in capsys.readouterr().out
     assert run("--help") == 0
@@ -130,6 +133,8 @@ def test_benchmark_prints_one_object(capsys):
         (["train", "navigation-2d", "--family-options", "horizn=3"], "did you mean 'horizon'?"),
         (["train", "navigation-2d", "--family-options", "horizon"], "name=value, got 'horizon'"),
         (["train", "navigation-2d", "--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
+        (["train", "navigation-2d", "--family-options", "horizon=2.5"], "a whole number"),
+        (["train", "half-cheetah-vel", "--family-options", "low=x"], "cannot be made with low='x'"),
         (["train", "--resume", "nowhere"], "nowhere is not a run folder"),
         (["train", "nowhere:family"], "no module 'nowhere'"),
         (["evaluate"], "name a run folder"),

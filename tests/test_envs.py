@@ -156,7 +156,7 @@ def test_native_physics_equals_stock_half_cheetah_bit_for_bit(name, threads):
         ("icml2017", 200, 1, 20, 1.0, 2.0),
         ("promp2019", 100, 5, 17, 10.0, 3.0),
         ("pearl2019", 200, 5, 17, 10.0, 3.0),
-        (None, 200, 5, 17, 1.0, 2.0),
+        ("stock", 200, 5, 17, 1.0, 2.0),
     ],
 )
 def test_scales(scale, horizon, frame_skip, size, bound, highest):
@@ -466,6 +466,14 @@ def test_discrete_actions_are_refused_in_words():
     family = pendulum(env="CartPole-v1", name="cart")
     with pytest.raises(UserError, match="cart: actions must be a Box, got Discrete"):
         family.make_vec(1, 1)
+
+
+def test_an_unknown_id_and_what_is_no_family_are_told(tmp_path):
+    with pytest.raises(UserError, match="cart: Environment `NoSuch` doesn't exist"):
+        pendulum(env="NoSuch-v0", name="cart").make_vec(1, 1)
+    (tmp_path / "odd_family.py").write_text("number = 3\n")
+    with pytest.raises(UserError, match="must be a TaskFamily or a function .* got int"):
+        make_family("odd_family:number")
 
 
 def test_dict_observations_are_flattened():

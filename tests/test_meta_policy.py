@@ -88,7 +88,14 @@ def test_what_cannot_be_loaded_or_adapted_is_told(tmp_path):
     meta = navigator()
     with pytest.raises(ValueError, match=r"HalfCheetah.* observations are .* shape \(2,\)"):
         meta.adapt(gym.make("metarl/HalfCheetahDir-v0", direction=1.0))
-    with pytest.raises(ValueError, match="steps must be >= 0"):
+    with pytest.raises(ValueError, match="seed must be at least 0"):
+        meta.adapt([0.0, 0.1], seed=-1)
+    with pytest.raises(ValueError, match="got a vector environment"):
+        meta.adapt(gym.make_vec("metarl/Navigation2D-v0", num_envs=2))
+    with pytest.raises(ValueError, match=r"\[2\] or \[n, 2\], got \[5\]"):
+        meta.adapt([0.0, 0.1], steps=0).act(np.zeros(5))
+    assert meta.adapt([0.0, 0.1], steps=0).act(np.zeros((0, 2))).shape == (0, 2)
+    with pytest.raises(ValueError, match="steps must be at least 0"):
         meta.adapt([0.0, 0.1], steps=-1)
 
 

@@ -314,4 +314,5 @@ def test_an_environment_of_ones_own_that_raises_shows_its_traceback(tmp_path, mo
     monkeypatch.setattr("metarl.trainer.make_family", lambda *_, **__: family)
     with pytest.raises(ZeroDivisionError, match="mine"):
         train(small(family="counting", family_options={}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # so that the same command works once it is mended
     assert isinstance(family.make(), gym.Env)
