@@ -472,7 +472,7 @@ def test_an_unknown_id_and_what_is_no_family_are_told(tmp_path):
     with pytest.raises(UserError, match="cart: Environment `NoSuch` doesn't exist"):
         pendulum(env="NoSuch-v0", name="cart").make_vec(1, 1)
     (tmp_path / "odd_family.py").write_text("number = 3\n")
-    with pytest.raises(UserError, match="must be a TaskFamily or a function .* got int"):
+    with pytest.raises(UserError, match=r"must be a TaskFamily or a function .* got int"):
         make_family("odd_family:number")
 
 

@@ -15,8 +15,8 @@ ENVS = [
 METARL = [
     "seeding", "parallel", "trajectories", "policies", "rollouts", "advantages", "objectives",
     "adaptation", "inner_loop", "meta_gradients", "metrics", "trust_region", "first_order",
-    "algorithms", "config", "presets", "checkpoints", "meta_policy", "runs", "trainer", "evaluation",
-    "plots", "benchmark", "__init__", "cli", "__main__",
+    "algorithms", "config", "presets", "checkpoints", "meta_policy", "runs", "trainer",
+    "evaluation", "plots", "benchmark", "__init__", "cli", "__main__",
 ]  # fmt: skip
 
 
