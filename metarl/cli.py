@@ -54,11 +54,11 @@ class Evaluate:
     random_step_sizes: tuple[float, ...] = ()
     """The same for the random initialization; by default as --step-sizes."""
     seed: int = 0
-    """Seed of tasks and episodes."""
+    """Seed of episodes, and of drawn tasks."""
     deterministic: bool = False
     """Take returns with the mean action instead of a sampled one."""
-    grid: bool = False
-    """Take tasks that cover the test split evenly, instead of drawn ones."""
+    drawn: bool = False
+    """Draw the tasks at random, as the papers do, instead of covering the test split evenly."""
     threads: int | None = None
     """Threads; results do not depend on it."""
     out: Path | None = None
@@ -271,7 +271,7 @@ def _evaluate(command: Evaluate) -> int:
         random_step_sizes=command.random_step_sizes,
         references={Path(other).stem: load(other) for other in others},
         deterministic=command.deterministic,
-        grid=command.grid,
+        drawn=command.drawn,
         threads=command.threads,
     )
     folder = command.out

@@ -140,7 +140,7 @@ def evaluate(
     references: Mapping[str, MetaPolicy] | None = None,
     random_step_sizes: Sequence[float] | None = None,
     deterministic: bool = False,
-    grid: bool = False,
+    drawn: bool = False,
     split: Literal["test", "validation"] = "test",
     threads: int | None = None,
 ) -> EvaluationResult:
@@ -150,13 +150,14 @@ def evaluate(
         meta_policy: a meta-policy, or what `load` takes.
         tasks: held-out tasks; few possible ones are drawn equally often.
         episodes: episodes a task, for each update and for each return.
-        seed: of tasks and episodes; the same ones for every policy.
+        seed: of episodes, and of drawn tasks; the same ones for every policy.
         step_sizes: one a step, the last repeated; by default the policy's own for evaluation.
         references: other policies of the family, evaluated on the same tasks.
         random_step_sizes: those of the random initialization, which is always a reference; by
             default the policy's.
         deterministic: act by the mean instead of a sample, in the returns only.
-        grid: tasks that cover the test split evenly, instead of drawn ones.
+        drawn: draw the tasks at random, as the papers do, instead of covering the test split
+            evenly, which tells the mean over the split with less chance.
         split: "validation" draws other tasks and episodes, for choosing between policies.
         threads: for physics and updates; results do not depend on it.
 
@@ -175,11 +176,12 @@ def evaluate(
             raise UserError(f"step sizes must be positive, got {size}")
     family, config = meta_policy.family, meta_policy.config
     address = Address(seed, split=split)
-    goals = (
-        family.tasks.grid(tasks)
-        if grid
-        else family.tasks.sample(address.tasks(), tasks, "test" if split == "test" else "train")
-    )
+    if split == "validation":
+        goals = family.tasks.sample(address.tasks(), tasks)
+    elif drawn:
+        goals = family.tasks.sample(address.tasks(), tasks, "test")
+    else:
+        goals = family.tasks.grid(tasks)
     others = {"random": (random_meta_policy(meta_policy, seed), random_step_sizes)}
     for name, reference in (references or {}).items():
         same = (reference.config.family, dict(reference.config.family_options))
@@ -236,6 +238,7 @@ def evaluate(
         "episodes": episodes,
         "seed": seed,
         "split": split,
+        "drawn": drawn,
         "deterministic": deterministic,
         "trained": dict(meta_policy.record),
     }

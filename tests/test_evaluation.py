@@ -101,9 +101,20 @@ def test_k_steps_take_k_plus_one_samples_of_their_own(monkeypatch):
 def test_each_task_starts_from_the_initialization():
     # A task's curve is the same whatever other tasks there are.
     meta = navigator()
-    few = evaluate(meta, tasks=2, episodes=3, steps=2, threads=1)
-    many = evaluate(meta, tasks=6, episodes=3, steps=2, threads=2)
+    few = evaluate(meta, tasks=2, episodes=3, steps=2, drawn=True, threads=1)
+    many = evaluate(meta, tasks=6, episodes=3, steps=2, drawn=True, threads=2)
     np.testing.assert_allclose(few.curve.per_task, many.curve.per_task[:2], rtol=1e-5)
+
+
+def test_tasks_cover_the_test_split_or_are_drawn_from_it():
+    def tasks(**options):
+        found = evaluate(navigator(), tasks=5, episodes=1, steps=0, threads=1, **options)
+        return found.setting["tasks"]
+
+    assert tasks() == tasks(seed=1) == navigator().family.tasks.grid(5).tolist()
+    drawn = [tasks(drawn=True), tasks(drawn=True, seed=1), tasks(split="validation")]
+    assert drawn[0] == tasks(drawn=True)
+    assert all(a != b for i, a in enumerate(drawn) for b in drawn[:i])
 
 
 def test_the_policy_is_left_as_it_was():
