@@ -263,7 +263,7 @@ def make_family(name: str, **options: Any) -> TaskFamily:
         family = factory
     else:
         for option in options:
-            known = factory_options(factory)
+            known = _parameters(factory)
             if option not in known:
                 takes = f"it takes {', '.join(known)}" if known else "it takes none"
                 raise UserError(
@@ -281,22 +281,14 @@ def make_family(name: str, **options: Any) -> TaskFamily:
     return dataclasses.replace(family, source=(name, dict(options)))
 
 
-def family_factory(name: str) -> Factory | None:
-    """Return the function behind a registered name, or None."""
-    return _factories.get(name)
-
-
-def factory_options(factory: Callable[..., Any]) -> dict[str, Any]:
-    """Return the options of a family's function and their defaults."""
-    if isinstance(factory, TaskFamily):
-        return {}
-    return {name: p.default for name, p in inspect.signature(factory).parameters.items()}
-
-
-def option_names(name: str) -> list[str]:
-    """Return the options that a family's name takes, [] if it is not known."""
+def option_defaults(name: str) -> dict[str, Any]:
+    """Return the options that a family's name takes and their defaults, {} if it is not known."""
     factory = _import_attribute(name) if ":" in name else _factories.get(name)
-    return list(factory_options(factory)) if factory is not None else []
+    return _parameters(factory) if callable(factory) else {}
+
+
+def _parameters(factory: Factory) -> dict[str, Any]:
+    return {name: p.default for name, p in inspect.signature(factory).parameters.items()}
 
 
 def parse_options(texts: Iterable[str]) -> dict[str, Any]:

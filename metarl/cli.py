@@ -298,14 +298,13 @@ def _evaluate(command: Evaluate) -> int:
 
 
 def _families(command: Families) -> int:
-    from envs.family import factory_options, family_factory
+    from envs.family import option_defaults
 
     for name in family_names():
         family = make_family(name)
         tasks = f"{family.tasks.describe()}; horizon {family.horizon}"
         print(f"{name}\n    {family.description}\n    tasks: {tasks}")
-        factory = family_factory(name)
-        options = factory_options(factory) if factory else {}
+        options = option_defaults(name)
         print("    options: " + ", ".join(f"{k}={v}" for k, v in options.items()))
     print("\nYour own: metarl train my_module:my_family (see the README)")
     return 0

@@ -134,10 +134,6 @@ class GaussianMLP:
         constant = 0.5 * math.log(2.0 * math.pi) * self.action_dim
         return -0.5 * z.square().sum(-1) - log_std.sum(-1) - constant
 
-    def entropy(self, dist: Dist) -> Tensor:
-        """Return the entropy in nats, [...]."""
-        return dist["log_std"].sum(-1) + 0.5 * math.log(2.0 * math.pi * math.e) * self.action_dim
-
     def kl(self, old: Dist, new: Dist) -> Tensor:
         """Return KL(old || new) in nats, [...]."""
         precision = (-2.0 * new["log_std"]).exp()
@@ -170,8 +166,3 @@ def unflatten(vector: Tensor, like: Params) -> Params:
     """Return a vector in the shapes (and order) of parameters."""
     parts = vector.split([p.numel() for p in like.values()])
     return {name: part.view(p.shape) for (name, p), part in zip(like.items(), parts, strict=True)}
-
-
-def num_params(params: Params) -> int:
-    """Number of scalars."""
-    return sum(p.numel() for p in params.values())

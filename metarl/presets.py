@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from envs.errors import UserError
-from envs.family import did_you_mean, option_names
+from envs.family import did_you_mean, option_defaults
 from metarl.algorithms import find_algorithm
 from metarl.config import Config, InnerConfig, PolicyConfig
 from metarl.objectives import dice, log_likelihood
@@ -92,7 +92,7 @@ def _family_config(preset: str | None, family: str) -> Config:
             f"no preset {preset!r}{did_you_mean(preset, PRESETS)} (presets: {', '.join(PRESETS)})"
         )
     values = {**PRESETS[preset].values, **PRESETS[preset].families.get(family, {})}
-    options = {"scale": preset} if "scale" in option_names(family) else {}
+    options = {"scale": preset} if "scale" in option_defaults(family) else {}
     return dataclasses.replace(
         Config(family=family, preset=preset, family_options=options), **values
     )
