@@ -189,3 +189,15 @@ def test_chunks_cover_all_and_come_back_in_order():
         assert pool.map(lambda x: x, [1]) == [1]
     with pytest.raises(UserError, match="threads must be at least 1"):
         ChunkPool(0)
+
+
+def test_every_task_inner_step_and_split_has_seeds_and_noise_of_its_own():
+    places = [
+        (Address(0, iteration, split, step), task)
+        for iteration in (0, 1)
+        for split in ("train", "test", "validation")
+        for step in (0, 1)
+        for task in (0, 1)
+    ]
+    assert len({tuple(a.episode_seeds(task, 3)) for a, task in places}) == len(places)
+    assert len({a.noise(task, (2, 3, 1)).tobytes() for a, task in places}) == len(places)
