@@ -120,6 +120,7 @@ class Adapter:
         *,
         order: int,
         at: Sequence[Params] | None = None,
+        shifts: Sequence[Params] | None = None,
     ) -> list[Params]:
         """Return the iterates of the fast parameters, stacked; see `adapt`."""
         return adapt(
@@ -131,6 +132,7 @@ class Adapter:
             updates=self.updates,
             proximal=self.proximal,
             at=at,
+            shifts=shifts,
         )
 
     def inner_loss(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
@@ -148,6 +150,7 @@ def adapt(
     updates: int = 1,
     proximal: float = 0.0,
     at: Sequence[Params] | None = None,
+    shifts: Sequence[Params] | None = None,
 ) -> list[Params]:
     """Return the iterates theta_0 ... theta_K of K inner steps, each on a batch of its own.
 
@@ -165,6 +168,7 @@ def adapt(
         proximal: strength lambda of lambda / 2 |theta - theta_0|^2, added to the loss.
         at: values theta_1 ... theta_K to differentiate at. Batches that are a part of the samples
             then give the derivative of the step, while its value stays that of all samples.
+        shifts: constants added to theta_1 ... theta_K.
     """
     iterates = [params]
     for k, batch in enumerate(batches):
@@ -187,6 +191,8 @@ def adapt(
                     g = g + proximal * (p - params[name])
                 new[name] = p - step_size(step_sizes, name, k) * g
             current = new if order else {name: p.detach() for name, p in new.items()}
+        if shifts is not None:
+            current = {name: p + shifts[k][name] for name, p in current.items()}
         if at is not None:
             current = {name: at[k][name] + (p - p.detach()) for name, p in current.items()}
         iterates.append(current)

@@ -26,7 +26,7 @@ class Algorithm:
     gradient: Literal["unrolled", "displacement", "implicit"] = "unrolled"
     order: int = 2
     """Order of the meta-gradient through the inner steps; 1 ignores their curvature."""
-    outer: Literal["trust-region", "adam", "clipped"] = "trust-region"
+    outer: Literal["trust-region", "adam", "clipped", "none"] = "trust-region"
     fast: Fast = "all"
     """What adapts: all parameters, the last layer, or a context input."""
     learned_steps: Learned = "no"
@@ -61,7 +61,7 @@ ALGORITHMS = {
             description="as maml-trpo, the outer steps by Adam on PPO's clipped objective",
             source=f"{_FINN}; Schulman et al. 2017, arXiv:1707.06347",
             outer="clipped",
-            defaults={"adam": {"learning_rate": 1e-3, "epochs": 5}},
+            defaults={"adam": {"learning_rate": 1e-3, "epochs": 5, "minibatches": 5}},
         ),
         Algorithm(
             name="fomaml-trpo",
@@ -84,7 +84,7 @@ ALGORITHMS = {
             inner_loss=likelihood_ratio,
             gradient="displacement",
             outer="adam",
-            defaults={"adam": {"learning_rate": 1e-2}, "inner": {"updates": 5}},
+            defaults={"adam": {"learning_rate": 1e-2}, "inner": {"updates": 3}},
         ),
         Algorithm(
             name="e-maml",
@@ -99,7 +99,7 @@ ALGORITHMS = {
             inner_loss=likelihood_ratio,
             outer="clipped",
             defaults={
-                "adam": {"learning_rate": 1e-3, "epochs": 5, "clip": 0.3},
+                "adam": {"learning_rate": 1e-3, "epochs": 5, "minibatches": 5, "clip": 0.3},
                 "meta": {"inner_kl": 5e-4},
             },
         ),
@@ -165,6 +165,12 @@ ALGORITHMS = {
             source=_FINN,
             told=True,
             defaults={"inner": {"steps": 0}},
+        ),
+        Algorithm(
+            name="random",
+            description="reference: the random initialization, which training leaves as it is",
+            source=_FINN,
+            outer="none",
         ),
     )
 }

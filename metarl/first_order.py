@@ -23,13 +23,15 @@ class AdamConfig:
     """Adam's step size."""
     epochs: int = 1
     """Gradient steps on one iteration's samples."""
+    minibatches: int = 1
+    """Parts that the samples are split into; each step's gradient uses one, in turn."""
     clip: float = 0.3
     """Likelihood ratios count up to 1 +- this, where the algorithm clips them."""
     max_kl: float = 0.05
     """Mean KL from the sampling policies after which further epochs are left out."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "clip", "max_kl"):
+        for name in ("learning_rate", "epochs", "minibatches", "clip", "max_kl"):
             if not getattr(self, name) > 0:
                 raise UserError(f"adam.{name} must be positive, got {getattr(self, name)}")
 
@@ -51,27 +53,24 @@ class Adam:
     ) -> tuple[Params, OuterState, dict[str, Any]]:
         """Return new meta-parameters, moments and statistics; `rate` scales the step size.
 
-        A gradient that is not finite leaves both as they were, with `finite` False. Where the
-        problem can tell, the surrogate and KL afterwards are measured; epochs end early once the
-        KL is above its bound.
+        A gradient that is not finite leaves both as they were, with `finite` False. Epochs end
+        before a step from where the KL is above its bound. Where the problem can tell, the
+        surrogate and KL over all samples are measured afterwards.
         """
         watch = Stopwatch()
         stats: dict[str, Any] = {"finite": True, "kl": math.nan, "epochs": 0}
         new, moments = meta, state
         for epoch in range(self.config.epochs):
-            gradient, found = problem.gradient(new)
-            norm = float(gradient.norm())
-            if not (math.isfinite(norm) and math.isfinite(found["loss"])):
+            gradient, found = problem.gradient(new, epoch)
+            norm, loss = float(gradient.norm()), found.pop("loss", 0.0)
+            if not (math.isfinite(norm) and math.isfinite(loss)):
                 return meta, state, {**stats, "finite": False, "gradient_norm": norm}
+            if found.pop("kl", 0.0) > self.config.max_kl and epoch:
+                break
             if epoch == 0:
-                loss = found.pop("loss")
                 stats |= {"surrogate_before": -loss, "gradient_norm": norm, **found}
             new, moments = self._move(new, unflatten(gradient, meta), moments, rate)
             stats["epochs"] = epoch + 1
-            if epoch < self.config.epochs - 1 and isinstance(problem, UnrolledProblem):
-                stats["kl"] = problem.evaluate(new).kl
-                if stats["kl"] > self.config.max_kl:
-                    break
         stats["seconds_gradient"] = watch.lap()
         stats["surrogate_after"], stats["line_search_steps"] = math.nan, 0
         if isinstance(problem, UnrolledProblem):
@@ -99,3 +98,17 @@ class Adam:
             new[f"mean.{name}"] = optimizer.state[leaf]["exp_avg"]
             new[f"square.{name}"] = optimizer.state[leaf]["exp_avg_sq"]
         return dict(zip(meta, leaves, strict=True)), new
+
+
+class Still:
+    """No outer step: meta-parameters stay as they are."""
+
+    def init(self, meta: Params) -> OuterState:
+        """Return the state before the first step: none."""
+        return {}
+
+    def step(
+        self, problem: Problem, meta: Params, state: OuterState, rate: float = 1.0
+    ) -> tuple[Params, OuterState, dict[str, Any]]:
+        """Return everything as it is."""
+        return meta, state, {"finite": True}

@@ -62,6 +62,10 @@ class Problem(ABC):
     pool: ChunkPool
     objective: Objective = field(default_factory=Objective)
     order: int = 2
+    sampled_with: Params | None = None
+    """Meta-parameters that the samples were drawn with."""
+    iterates: Sequence[Params] = ()
+    """theta_1 ... theta_K that the inner loop found from `sampled_with`, stacked."""
     chunk: int = 4
     """Tasks a chunk: the working set stays in cache."""
     device: str = "cpu"
@@ -74,11 +78,23 @@ class Problem(ABC):
         self._slices = slices(self.tasks, self.chunk)
 
     @abstractmethod
-    def gradient(self, meta: Params) -> tuple[Tensor, dict[str, Any]]:
-        """Return the flat meta-gradient [P], and statistics with the mean `loss` among them."""
+    def gradient(self, meta: Params, epoch: int = 0) -> tuple[Tensor, dict[str, Any]]:
+        """Return the flat meta-gradient [P], and statistics: mean `loss` and `kl` where known.
+
+        A problem with minibatches takes the samples of the epoch's.
+        """
 
     def _part(self, chunk: slice) -> list[Batch]:
         return [batch.map(lambda x: x[chunk]) for batch in self.batches]
+
+    def _found(self, meta: Params, chunk: slice) -> list[Params]:
+        """Return what the inner loop found from these meta-parameters, or nothing."""
+        if meta is not self.sampled_with:
+            return []
+        return [
+            {name: p[chunk].detach().to(self.device) for name, p in iterate.items()}
+            for iterate in self.iterates
+        ]
 
     def _leaves(self, meta: Params) -> Params:
         return {name: p.detach().to(self.device).requires_grad_() for name, p in meta.items()}
@@ -93,6 +109,9 @@ class UnrolledProblem(Problem):
 
     fisher_samples: Tensor | None = None
     """Indices of the samples that Fisher products use; None for all."""
+    minibatches: Sequence[Tensor] = ()
+    """Indices of the samples that the gradient of each epoch uses; none for all of them, always.
+    `sampled_with` and `iterates` must be given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,21 +150,51 @@ class UnrolledProblem(Problem):
                 loss = loss - credit * score(policy, before, batch)
         return loss, dist
 
-    def gradient(self, meta: Params) -> tuple[Tensor, dict[str, Any]]:
+    def gradient(self, meta: Params, epoch: int = 0) -> tuple[Tensor, dict[str, Any]]:
+        samples = None
+        if self.minibatches:
+            samples = self.minibatches[epoch % len(self.minibatches)].to(self.device)
+
         def one(chunk: slice) -> tuple[Tensor, Tensor, list[Params]]:
-            batches = self._part(chunk)
+            batches, shifts = self._part(chunk), None
+            if samples is not None:
+                batches = [batch.select(samples) for batch in batches]
+                shifts = self._shifts(chunk, batches[:-1])
             theta = self._leaves(meta)
             tasks = len(batches[-1].weight)
-            iterates, slow = self._adapted(theta, batches[:-1], tasks, order=self.order)
-            loss = self._loss(iterates, slow, batches, chunk)[0].sum()
-            gradient = flat_gradient(loss, theta)
+            iterates, slow = self._adapted(
+                theta, batches[:-1], tasks, order=self.order, shifts=shifts
+            )
+            loss, dist = self._loss(iterates, slow, batches, chunk)
+            gradient = flat_gradient(loss.sum(), theta)
             adapted = [{name: p.detach() for name, p in it.items()} for it in iterates[1:]]
-            return gradient.cpu(), loss.detach().cpu(), adapted
+            with torch.no_grad():
+                kl = mean_kl(self.adapter.policy, dist, batches[-1])
+                numbers = torch.stack([loss.sum(), kl.sum()]).cpu()
+            return gradient.cpu(), numbers, adapted
 
         parts = self.pool.map(one, self._slices)
         self._iterates = [adapted for _, _, adapted in parts]
-        loss = float(self._average([loss for _, loss, _ in parts]))
-        return self._average([g for g, _, _ in parts]), {"loss": loss}
+        loss, kl = self._average([numbers for _, numbers, _ in parts]).tolist()
+        return self._average([g for g, _, _ in parts]), {"loss": loss, "kl": kl}
+
+    def _shifts(self, chunk: slice, support: Sequence[Batch]) -> list[Params]:
+        """Return theta_k minus what the inner step gives on a minibatch, at `sampled_with`.
+
+        Added to the steps on the minibatch it makes them those on all samples at these
+        meta-parameters, and is a control variate at others.
+        """
+        assert self.sampled_with is not None
+        found = self._found(self.sampled_with, chunk)
+        fast, slow, step_sizes = self.adapter.split(self._leaves(self.sampled_with))
+        start = {name: p.detach() for name, p in stack(fast, len(support[0].weight)).items()}
+        shifts = []
+        for k, batch in enumerate(support):
+            sizes = {name: s[min(k, len(s) - 1) :].detach() for name, s in step_sizes.items()}
+            end = self.adapter.adapt(start, slow, sizes, [batch], order=0)[-1]
+            shifts.append({name: found[k][name] - p for name, p in end.items()})
+            start = found[k]
+        return shifts
 
     def evaluate(self, meta: Params) -> Evaluation:
         """Return loss and KL over all samples at meta-parameters, adapted anew."""
@@ -215,22 +264,19 @@ class DisplacementProblem(Problem):
     All batches are support: nothing is sampled with theta_K.
     """
 
-    def gradient(self, meta: Params) -> tuple[Tensor, dict[str, Any]]:
-        def one(chunk: slice) -> tuple[Tensor, Tensor]:
-            batches = self._part(chunk)
+    def gradient(self, meta: Params, epoch: int = 0) -> tuple[Tensor, dict[str, Any]]:
+        def one(chunk: slice) -> Tensor:
+            batches, found = self._part(chunk), self._found(meta, chunk)
             tasks = len(batches[-1].weight)
             fast, slow, step_sizes = self.adapter.split(self._leaves(meta))
             start = {name: p.detach() for name, p in stack(fast, tasks).items()}
-            adapted = self.adapter.adapt(start, slow, step_sizes, batches, order=0)[-1]
-            moved = {n: (start[n] - adapted[n]).sum(0) for n in start}
+            if not found:
+                found = self.adapter.adapt(start, slow, step_sizes, batches, order=0)
+            moved = {n: (start[n] - found[-1][n]).sum(0) for n in start}
             gradient = {n: moved.get(n, torch.zeros_like(p)) for n, p in meta.items()}
-            with torch.no_grad():
-                loss = self.adapter.inner_loss(adapted, slow, batches[-1]).sum()
-            return flatten(gradient).cpu(), loss.cpu()
+            return flatten(gradient).cpu()
 
-        parts = self.pool.map(one, self._slices)
-        loss = float(self._average([loss for _, loss in parts]))
-        return self._average([g for g, _ in parts]), {"loss": loss}
+        return self._average(self.pool.map(one, self._slices)), {}
 
 
 @dataclass
@@ -245,7 +291,7 @@ class ImplicitProblem(Problem):
 
     iterations: int = 10
 
-    def gradient(self, meta: Params) -> tuple[Tensor, dict[str, Any]]:
+    def gradient(self, meta: Params, epoch: int = 0) -> tuple[Tensor, dict[str, Any]]:
         strength = self.adapter.proximal
 
         def one(chunk: slice) -> tuple[Tensor, Tensor]:
@@ -253,8 +299,10 @@ class ImplicitProblem(Problem):
             tasks = len(query.weight)
             fast, slow, step_sizes = self.adapter.split(self._leaves(meta))
             start = {name: p.detach() for name, p in stack(fast, tasks).items()}
-            solution = self.adapter.adapt(start, slow, step_sizes, [support], order=0)[-1]
-            theta = {name: p.requires_grad_() for name, p in solution.items()}
+            found = self._found(meta, chunk)
+            if not found:
+                found = self.adapter.adapt(start, slow, step_sizes, [support], order=0)
+            theta = {name: p.detach().requires_grad_() for name, p in found[-1].items()}
             dist = self.adapter.distribution(theta, slow, query)
             loss = self.objective.outer_loss(self.adapter.policy, dist, query).sum()
             b = rows(torch.autograd.grad(loss, list(theta.values())))

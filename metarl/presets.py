@@ -98,14 +98,25 @@ def _family_config(preset: str | None, family: str) -> Config:
     )
 
 
+_ADAM = ("adam", "clipped")
+
+
 def check_combination(config: Config) -> None:
     """Raise UserError where options do not go together, or have no effect."""
     row = find_algorithm(config.algorithm)
     base = preset_config(config.preset, config.family, config.algorithm)
     name, inner, meta = row.name, config.inner, config.meta
-    unused = "adam" if row.outer == "trust-region" else "trust_region"
-    if getattr(config, unused) != getattr(base, unused):
-        raise UserError(f"{unused} has no effect with {name}, whose outer step is {row.outer}")
+    for section in ("adam", "trust_region"):
+        used = row.outer == "trust-region" if section == "trust_region" else row.outer in _ADAM
+        if not used and getattr(config, section) != getattr(base, section):
+            raise UserError(f"{section} has no effect with {name}, whose outer step is {row.outer}")
+    if config.adam.minibatches > 1:
+        if row.gradient != "unrolled":
+            raise UserError(f"adam.minibatches must be 1 with {name}, whose inner loop needs all")
+        if meta.credit:
+            raise UserError(
+                "adam.minibatches must be 1 with meta.credit, which is the whole batch's"
+            )
     if inner.updates > 1 and row.inner_loss in (log_likelihood, dice):
         raise UserError(
             f"inner.updates is {inner.updates}, but {name} takes one step on each batch: its inner"

@@ -21,6 +21,7 @@ PHASES = {
     "validation-tasks": 8,
     "validation-reset": 9,
     "validation-noise": 10,
+    "minibatches": 11,  # how samples are split for an outer optimizer's epochs
 }
 
 

@@ -20,7 +20,7 @@ from envs import make_family
 from metarl.algorithms import find_algorithm
 from metarl.checkpoints import versions
 from metarl.config import Config
-from metarl.first_order import Adam
+from metarl.first_order import Adam, Still
 from metarl.inner_loop import Adapted, InnerLoop, NonFiniteError, Query
 from metarl.meta_gradients import (
     DisplacementProblem,
@@ -106,7 +106,8 @@ class Trainer:
         Args:
             watch: is shown the iteration's rollouts, support first.
         """
-        config, state, start = self.config, self.state, time.perf_counter()
+        config, state = self.config, self.state
+        start, processor = time.perf_counter(), time.process_time()
         address = Address(config.seed, state.iteration)
         tasks = self.family.tasks.sample(address.tasks(), config.tasks)
         rollouts: list[Rollout] = []
@@ -166,6 +167,7 @@ class Trainer:
             **{f"seconds_{name}": value for name, value in seconds.items()},
             "seconds_update": total - seconds["rollout"],
             "seconds_iteration": total,
+            "seconds_processor": time.process_time() - processor,
             "env_steps_per_second": sum(rollout.env_steps for rollout in rollouts) / total,
         }
 
@@ -173,7 +175,12 @@ class Trainer:
         config, row, iteration = self.config, self.algorithm, self.state.iteration
         # A GPU takes all tasks at once; a processor's cache a few.
         chunk = 4 if config.device == "cpu" else config.tasks
-        common: dict[str, Any] = {"chunk": chunk, "device": config.device}
+        common: dict[str, Any] = {
+            "chunk": chunk,
+            "device": config.device,
+            "sampled_with": self.state.params,
+            "iterates": adapted.iterates[1:],
+        }
         batches, adapter = adapted.batches, self.inner_loop.adapter
         if row.gradient == "displacement":
             return DisplacementProblem(adapter, batches, self.pool, **common)
@@ -196,9 +203,22 @@ class Trainer:
         if used < count and row.inner_loss is not dice:  # DiCE needs the order in time
             rng = stream(config.seed, iteration, "fisher")
             samples = torch.from_numpy(rng.permutation(count)[:used]).sort().values
+        minibatches: list[Tensor] = []
+        if row.outer != "trust-region" and config.adam.minibatches > 1:
+            rng = stream(config.seed, iteration, "minibatches")
+            shuffled = torch.from_numpy(rng.permutation(count))
+            parts = shuffled.tensor_split(min(config.adam.minibatches, count))
+            minibatches = [part.sort().values for part in parts]
         order = 1 if row.annealed and progress < 1.0 else row.order
         return UnrolledProblem(
-            adapter, batches, self.pool, objective, order=order, fisher_samples=samples, **common
+            adapter,
+            batches,
+            self.pool,
+            objective,
+            order=order,
+            fisher_samples=samples,
+            minibatches=minibatches,
+            **common,
         )
 
     def _credit(self, adapted: Adapted) -> Tensor:
@@ -222,9 +242,11 @@ class Trainer:
         return MetaPolicy(dict(state.params), self.config, record)
 
 
-def make_outer(config: Config) -> TrustRegion | Adam:
+def make_outer(config: Config) -> TrustRegion | Adam | Still:
     """Return a config's outer optimizer."""
     row = find_algorithm(config.algorithm)
+    if row.outer == "none":
+        return Still()
     return TrustRegion(config.trust_region) if row.outer == "trust-region" else Adam(config.adam)
 
 

@@ -2,9 +2,11 @@
 
     python scripts/compare_algorithms.py navigation-2d --env-steps 5000000 --out runs/compare
 
-Each run's checkpoints are evaluated on the same held-out tasks, after one inner step (the
-references `pretrained` and `oracle` too). A run that exists already is resumed, so that a broken
-comparison goes on where it stopped.
+Each run's checkpoints are evaluated on the same held-out tasks, after one inner step (the oracle,
+which is told its task, before any). Runs take one thread each, and the plot shows processor time:
+so several of these scripts may share a machine and an output folder, each with some of the
+algorithms. A run that exists already is resumed, and what was evaluated is not evaluated again; so
+a broken comparison goes on where it stopped, and one with all the algorithms joins the parts.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from metarl.algorithms import ALGORITHMS, find_algorithm
 from metarl.config import Config
 from metarl.metrics import read_metrics
 
+REFERENCES = ("pretrained", "oracle", "random")
+
 
 @dataclass
 class Arguments:
@@ -40,8 +44,12 @@ class Arguments:
     """Algorithms to compare."""
     env_steps: int = 5_000_000
     """Budget of each run."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of each algorithm."""
+    seed: int = 0
+    """Seed of each algorithm's run."""
+    best: int = 0
+    """How many of the best algorithms (references apart) are run with further seeds."""
+    best_seeds: tuple[int, ...] = (1, 2)
+    """The further seeds."""
     hidden: tuple[int, ...] = (64, 64)
     """Hidden layers (tanh) of all policies."""
     trace: float = 0.95
@@ -56,9 +64,12 @@ def run_config(arguments: Arguments, name: str, seed: int) -> Config:
     rollouts = base.inner.steps + (row.gradient != "displacement")
     horizon = metarl.MetaPolicy({}, base).family.horizon
     iterations = max(1, arguments.env_steps // (rollouts * base.tasks * base.episodes * horizon))
+    if row.outer == "none":
+        iterations = 1  # nothing changes
     return dataclasses.replace(
         base,
         seed=seed,
+        threads=1,
         iterations=iterations,
         checkpoint_every=max(1, iterations // arguments.points),
         policy=dataclasses.replace(base.policy, hidden=arguments.hidden, activation="tanh"),
@@ -69,14 +80,17 @@ def run_config(arguments: Arguments, name: str, seed: int) -> Config:
 def curve(folder: Path, steps: int) -> list[dict[str, float]]:
     """Held-out returns of a run's checkpoints, with env steps and seconds of training."""
     rows = read_metrics(folder)
-    seconds = np.cumsum([row["seconds_iteration"] for row in rows])
+    seconds = np.cumsum([row["seconds_processor"] for row in rows])
+    store = folder / "comparison.json"
+    known = {p["iteration"]: p for p in json.loads(store.read_text())} if store.exists() else {}
     points = []
     for path in sorted((folder / "checkpoints").glob("*.safetensors")):
         meta = metarl.load(path)
-        result = metarl.evaluate(meta, steps=steps)
         iteration = meta.record["iteration"]
-        points.append(
-            {
+        if iteration not in known:
+            result = metarl.evaluate(meta, steps=steps, threads=1)
+            known[iteration] = {
+                "iteration": iteration,
                 "env_steps": meta.record["env_steps"],
                 "seconds": float(seconds[iteration - 1]) if iteration else 0.0,
                 "before": result.curve.returns[0],
@@ -84,53 +98,89 @@ def curve(folder: Path, steps: int) -> list[dict[str, float]]:
                 "low": result.curve.ci95[-1][0],
                 "high": result.curve.ci95[-1][1],
             }
-        )
+        points.append(known[iteration])
+    store.write_text(json.dumps(points, indent=2))
     return points
 
 
-def plot(results: dict[str, list[dict[str, float]]], family: str, path: Path) -> None:
+Results = dict[str, dict[int, list[dict[str, float]]]]  # algorithm, seed, checkpoint
+
+
+def last_returns(runs: dict[int, list[dict[str, float]]]) -> list[float]:
+    return [points[-1]["after"] for points in runs.values()]
+
+
+def plot(results: Results, family: str, path: Path) -> None:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     lines = ["-", "--", "-.", ":"]
-    for i, (label, points) in enumerate(results.items()):
+    for i, (name, runs) in enumerate(results.items()):
         style = {"linestyle": lines[i // 5 % 4], "color": f"C{i % 10}", "marker": "os^Dv"[i % 5]}
-        after = [p["after"] for p in points]
-        left.plot([p["env_steps"] / 1e6 for p in points], after, markersize=4, **style)
-        right.plot([p["seconds"] / 60 for p in points], after, markersize=4, label=label, **style)
+        after, steps, seconds = (
+            np.array([[p[key] for p in points] for points in runs.values()])
+            for key in ("after", "env_steps", "seconds")
+        )
+        label = name if len(runs) == 1 else f"{name} ({len(runs)} seeds)"
+        left.plot(steps.mean(0) / 1e6, after.mean(0), markersize=4, **style)
+        right.plot(seconds.mean(0) / 60, after.mean(0), markersize=4, label=label, **style)
+        if len(runs) > 1:
+            band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
+            left.fill_between(steps.mean(0) / 1e6, after.min(0), after.max(0), **band)
+            right.fill_between(seconds.mean(0) / 60, after.min(0), after.max(0), **band)
     left.set_xlabel("env steps (millions)")
-    left.set_ylabel(f"return on {family} after one inner step, 40 held-out tasks")
-    right.set_xlabel("wall-clock of training (minutes)")
+    left.set_ylabel(f"return on {family}\nafter one inner step, 40 held-out tasks")
+    right.set_xlabel("processor time of training (core-minutes)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.legend(loc="outside right center")
     figure.savefig(path, dpi=130)
 
 
+def table(results: Results) -> str:
+    rows = [
+        "| algorithm | seeds | env steps | core-minutes | before | after one step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, runs in sorted(results.items(), key=lambda item: -np.mean(last_returns(item[1]))):
+        last = [points[-1] for points in runs.values()]
+        before, minutes = (np.mean([p[key] for p in last]) for key in ("before", "seconds"))
+        after = last_returns(runs)
+        spread = (last[0]["high"] - last[0]["low"]) / 2
+        shown = f"{after[0]:.1f} ± {spread:.1f}"
+        if len(runs) > 1:
+            shown = f"{np.mean(after):.1f} ({', '.join(f'{a:.1f}' for a in after)})"
+        rows.append(
+            f"| {name} | {len(runs)} | {last[0]['env_steps'] / 1e6:.1f}M | {minutes / 60:.1f}"
+            f" | {before:.1f} | {shown} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
 def main(arguments: Arguments) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[dict[str, float]]] = {}
-    table = [
-        "| algorithm | seed | iterations | env steps | minutes | before | after one step |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    results: Results = {}
+
+    def run(name: str, seed: int) -> None:
+        folder = arguments.out / f"{name}-{seed}"
+        config = run_config(arguments, name, seed)
+        metarl.train(config, folder, resume=(folder / "config.json").exists())
+        points = curve(folder, steps=0 if find_algorithm(name).told else 1)
+        results.setdefault(name, {})[seed] = points
+        print(f"{name}, seed {seed}: {points[-1]['after']:.1f} after one step", flush=True)
+        (arguments.out / "table.md").write_text(table(results))
+        (arguments.out / "results.json").write_text(json.dumps(results, indent=2))
+        plot(results, arguments.family, arguments.out / "comparison.png")
+
     for name in arguments.algorithms:
-        for seed in arguments.seeds:
-            folder = arguments.out / f"{name}-{seed}"
-            config = run_config(arguments, name, seed)
-            metarl.train(config, folder, resume=(folder / "config.json").exists())
-            points = curve(folder, steps=0 if find_algorithm(name).told else 1)
-            results[name if len(arguments.seeds) == 1 else f"{name} {seed}"] = points
-            last = points[-1]
-            table.append(
-                f"| {name} | {seed} | {config.iterations} | {last['env_steps'] / 1e6:.1f}M"
-                f" | {last['seconds'] / 60:.1f} | {last['before']:.1f}"
-                f" | {last['after']:.1f} ± {(last['high'] - last['low']) / 2:.1f} |"
-            )
-            print(table[-1], flush=True)
-            (arguments.out / "table.md").write_text("\n".join(table) + "\n")
-            (arguments.out / "results.json").write_text(json.dumps(results, indent=2))
-            plot(results, arguments.family, arguments.out / "comparison.png")
+        run(name, arguments.seed)
+    ranked = sorted(
+        (name for name in results if name not in REFERENCES),
+        key=lambda name: -last_returns(results[name])[0],
+    )
+    for name in ranked[: arguments.best]:
+        for seed in arguments.best_seeds:
+            run(name, seed)
 
 
 if __name__ == "__main__":

@@ -208,3 +208,62 @@ def test_evaluate_is_the_loss_and_kl_of_policies_adapted_anew(small_policy, pool
     dist = small_policy.distribution(adapted(made, elsewhere, support), query.observation)
     expected = float(mean_kl(small_policy, dist, query).mean())
     assert found.kl == pytest.approx(expected, rel=1e-12)
+
+
+def minibatch_problem(policy, pool, order, parts):
+    """Two steps from `meta`, whose iterates on all samples the problem is told."""
+    meta = double_params(policy)
+    batches = [random_batch(policy, 3, 20, seed, ragged=False) for seed in range(3)]
+    adapter = Adapter(policy, log_likelihood, SIZES)
+    fast, slow, sizes = adapter.split(meta)
+    found = adapter.adapt(stack(fast, 3), slow, sizes, batches[:-1], order=0)[1:]
+    order_of = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    made = UnrolledProblem(
+        adapter, batches, pool, order=order, sampled_with=meta, iterates=found, chunk=2,
+        minibatches=order_of.tensor_split(parts),
+    )  # fmt: skip
+    return made, meta, found
+
+
+def test_minibatch_gradients_average_to_that_of_all_samples(small_policy, pool):
+    # At order 1 the gradient is linear in the query samples, whatever the support's minibatch.
+    made, meta, _ = minibatch_problem(small_policy, pool, 1, 4)
+    gradients = torch.stack([made.gradient(meta, epoch)[0] for epoch in range(4)])
+    whole, _ = UnrolledProblem(made.adapter, made.batches, pool, order=1).gradient(meta)
+    torch.testing.assert_close(gradients.mean(0), whole, rtol=1e-10, atol=1e-12)
+    assert (gradients - whole).abs().max() > 1e-3
+    torch.testing.assert_close(made.gradient(meta, 5)[0], gradients[1], rtol=0, atol=0)
+
+
+def test_minibatch_gradient_matches_central_differences(small_policy, pool):
+    # Away from the meta-parameters that sampled: minibatch steps plus what they lack there.
+    made, meta, found = minibatch_problem(small_policy, pool, 2, 3)
+    samples = made.minibatches[1]
+    *support, query = [batch.select(samples) for batch in made.batches]
+    fast, slow, sizes = made.adapter.split(meta)
+    first = made.adapter.adapt(stack(fast, 3), slow, sizes, support[:1], order=0)[-1]
+    second = made.adapter.adapt(
+        found[0], slow, {n: s[1:] for n, s in sizes.items()}, support[1:], order=0
+    )[-1]
+
+    def loss(theta):
+        params = stack(unflatten(theta, meta), 3)
+        for k, (batch, end) in enumerate(zip(support, (first, second), strict=True)):
+            leaves = {n: p.detach().clone().requires_grad_() for n, p in params.items()}
+            slope = torch.autograd.grad(
+                losses(small_policy, leaves, batch).sum(), list(leaves.values())
+            )
+            params = {
+                n: p - SIZES[k] * g + (found[k][n] - end[n])
+                for (n, p), g in zip(leaves.items(), slope, strict=True)
+            }
+        return float(ratios(small_policy, params, query).mean().detach())
+
+    elsewhere = flatten(meta) + 0.03
+    gradient, stats = made.gradient(unflatten(elsewhere, meta), epoch=1)
+    assert stats["loss"] == pytest.approx(loss(elsewhere), rel=1e-10)
+    for i in range(0, len(elsewhere), 5):
+        h = torch.zeros_like(elsewhere)
+        h[i] = 1e-5
+        expected = (loss(elsewhere + h) - loss(elsewhere - h)) / 2e-5
+        assert float(gradient[i]) == pytest.approx(expected, rel=1e-5, abs=1e-8)
