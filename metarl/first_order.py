@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from envs.errors import UserError
-from metarl.meta_gradients import Problem, UnrolledProblem
+from metarl.meta_gradients import Evaluation, Problem, UnrolledProblem
 from metarl.metrics import Stopwatch
 from metarl.policies import Params, unflatten
 from metarl.trust_region import OuterState
@@ -28,7 +28,8 @@ class AdamConfig:
     clip: float = 0.3
     """Likelihood ratios count up to 1 +- this, where the algorithm clips them."""
     max_kl: float = 0.05
-    """Mean KL from the sampling policies after which further epochs are left out."""
+    """Mean KL from the sampling policies: beyond it further epochs are left out, and the whole step
+    is shortened until it is within."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epochs", "minibatches", "clip", "max_kl"):
@@ -54,8 +55,9 @@ class Adam:
         """Return new meta-parameters, moments and statistics; `rate` scales the step size.
 
         A gradient that is not finite leaves both as they were, with `finite` False. Epochs end
-        before a step from where the KL is above its bound. Where the problem can tell, the
-        surrogate and KL over all samples are measured afterwards.
+        before a step from where the KL is above its bound. Where the problem can tell, surrogate
+        and KL over all samples are measured afterwards, and a step beyond the bound is shortened:
+        nothing else keeps Adam from leaving the region that the samples tell of.
         """
         watch = Stopwatch()
         stats: dict[str, Any] = {"finite": True, "kl": math.nan, "epochs": 0}
@@ -74,8 +76,8 @@ class Adam:
         stats["seconds_gradient"] = watch.lap()
         stats["surrogate_after"], stats["line_search_steps"] = math.nan, 0
         if isinstance(problem, UnrolledProblem):
-            after = problem.evaluate(new)
-            stats |= {"surrogate_after": -after.loss, "kl": after.kl}
+            new, after, scale = shorten(problem, meta, new, self.config.max_kl)
+            stats |= {"surrogate_after": -after.loss, "kl": after.kl, "step_scale": scale}
             stats["seconds_evaluate"] = watch.lap()
         return new, moments, stats
 
@@ -98,6 +100,25 @@ class Adam:
             new[f"mean.{name}"] = optimizer.state[leaf]["exp_avg"]
             new[f"square.{name}"] = optimizer.state[leaf]["exp_avg_sq"]
         return dict(zip(meta, leaves, strict=True)), new
+
+
+def shorten(
+    problem: UnrolledProblem, meta: Params, new: Params, max_kl: float
+) -> tuple[Params, Evaluation, float]:
+    """Return the step from `meta` to `new` cut to within a KL, its evaluation, and its share.
+
+    After ten cuts the step is given up.
+    """
+    candidate, share = new, 1.0
+    for _ in range(10):
+        after = problem.evaluate(candidate)
+        if after.kl <= max_kl:
+            return candidate, after, share
+        # The KL grows with the square of the step.
+        ratio = max_kl / after.kl if math.isfinite(after.kl) else 0.0
+        share *= min(max(0.9 * math.sqrt(ratio), 0.1), 0.9)
+        candidate = {name: p + share * (new[name] - p) for name, p in meta.items()}
+    return meta, problem.evaluate(meta), 0.0
 
 
 class Still:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,10 @@ from envs.errors import UserError
 from metarl import evaluate, load, preset_config, train
 from metarl.adaptation import Adapter
 from metarl.algorithms import ALGORITHMS, find_algorithm
-from metarl.first_order import Adam, AdamConfig
+from metarl.first_order import Adam, AdamConfig, shorten
 from metarl.meta_gradients import (
     DisplacementProblem,
+    Evaluation,
     ImplicitProblem,
     Objective,
     UnrolledProblem,
@@ -478,6 +480,36 @@ def test_epochs_end_at_a_kl_beyond_its_bound():
     _, state, stats = outer.step(Moving(), meta, outer.init(meta))
     assert stats["epochs"] == 2  # from 0 and 0.03, not from 0.06
     assert float(state["steps"]) == 2
+
+
+@pytest.mark.parametrize("curvature", [0.5, 4.0])
+def test_a_step_beyond_the_kl_bound_is_shortened(curvature):
+    # KL = c |x - x0|^2 + 100 |x - x0|^4: not the square that the cut assumes.
+    meta, new = {"x": draw(DIM, seed=1)}, {"x": draw(DIM, seed=2)}
+
+    class Bowl:
+        def evaluate(self, at):
+            square = float((at["x"] - meta["x"]).square().sum())
+            return Evaluation(1.0, curvature * square + 100 * square**2)
+
+    found, after, share = shorten(Bowl(), meta, new, 0.05)
+    torch.testing.assert_close(found["x"], meta["x"] + share * (new["x"] - meta["x"]))
+    assert after.kl == Bowl().evaluate(found).kl
+    assert 0.005 < after.kl <= 0.05
+    same, _, whole = shorten(Bowl(), meta, found, 0.05)
+    assert same is found
+    assert whole == 1.0
+
+
+def test_a_step_whose_kl_is_never_a_number_is_given_up():
+    class Void:
+        def evaluate(self, at):
+            return Evaluation(1.0, 0.0 if at is meta else math.nan)
+
+    meta = {"x": draw(DIM, seed=1)}
+    found, _, share = shorten(Void(), meta, {"x": draw(DIM, seed=2)}, 0.05)
+    assert found is meta
+    assert share == 0.0
 
 
 def test_adam_leaves_everything_at_a_gradient_that_is_not_finite():
