@@ -99,9 +99,11 @@ def _tasks(family: TaskFamily) -> Iterator[str]:
                 yield f"tasks.{kind} gives NaN or infinity in the {split} split"
         if not np.array_equal(drawn, again, equal_nan=True):
             yield "tasks.sample must draw from the generator that it is given, and nothing else"
+            return
         if not np.array_equal(grid, tasks.grid(16, split), equal_nan=True):
             yield "tasks.grid must give the same tasks at every call"
-        if split == "train" and np.all(np.asarray(drawn) == drawn[0]):
+            return
+        if split == "train" and np.all(drawn == drawn[0]):
             yield "all training tasks are the same: there is nothing to adapt to"
 
 
@@ -140,13 +142,13 @@ def _spaces(family: TaskFamily) -> Iterator[str]:
         if isinstance(space, gym.spaces.Box) and len(space.shape) > 1 and space.dtype == np.uint8:
             yield f"observations hold an image, {space}, which no policy here reads: leave it out"
     kinds = (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
-    if not isinstance(action, (gym.spaces.Box, *kinds)) or len(action.shape) > 1:
+    if not isinstance(action, (gym.spaces.Box, *kinds)) or len(action.shape or ()) > 1:
         yield f"actions must be a flat Box, Discrete, MultiDiscrete or MultiBinary, got {action}"
     vector = family.make_vec(2, 1, autoreset_mode=AutoresetMode.DISABLED)
     for kind, space in (("observation_space", observation), ("action_space", action)):
         if getattr(other, kind) != space:
             yield f"every task must have the same {kind}, got {space} and {getattr(other, kind)}"
-        if (together := getattr(vector, f"single_{kind}")) != space:
+        elif (together := getattr(vector, f"single_{kind}")) != space:
             yield f"make_vec must have the {kind} of make, which is {space}, got {together}"
     for env in (one, other, vector):
         env.close()
@@ -319,8 +321,13 @@ def _worker(family: TaskFamily) -> Iterator[str]:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             there = pool.submit(_play_there, sent, tasks).result()
     except BrokenProcessPool:
+        yield "a worker process died of it; what it printed may say why"
+        return
+    except RuntimeError as error:
+        if "bootstrapping" not in str(error):
+            raise
         yield (
-            "a worker process ended at once: in a script, what runs must stand under"
+            "worker processes import the script that starts them: what it does must stand under"
             " if __name__ == '__main__':"
         )
         return

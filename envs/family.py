@@ -290,7 +290,7 @@ def option_defaults(name: str) -> dict[str, Any]:
     return _parameters(factory) if callable(factory) else {}
 
 
-def _parameters(factory: Factory) -> dict[str, Any]:
+def _parameters(factory: Callable[..., Any]) -> dict[str, Any]:
     return {name: p.default for name, p in inspect.signature(factory).parameters.items()}
 
 

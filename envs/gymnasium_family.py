@@ -119,10 +119,9 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         moved = np.arange(self.num_envs) if ids is None else ids
         before, infos = self._observation[moved], []
         for i in moved:
-            # Past the TaskEnv, which would pay one row at a time.
-            self._observation[i], reward[i], terminated[i], truncated[i], info = self._envs[
-                i
-            ].env.step(actions[i])
+            env = self._envs[i].env  # past the TaskEnv, which would pay one row at a time
+            result = env.step(actions[i])
+            self._observation[i], reward[i], terminated[i], truncated[i], info = result
             infos.append(info)
         if self.family.reward is not None:
             after = self._observation[moved]
