@@ -300,7 +300,7 @@ def _why_equal(family: TaskFamily, tasks: Tasks) -> str:
 
 def _pickling(family: TaskFamily) -> Iterator[str]:
     if family.source is not None:
-        return  # a worker makes it anew, by its name
+        return  # what cannot be sent, a worker makes anew by the family's name
     parts = {f.name: getattr(family, f.name) for f in fields(family)}
     for name, part in {**parts, "the family": family}.items():
         try:
@@ -315,7 +315,10 @@ def _pickling(family: TaskFamily) -> Iterator[str]:
 
 def _worker(family: TaskFamily) -> Iterator[str]:
     tasks = _example_tasks(family)
-    sent = pickle.dumps(family.source or family)
+    try:
+        sent = pickle.dumps(family)
+    except Exception:  # as in the check before, which lets this pass
+        sent = pickle.dumps(family.source)
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
