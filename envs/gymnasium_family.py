@@ -160,7 +160,7 @@ class GymnasiumFamily(TaskFamily):
     set_task: Callable[[gym.Env, Floats], None] | None = None
     """Puts a task vector into the unwrapped environment; called before every reset."""
     keywords: bool = False
-    """The task's components are keyword arguments of the id or function."""
+    """The task's components are keyword arguments, floats, of the id or function."""
     reward: Reward | None = None
     """Pays n steps at once, in place of the environment's own reward: arrays (observation
     [n, observation_dim], action [n, ...], next observation, info of arrays [n, ...], task

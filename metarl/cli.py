@@ -71,7 +71,7 @@ class Evaluate:
 class Check:
     """Say what is wrong with a task family, your own for instance."""
 
-    family: Annotated[str, tyro.conf.Positional]
+    family: Annotated[str, tyro.conf.Positional] = ""
     """Task family: a name that `metarl families` lists, or module:attribute of your own."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value."""
@@ -311,6 +311,8 @@ def _evaluate(command: Evaluate) -> int:
 def _check(command: Check) -> int:
     from envs.checker import CHECKS, check_task_family
 
+    if not command.family:
+        raise UserError("name a task family: metarl check FAMILY (metarl families lists them)")
     family = make_family(command.family, **parse_options(command.family_options))
     print(f"{command.family}: {family.tasks.describe()}; horizon {family.horizon}")
     findings = check_task_family(family)
@@ -338,7 +340,7 @@ def _families(command: Families) -> int:
         print(f"{name}\n    {family.description}\n    tasks: {tasks}")
         options = option_defaults(name)
         print("    options: " + ", ".join(f"{k}={v}" for k, v in options.items()))
-    print("\nYour own: metarl train my_module:my_family (see the README)")
+    print("\nYour own: metarl check my_module:my_family, then train (see the README)")
     return 0
 
 
