@@ -348,11 +348,14 @@ def _worker(family: TaskFamily) -> Iterator[str]:
 
 
 def _play_there(sent: bytes, tasks: Tasks) -> list[list[Trace]]:
-    family = pickle.loads(sent)
-    if not isinstance(family, TaskFamily):
-        name, options = family
-        family = make_family(name, **options)
-    return play_together(family, tasks)
+    try:
+        family = pickle.loads(sent)
+        if not isinstance(family, TaskFamily):
+            name, options = family
+            family = make_family(name, **options)
+        return play_together(family, tasks)
+    except Exception as error:  # whose traceback stays behind
+        raise UserError(f"in a worker process, {_raised(error)}") from None
 
 
 CHECKS: dict[str, tuple[str, Callable[[TaskFamily], Iterator[str]]]] = {
@@ -410,12 +413,12 @@ def _short(value: Any) -> str:
 
 
 def _raised(error: Exception) -> str:
-    """Say what was raised and where, in the nearest file that is not an installed one."""
+    """Say what was raised and where, in the nearest file that is no library's."""
     if isinstance(error, UserError):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
-    here = os.path.dirname(__file__)
-    own = [f for f in frames if "-packages" not in f.filename and here not in f.filename]
+    installed = ("-packages", os.path.dirname(os.__file__), os.path.dirname(__file__))
+    own = [f for f in frames if not any(place in f.filename for place in installed)]
     frame = (own or frames)[-1]
     where = f"{os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}"
     return f"{type(error).__name__}: {error} ({where})"

@@ -216,6 +216,10 @@ def column(observation, action, next_observation, info, task):
     return -np.abs(next_observation - task[:, :1])
 
 
+def needs_the_main_program(env, task):
+    env.task = task * main_program["more"]
+
+
 main_program = {"scale": 0.0}  # and a worker has only this
 
 
@@ -320,12 +324,23 @@ BROKEN = {
         {"set_task": put_what_the_main_program_says},
         "worker: the task is lost on the way to a worker process",
     ),
+    "missing there": (
+        {"set_task": needs_the_main_program},
+        r"worker: in a worker process, KeyError: 'more' \(test_checker.py:\d+, in needs_the_main",
+    ),
+    "registered here": (
+        {"env": "RegisteredHere-v0"},
+        "worker: in a worker process, point: Environment `RegisteredHere` doesn't exist",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_family_is_told_its_fault(fault, monkeypatch):
     monkeypatch.setitem(main_program, "scale", 1.0)
+    monkeypatch.setitem(main_program, "more", 1.0)
+    spec = gym.envs.registration.EnvSpec("RegisteredHere-v0", entry_point=Point)
+    monkeypatch.setitem(gym.registry, spec.id, spec)
     changes, message = BROKEN[fault]
     findings = check_task_family(family(**changes))
     assert len(findings) == 1
