@@ -17,7 +17,14 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs import half_cheetah, navigation  # noqa: F401  (they register their families)
+from envs import (  # noqa: F401  (they register their families)
+    classic_control,
+    half_cheetah,
+    navigation,
+    tabular,
+)
+from envs.checker import Finding, check_task_family
+from envs.errors import UserError
 from envs.family import (
     Finite,
     TaskDistribution,
@@ -32,6 +39,7 @@ from envs.mujoco_vector import MujocoFamily
 from envs.vector import TaskVectorEnv
 
 __all__ = [
+    "Finding",
     "Finite",
     "GymnasiumFamily",
     "MujocoFamily",
@@ -39,15 +47,20 @@ __all__ = [
     "TaskFamily",
     "TaskVectorEnv",
     "Uniform",
+    "check_task_family",
     "family_names",
     "make_family",
     "register",
 ]
 
 GYMNASIUM_IDS = {
+    "metarl/Bandit-v0": "bandit",
+    "metarl/CartPoleLength-v0": "cartpole-length",
     "metarl/HalfCheetahDir-v0": "half-cheetah-dir",
     "metarl/HalfCheetahVel-v0": "half-cheetah-vel",
     "metarl/Navigation2D-v0": "navigation-2d",
+    "metarl/PendulumGravity-v0": "pendulum-gravity",
+    "metarl/TabularMDP-v0": "tabular-mdp",
 }
 
 
@@ -82,15 +95,34 @@ def _family_and_tasks(
     # One keyword for a task of several components, such as goal=(0.3, -0.2).
     joint = components[0].rsplit("_", 1)[0]
     if joint not in components and joint in keywords:
-        goal = dict(
-            zip(components, np.moveaxis(np.asarray(keywords.pop(joint)), -1, 0), strict=True)
-        )
+        whole = _numbers(joint, keywords.pop(joint))
+        if whole.shape[-1:] != (len(components),):
+            raise UserError(
+                f"{joint} must have {len(components)} numbers"
+                f" ({', '.join(components)}), got {whole.tolist()}"
+            )
+        goal = dict(zip(components, np.moveaxis(whole, -1, 0), strict=True))
     family = make_family(name, **keywords)
     if not goal:
         return family, None
-    columns = {key: np.broadcast_to(value, count) for key, value in goal.items()}
+    columns = {key: _column(key, value, count) for key, value in goal.items()}
     rows = [{key: float(column[i]) for key, column in columns.items()} for i in range(count)]
     return family, np.stack([family.tasks.vector(row) for row in rows])
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} must be a number, got {value!r}") from error
+
+
+def _column(name: str, value: Any, count: int) -> np.ndarray:
+    column = _numbers(name, value)
+    if column.shape not in ((), (count,)):
+        each = "a number" if count == 1 else f"a number or {count} of them"
+        raise UserError(f"{name} must be {each}, got {value!r}")
+    return np.broadcast_to(column, count)
 
 
 for _id, _family in GYMNASIUM_IDS.items():

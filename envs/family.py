@@ -2,7 +2,8 @@
 
 A task is a float64 vector whose components have names. A `TaskDistribution` draws such vectors;
 a `TaskFamily` turns one into a Gymnasium environment, and many into one vector environment.
-Families are found by name through a registry (`register`, `make_family`) or as `module:attribute`.
+Families are found by name, among those registered here (`register`) and those that installed
+packages offer by an entry point of the group `metarl.families`, or as `module:attribute`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ast
 import dataclasses
 import difflib
 import importlib
+import importlib.metadata
 import inspect
 import os
 import sys
@@ -225,6 +227,7 @@ class TaskFamily(ABC):
 # The registry ------------------------------------------------------------------------------------
 
 Factory = Callable[..., TaskFamily]
+ENTRY_POINTS = "metarl.families"
 _factories: dict[str, Factory] = {}
 
 
@@ -235,22 +238,22 @@ def register(factory: Factory) -> Factory:
 
 
 def family_names() -> list[str]:
-    """Return the names of the registered families, sorted."""
-    return sorted(_factories)
+    """Return the names of the families registered here or offered by a package, sorted."""
+    return sorted({*_factories, *_offered()})
 
 
 def make_family(name: str, **options: Any) -> TaskFamily:
-    """Return a family by its registered name, or by `module:attribute`.
+    """Return a family by its name, or by `module:attribute`.
 
-    The attribute is a family, or a function that returns one and takes the options. The current
+    What is named is a family, or a function that returns one and takes the options. The current
     folder is searched last, so that a user's own files never shadow an installed package.
 
     Raises:
         UserError: the name or an option is unknown, or the options do not make a family.
     """
-    factory = _import_attribute(name) if ":" in name else _factories.get(name)
+    factory = _find(name)
     if factory is None:
-        hint = did_you_mean(name, _factories)
+        hint = did_you_mean(name, family_names())
         raise UserError(f"no task family {name!r}{hint} (metarl families lists them)")
     if not isinstance(factory, TaskFamily) and not callable(factory):
         raise UserError(
@@ -283,11 +286,11 @@ def make_family(name: str, **options: Any) -> TaskFamily:
 
 def option_defaults(name: str) -> dict[str, Any]:
     """Return the options that a family's name takes and their defaults, {} if it is not known."""
-    factory = _import_attribute(name) if ":" in name else _factories.get(name)
+    factory = _find(name)
     return _parameters(factory) if callable(factory) else {}
 
 
-def _parameters(factory: Factory) -> dict[str, Any]:
+def _parameters(factory: Callable[..., Any]) -> dict[str, Any]:
     return {name: p.default for name, p in inspect.signature(factory).parameters.items()}
 
 
@@ -307,6 +310,24 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             options[key.replace("-", "_")] = value
     return options
+
+
+def _offered() -> dict[str, importlib.metadata.EntryPoint]:
+    """Families of installed packages; a name of ours is ours."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _find(name: str) -> Any:
+    """Return the family or factory of a name, None if there is none."""
+    if ":" in name:
+        return _import_attribute(name)
+    if name in _factories or (point := _offered().get(name)) is None:
+        return _factories.get(name)
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        package = point.dist.name if point.dist is not None else "an installed package"
+        raise UserError(f"{name} of {package} cannot be loaded: {error}") from error
 
 
 def _import_attribute(name: str) -> Any:

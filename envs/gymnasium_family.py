@@ -1,8 +1,17 @@
-"""Families over any Gymnasium environment, stepped in this process."""
+"""Families over any Gymnasium environment, stepped in this process.
+
+How a task reaches the environment is one of four ways, or several together:
+
+- `set_task(env, task)`, a callable;
+- `keywords=True`: the task's components are keyword arguments of the id or function, and a change
+  of the task makes a new environment, which goes on with the random numbers of the old one;
+- `reward`, a vectorised function that pays by the task while the environment stays as it is;
+- none of them: the environment's own `set_task(task)`, or its attribute `task`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +23,35 @@ from envs.errors import UserError
 from envs.family import TaskFamily
 from envs.vector import Bools, Floats, TaskVectorEnv
 
+Reward = Callable[[NDArray, NDArray, NDArray, Mapping[str, NDArray], Floats], NDArray]
+
 
 class TaskEnv(gym.Wrapper):
-    """An environment that is given a task before every reset."""
+    """An environment that is given a task before every reset, and pays the family's reward."""
 
-    def __init__(self, env: gym.Env, family: GymnasiumFamily, task: Floats | None) -> None:
-        super().__init__(env)
+    def __init__(
+        self, family: GymnasiumFamily, task: Floats | None, render_mode: str | None = None
+    ) -> None:
+        self._made_for = family.example_task() if task is None else task
+        super().__init__(family.make_bare(render_mode, self._made_for))
         self.family, self.task = family, task
+        self._in_force = self._made_for
         self._rng: np.random.Generator | None = None
+        self._observation: NDArray | None = None
+
+    def begin(
+        self, task: Floats, seed: int | None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Put a task in and start an episode of it."""
+        if self.family.keywords and not np.array_equal(task, self._made_for):
+            self.env, old = self.family.make_bare(self.render_mode, task), self.env
+            self.family.check_spaces(old, self.env)
+            self.env.unwrapped.np_random = old.unwrapped.np_random
+            old.close()
+            self._made_for = task.copy()
+        self.family.put(self.env, task.copy())
+        self._in_force = task.copy()
+        return self.env.reset(seed=seed, options=options)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -31,9 +61,19 @@ class TaskEnv(gym.Wrapper):
             if seed is not None or self._rng is None:
                 self._rng = np.random.default_rng(None if seed is None else [seed, 1])
             task = self.family.tasks.sample(self._rng, 1)[0]
-        self.family.set_task(self.env.unwrapped, task)
-        observation, info = self.env.reset(seed=seed, options=options)
-        return observation, {**info, "task": task}
+        observation, info = self.begin(task, seed, options)
+        self._observation = np.array(observation)
+        return observation, {**info, "task": self._in_force.copy()}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if self.family.reward is not None:
+            assert self._observation is not None  # Gymnasium has refused a step before the reset
+            after = np.array(observation)
+            before, self._observation = self._observation, after
+            rows = (before[None], np.asarray(action)[None], after[None])
+            reward = float(self.family.pay(*rows, [info], self._in_force[None])[0])
+        return observation, reward, terminated, truncated, info
 
 
 class GymnasiumVectorEnv(TaskVectorEnv):
@@ -51,7 +91,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         **options: Any,
     ) -> None:
         count = max(num_tasks, 0) * max(episodes, 0)
-        self._envs = [family.make_bare(render_mode) for _ in range(max(count, 1))]
+        self._envs = [TaskEnv(family, None, render_mode) for _ in range(max(count, 1))]
         first = self._envs[0]
         super().__init__(
             family,
@@ -68,8 +108,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
         for i, seed in zip(ids, seeds, strict=True):
-            self.family.set_task(self._envs[i].unwrapped, self.tasks[i].copy())
-            self._observation[i], _ = self._envs[i].reset(seed=seed)
+            self._observation[i], _ = self._envs[i].begin(self.tasks[i], seed)
 
     def _advance(
         self, ids: NDArray[np.int64] | None, actions: Any
@@ -77,10 +116,17 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         reward = np.zeros(self.num_envs)
         terminated = np.zeros(self.num_envs, np.bool_)
         truncated = np.zeros(self.num_envs, np.bool_)
-        for i in range(self.num_envs) if ids is None else ids:
-            self._observation[i], reward[i], terminated[i], truncated[i], _ = self._envs[i].step(
-                actions[i]
-            )
+        moved = np.arange(self.num_envs) if ids is None else ids
+        before, infos = self._observation[moved], []
+        for i in moved:
+            env = self._envs[i].env  # past the TaskEnv, which would pay one row at a time
+            result = env.step(actions[i])
+            self._observation[i], reward[i], terminated[i], truncated[i], info = result
+            infos.append(info)
+        if self.family.reward is not None:
+            after = self._observation[moved]
+            acted = np.asarray(actions)[moved]
+            reward[moved] = self.family.pay(before, acted, after, infos, self.tasks[moved])
         return reward, terminated, truncated, None, {}
 
     def _observe(self) -> NDArray:
@@ -98,44 +144,143 @@ class GymnasiumVectorEnv(TaskVectorEnv):
 class GymnasiumFamily(TaskFamily):
     """A family over any Gymnasium environment.
 
-    For example, pendulums in different gravity:
+    For example, pendulums in different gravity, a keyword argument of theirs:
 
         GymnasiumFamily(
             name="pendulum-gravity",
             env="Pendulum-v1",
-            tasks=Uniform({"gravity": (5.0, 15.0)}),
-            set_task=lambda env, task: setattr(env, "g", task[0]),
+            keywords=True,
+            tasks=Uniform({"g": (5.0, 15.0)}),
             horizon=200,
         )
     """
 
     env: str | Callable[..., gym.Env]
     """A Gymnasium id, or a function that returns an environment."""
-    set_task: Callable[[gym.Env, Floats], None]
+    set_task: Callable[[gym.Env, Floats], None] | None = None
     """Puts a task vector into the unwrapped environment; called before every reset."""
+    keywords: bool = False
+    """The task's components are keyword arguments, floats, of the id or function."""
+    reward: Reward | None = None
+    """Pays n steps at once, in place of the environment's own reward: arrays (observation
+    [n, observation_dim], action [n, ...], next observation, info of arrays [n, ...], task
+    [n, task_dim]) to [n]. n is 1 for a single environment, and counts only those that moved."""
     env_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the id or function."""
 
-    def make_bare(self, render_mode: str | None = None) -> gym.Env:
-        """Return the environment cut at the horizon, with flat observations and no task yet."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.env, str) and not callable(self.env):
+            raise UserError(
+                f"{self.name}: env must be a Gymnasium id or a function that returns a new"
+                f" environment, got {self.env}"
+            )
+        for role, function in (("set_task", self.set_task), ("reward", self.reward)):
+            if function is not None and not callable(function):
+                raise UserError(f"{self.name}: {role} must be a function, got {function!r}")
+        if self.keywords and self.set_task is not None:
+            raise UserError(f"{self.name}: give set_task or keywords=True, not both")
+
+    def example_task(self) -> Floats:
+        """Return a training task, the same at every call."""
+        return self.tasks.grid(1, "train")[0]
+
+    def make_bare(self, render_mode: str | None = None, task: Floats | None = None) -> gym.Env:
+        """Return the environment cut at the horizon, with flat observations.
+
+        A task matters with `keywords` only; a task is else put in by `put`.
+        """
         options = dict(self.env_options)
+        if self.keywords:
+            task = self.example_task() if task is None else task
+            options |= {name: float(x) for name, x in zip(self.tasks.names, task, strict=True)}
         if render_mode is not None:
             options["render_mode"] = render_mode
-        if isinstance(self.env, str):
-            try:
+        try:
+            if isinstance(self.env, str):
                 env = gym.make(self.env, max_episode_steps=self.horizon, **options)
-            except (gym.error.UnregisteredEnv, gym.error.NamespaceNotFound) as error:
-                raise UserError(f"{self.name}: {error}") from error
-        else:
-            env = gym.wrappers.TimeLimit(self.env(**options), self.horizon)
-        if not isinstance(env.observation_space, gym.spaces.Box) or (
-            len(env.observation_space.shape) != 1
+            else:
+                env = self.env(**options)
+                if not isinstance(env, gym.Env):
+                    raise UserError(
+                        f"{self.name}: env must return a gymnasium.Env, got {type(env).__name__}"
+                    )
+                env = gym.wrappers.TimeLimit(env, self.horizon)
+        except gym.error.Error as error:
+            raise UserError(f"{self.name}: {error}") from error
+        except TypeError as error:
+            if not options or "argument" not in str(error):
+                raise
+            given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+            raise UserError(
+                f"{self.name}: {self.env} cannot be made with {given}: {error}"
+            ) from error
+        if not (
+            self.set_task
+            or self.keywords
+            or self.reward
+            or env.has_wrapper_attr("set_task")
+            or env.has_wrapper_attr("task")
         ):
+            raise UserError(
+                f"{self.name}: nothing says how a task gets into {env.unwrapped}: give the family"
+                " set_task, keywords=True or reward, or the environment a method set_task(task)"
+                " or an attribute task"
+            )
+        space = env.observation_space
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            if not space.is_np_flattenable:
+                raise UserError(
+                    f"{self.name}: observations must be a Box, Discrete, MultiDiscrete,"
+                    f" MultiBinary, or a Dict or Tuple of those, got {space}"
+                )
             env = gym.wrappers.FlattenObservation(env)
         return env
 
+    def put(self, env: gym.Env, task: Floats) -> None:
+        """Put a task into an environment made by `make_bare`."""
+        if self.set_task is not None:
+            self.set_task(env.unwrapped, task)
+        elif self.keywords or self.reward is not None:
+            return
+        elif env.has_wrapper_attr("set_task"):
+            env.get_wrapper_attr("set_task")(task)
+        else:
+            env.set_wrapper_attr("task", task)
+
+    def pay(
+        self,
+        before: NDArray,
+        action: NDArray,
+        after: NDArray,
+        infos: Sequence[Mapping[str, Any]],
+        tasks: Floats,
+    ) -> Floats:
+        """Return the rewards of n steps by the family's `reward`, [n]."""
+        assert self.reward is not None
+        # What only some steps report has no place in an array of all.
+        names = [name for name in infos[0] if all(name in info for info in infos)]
+        info = {name: np.array([info[name] for info in infos]) for name in names}
+        reward = np.asarray(self.reward(before, action, after, info, tasks), np.float64)
+        if reward.shape != (len(tasks),):
+            raise UserError(
+                f"{self.name}: reward must return one number a row, [{len(tasks)}] here,"
+                f" got {list(reward.shape)}; its arguments are arrays of rows, such as task[:, 0]"
+            )
+        return reward
+
+    def check_spaces(self, one: gym.Env, other: gym.Env) -> None:
+        """Raise UserError unless two of the family's environments have the same spaces."""
+        for kind in ("observation_space", "action_space"):
+            if getattr(one, kind) != getattr(other, kind):
+                raise UserError(
+                    f"{self.name}: the {kind} must be the same for every task, got"
+                    f" {getattr(one, kind)} and {getattr(other, kind)}"
+                )
+
     def make(self, task: Floats | None = None, *, render_mode: str | None = None) -> gym.Env:
-        return TaskEnv(self.make_bare(render_mode), self, task)
+        task = None if task is None else np.asarray(task, np.float64)
+        return TaskEnv(self, task, render_mode)
 
     def make_vec(self, num_tasks: int, episodes: int, **options: Any) -> GymnasiumVectorEnv:
         options.pop("threads", None)  # Python environments share one interpreter

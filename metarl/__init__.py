@@ -11,11 +11,20 @@ import os
 # threads. It is read at the process's first matrix product; an existing value is left alone.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
-import envs  # noqa: F401  (registers the families with Gymnasium)
+from envs import check_task_family  # envs also registers the families with Gymnasium
 from metarl.config import Config
 from metarl.evaluation import evaluate
 from metarl.meta_policy import MetaPolicy, Policy, load
 from metarl.presets import preset_config
 from metarl.trainer import train
 
-__all__ = ["Config", "MetaPolicy", "Policy", "evaluate", "load", "preset_config", "train"]
+__all__ = [
+    "Config",
+    "MetaPolicy",
+    "Policy",
+    "check_task_family",
+    "evaluate",
+    "load",
+    "preset_config",
+    "train",
+]

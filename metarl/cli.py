@@ -1,4 +1,4 @@
-"""The command line: `metarl train | evaluate | families | algorithms | benchmark`.
+"""The command line: `metarl train | evaluate | check | families | algorithms | benchmark`.
 
 Exit codes: 0 done, 2 the user can mend it, 130 Ctrl-C, 143 SIGTERM, 1 anything else.
 """
@@ -68,6 +68,16 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Check:
+    """Say what is wrong with a task family, your own for instance."""
+
+    family: Annotated[str, tyro.conf.Positional] = ""
+    """Task family: a name that `metarl families` lists, or module:attribute of your own."""
+    family_options: tuple[str, ...] = ()
+    """Options of the family, as name=value."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Families:
     """List the task families, their tasks and options."""
 
@@ -112,6 +122,7 @@ def _run(arguments: list[str]) -> int:
     commands: dict[str, tuple[type, Callable[[Any], int]]] = {
         "train": (Train, _train),
         "evaluate": (Evaluate, _evaluate),
+        "check": (Check, _check),
         "families": (Families, _families),
         "algorithms": (Algorithms, _algorithms),
         "benchmark": (Benchmark, _benchmark),
@@ -297,16 +308,39 @@ def _evaluate(command: Evaluate) -> int:
     return 0
 
 
+def _check(command: Check) -> int:
+    from envs.checker import CHECKS, check_task_family
+
+    if not command.family:
+        raise UserError("name a task family: metarl check FAMILY (metarl families lists them)")
+    family = make_family(command.family, **parse_options(command.family_options))
+    print(f"{command.family}: {family.tasks.describe()}; horizon {family.horizon}")
+    findings = check_task_family(family)
+    names = list(CHECKS)
+    reached = names.index(findings[0].check) if findings else len(names)
+    for name in names[:reached]:
+        print(f"  ok     {name:<12} {CHECKS[name][0]}")
+    for finding in findings:
+        print(f"  FAULT  {finding.check:<12} {finding.message}")
+    if rest := names[reached + 1 :]:
+        print(f"  not reached: {', '.join(rest)}")
+    return 2 if findings else 0
+
+
 def _families(command: Families) -> int:
     from envs.family import option_defaults
 
     for name in family_names():
-        family = make_family(name)
+        try:
+            family = make_family(name)
+        except UserError as error:  # a package's, which must not hide the others
+            print(f"{name}\n    error: {error}")
+            continue
         tasks = f"{family.tasks.describe()}; horizon {family.horizon}"
         print(f"{name}\n    {family.description}\n    tasks: {tasks}")
         options = option_defaults(name)
         print("    options: " + ", ".join(f"{k}={v}" for k, v in options.items()))
-    print("\nYour own: metarl train my_module:my_family (see the README)")
+    print("\nYour own: metarl check my_module:my_family, then train (see the README)")
     return 0
 
 

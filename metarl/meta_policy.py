@@ -59,6 +59,8 @@ class Policy:
                 f"observations must be [{self.policy.observation_dim}] or"
                 f" [n, {self.policy.observation_dim}], got {list(seen.shape)}"
             )
+        if not np.isfinite(seen).all():
+            raise UserError(f"observations must be finite, got {seen[~np.isfinite(seen)][0]}")
         batch = torch.from_numpy(np.atleast_2d(seen))
         with torch.inference_mode():
             dist = self.policy.distribution(self.params, batch)

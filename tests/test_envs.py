@@ -120,6 +120,54 @@ def test_register_names_a_family_after_its_function(monkeypatch):
     assert family_names() == ["my-own-family"]
 
 
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An installed package that offers three families, one of which cannot be loaded."""
+    folder = tmp_path / "site"
+    info = folder / "more_worlds-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: more-worlds\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[metarl.families]\n"
+        "offered-swing = more_worlds:swing\n"
+        "offered-made = more_worlds:made\n"
+        "offered-broken = more_worlds:gone\n"
+        "bandit = more_worlds:gone\n"
+    )
+    (folder / "more_worlds.py").write_text(
+        "from envs import GymnasiumFamily, Uniform\n"
+        "def swing(low=5.0):\n"
+        "    return GymnasiumFamily(name='swing', env='Pendulum-v1', keywords=True,\n"
+        "        tasks=Uniform({'g': (low, 15.0)}), horizon=30)\n"
+        "made = swing()\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+
+
+@pytest.mark.usefixtures("package")
+def test_a_package_offers_families_by_an_entry_point(capsys):
+    from metarl.cli import main
+
+    assert {"offered-swing", "offered-made", "navigation-2d"} <= set(family_names())
+    swing = make_family("offered-swing", low=8.0)
+    assert swing.source == ("offered-swing", {"low": 8.0})
+    assert swing.tasks.bounds()[0] == [8.0]
+    assert make_family("offered-made").tasks.bounds()[0] == [5.0]
+    assert make_family("bandit").name == "bandit"  # ours comes before theirs
+    with pytest.raises(
+        UserError, match=r"offered-broken of more-worlds cannot be loaded: .*'gone'"
+    ):
+        make_family("offered-broken")
+    with pytest.raises(UserError, match="did you mean 'offered-swing'"):
+        make_family("offered-swig")
+    assert main(["families"]) == 0
+    out = capsys.readouterr().out
+    assert "offered-swing\n" in out
+    assert "options: low=5.0" in out
+    assert "error: offered-broken of more-worlds cannot be loaded" in out
+    assert "tabular-mdp" in out
+
+
 # Half-cheetah against stock Gymnasium -------------------------------------------------------------
 
 
@@ -349,9 +397,13 @@ def test_misuse_of_a_vector_environment_is_told():
         ("metarl/HalfCheetahDir-v0", {"direction": -1.0}),
         ("metarl/HalfCheetahVel-v0", {"velocity": 1.5}),
         ("metarl/Navigation2D-v0", {"goal": (0.3, -0.2)}),
+        ("metarl/Bandit-v0", {"arm": (0.1, 0.9, 0.5, 0.5, 0.2)}),
+        ("metarl/PendulumGravity-v0", {"g": 7.0}),
+        ("metarl/CartPoleLength-v0", {"length": 1.2}),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*A Box observation space m.*imum value is .*infinity")
+@pytest.mark.filterwarnings("ignore:.*we recommend using a symmetric and normalized space")
 def test_gymnasium_ids(id, task):
     env = gym.make(id, **task)
     check_env(env.unwrapped, skip_render_check=True)
@@ -378,6 +430,18 @@ def test_gymnasium_ids_take_a_task_each_and_refuse_unknown_keywords():
     assert vector.reset(seed=0)[1]["task"].tolist() == [[0.5], [1.0], [1.5]]
     with pytest.raises(UserError, match="no option 'speed'"):
         gym.make("metarl/HalfCheetahVel-v0", speed=1.0)
+    with pytest.raises(UserError, match="velocity must be a number, got 'fast'"):
+        gym.make("metarl/HalfCheetahVel-v0", velocity="fast")
+    with pytest.raises(UserError, match=r"finite numbers, got {'velocity': nan}"):
+        gym.make("metarl/HalfCheetahVel-v0", velocity=float("nan"))
+    with pytest.raises(UserError, match=r"velocity must be a number or 3 of them, got \[1.0, 2.0"):
+        gym.make_vec("metarl/HalfCheetahVel-v0", num_envs=3, velocity=[1.0, 2.0])
+    with pytest.raises(UserError, match=r"goal must have 2 numbers \(goal_x, goal_y\), got 0.3"):
+        gym.make("metarl/Navigation2D-v0", goal=0.3)
+    with pytest.raises(UserError, match="goal must be a number, got 'there'"):
+        gym.make("metarl/Navigation2D-v0", goal="there")
+    free = gym.make("metarl/TabularMDP-v0", states=4)
+    assert free.reset(seed=0)[1]["task"].shape == (4 * 5 * 5,)
     scaled = gym.make("metarl/HalfCheetahDir-v0", direction=1.0, scale="icml2017")
     assert scaled.observation_space.shape == (20,)
 

@@ -95,6 +95,9 @@ def test_what_cannot_be_loaded_or_adapted_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"\[2\] or \[n, 2\], got \[5\]"):
         meta.adapt([0.0, 0.1], steps=0).act(np.zeros(5))
     assert meta.adapt([0.0, 0.1], steps=0).act(np.zeros((0, 2))).shape == (0, 2)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"observations must be finite, got {bad}"):
+            meta.adapt([0.0, 0.1], steps=0).act([0.0, bad])
     with pytest.raises(ValueError, match="steps must be at least 0"):
         meta.adapt([0.0, 0.1], steps=-1)
 

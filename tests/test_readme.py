@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+import metarl
 from metarl import cli
 from metarl.algorithms import ALGORITHMS
 from metarl.cli import main
@@ -25,9 +27,13 @@ COMMANDS = [
 ]
 
 
-def module_file(folder: Path) -> None:
-    (example,) = [code for code in PYTHON if code.startswith("# my_tasks.py")]
-    (folder / "my_tasks.py").write_text(example)
+MODULES = {name.group(1): code for code in PYTHON if (name := re.match(r"# (my_\w+)\.py\n", code))}
+CHECKED = [command.split()[2] for command in COMMANDS if command.startswith("metarl check")]
+
+
+def module_files(folder: Path) -> None:
+    for name, code in MODULES.items():
+        (folder / f"{name}.py").write_text(code)
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.split("\n")[0][:40])
@@ -54,7 +60,7 @@ def test_commands_are_taken(command, tmp_path, monkeypatch):
         pytest.importorskip("tensorboard")
         return
     assert words[0] == "metarl"
-    module_file(tmp_path)
+    module_files(tmp_path)
     for name in ("_train", "_evaluate", "_benchmark"):
         monkeypatch.setattr(cli, name, lambda command: 0)
     if "--resume" in words:
@@ -66,13 +72,24 @@ def test_commands_are_taken(command, tmp_path, monkeypatch):
     assert main(words[1:]) == 0
 
 
-def test_a_family_of_ones_own_trains_and_evaluates(tmp_path, monkeypatch, capsys):
+def test_every_family_of_ones_own_is_checked():
+    assert {name.partition(":")[0] for name in CHECKED} == set(MODULES)
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_family_of_ones_own_trains_and_evaluates(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    module_file(tmp_path)
+    module_files(tmp_path)
     small = ["--iterations", "2", "--tasks", "2", "--episodes", "2", "--out", "run"]
-    assert main(["train", "my_tasks:pendulum", "--policy.action", "scale", *small]) == 0
+    assert main(["train", name, *small]) == 0
     assert main(["evaluate", "run", "--tasks", "2", "--episodes", "2", "--steps", "1"]) == 0
     assert "this policy" in capsys.readouterr().out
+    made = importlib.import_module(name.partition(":")[0])  # from Python, the same
+    family = getattr(made, name.partition(":")[2])
+    task = family.tasks.grid(1)[0]
+    policy = metarl.load("run").adapt(family.make(task), steps=1, episodes=2)
+    env = family.make(task)
+    assert env.action_space.contains(policy.act(env.reset(seed=0)[0]))
 
 
 def test_every_file_that_is_named_exists():

@@ -1,0 +1,200 @@
+"""Families whose best return is known exactly: random MDPs, and bandits.
+
+A task is the tables themselves, flattened: the mean reward of each state and action, then, where
+there is more than one state, the probability of each next state. So an oracle is told all there is
+to know, and `optimal_return` needs nothing but the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils import seeding
+from numpy.typing import NDArray
+
+from envs.errors import UserError
+from envs.family import Split, TaskDistribution, TaskFamily, Tasks, Uniform, register
+from envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
+
+_GRID_SEEDS = {"train": 1, "test": 2}
+
+
+class RandomTables(TaskDistribution):
+    """Mean rewards from N(1, 1), transitions from a flat Dirichlet (Duan et al. 2016)."""
+
+    def __init__(self, states: int, actions: int) -> None:
+        self.states, self.actions = states, actions
+        pairs = [f"{s}_{a}" for s in range(states) for a in range(actions)]
+        self.names = (
+            *(f"reward_{pair}" for pair in pairs),
+            *(f"transition_{pair}_{s}" for pair in pairs for s in range(states)),
+        )
+
+    def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
+        pairs = self.states * self.actions
+        rewards = rng.normal(1.0, 1.0, (n, pairs))
+        transitions = rng.dirichlet(np.ones(self.states), (n, pairs))
+        return np.concatenate([rewards, transitions.reshape(n, -1)], axis=1)
+
+    def grid(self, n: int, split: Split = "test") -> Tasks:
+        """Return n tasks drawn from a stream of the split's own: no lattice has 550 dimensions."""
+        return self.sample(np.random.default_rng([0, _GRID_SEEDS[split]]), n)
+
+    def describe(self) -> str:
+        return (
+            f"{self.states} x {self.actions} mean rewards ~ N(1, 1),"
+            f" transitions to {self.states} states ~ Dirichlet(1)"
+        )
+
+    def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return N(1, 1) to three standard deviations for rewards, [0, 1] for probabilities."""
+        pairs = self.states * self.actions
+        rest = self.dim - pairs
+        return np.repeat([-2.0, 0.0], [pairs, rest]), np.repeat([4.0, 1.0], [pairs, rest])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TabularFamily(TaskFamily):
+    """Finite MDPs; every episode starts in state 0, which is observed as a one-hot vector."""
+
+    states: int
+    actions: int
+    payoff: Literal["normal", "bernoulli"]
+    """Rewards drawn from N(mean, 1), or 1 with the mean's probability and else 0."""
+
+    parallel: ClassVar[bool] = True
+
+    def make(self, task: Floats | None = None, *, render_mode: str | None = None) -> gym.Env:
+        return SingleTaskEnv(self, task, render_mode)
+
+    def make_vec(self, num_tasks: int, episodes: int, **options: Any) -> TabularVectorEnv:
+        options.pop("threads", None)
+        return TabularVectorEnv(self, num_tasks, episodes, **options)
+
+    def tables(self, tasks: Tasks) -> tuple[Floats, Floats]:
+        """Return mean rewards [n, states, actions] and transitions [n, states, actions, states]."""
+        shape = (len(tasks), self.states, self.actions)
+        pairs = self.states * self.actions
+        rewards = tasks[:, :pairs].reshape(shape)
+        if self.states == 1:
+            return rewards, np.ones((*shape, 1))
+        return rewards, tasks[:, pairs:].reshape(*shape, self.states)
+
+    def optimal_return(self, tasks: Tasks) -> Floats:
+        """Return the largest expected return of an episode of each task [n, task_dim], [n].
+
+        By backward induction, V_h(s) = max_a r(s, a) + sum_s' P(s' | s, a) V_{h+1}(s'): no policy
+        earns more, the one that knows the task and counts the steps that are left earns it.
+        """
+        rewards, transitions = self.tables(tasks)
+        value = np.zeros((len(tasks), self.states))
+        for _ in range(self.horizon):
+            value = (rewards + np.einsum("nsat,nt->nsa", transitions, value)).max(axis=2)
+        return value[:, 0]
+
+
+class TabularVectorEnv(TaskVectorEnv):
+    """All MDPs at once."""
+
+    family: TabularFamily
+
+    def __init__(
+        self,
+        family: TabularFamily,
+        num_tasks: int,
+        episodes: int,
+        *,
+        render_mode: str | None = None,
+        **options: Any,
+    ) -> None:
+        if render_mode is not None:
+            raise UserError(f"{family.name} has no render mode, got {render_mode!r}")
+        super().__init__(
+            family,
+            num_tasks,
+            episodes,
+            observation_space=gym.spaces.Box(0.0, 1.0, (family.states,), np.float32),
+            action_space=gym.spaces.Discrete(family.actions),
+            metadata={"render_modes": []},
+            **options,
+        )
+        shape = (self.num_envs, family.states, family.actions)
+        self._rewards = np.zeros(shape)
+        self._cumulative = np.zeros((*shape, family.states))
+        self._state = np.zeros(self.num_envs, np.int64)
+        self._time = np.zeros(self.num_envs, np.int64)
+        self._rngs: list[np.random.Generator | None] = [None] * self.num_envs
+        # Of each episode, drawn at its start: who steps beside it changes nothing.
+        self._chance = np.zeros((self.num_envs, family.horizon))
+        self._luck = np.zeros((self.num_envs, family.horizon))
+
+    def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
+        family = self.family
+        self._rewards[ids], transitions = family.tables(self.tasks[ids])
+        self._cumulative[ids] = transitions.cumsum(axis=-1)
+        for i, seed in zip(ids, seeds, strict=True):
+            rng = self._rngs[i]
+            if seed is not None or rng is None:
+                rng = self._rngs[i] = seeding.np_random(seed)[0]
+            self._chance[i] = rng.random(family.horizon)
+            normal = family.payoff == "normal"
+            self._luck[i] = (rng.standard_normal if normal else rng.random)(family.horizon)
+        self._state[ids] = self._time[ids] = 0
+
+    def _advance(
+        self, ids: NDArray[np.int64] | None, actions: Any
+    ) -> tuple[Floats, Bools | None, Bools | None, Bools | None, dict[str, Any]]:
+        moved = np.arange(self.num_envs) if ids is None else ids
+        action = np.asarray(actions)
+        if action.shape != (self.num_envs,) or not np.issubdtype(action.dtype, np.integer):
+            raise UserError(f"actions must be {self.num_envs} whole numbers, got {actions}")
+        chosen = action[moved]
+        if ((chosen < 0) | (chosen >= self.family.actions)).any():
+            raise UserError(f"actions must be from 0 to {self.family.actions - 1}, got {chosen}")
+        state, time = self._state[moved], self._time[moved]
+        mean, luck = self._rewards[moved, state, chosen], self._luck[moved, time]
+        reward = np.zeros(self.num_envs)
+        reward[moved] = mean + luck if self.family.payoff == "normal" else luck < mean
+        passed = self._chance[moved, time, None] >= self._cumulative[moved, state, chosen, :-1]
+        self._state[moved] = passed.sum(axis=1)
+        self._time[moved] += 1
+        return reward, None, None, None, {}
+
+    def _observe(self) -> NDArray:
+        return np.eye(self.family.states, dtype=np.float32)[self._state]
+
+
+@register
+def tabular_mdp(states: int = 10, actions: int = 5, horizon: int = 10) -> TabularFamily:
+    """Random MDPs as in RL^2 (Duan et al. 2016, arXiv:1611.02779)."""
+    if states < 2 or actions < 2:
+        raise UserError(f"states and actions must be at least 2, got {states} and {actions}")
+    return TabularFamily(
+        name="tabular-mdp",
+        description=f"random MDP of {states} states and {actions} actions, rewards N(mean, 1)",
+        tasks=RandomTables(states, actions),
+        horizon=horizon,
+        states=states,
+        actions=actions,
+        payoff="normal",
+    )
+
+
+@register
+def bandit(arms: int = 5, horizon: int = 10) -> TabularFamily:
+    """Bernoulli bandits, arms paying 1 with p ~ U[0, 1] (Duan et al. 2016); one pull a step."""
+    if arms < 2:
+        raise UserError(f"arms must be at least 2, got {arms}")
+    return TabularFamily(
+        name="bandit",
+        description=f"{arms} arms that pay 1 with hidden probabilities",
+        tasks=Uniform({f"arm_{k}": (0.0, 1.0) for k in range(arms)}),
+        horizon=horizon,
+        states=1,
+        actions=arms,
+        payoff="bernoulli",
+    )

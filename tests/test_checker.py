@@ -1,0 +1,408 @@
+"""check_task_family: sound families pass, and each broken one is told its own fault."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from envs import Finite, GymnasiumFamily, Uniform, check_task_family, family_names, make_family
+from envs.errors import UserError
+
+
+class Point(gym.Env):
+    """A point on a line, pushed about with a little chance; it pays its nearness to the task."""
+
+    observation_space = gym.spaces.Box(-100.0, 100.0, (1,), np.float32)
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    task = np.zeros(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(-0.1, 0.1)
+        return self.observe(), {}
+
+    def step(self, action):
+        self.x += 0.1 * action[0] + 0.01 * self.np_random.standard_normal()
+        reward = -abs(self.x - self.task[0]) + 0.1 * self.task[1]
+        return self.observe(), float(reward), False, False, {}
+
+    def observe(self):
+        return np.array([self.x], np.float32)
+
+
+def family(env=Point, **changes) -> GymnasiumFamily:
+    tasks = Uniform({"goal": (-1.0, 1.0), "bonus": (0.0, 1.0)})
+    return GymnasiumFamily(
+        **{"name": "point", "env": env, "tasks": tasks, "horizon": 20, **changes}
+    )
+
+
+def put(env, task):
+    env.task = task
+
+
+def pay(observation, action, next_observation, info, task):
+    return -np.abs(next_observation[:, 0] - task[:, 0]) + task[:, 1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"set_task": put}, {"reward": pay}])
+def test_a_sound_family_passes(changes):
+    assert check_task_family(family(**changes)) == []
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_the_families_of_the_package_pass(name):
+    assert check_task_family(make_family(name)) == []
+
+
+# The broken ones ----------------------------------------------------------------------------------
+
+
+class WrongShape(Point):
+    def observe(self):
+        return np.array([self.x, 0.0], np.float32)
+
+
+class WrongDtype(Point):
+    def observe(self):
+        return np.array([self.x])
+
+
+class TurnsNan(Point):
+    def observe(self):
+        return np.array([self.x if abs(self.x) < 0.15 else np.nan], np.float32)
+
+
+class OutOfBounds(Point):
+    observation_space = gym.spaces.Box(-0.15, 0.15, (1,), np.float32)
+
+
+class NanReward(Point):
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, float("nan"), *rest
+
+
+class RewardInAnArray(Point):
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, np.array([reward]), *rest
+
+
+class Unseeded(Point):
+    def step(self, action):
+        self.x += np.random.normal()  # noqa: NPY002
+        return super().step(action)
+
+
+class Remembers(Point):
+    x = 0.0
+
+    def reset(self, *, seed=None, options=None):
+        before = self.x
+        super().reset(seed=seed)
+        self.x += before
+        return self.observe(), {}
+
+
+class NoSuperReset(Point):
+    def reset(self, *, seed=None, options=None):
+        self.x = 0.0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.x += 0.1 * action[0]
+        return self.observe(), -abs(self.x - self.task[0]) + self.task[1], False, False, {}
+
+
+class OneBuffer(Point):
+    buffer = np.zeros(1, np.float32)
+
+    def observe(self):
+        self.buffer[0] = self.x
+        return self.buffer
+
+
+class LosesItsTask(Point):
+    def reset(self, *, seed=None, options=None):
+        self.task = np.zeros(2)
+        return super().reset(seed=seed)
+
+
+class EndsItself(Point):
+    def reset(self, *, seed=None, options=None):
+        self.count = 0
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.count += 1
+        observation, reward, *_ = super().step(action)
+        return observation, reward, False, self.count >= 5, {}
+
+
+class OldReset(Point):
+    def reset(self):
+        return self.observe(), {}
+
+
+class OldResetResult(Point):
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0]
+
+
+class OldStep(Point):
+    def step(self, action):
+        return super().step(action)[:4]
+
+
+class Raises(Point):
+    def step(self, action):
+        raise KeyError("speed")
+
+
+class Pixels(Point):
+    observation_space = gym.spaces.Box(0, 255, (4, 4, 3), np.uint8)
+
+    def observe(self):
+        return np.zeros((4, 4, 3), np.uint8)
+
+
+class Grows(Point):
+    def __init__(self, size=1.0):
+        self.size = int(size)
+        self.observation_space = gym.spaces.Box(-100.0, 100.0, (self.size,), np.float32)
+
+    def observe(self):
+        return np.full(self.size, self.x, np.float32)
+
+
+class NoTask(gym.Env):
+    observation_space, action_space = Point.observation_space, Point.action_space
+
+
+class GlobalRandomness(Uniform):
+    def sample(self, rng, n, split="train"):
+        return super().sample(np.random.default_rng(), n, split)
+
+
+class FlatTasks(Uniform):
+    def sample(self, rng, n, split="train"):
+        return super().sample(rng, n, split)[:, 0]
+
+
+def misspell(env, task):
+    env.tsk = task
+
+
+def forget(env, task):
+    pass
+
+
+def unpaid(observation, action, next_observation, info, task):
+    return -np.abs(next_observation[:, 0])
+
+
+def first_row_only(observation, action, next_observation, info, task):
+    return -np.abs(next_observation[:, 0] - task[0, 0])
+
+
+def column(observation, action, next_observation, info, task):
+    return -np.abs(next_observation - task[:, :1])
+
+
+def needs_the_main_program(env, task):
+    env.task = task * main_program["more"]
+
+
+main_program = {"scale": 0.0}  # and a worker has only this
+
+
+def put_what_the_main_program_says(env, task):
+    env.task = task * main_program["scale"]
+
+
+BROKEN = {
+    "flat tasks": (
+        {"tasks": FlatTasks({"goal": (0.0, 1.0), "bonus": (0.0, 1.0)})},
+        r"tasks: tasks.sample\(16\) must have the shape \(16, 2\).* got \(16,\)",
+    ),
+    "random tasks": (
+        {"tasks": GlobalRandomness({"goal": (0.0, 1.0), "bonus": (0.0, 1.0)})},
+        "tasks: tasks.sample must draw from the generator that it is given",
+    ),
+    "one task": (
+        {"tasks": Finite(("goal", "bonus"), [[0.5, 0.0]])},
+        "tasks: all training tasks are the same",
+    ),
+    "no way in": ({"env": NoTask}, r"environment: point: nothing says how a task gets into"),
+    "unknown keyword": (
+        {"env": "Pendulum-v1", "keywords": True, "tasks": Uniform({"gravity": (5.0, 15.0)})},
+        "environment: point: Pendulum-v1 cannot be made with gravity=10.0: .*unexpected keyword",
+    ),
+    "unknown id": ({"env": "Pendlum-v1"}, "environment: point: Environment `Pendlum` doesn't"),
+    "old reset": ({"env": OldReset}, r"environment: reset must be declared reset\(self, \*, seed"),
+    "old reset's result": (
+        {"env": OldResetResult},
+        r"environment: reset must return \(observation, info\).*, got array",
+    ),
+    "old step": ({"env": OldStep}, "environment: step must return .observation, reward, termin"),
+    "an exception": (
+        {"env": Raises},
+        r"environment: KeyError: 'speed' \(test_checker.py:\d+, in step\)",
+    ),
+    "pixels": ({"env": Pixels}, r"spaces: observations hold an image, Box\(0, 255"),
+    "spaces that differ": (
+        {"env": Grows, "keywords": True, "tasks": Uniform({"size": (1.0, 4.0)})},
+        "spaces: every task must have the same observation_space, got Box.* and Box",
+    ),
+    "shape": ({"env": WrongShape}, r"episodes: reset gives an observation of shape \(2,\), the"),
+    "dtype": (
+        {"env": WrongDtype},
+        r"episodes: reset gives float64 .* return np.asarray\(observation, np.float32\)",
+    ),
+    "NaN": (
+        {"env": TurnsNan},
+        r"episodes: step \d+ gives an observation with nan in it \(task goal=",
+    ),
+    "bounds": (
+        {"env": OutOfBounds},
+        r"episodes: step \d+ gives .* as component 0 of the observation, outside .* \[-0.15, 0.15",
+    ),
+    "NaN reward": ({"env": NanReward}, "episodes: step 1 gives a reward of nan"),
+    "reward's shape": (
+        {"env": RewardInAnArray},
+        r"episodes: step 1 gives a reward of shape \(1,\): it must be a number",
+    ),
+    "horizon": (
+        {"env": EndsItself},
+        "episodes: the environment truncates an episode after 5 steps, before .* set horizon=5",
+    ),
+    "reward of columns": (
+        {"reward": column},
+        r"episodes: point: reward must return one number a row, \[1\] here, got \[1, 1\]",
+    ),
+    "unseeded": (
+        {"env": Unseeded},
+        "seeding: the same seed and actions give other observations at step 1: draw all random",
+    ),
+    "not set back": (
+        {"env": Remembers},
+        "seeding: an episode depends on the one before it: .* observations differ after 0 steps",
+    ),
+    "no super().reset": ({"env": NoSuperReset}, r"gymnasium: .*call `super\(\).reset\(seed=seed"),
+    "one buffer": ({"env": OneBuffer}, "gymnasium: .*share an object"),
+    "rows": (
+        {"reward": first_row_only},
+        r"batch: rewards of make_vec differ from those of make after 1 steps of task goal=.*"
+        r"task\[:, 0\]",
+    ),
+    "lost at reset": (
+        {"env": LosesItsTask},
+        "dependence: the task is lost at reset: .* reset must leave alone what set_task has set",
+    ),
+    "misspelt": (
+        {"set_task": misspell, "env": "Pendulum-v1"},
+        "dependence: .* set_task makes a new attribute 'tsk', which the environment does not read",
+    ),
+    "forgotten": ({"set_task": forget}, "dependence: .* nothing in step depends on what set_task"),
+    "unpaid": ({"reward": unpaid}, "dependence: .* what reward does must depend on the task"),
+    "a component": (
+        {"reward": lambda o, a, n, i, task: -np.abs(n[:, 0] - task[:, 0])},
+        "dependence: bonus changes neither observations nor rewards, from 0 to 1",
+    ),
+    "lambda": (
+        {"set_task": lambda env, task: put(env, task)},
+        r"pickling: set_task cannot be sent to a worker process \(.*lambda.* top level of a modul",
+    ),
+    "lost on the way": (
+        {"set_task": put_what_the_main_program_says},
+        "worker: the task is lost on the way to a worker process",
+    ),
+    "missing there": (
+        {"set_task": needs_the_main_program},
+        r"worker: in a worker process, KeyError: 'more' \(test_checker.py:\d+, in needs_the_main",
+    ),
+    "registered here": (
+        {"env": "RegisteredHere-v0"},
+        "worker: in a worker process, point: Environment `RegisteredHere` doesn't exist",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_family_is_told_its_fault(fault, monkeypatch):
+    monkeypatch.setitem(main_program, "scale", 1.0)
+    monkeypatch.setitem(main_program, "more", 1.0)
+    spec = gym.envs.registration.EnvSpec("RegisteredHere-v0", entry_point=Point)
+    monkeypatch.setitem(gym.registry, spec.id, spec)
+    changes, message = BROKEN[fault]
+    findings = check_task_family(family(**changes))
+    assert len(findings) == 1
+    assert re.match(message, str(findings[0])), findings[0]
+
+
+def test_what_is_no_family_is_refused():
+    with pytest.raises(UserError, match="takes a TaskFamily, got type"):
+        check_task_family(Point)  # type: ignore[arg-type]
+
+
+# The command --------------------------------------------------------------------------------------
+
+MODULE = """
+from envs import GymnasiumFamily, Uniform
+
+def family(horizon=30, key="g"):
+    def put(env, task):
+        setattr(env, key, task[0])
+    return GymnasiumFamily(name="pendulum", env="Pendulum-v1", horizon=horizon,
+        tasks=Uniform({"gravity": (5.0, 15.0)}), set_task=put)
+"""
+
+
+def test_the_command_lists_what_was_checked(tmp_path, monkeypatch, capsys):
+    from metarl.cli import main  # not above: worker processes import this file, and would torch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "checked_family.py").write_text(MODULE)
+    assert main(["check", "checked_family:family"]) == 0
+    out = capsys.readouterr().out
+    assert "gravity in [5, 15]; horizon 30" in out
+    assert out.count("  ok ") == 10
+    options = ["--family-options", "horizon=9", "key=gg"]
+    assert main(["check", "checked_family:family", *options]) == 2
+    out = capsys.readouterr().out
+    assert "FAULT  dependence" in out
+    assert "horizon 9" in out
+    assert "not reached: pickling, worker" in out
+    assert main(["check", "checked_family:famly"]) == 2
+    assert "did you mean 'family'" in capsys.readouterr().err
+
+
+SCRIPT = """
+from envs import check_task_family
+from test_checker import family, put
+for finding in check_task_family(family(set_task=put)):
+    print(finding)
+"""
+
+
+def test_a_script_without_a_main_guard_is_told_to_have_one(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    tests = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{tests}:{tests.parent}", "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "worker: worker processes import the script that starts them" in result.stdout
+    assert "if __name__ == '__main__':" in result.stdout
