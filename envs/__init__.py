@@ -17,7 +17,15 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs import half_cheetah, navigation  # noqa: F401  (they register their families)
+from envs import (  # noqa: F401  (they register their families)
+    ant,
+    half_cheetah,
+    hopper,
+    humanoid,
+    navigation,
+    swimmer,
+    walker2d,
+)
 from envs.family import (
     Finite,
     TaskDistribution,
@@ -45,9 +53,18 @@ __all__ = [
 ]
 
 GYMNASIUM_IDS = {
+    "metarl/AntDir-v0": "ant-dir",
+    "metarl/AntGoal-v0": "ant-goal",
+    "metarl/AntVel-v0": "ant-vel",
     "metarl/HalfCheetahDir-v0": "half-cheetah-dir",
     "metarl/HalfCheetahVel-v0": "half-cheetah-vel",
+    "metarl/HopperParams-v0": "hopper-params",
+    "metarl/HumanoidDir-v0": "humanoid-dir",
     "metarl/Navigation2D-v0": "navigation-2d",
+    "metarl/SwimmerVel-v0": "swimmer-vel",
+    "metarl/Walker2dDir-v0": "walker2d-dir",
+    "metarl/Walker2dParams-v0": "walker2d-params",
+    "metarl/Walker2dVel-v0": "walker2d-vel",
 }
 
 

@@ -120,6 +120,10 @@ class Uniform(TaskDistribution):
         low, high = self.bounds(split)
         if self.dim == 1:
             unit = (np.arange(n)[:, None] + 0.5) / n
+        elif self.dim > 8:
+            # A Latin hypercube: even along each axis, where no lattice of few points is.
+            order = np.random.default_rng(0).permuted(np.tile(np.arange(n), (self.dim, 1)), axis=1)
+            unit = (order.T + 0.5) / n
         else:
             # Kronecker lattice of the generalized golden ratio: even cover in any dimension.
             ratio = 2.0
@@ -131,7 +135,8 @@ class Uniform(TaskDistribution):
 
     def describe(self) -> str:
         box = zip(self.names, self._boxes["train"], strict=True)
-        return ", ".join(f"{name} in [{low:g}, {high:g}]" for name, (low, high) in box)
+        words = [f"{name} in [{low:g}, {high:g}]" for name, (low, high) in box]
+        return ", ".join(words if self.dim <= 8 else [*words[:3], f"… ({self.dim} components)"])
 
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         box = self._boxes[split]

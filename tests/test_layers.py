@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ENVS = [
-    "errors", "family", "vector", "gymnasium_family", "mujoco_vector", "half_cheetah",
-    "navigation", "__init__",
+    "errors", "family", "vector", "gymnasium_family", "mujoco_bodies", "mujoco_vector", "ant",
+    "half_cheetah", "hopper", "humanoid", "navigation", "swimmer", "walker2d", "__init__",
 ]  # fmt: skip
 METARL = [
     "seeding", "parallel", "trajectories", "policies", "rollouts", "advantages", "objectives",
