@@ -128,7 +128,7 @@ def centre_of_mass_velocity(step: Step) -> Floats:
 
 
 def upkeep(
-    step: Step, *, control: float, contact: float = 0.0, bonus: float | Floats = 0.0
+    step: Step, *, control: float, contact: float = 0.0, bonus: float | NDArray = 0.0
 ) -> Reward:
     """bonus - control |a|^2 - contact |clip(cfrc_ext, -1, 1)|^2, a the action applied."""
     cost = control * np.square(step.action, dtype=np.float64).sum(axis=1)
@@ -407,7 +407,9 @@ def scaled_parameters(model: mujoco.MjModel, tasks: Tasks) -> dict[str, NDArray]
         stock = getattr(model, field)
         varied = np.flatnonzero(stock)
         values = np.repeat(stock.reshape(1, -1), len(tasks), axis=0)
-        values[:, varied] *= base ** tasks[:, start : start + len(varied)]
+        # Contiguous, so that a power has the same last bit however many tasks there are.
+        exponent = np.ascontiguousarray(tasks[:, start : start + len(varied)])
+        values[:, varied] *= np.power(base, exponent)
         fields[field] = values.reshape(len(tasks), *stock.shape)
         start += len(varied)
     return fields

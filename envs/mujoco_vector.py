@@ -156,10 +156,11 @@ class MujocoVectorEnv(TaskVectorEnv):
         # MuJoCo computes contact forces on request, from a simulation's whole data: keep them.
         self.batch = Batch(model, max(num_tasks * episodes, 1), threads, persistent=forces)
         self._forces = np.zeros((self.batch.nsim, model.nbody, 6)) if forces else None
-        derived = {
-            name: self._forces if name == _CONTACT_FORCES else self.batch.bind(name)
-            for name in family.fields
+        derived: dict[str, NDArray] = {
+            name: self.batch.bind(name) for name in family.fields if name != _CONTACT_FORCES
         }
+        if self._forces is not None:
+            derived[_CONTACT_FORCES] = self._forces
         self.sim = Sim(self.batch.bind("qpos"), self.batch.bind("qvel"), derived)
         self._ctrl = self.batch.bind("ctrl")
         bounds = model.actuator_ctrlrange.astype(np.float32)
@@ -181,7 +182,7 @@ class MujocoVectorEnv(TaskVectorEnv):
         )
         self.render_mode = render_mode
         self._renderer: Any = None
-        self._data = mujoco.MjData(model) if forces or render_mode is not None else None
+        self._data = mujoco.MjData(model)
         self._scale = scale
         self._rngs: list[np.random.Generator | None] = [None] * self.num_envs
         self._warnings = self.batch.warning[:, _DIVERGED, _COUNT].copy()
