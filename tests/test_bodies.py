@@ -346,6 +346,7 @@ PENDULUM = """<mujoco><option timestep="0.01" gravity="0 0 0"/><worldbody><body>
 <actuator><motor joint="hinge" ctrllimited="true" ctrlrange="-1 1"/></actuator></mujoco>"""
 
 
+@pytest.mark.filterwarnings("ignore:.*A Box observation space m.*imum value is .*infinity")
 def test_a_model_of_ones_own(tmp_path):
     path = tmp_path / "pendulum.xml"
     path.write_text(PENDULUM)
