@@ -15,6 +15,10 @@ import envs
 from envs import MujocoFamily, Uniform, make_family
 from envs.errors import UserError
 from envs.mujoco_bodies import BODIES, load_model, scaled_parameters, upkeep
+from metarl.benchmark import _replay
+from metarl.config import Config, PolicyConfig
+from metarl.rollouts import Address
+from metarl.trainer import Trainer
 
 DISABLED = AutoresetMode.DISABLED
 SEEDS = [21, 22, 23, 24]
@@ -422,3 +426,33 @@ def test_gymnasium_ids(id, task):
     one, two = env.step(action), vector.step(np.stack([action] * 2))
     assert np.array_equal(two[0][0], one[0])
     assert two[1][0] == one[1]
+
+
+# The physics ceiling ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "action"), [("ant-dir", "clip"), ("hopper-params", "clip"), ("humanoid-dir", "scale")]
+)
+def test_the_ceiling_replays_the_very_physics_of_a_rollout(name, action, monkeypatch):
+    config = Config(
+        family=name, family_options={"horizon": 40}, iterations=1, tasks=2, episodes=3, threads=2,
+        policy=PolicyConfig(hidden=(8,), action=action),
+    )  # fmt: skip
+    made = []
+    with Trainer(config) as trainer:
+        seen: list = []
+        trainer.iterate(watch=seen.extend)
+        make_vec = MujocoFamily.make_vec
+        monkeypatch.setattr(
+            MujocoFamily, "make_vec", lambda *a, **k: made.append(make_vec(*a, **k)) or made[-1]
+        )
+        assert len({int(n) for n in seen[0].valid.sum(-1).flatten()}) > 1 or name == "ant-dir"
+        for k, rollout in enumerate(seen):
+            assert _replay(trainer, rollout, Address(config.seed, 0, inner_step=k)) > 0.0
+    for env, rollout in zip(made, seen, strict=True):
+        last = rollout.last_observation.flatten(0, 1).numpy()
+        root = {"ant-dir": 2, "hopper-params": 1, "humanoid-dir": 2}[name]
+        size = env.model.nq - root
+        # Positions head these observations, whatever else they hold.
+        assert np.array_equal(last[:, :size], env.sim.qpos[:, root:].astype(np.float32))
