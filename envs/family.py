@@ -299,6 +299,8 @@ def _parameters(factory: Factory) -> dict[str, Any]:
 def parse_options(texts: Iterable[str]) -> dict[str, Any]:
     """Return {"low": 0.5} for ("low=0.5",); a value that is no Python literal is a string.
 
+    true and false are taken as True and False.
+
     Raises:
         UserError: a text has no '='.
     """
@@ -310,7 +312,7 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
         try:
             options[key.replace("-", "_")] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            options[key.replace("-", "_")] = value
+            options[key.replace("-", "_")] = {"true": True, "false": False}.get(value, value)
     return options
 
 

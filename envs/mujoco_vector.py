@@ -75,6 +75,7 @@ class MujocoFamily(TaskFamily):
     """What a reward needs to know of the state before the step; with a reward of one's own, the
     root's x."""
     terminated: Callable[[Sim], Bools] | None = None
+    """Episodes that end at the present state; without env, None for none."""
     fields: tuple[str, ...] = ()
     """Derived fields of MjData that the functions above read, as `sim["xpos"]`. They lag a physics
     step behind, as in Gymnasium, unless a `stage` is asked for. Contact forces (`cfrc_ext`) cost
@@ -109,6 +110,8 @@ class MujocoFamily(TaskFamily):
         for part in ("xml", "frame_skip", "observe", "reward", "initial_state"):
             if getattr(self, part) is None:
                 raise UserError(f"{self.name}: give {part}, or env for that of a stock body")
+        if self.frame_skip < 1:
+            raise UserError(f"{self.name}: frame_skip must be at least 1, got {self.frame_skip}")
         for field in fields:
             if field not in DATA_FIELDS:
                 raise UserError(

@@ -377,6 +377,7 @@ def test_a_model_of_ones_own(tmp_path):
     [
         ({"env": "Hoper-v5"}, "no native body 'Hoper-v5'; did you mean 'Hopper-v5'"),
         ({"env": None, "xml": "ant.xml"}, "bare: give frame_skip, or env"),
+        ({"frame_skip": 0}, "bare: frame_skip must be at least 1, got 0"),
         ({"fields": ("xpso",)}, "bare: no field 'xpso'; did you mean 'xpos'"),
     ],
 )
