@@ -18,10 +18,15 @@ import gymnasium as gym
 import numpy as np
 
 from envs import (  # noqa: F401  (they register their families)
+    ant,
     classic_control,
     half_cheetah,
+    hopper,
+    humanoid,
     navigation,
+    swimmer,
     tabular,
+    walker2d,
 )
 from envs.checker import Finding, check_task_family
 from envs.errors import UserError
@@ -54,13 +59,22 @@ __all__ = [
 ]
 
 GYMNASIUM_IDS = {
+    "metarl/AntDir-v0": "ant-dir",
+    "metarl/AntGoal-v0": "ant-goal",
+    "metarl/AntVel-v0": "ant-vel",
     "metarl/Bandit-v0": "bandit",
     "metarl/CartPoleLength-v0": "cartpole-length",
     "metarl/HalfCheetahDir-v0": "half-cheetah-dir",
     "metarl/HalfCheetahVel-v0": "half-cheetah-vel",
+    "metarl/HopperParams-v0": "hopper-params",
+    "metarl/HumanoidDir-v0": "humanoid-dir",
     "metarl/Navigation2D-v0": "navigation-2d",
     "metarl/PendulumGravity-v0": "pendulum-gravity",
+    "metarl/SwimmerVel-v0": "swimmer-vel",
     "metarl/TabularMDP-v0": "tabular-mdp",
+    "metarl/Walker2dDir-v0": "walker2d-dir",
+    "metarl/Walker2dParams-v0": "walker2d-params",
+    "metarl/Walker2dVel-v0": "walker2d-vel",
 }
 
 

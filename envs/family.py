@@ -122,6 +122,10 @@ class Uniform(TaskDistribution):
         low, high = self.bounds(split)
         if self.dim == 1:
             unit = (np.arange(n)[:, None] + 0.5) / n
+        elif self.dim > 8:
+            # A Latin hypercube: even along each axis, where no lattice of few points is.
+            order = np.random.default_rng(0).permuted(np.tile(np.arange(n), (self.dim, 1)), axis=1)
+            unit = (order.T + 0.5) / n
         else:
             # Kronecker lattice of the generalized golden ratio: even cover in any dimension.
             ratio = 2.0
@@ -133,7 +137,8 @@ class Uniform(TaskDistribution):
 
     def describe(self) -> str:
         box = zip(self.names, self._boxes["train"], strict=True)
-        return ", ".join(f"{name} in [{low:g}, {high:g}]" for name, (low, high) in box)
+        words = [f"{name} in [{low:g}, {high:g}]" for name, (low, high) in box]
+        return ", ".join(words if self.dim <= 8 else [*words[:3], f"… ({self.dim} components)"])
 
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         box = self._boxes[split]
@@ -297,6 +302,8 @@ def _parameters(factory: Callable[..., Any]) -> dict[str, Any]:
 def parse_options(texts: Iterable[str]) -> dict[str, Any]:
     """Return {"low": 0.5} for ("low=0.5",); a value that is no Python literal is a string.
 
+    true and false are taken as True and False.
+
     Raises:
         UserError: a text has no '='.
     """
@@ -308,7 +315,7 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
         try:
             options[key.replace("-", "_")] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            options[key.replace("-", "_")] = value
+            options[key.replace("-", "_")] = {"true": True, "false": False}.get(value, value)
     return options
 
 

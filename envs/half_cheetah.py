@@ -30,7 +30,18 @@ import numpy as np
 
 from envs.errors import UserError
 from envs.family import Finite, TaskDistribution, Uniform, did_you_mean, register
-from envs.mujoco_vector import MujocoFamily, Sim, Step
+from envs.mujoco_bodies import (
+    Sim,
+    add_centre_of_mass,
+    centre_of_mass,
+    centre_of_mass_velocity,
+    direction_reward,
+    forward_velocity,
+    observe_planar,
+    rllab_pose,
+    velocity_reward,
+)
+from envs.mujoco_vector import STOCK, MujocoFamily
 from envs.vector import Floats
 
 CONTROL_COST = 0.05
@@ -44,9 +55,8 @@ class Scale:
     horizon: int = 200
     action_scale: float = 1.0
     centre_of_mass: bool = False
-    """Velocity of the centre of mass and not of the root, and three more observations."""
-    position_noise: float | None = None
-    """Standard deviation of the initial positions; None for the stock uniform +-0.1."""
+    """As in rllab: velocity of the centre of mass and not of the root, three more observations,
+    and normal noise on the initial pose."""
     highest_goal: float = 2.0
     balanced: bool = False
     """Both directions equally often in a batch of tasks, instead of drawn at random."""
@@ -54,87 +64,36 @@ class Scale:
 
 SCALES = {
     "stock": Scale(),
-    "icml2017": Scale(frame_skip=1, centre_of_mass=True, position_noise=0.01),
+    "icml2017": Scale(frame_skip=1, centre_of_mass=True),
     "promp2019": Scale(horizon=100, action_scale=10.0, highest_goal=3.0),
     "pearl2019": Scale(action_scale=10.0, highest_goal=3.0, balanced=True),
 }
 
 
-def observe_root(sim: Sim) -> Floats:
-    """Stock observations [n, 17]: positions but for the root's x, then velocities."""
-    return np.concatenate([sim.qpos[:, 1:], sim.qvel], axis=1)
-
-
-def observe_centre_of_mass(sim: Sim) -> Floats:
+def observe_with_centre_of_mass(sim: Sim) -> Floats:
     """rllab's observations [n, 20]: the stock ones and the centre of mass."""
-    return np.concatenate([sim.qpos[:, 1:], sim.qvel, sim.sensordata[:, :3]], axis=1)  # type: ignore[index]
-
-
-def root_velocity(step: Step) -> Floats:
-    """Forward velocity of the root over the step, m/s."""
-    return (step.sim.qpos[:, 0] - step.before) / step.dt
-
-
-def centre_of_mass_velocity(step: Step) -> Floats:
-    """Forward velocity of the body's centre of mass at the new state, m/s."""
-    return step.sim.sensordata[:, 3]  # type: ignore[index]
-
-
-def add_centre_of_mass(spec: mujoco.MjSpec) -> None:
-    """Add sensors of the centre of mass and its velocity to the model."""
-    for kind in (mujoco.mjtSensor.mjSENS_SUBTREECOM, mujoco.mjtSensor.mjSENS_SUBTREELINVEL):
-        spec.add_sensor(type=kind, objtype=mujoco.mjtObj.mjOBJ_BODY, objname="torso")
-
-
-def direction_reward(step: Step, velocity: Any) -> tuple[Floats, dict[str, Any]]:
-    """d v - 0.05 |a|^2, d the direction and a the action applied (Finn et al. 2017)."""
-    speed = velocity(step)
-    cost = control_cost(step)
-    return step.task[:, 0] * speed - cost, {"x_velocity": speed, "reward_ctrl": -cost}
-
-
-def velocity_reward(step: Step, velocity: Any) -> tuple[Floats, dict[str, Any]]:
-    """-|v - g| - 0.05 |a|^2, g the goal velocity and a the action applied (Finn et al. 2017)."""
-    speed = velocity(step)
-    cost = control_cost(step)
-    return -np.abs(speed - step.task[:, 0]) - cost, {"x_velocity": speed, "reward_ctrl": -cost}
-
-
-def control_cost(step: Step) -> Floats:
-    """0.05 |a|^2 of the action applied, [n]."""
-    return CONTROL_COST * np.square(step.action, dtype=np.float64).sum(axis=1)
-
-
-def initial_state(
-    rng: np.random.Generator, model: mujoco.MjModel, position_noise: float | None
-) -> tuple[Floats, Floats]:
-    """Draw qpos, then qvel, around the model's initial pose."""
-    if position_noise is None:
-        qpos = rng.uniform(-0.1, 0.1, model.nq)
-    else:
-        qpos = position_noise * rng.standard_normal(model.nq)
-    return model.qpos0 + qpos, 0.1 * rng.standard_normal(model.nv)
+    return np.concatenate([observe_planar(sim), centre_of_mass(sim)], axis=1)
 
 
 def _half_cheetah(
     name: str, description: str, reward: Any, tasks: TaskDistribution, body: Scale
 ) -> MujocoFamily:
     com = body.centre_of_mass
-    velocity = centre_of_mass_velocity if com else root_velocity
-    stage = mujoco.mjtStage.mjSTAGE_VEL if com else mujoco.mjtStage.mjSTAGE_NONE
+    velocity = centre_of_mass_velocity if com else forward_velocity
     return MujocoFamily(
         name=name,
         description=description,
         tasks=tasks,
         horizon=body.horizon,
-        xml="half_cheetah.xml",
+        env="HalfCheetah-v5",
         frame_skip=body.frame_skip,
         action_scale=body.action_scale,
-        observe=observe_centre_of_mass if com else observe_root,
-        reward=partial(reward, velocity=velocity),
-        initial_state=partial(initial_state, position_noise=body.position_noise),
+        observe=observe_with_centre_of_mass if com else STOCK,
+        reward=partial(reward, velocity=velocity, control=CONTROL_COST),
+        initial_state=rllab_pose if com else STOCK,
         edit=add_centre_of_mass if com else None,
-        stage=int(stage),
+        fields=("sensordata",) if com else (),
+        stage=int(mujoco.mjtStage.mjSTAGE_VEL if com else mujoco.mjtStage.mjSTAGE_NONE),
     )
 
 

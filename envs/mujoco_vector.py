@@ -1,8 +1,8 @@
 """The native backend: every simulation of every task in one `mujoco.batch.Batch`.
 
-A `MujocoFamily` gives a model and vectorised functions over all simulations; `MujocoVectorEnv`
-steps them in one call. States, observations and terminations equal those of the stock Gymnasium
-environment stepped alone, bit for bit, at any number of threads.
+A `MujocoFamily` gives a model, or the id of a stock Gymnasium body, and vectorised functions over
+all simulations; `MujocoVectorEnv` steps them in one call. States, observations and terminations
+equal those of the stock Gymnasium environment stepped alone, bit for bit, at any number of threads.
 
 A simulation that diverges is reset by MuJoCo in the middle of a step and looks healthy afterwards;
 only its warning counters tell. They are compared after every step, and the episode is truncated
@@ -14,73 +14,76 @@ and marked in `info["diverged"]`.
 
 from __future__ import annotations
 
+import copy
 import functools
-import os
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.utils import seeding
-from mujoco.batch import Batch
+from mujoco.batch import DATA_FIELDS, Batch
 from numpy.typing import NDArray
 
 from envs.errors import UserError
-from envs.family import TaskFamily
+from envs.family import TaskFamily, Tasks, did_you_mean
+from envs.mujoco_bodies import Sim, Step, find_body, load_model, root_x
 from envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
 
 _DIVERGED = slice(mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADCTRL + 1)
 _COUNT = 1  # of (last info, number of warnings)
+_CONTACT_FORCES = "cfrc_ext"
 
-
-def _ignore(message: str) -> None:
-    """Take a warning and do nothing."""
-
-
-@dataclass(frozen=True)
-class Sim:
-    """The state of all simulations, live arrays [simulations, ...]."""
-
-    qpos: Floats
-    qvel: Floats
-    sensordata: Floats | None
-    """Sensors at the present state, where the family asks for a stage; else None."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of all simulations, as a reward sees it; arrays are [simulations, ...]."""
-
-    sim: Sim
-    before: Floats
-    """What the family's `track` gave before the step."""
-    action: NDArray[np.float32]
-    """The action applied: scaled and clipped to the actuators' bounds."""
-    task: Floats
-    dt: float
-    """Seconds of simulated time that a step takes."""
+STOCK: Any = None
+"""Left out: what the stock body has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MujocoFamily(TaskFamily):
-    """A family over one MuJoCo model, stepped natively."""
+    """A family over one MuJoCo model, stepped natively.
 
-    xml: str
+    Of a stock Gymnasium body, such as hoppers of different masses:
+
+        MujocoFamily(
+            name="hopper-mass",
+            env="Hopper-v5",
+            tasks=Uniform({"mass": (0.5, 2.0)}),
+            model_fields=lambda model, tasks: {"body_mass": tasks[:, :1] * model.body_mass},
+            horizon=200,
+        )
+
+    What is left out is the stock body's. A family over a model file of one's own gives `xml`,
+    `frame_skip`, `observe`, `reward` and `initial_state`. All functions take every simulation at
+    once, and functions of a module, not lambdas, can be pickled.
+    """
+
+    env: str | None = None
+    """A Gymnasium id that gives whatever is left out below (one of `mujoco_bodies.BODIES`)."""
+    xml: str = STOCK
     """Model file: a path, or a name among Gymnasium's own MuJoCo models."""
-    frame_skip: int
+    frame_skip: int = STOCK
     """Physics steps an environment step."""
-    observe: Callable[[Sim], Floats]
+    observe: Callable[[Sim], Floats] = STOCK
     """Observations [simulations, observation_dim], a new array."""
-    reward: Callable[[Step], tuple[Floats, dict[str, Any]]]
+    reward: Callable[[Step], tuple[Floats, dict[str, Any]]] = STOCK
     """Rewards [simulations], and info arrays."""
-    initial_state: Callable[[np.random.Generator, mujoco.MjModel], tuple[Floats, Floats]]
+    initial_state: Callable[[np.random.Generator, mujoco.MjModel], tuple[Floats, Floats]] = STOCK
     """Draws the qpos and qvel that one episode starts from."""
-    track: Callable[[Sim], Floats] = field(default=lambda sim: sim.qpos[:, 0].copy())
-    """What a reward needs to know of the state before the step."""
+    track: Callable[[Sim], Floats] = STOCK
+    """What a reward needs to know of the state before the step; with a reward of one's own, the
+    root's x."""
     terminated: Callable[[Sim], Bools] | None = None
+    """Episodes that end at the present state; without env, None for none."""
+    fields: tuple[str, ...] = ()
+    """Derived fields of MjData that the functions above read, as `sim["xpos"]`. They lag a physics
+    step behind, as in Gymnasium, unless a `stage` is asked for. Contact forces (`cfrc_ext`) cost
+    about 10 microseconds an environment step; they are zero at the start of an episode, as in
+    Gymnasium, unless a stage is asked for."""
+    model_fields: Callable[[mujoco.MjModel, Tasks], Mapping[str, NDArray]] | None = None
+    """Fields of MjModel that tasks [n, task_dim] change, [n, ...] each; constants that MuJoCo
+    derives from them (mj_setConst) follow."""
     edit: Callable[[mujoco.MjSpec], None] | None = None
     """Changes the model before it is compiled, to add sensors for instance."""
     stage: int = int(mujoco.mjtStage.mjSTAGE_NONE)
@@ -91,6 +94,35 @@ class MujocoFamily(TaskFamily):
 
     parallel: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fields = list(self.fields)
+        if self.env is not None:
+            body = find_body(self.env)
+            if self.observe is None:
+                fields += body.observe_fields
+            if self.reward is None:
+                fields += body.reward_fields
+                self._fill("track", body.track)
+            for part in ("xml", "frame_skip", "observe", "reward", "initial_state", "terminated"):
+                self._fill(part, getattr(body, part))
+        self._fill("track", root_x)
+        for part in ("xml", "frame_skip", "observe", "reward", "initial_state"):
+            if getattr(self, part) is None:
+                raise UserError(f"{self.name}: give {part}, or env for that of a stock body")
+        if self.frame_skip < 1:
+            raise UserError(f"{self.name}: frame_skip must be at least 1, got {self.frame_skip}")
+        for field in fields:
+            if field not in DATA_FIELDS:
+                raise UserError(
+                    f"{self.name}: no field {field!r}{did_you_mean(field, DATA_FIELDS)}"
+                )
+        object.__setattr__(self, "fields", tuple(dict.fromkeys(fields)))
+
+    def _fill(self, part: str, value: Any) -> None:
+        if getattr(self, part) is None:
+            object.__setattr__(self, part, value)
+
     def make(self, task: Floats | None = None, *, render_mode: str | None = None) -> gym.Env:
         return SingleTaskEnv(self, task, render_mode, threads=1)
 
@@ -100,22 +132,7 @@ class MujocoFamily(TaskFamily):
     @functools.cached_property
     def model(self) -> mujoco.MjModel:
         """The compiled model."""
-        path = self.xml
-        if not os.path.exists(path):
-            assets = os.path.join(os.path.dirname(gym.__file__), "envs", "mujoco", "assets")
-            path = os.path.join(assets, self.xml)
-        if not os.path.exists(path):
-            raise UserError(f"{self.name}: no model file {self.xml!r}")
-        # MuJoCo prints its warnings and appends them to a log file in the current folder. Those
-        # of a divergence reach the caller in `info`; those of the stock models' deprecated
-        # elements are nobody's concern here.
-        mujoco.set_mju_user_warning(_ignore)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            spec = mujoco.MjSpec.from_file(path)
-            if self.edit is not None:
-                self.edit(spec)
-            return spec.compile()
+        return load_model(self.xml, self.edit)
 
 
 class MujocoVectorEnv(TaskVectorEnv):
@@ -138,13 +155,16 @@ class MujocoVectorEnv(TaskVectorEnv):
         model = family.model
         self.model = model
         self.dt = model.opt.timestep * family.frame_skip
-        self.batch = Batch(model, max(num_tasks * episodes, 1), threads)
-        needs_sensors = family.stage != mujoco.mjtStage.mjSTAGE_NONE
-        self.sim = Sim(
-            self.batch.bind("qpos"),
-            self.batch.bind("qvel"),
-            self.batch.bind("sensordata") if needs_sensors else None,
-        )
+        forces = _CONTACT_FORCES in family.fields
+        # MuJoCo computes contact forces on request, from a simulation's whole data: keep them.
+        self.batch = Batch(model, max(num_tasks * episodes, 1), threads, persistent=forces)
+        self._forces = np.zeros((self.batch.nsim, model.nbody, 6)) if forces else None
+        derived: dict[str, NDArray] = {
+            name: self.batch.bind(name) for name in family.fields if name != _CONTACT_FORCES
+        }
+        if self._forces is not None:
+            derived[_CONTACT_FORCES] = self._forces
+        self.sim = Sim(self.batch.bind("qpos"), self.batch.bind("qvel"), derived)
         self._ctrl = self.batch.bind("ctrl")
         bounds = model.actuator_ctrlrange.astype(np.float32)
         self._low, self._high = bounds[:, 0], bounds[:, 1]
@@ -165,12 +185,15 @@ class MujocoVectorEnv(TaskVectorEnv):
         )
         self.render_mode = render_mode
         self._renderer: Any = None
+        self._data = mujoco.MjData(model)
         self._scale = scale
         self._rngs: list[np.random.Generator | None] = [None] * self.num_envs
         self._warnings = self.batch.warning[:, _DIVERGED, _COUNT].copy()
         self._before = family.track(self.sim)
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
+        if self.family.model_fields is not None:
+            self._put_model_fields(ids, self.family.model_fields(self.model, self.tasks[ids]))
         # Stage 0 clears what a finished episode left behind (a warm start would change the
         # trajectory) without computing anything yet.
         self.batch.reset(ids, stage=0)
@@ -181,6 +204,10 @@ class MujocoVectorEnv(TaskVectorEnv):
                 self._rngs[i], self.model
             )
         self.batch.forward(ids)
+        if self._forces is not None:
+            self._forces[ids] = 0.0
+            if self.family.stage != mujoco.mjtStage.mjSTAGE_NONE:
+                self._compute_forces(ids)
         self._warnings[ids] = self.batch.warning[ids, _DIVERGED, _COUNT]
         self._before = self.family.track(self.sim)
 
@@ -196,6 +223,8 @@ class MujocoVectorEnv(TaskVectorEnv):
         action = np.clip(action, self._low, self._high)
         self._ctrl[...] = action
         self.batch.step(ids, nstep=family.frame_skip, stage=family.stage)
+        if self._forces is not None:
+            self._compute_forces(range(self.num_envs) if ids is None else ids)
         reward, info = family.reward(Step(self.sim, self._before, action, self.tasks, self.dt))
         self._before = family.track(self.sim)
         diverged = None
@@ -204,6 +233,23 @@ class MujocoVectorEnv(TaskVectorEnv):
             self._warnings = counters.copy()
         terminated = family.terminated(self.sim) if family.terminated is not None else None
         return reward, terminated, None, diverged, info
+
+    def _put_model_fields(self, ids: NDArray[np.int64], fields: Mapping[str, NDArray]) -> None:
+        for name, values in fields.items():
+            try:
+                self.batch.expand(name)[ids] = values
+            except ValueError as error:
+                raise UserError(
+                    f"{self.family.name}: model_fields gave {name!r}: {error}"
+                ) from error
+        self.batch.set_const(ids)
+
+    def _compute_forces(self, ids: Iterable[int]) -> None:
+        assert self._forces is not None
+        for i in ids:
+            self.batch.get_data(i, self._data)
+            mujoco.mj_rnePostConstraint(self.model, self._data)
+            self._forces[i] = self._data.cfrc_ext
 
     def _observe(self) -> NDArray:
         return self.family.observe(self.sim)
@@ -215,12 +261,12 @@ class MujocoVectorEnv(TaskVectorEnv):
         if self._renderer is None:
             from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
-            self._data = mujoco.MjData(self.model)
+            self._shown = copy.copy(self.model)
             named = mujoco.mj_name2id(
                 self.model, mujoco.mjtObj.mjOBJ_CAMERA, self.family.camera or ""
             )
             self._renderer = MujocoRenderer(
-                self.model,
+                self._shown,
                 self._data,
                 width=480,
                 height=480,
@@ -229,7 +275,8 @@ class MujocoVectorEnv(TaskVectorEnv):
         frames = []
         for i in range(1 if self.render_mode == "human" else self.num_envs):
             self.batch.get_data(i, self._data)
-            mujoco.mj_forward(self.model, self._data)
+            self.batch.get_model(i, self._shown)
+            mujoco.mj_forward(self._shown, self._data)
             frames.append(self._renderer.render(self.render_mode))
         return None if self.render_mode == "human" else tuple(frames)
 

@@ -21,7 +21,7 @@ from envs import MujocoFamily
 from envs.errors import UserError
 from metarl.checkpoints import machine, versions
 from metarl.config import Config
-from metarl.rollouts import Address
+from metarl.rollouts import Address, env_action
 from metarl.trainer import Trainer
 from metarl.trajectories import Rollout
 
@@ -92,7 +92,10 @@ def benchmark(config: Config, repeats: int = 3) -> dict[str, Any]:
 
 
 def _replay(trainer: Trainer, rollout: Rollout, address: Address) -> float:
-    """Return the seconds that physics alone takes for a rollout's actions; 0 if not native."""
+    """Return the seconds that physics alone takes for a rollout's actions; 0 if not native.
+
+    Contact forces, fetched one simulation at a time, are no part of it.
+    """
     family, config = trainer.family, trainer.config
     if not isinstance(family, MujocoFamily):
         return 0.0
@@ -101,10 +104,10 @@ def _replay(trainer: Trainer, rollout: Rollout, address: Address) -> float:
     )
     env.set_tasks(rollout.tasks.numpy())
     env.reset(seed=[s for t in range(config.tasks) for s in address.episode_seeds(t, env.episodes)])
-    low, high = family.model.actuator_ctrlrange.T
-    control = rollout.action.double().numpy() / family.action_scale
+    action = env_action(rollout.action.numpy(), env.single_action_space, config.policy.action)
+    control = (action / np.float32(family.action_scale)).astype(np.float64)
     control = np.ascontiguousarray(
-        np.clip(control, low, high).reshape(env.num_envs, -1, len(low)).swapaxes(0, 1)
+        control.reshape(env.num_envs, -1, control.shape[-1]).swapaxes(0, 1)
     )
     length = rollout.valid.sum(-1).flatten()
     ctrl, steps = env.batch.bind("ctrl"), int(length.max())

@@ -103,8 +103,8 @@ def test_a_family_of_ones_own_is_found_by_module_and_attribute():
 
 
 def test_options_are_python_literals_or_strings():
-    assert parse_options(["low=0.5", "scale=icml2017", "n=3", "a-b=True"]) == {
-        "low": 0.5, "scale": "icml2017", "n": 3, "a_b": True,
+    assert parse_options(["low=0.5", "scale=icml2017", "n=3", "a-b=True", "c=false"]) == {
+        "low": 0.5, "scale": "icml2017", "n": 3, "a_b": True, "c": False,
     }  # fmt: skip
     with pytest.raises(UserError, match="name=value, got 'low'"):
         parse_options(["low"])

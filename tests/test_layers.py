@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ENVS = [
-    "errors", "family", "vector", "gymnasium_family", "mujoco_vector", "traces", "checker",
-    "classic_control", "half_cheetah", "navigation", "tabular", "__init__",
+    "errors", "family", "vector", "gymnasium_family", "mujoco_bodies", "mujoco_vector", "traces",
+    "checker", "ant", "classic_control", "half_cheetah", "hopper", "humanoid", "navigation",
+    "swimmer", "tabular", "walker2d", "__init__",
 ]  # fmt: skip
 METARL = [
     "seeding", "parallel", "trajectories", "policies", "rollouts", "advantages", "objectives",
