@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 
 from envs.errors import UserError
 from envs.family import TaskFamily
-from envs.vector import Bools, Floats, TaskVectorEnv
+from envs.vector import (
+    CLOSE,
+    RESET,
+    STEP,
+    Bools,
+    Floats,
+    TaskVectorEnv,
+    describe_progress,
+)
 
 Reward = Callable[[NDArray, NDArray, NDArray, Mapping[str, NDArray], Floats], NDArray]
 
@@ -107,8 +115,9 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         self._observation = np.zeros(shape, first.observation_space.dtype)
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
-        for i, seed in zip(ids, seeds, strict=True):
-            self._observation[i], _ = self._envs[i].begin(self.tasks[i], seed)
+        for i, seed in zip(ids.tolist(), seeds, strict=True):
+            self._begun(RESET, i)
+            self._keep(i, self._envs[i].begin(self.tasks[i], seed)[0])
 
     def _advance(
         self, ids: NDArray[np.int64] | None, actions: Any
@@ -118,16 +127,27 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         truncated = np.zeros(self.num_envs, np.bool_)
         moved = np.arange(self.num_envs) if ids is None else ids
         before, infos = self._observation[moved], []
-        for i in moved:
+        for i in moved.tolist():
+            self._begun(STEP, i)
             env = self._envs[i].env  # past the TaskEnv, which would pay one row at a time
-            result = env.step(actions[i])
-            self._observation[i], reward[i], terminated[i], truncated[i], info = result
+            observation, reward[i], terminated[i], truncated[i], info = env.step(actions[i])
+            self._keep(i, observation)
             infos.append(info)
         if self.family.reward is not None:
             after = self._observation[moved]
             acted = np.asarray(actions)[moved]
             reward[moved] = self.family.pay(before, acted, after, infos, self.tasks[moved])
         return reward, terminated, truncated, None, {}
+
+    def _keep(self, i: int, observation: Any) -> None:
+        shape = self.single_observation_space.shape
+        if getattr(observation, "shape", None) != shape and np.shape(observation) != shape:
+            raise UserError(  # NumPy would broadcast some
+                f"{self.family.name}: {describe_progress(self.progress, self.tasks)} the"
+                f" environment returned an observation of shape {np.shape(observation)}, but its"
+                f" observation_space has shape {shape}"
+            )
+        self._observation[i] = observation
 
     def _observe(self) -> NDArray:
         return self._observation.copy()
@@ -136,8 +156,10 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         return tuple(env.render() for env in self._envs)
 
     def close_extras(self, **kwargs: Any) -> None:
-        for env in self._envs:
-            env.close()
+        with self._named():
+            for i, env in enumerate(self._envs):
+                self._begun(CLOSE, i)
+                env.close()
 
 
 @dataclass(frozen=True, kw_only=True)

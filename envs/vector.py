@@ -10,12 +10,15 @@ task-major: sub-environment `t * episodes + e` is episode e of task t.
 - With `autoreset_mode` DISABLED a finished sub-environment stands still: reward 0, observation and
   flags as at its end, until it is reset. With NEXT_STEP the step after the end resets it, reward 0.
 - An episode whose simulation diverged is truncated and marked in `info["diverged"]`.
+- `progress` says what is being done, for whoever watches from another process; an exception that
+  an environment raises carries it as a note.
 """
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -29,6 +32,15 @@ from envs.family import TaskFamily
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
+
+PHASES = ("start", "reset", "step", "close")
+RESET, STEP, CLOSE = 1, 2, 3
+
+
+def describe_progress(progress: Sequence[int], tasks: Floats) -> str:
+    """Return "in step of task [9.8]" for a `TaskVectorEnv.progress` and tasks [num_envs, dim]."""
+    _, phase, i = progress
+    return f"in {PHASES[phase]}" + (f" of task {tasks[i].tolist()}" if i >= 0 else "")
 
 
 class TaskVectorEnv(VectorEnv):
@@ -65,6 +77,23 @@ class TaskVectorEnv(VectorEnv):
         self._terminated = np.zeros(self.num_envs, np.bool_)
         self._truncated = np.zeros(self.num_envs, np.bool_)
         self._ready = np.zeros(self.num_envs, np.bool_)  # has been reset
+        self.progress: MutableSequence[int] = [0, 0, -1]
+        """Calls begun, phase (an index of PHASES), sub-environment (-1: all)."""
+
+    def _begun(self, phase: int, i: int = -1) -> None:
+        progress = self.progress
+        progress[0] += 1
+        progress[1] = phase
+        progress[2] = i
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Note on an exception which family and task it comes from."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"{self.family.name}: {describe_progress(self.progress, self.tasks)}")
+            raise
 
     # What a backend supplies
 
@@ -145,7 +174,9 @@ class TaskVectorEnv(VectorEnv):
         if ids is not None and not len(ids):
             self._reward = np.zeros(self.num_envs)
             return self._observe(), self._reward, self._terminated, self._truncated, {}
-        reward, terminated, truncated, diverged, info = self._advance(ids, actions)
+        self._begun(STEP)
+        with self._named():
+            reward, terminated, truncated, diverged, info = self._advance(ids, actions)
         self._elapsed[slice(None) if ids is None else ids] += 1
         now_truncated = self._elapsed >= self.family.horizon
         if truncated is not None:
@@ -174,7 +205,9 @@ class TaskVectorEnv(VectorEnv):
         else:
             for i, seed in zip(ids, seeds, strict=True):
                 self.tasks[i] = self._draw_task(i, seed)
-        self._begin(ids, seeds)
+        self._begun(RESET)
+        with self._named():
+            self._begin(ids, seeds)
         self._elapsed[ids] = 0
         self._terminated[ids] = self._truncated[ids] = False
         self._ready[ids] = True

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ import tyro
 
 from envs.errors import UserError
 from envs.family import did_you_mean, family_names, make_family, parse_options
-from metarl.config import Config
+from metarl.config import Config, available_threads
 from metarl.presets import preset_config
 
 
@@ -61,6 +61,8 @@ class Evaluate:
     """Draw the tasks at random, as the papers do, instead of covering the test split evenly."""
     threads: int | None = None
     """Threads; results do not depend on it."""
+    workers: int = field(default_factory=lambda: _default_workers())
+    """Worker processes for environments without a native backend; 0 steps them in this process."""
     out: Path | None = None
     """Folder for evaluation.json and evaluation.png; by default the run folder."""
     json: bool = False
@@ -152,7 +154,7 @@ def _run(arguments: list[str]) -> int:
         family, preset = "half-cheetah-dir", _peek(rest, "--preset") or "pearl2019"
         family = next((a for a in rest[:1] if a[:1] != "-"), family)
         config = preset_config(preset, family, _peek(rest, "--algorithm") or "maml-trpo")
-        default = Benchmark(config=config)
+        default = Benchmark(config=dataclasses.replace(config, workers=_default_workers()))
     command = tyro.cli(
         kind,
         args=rest,
@@ -184,7 +186,14 @@ def _starting_config(arguments: Sequence[str]) -> Config:
     if family and family not in family_names() and ":" not in family:
         make_family(family)  # raises, with the nearest name
     algorithm = _peek(arguments, "--algorithm") or "maml-trpo"
-    return preset_config(_peek(arguments, "--preset"), family, algorithm)
+    config = preset_config(_peek(arguments, "--preset"), family, algorithm)
+    return dataclasses.replace(config, workers=_default_workers())
+
+
+def _default_workers() -> int:
+    """Return the processors there are, 0 for one: here, unlike in a script, workers can start."""
+    processors = available_threads()
+    return processors if processors > 1 else 0
 
 
 def _with_options(config: Config, texts: Sequence[str]) -> Config:
@@ -284,6 +293,7 @@ def _evaluate(command: Evaluate) -> int:
         deterministic=command.deterministic,
         drawn=command.drawn,
         threads=command.threads,
+        workers=command.workers,
     )
     folder = command.out
     if folder is None:

@@ -125,6 +125,11 @@ class Config:
     adam: AdamConfig = field(default_factory=AdamConfig)
     threads: int = field(default_factory=lambda: available_threads())
     """Threads for physics and for the update; results do not depend on it."""
+    workers: int = 0
+    """Worker processes for environments without a native backend; 0 steps them in this process.
+    Results do not depend on it."""
+    worker_timeout: float = 60.0
+    """Seconds after which an environment that does not come back from a step is given up."""
     device: str = "cpu"
     """Where the update runs: cpu, or cuda where there is a GPU."""
     checkpoint_every: int = 10
@@ -134,6 +139,9 @@ class Config:
         for name in ("iterations", "tasks", "episodes", "threads", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.workers < 0:
+            raise UserError(f"workers must not be negative, got {self.workers}")
+        _positive("worker_timeout", self.worker_timeout)
         if self.seed < 0:
             raise UserError(f"seed must not be negative, got {self.seed}")
 

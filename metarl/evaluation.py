@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from envs.errors import UserError
 from metarl.config import available_threads
@@ -22,8 +22,9 @@ from metarl.inner_loop import NonFiniteError
 from metarl.meta_policy import MetaPolicy, load, random_meta_policy
 from metarl.parallel import ChunkPool, one_intraop_thread
 from metarl.policies import Params
-from metarl.rollouts import Address, Collector
+from metarl.rollouts import Address
 from metarl.trajectories import Rollout
+from metarl.workers import make_collector
 
 Floats = NDArray[np.float64]
 
@@ -37,7 +38,7 @@ def mean_interval(values: Floats, level: float = 0.95) -> tuple[float, float, fl
     if len(values) < 2:
         return mean, math.nan, math.nan
     error = float(values.std(ddof=1)) / math.sqrt(len(values))
-    half = float(stats.t.ppf(0.5 + level / 2.0, len(values) - 1)) * error
+    half = float(special.stdtrit(len(values) - 1, 0.5 + level / 2.0)) * error
     return mean, mean - half, mean + half
 
 
@@ -143,6 +144,7 @@ def evaluate(
     drawn: bool = False,
     split: Literal["test", "validation"] = "test",
     threads: int | None = None,
+    workers: int = 0,
 ) -> EvaluationResult:
     """Return a meta-policy's returns after 0 ... `steps` inner steps on held-out tasks.
 
@@ -160,6 +162,7 @@ def evaluate(
             evenly, which tells the mean over the split with less chance.
         split: "validation" draws other tasks and episodes, for choosing between policies.
         threads: for physics and updates; results do not depend on it.
+        workers: processes for environments without a native backend; 0 steps them in this one.
 
     Raises:
         UserError: a number is out of range, the family cannot be made, or a reference is of
@@ -168,7 +171,7 @@ def evaluate(
     if not isinstance(meta_policy, MetaPolicy):
         meta_policy = load(meta_policy)
     least_values = (("tasks", tasks, 1), ("episodes", episodes, 1), ("steps", steps, 0))
-    for name, value, least in (*least_values, ("seed", seed, 0)):
+    for name, value, least in (*least_values, ("seed", seed, 0), ("workers", workers, 0)):
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
     for size in (*(step_sizes or ()), *(random_step_sizes or ())):
@@ -193,9 +196,10 @@ def evaluate(
         others[name] = (reference, None)
 
     with one_intraop_thread(), ChunkPool(threads or available_threads()) as pool:
-        collector = Collector(
-            family, meta_policy.policy, tasks, episodes, pool, config.policy.action
-        )
+        collector = make_collector(
+            family, meta_policy.policy, tasks, episodes, pool, config.policy.action,
+            workers=workers, timeout=config.worker_timeout,
+        )  # fmt: skip
 
         def curve(policy: MetaPolicy, sizes: Sequence[float] | None) -> Curve:
             loop, meta = policy.inner_loop(pool, sizes)

@@ -8,7 +8,7 @@ with physics in the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,12 +93,27 @@ def categories(space: gym.Space) -> tuple[int, ...] | None:
     )
 
 
-class _Memory:
+Allocate = Callable[[tuple[int, ...], np.dtype], NDArray]
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    return torch.zeros(shape, dtype=kind).numpy()  # torch aligns; NumPy may not
+
+
+class Memory:
     """NumPy views of a rollout in the making, laid out once."""
 
-    def __init__(self, policy: MLPPolicy, tasks: int, episodes: int, horizon: int) -> None:
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> NDArray:
-            return torch.zeros(shape, dtype=dtype).numpy()  # torch aligns; NumPy may not
+    def __init__(
+        self,
+        policy: MLPPolicy,
+        tasks: int,
+        episodes: int,
+        horizon: int,
+        allocate: Allocate = _zeros,
+    ) -> None:
+        def zeros(*shape: int, dtype: type = np.float32) -> NDArray:
+            return allocate(shape, np.dtype(dtype))
 
         grid = (tasks, episodes, horizon)
         self.observation = zeros(*grid, policy.observation_dim)
@@ -106,10 +121,10 @@ class _Memory:
         self.action = zeros(*grid, policy.action_size)
         self.output = zeros(*grid, policy.output_dim)
         self.reward = zeros(*grid)
-        self.valid = zeros(*grid, dtype=torch.bool)
-        self.terminated = zeros(*grid[:2], dtype=torch.bool)
-        self.truncated = zeros(*grid[:2], dtype=torch.bool)
-        self.diverged = zeros(*grid[:2], dtype=torch.bool)
+        self.valid = zeros(*grid, dtype=np.bool_)
+        self.terminated = zeros(*grid[:2], dtype=np.bool_)
+        self.truncated = zeros(*grid[:2], dtype=np.bool_)
+        self.diverged = zeros(*grid[:2], dtype=np.bool_)
 
     def rollout(self, policy: MLPPolicy, params: Params, tasks: NDArray) -> Rollout:
         """Leave diverged episodes out and hand the memory over."""
@@ -133,8 +148,8 @@ class _Memory:
         )
 
 
-def _collect_into(
-    memory: _Memory,
+def collect_into(
+    memory: Memory,
     where: slice,
     env: TaskVectorEnv,
     policy: MLPPolicy,
@@ -144,7 +159,13 @@ def _collect_into(
     mode: ActionMode,
     deterministic: bool,
 ) -> None:
-    """Fill the tasks `where` of the memory with one episode of every sub-environment."""
+    """Fill the memory with one episode of every sub-environment.
+
+    Args:
+        memory: of all tasks; `where` is filled.
+        where: the tasks of the environment among all tasks.
+        params: stacked, and `tasks`: those of the environment.
+    """
     shape = (env.num_tasks, env.episodes)
     horizon = env.family.horizon
     ids = range(where.start, where.start + env.num_tasks)
@@ -154,8 +175,8 @@ def _collect_into(
     )
     space = env.single_action_space
     flat = (env.num_envs, policy.action_size)
-    stacked = {name: p[where].clone() for name, p in params.items()}
-    env.set_tasks(tasks[where])
+    stacked = {name: p.clone() for name, p in params.items()}
+    env.set_tasks(tasks)
     observation, _ = env.reset(seed=seeds)
     active = np.ones(shape, np.bool_)
     terminated = truncated = np.zeros(shape, np.bool_)
@@ -184,7 +205,7 @@ def _collect_into(
     memory.truncated[where] = truncated.reshape(shape)
 
 
-def _clear_after_the_end(memory: _Memory) -> None:
+def clear_after_the_end(memory: Memory) -> None:
     """Zero what was written for sub-environments that stood still."""
     if not memory.valid.all():
         for array in (memory.observation, memory.action, memory.output, memory.reward):
@@ -228,16 +249,17 @@ class Collector:
             address: names the random streams.
             deterministic: take the distribution's mode instead of a sample.
         """
-        memory = _Memory(self.policy, self.num_tasks, self.episodes, self.family.horizon)
+        memory = Memory(self.policy, self.num_tasks, self.episodes, self.family.horizon)
         detached = {name: p.detach() for name, p in params.items()}
         self.pool.map(
-            lambda shard: _collect_into(
-                memory, shard[0], shard[1], self.policy, detached, tasks, address, self.mode,
-                deterministic,
+            lambda shard: collect_into(
+                memory, shard[0], shard[1], self.policy,
+                {name: p[shard[0]] for name, p in detached.items()}, tasks[shard[0]], address,
+                self.mode, deterministic,
             ),
             zip(self._slices, self._envs, strict=True),
         )  # fmt: skip
-        _clear_after_the_end(memory)
+        clear_after_the_end(memory)
         return memory.rollout(self.policy, detached, tasks)
 
     def close(self) -> None:
@@ -293,7 +315,7 @@ def collect_episodes(
         UserError: the environment's spaces are not those of the policy.
     """
     check_spaces(env, policy, getattr(env.spec, "id", None) or type(env.unwrapped).__name__)
-    memory = _Memory(policy, 1, episodes, horizon)
+    memory = Memory(policy, 1, episodes, horizon)
     seeds = address.episode_seeds(0, episodes)
     noise = torch.from_numpy(policy.noise(address.noise(0), episodes, horizon))
     with torch.inference_mode():

@@ -18,6 +18,9 @@ from metarl.meta_policy import newest_checkpoint
 from metarl.policies import Params
 from metarl.trust_region import OuterState
 
+FREE = ("iterations", "threads", "workers", "worker_timeout")
+"""Config keys that may change when a run is continued."""
+
 
 class RunError(UserError):
     """A run cannot start or go on; the message says why and what to do."""
@@ -104,9 +107,8 @@ def load_state(folder: Path, config: Config, like: State) -> State:
     """
     path = newest_checkpoint(folder)
     tensors, metadata = checkpoints.load(path)
-    free = ("iterations", "threads")
     stored = Config.from_json(metadata["config"])
-    if replace(stored, **{k: getattr(config, k) for k in free}) != config:
+    if replace(stored, **{k: getattr(config, k) for k in FREE}) != config:
         other = differences(stored, config)[0]
         raise CheckpointError(f"{path} is of another run: {other}")
     params, outer = (
@@ -122,7 +124,7 @@ def load_state(folder: Path, config: Config, like: State) -> State:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Return where two configs differ, but for iterations and threads: "key old, not new"."""
+    """Return where two configs differ, but for what is FREE: "key old, not new"."""
 
     def flat(config: Config) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -134,8 +136,4 @@ def differences(old: Config, new: Config) -> list[str]:
         return result
 
     a, b = flat(old), flat(new)
-    return [
-        f"{key} is {a[key]}, not {b[key]}"
-        for key in a
-        if key not in ("iterations", "threads") and a[key] != b[key]
-    ]
+    return [f"{key} is {a[key]}, not {b[key]}" for key in a if key not in FREE and a[key] != b[key]]

@@ -42,7 +42,7 @@ from metarl.objectives import clipped_ratio, dice, likelihood_ratio
 from metarl.parallel import ChunkPool, one_intraop_thread
 from metarl.policies import Params
 from metarl.presets import check_combination, check_device
-from metarl.rollouts import Address, Collector
+from metarl.rollouts import Address
 from metarl.runs import (
     RunError,
     State,
@@ -56,6 +56,7 @@ from metarl.runs import (
 from metarl.seeding import stream
 from metarl.trajectories import Rollout
 from metarl.trust_region import TrustRegion
+from metarl.workers import make_collector
 
 SKIPPED_LIMIT = 10
 """Updates skipped in a row after which a run stops."""
@@ -82,14 +83,15 @@ class Trainer:
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(one_intraop_thread())
         self.pool = self._stack.enter_context(ChunkPool(config.threads))
-        self._collector = Collector(
-            self.family, self.policy, config.tasks, config.episodes, self.pool, config.policy.action
-        )
+        self._collector = make_collector(
+            self.family, self.policy, config.tasks, config.episodes, self.pool,
+            config.policy.action, workers=config.workers, timeout=config.worker_timeout,
+        )  # fmt: skip
         self._stack.callback(self._collector.close)
         self.inner_loop = InnerLoop(adapter, config.advantage, self.pool)
 
     def close(self) -> None:
-        """End the threads and close the environments."""
+        """Close the environments; end threads and worker processes."""
         self._stack.close()
 
     def __enter__(self) -> Trainer:

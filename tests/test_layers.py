@@ -14,7 +14,8 @@ ENVS = [
     "swimmer", "tabular", "walker2d", "__init__",
 ]  # fmt: skip
 METARL = [
-    "seeding", "parallel", "trajectories", "policies", "rollouts", "advantages", "objectives",
+    "seeding", "parallel", "trajectories", "policies", "rollouts", "workers", "advantages",
+    "objectives",
     "adaptation", "inner_loop", "meta_gradients", "metrics", "trust_region", "first_order",
     "algorithms", "config", "presets", "checkpoints", "meta_policy", "runs", "trainer",
     "evaluation", "plots", "benchmark", "__init__", "cli", "__main__",

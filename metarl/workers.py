@@ -1,0 +1,513 @@
+"""Rollouts on worker processes, for environments without a native backend.
+
+Each worker holds the environments of its share of the tasks. For a collect it is sent the share's
+stacked parameters, runs whole episodes and leaves them in memory that it shares with this process;
+nothing crosses a process boundary per step. Every random number is a function of its address, so
+results are bit-identical for any number of workers and to those of `Collector`.
+
+- A worker counts the environment calls it begins in shared memory, and where it is. One that
+  begins none for `timeout` seconds hangs.
+- A worker that died, hangs or raised is replaced and its share repeated, exactly; what goes on
+  failing is a `WorkerError` that names worker and task, with the traceback of its environment.
+- Workers end with this process, however it ends. Shared memory has no name that could outlive it.
+- Workers ignore Ctrl-C and SIGTERM: this process decides what an interruption means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import resource_tracker, util
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+
+from envs import TaskFamily, TaskVectorEnv, make_family
+from envs.errors import UserError
+from envs.vector import describe_progress
+from metarl.parallel import ChunkPool, slices
+from metarl.policies import MLPPolicy, Params
+from metarl.rollouts import (
+    ActionMode,
+    Address,
+    Collector,
+    Memory,
+    check_spaces,
+    clear_after_the_end,
+    collect_into,
+)
+from metarl.trajectories import Rollout
+
+REPEATS = {"killed": 2, "ended": 1, "hung": 1, "raised": 1}
+"""How often a share is begun again in one collect, for each way a worker may fail."""
+
+START_SECONDS = 300.0
+"""Longest time to import modules and make the environments."""
+
+CLOSE_SECONDS = 5.0
+"""Longest time to close one environment."""
+
+_NO_GUARD = 78  # exit code: a script without a __main__ guard was run again by its own worker
+_GUARD = """worker processes import the script that starts them, so what it runs must stand under
+
+    if __name__ == "__main__":
+        ...
+
+or use workers=0, which steps the environments in this process"""
+
+_context = multiprocessing.get_context("spawn")
+_log = logging.getLogger(__name__)
+
+
+class WorkerError(UserError):
+    """Workers fail again and again; the message names worker and task, with the traceback."""
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a worker is made for; sent to it once."""
+
+    index: int
+    family: tuple[str, dict[str, Any]] | bytes
+    policy: MLPPolicy
+    tasks: int
+    """Of all workers."""
+    episodes: int
+    horizon: int
+    mode: ActionMode
+    where: slice
+    """The worker's tasks."""
+    memory: list[Any]
+    """The arrays of a `Memory` of all tasks."""
+    progress: Any
+    """`TaskVectorEnv.progress`"""
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """What a worker says, or what is found out about it."""
+
+    kind: str
+    """ready, done; refused (a UserError), raised; killed, ended, hung."""
+    text: str = ""
+    trace: str = ""
+
+
+# In the worker process --------------------------------------------------------------------------
+
+
+def _work(share: _Share, channel: Connection, dump: Connection, with_parent: bool) -> None:
+    """Serve collects until told to close (None) or the parent is gone."""
+    _end_with_parent(with_parent)
+    # Where it hangs or crashed, written without the interpreter's help.
+    faulthandler.enable(dump.fileno(), all_threads=False)
+    faulthandler.register(signal.SIGUSR1, dump.fileno(), all_threads=False)
+    torch.set_num_threads(1)
+    try:
+        with _restored(share) as (env, memory):
+            channel.send(_Reply("ready"))
+            while (order := channel.recv()) is not None:
+                params, tasks, address, deterministic = order
+                for array in vars(memory).values():
+                    array[share.where] = 0
+                stacked = {name: torch.from_numpy(p) for name, p in params.items()}
+                collect_into(
+                    memory, share.where, env, share.policy, stacked, tasks, address, share.mode,
+                    deterministic,
+                )  # fmt: skip
+                channel.send(_Reply("done"))
+        channel.send(_Reply("done"))
+    except (EOFError, BrokenPipeError):
+        pass  # the parent is gone
+    except UserError as error:
+        channel.send(_Reply("refused", str(error)))
+    except BaseException as error:  # an environment may even call sys.exit
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+        channel.send(_Reply("raised", text, traceback.format_exc()))
+
+
+@contextlib.contextmanager
+def _restored(share: _Share) -> Iterator[tuple[TaskVectorEnv, Memory]]:
+    """Give a worker's vector environment and shared memory; close the environment afterwards."""
+    family = _unpacked(share.family)
+    if family.horizon != share.horizon:
+        raise UserError(
+            f"{family.name}: made again by its name, it has horizon {family.horizon}, not"
+            f" {share.horizon}; make it changed by a function of its own, as module:attribute"
+        )
+    tasks = share.where.stop - share.where.start
+    env = family.make_vec(tasks, share.episodes, autoreset_mode=AutoresetMode.DISABLED)
+    env.progress = share.progress
+    arrays = iter(share.memory)
+
+    def attach(shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
+        return np.frombuffer(next(arrays), dtype).reshape(shape)
+
+    check_spaces(env, share.policy, family.name)
+    yield env, Memory(share.policy, share.tasks, share.episodes, share.horizon, attach)
+    env.close()
+
+
+def _end_with_parent(exactly: bool) -> None:
+    """End this process and its children when the parent does, even while an environment hangs."""
+    os.setpgrp()  # Ctrl-C in a terminal reaches neither workers nor what environments start
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    if exactly and sys.platform == "linux":
+        # The thread above needs the interpreter's lock, which an environment may hold for ever.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _packed(family: TaskFamily) -> tuple[str, dict[str, Any]] | bytes:
+    """Return a family as a worker can make it again: itself, or its name and options."""
+    try:
+        return pickle.dumps(family)
+    except Exception as error:  # whatever a user's objects raise
+        if family.source is not None:
+            name, options = family.source
+            return name, dict(options)
+        raise UserError(f"{_cannot(family.name)}: {error}") from error
+
+
+def _unpacked(packed: tuple[str, dict[str, Any]] | bytes) -> TaskFamily:
+    try:
+        if isinstance(packed, bytes):
+            return pickle.loads(packed)
+        return make_family(packed[0], **packed[1])
+    except Exception as error:
+        name = "the family" if isinstance(packed, bytes) else packed[0]
+        raise UserError(f"{_cannot(name)}: {type(error).__name__}: {error}") from error
+
+
+def _cannot(name: str) -> str:
+    return (
+        f"{name} cannot be made again in a worker process (define it, and the functions it uses,"
+        " in a module and name it module:attribute; no lambda in a family made by hand; or use"
+        " workers=0)"
+    )
+
+
+# In the parent process --------------------------------------------------------------------------
+
+
+class _Worker:
+    """One worker process and what it is doing."""
+
+    def __init__(self, share: _Share, timeout: float) -> None:
+        self.share, self.timeout = share, timeout
+        self.order: Any = None
+        self.tasks = np.empty((0, 0))
+        self.start()
+
+    def start(self) -> None:
+        """Begin a process; its first reply is that it is ready."""
+        self.share.progress[:] = [0, 0, -1]
+        self.channel, theirs = _context.Pipe()
+        self.dump, their_dump = _context.Pipe(duplex=False)
+        # A stopped process must not block this one: OSError after the timeout.
+        limit = struct.pack("ll", int(self.timeout) + 1, 0)
+        with socket.socket(fileno=os.dup(self.channel.fileno())) as end:
+            for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                end.setsockopt(socket.SOL_SOCKET, option, limit)
+        main = threading.current_thread() is threading.main_thread()
+        self.process: BaseProcess = _context.Process(
+            target=_work,
+            args=(self.share, theirs, their_dump, main),
+            name=f"metarl worker {self.share.index}",
+        )
+        # Until the worker ignores Ctrl-C it inherits that Ctrl-C waits. The tracker would undo it.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+            their_dump.close()
+        self.ready, self.busy = False, True
+        self._seen, self._silent, self._looked = 0, 0.0, time.monotonic()
+
+    def give(self, order: Any, tasks: NDArray) -> None:
+        """Have an order carried out, as soon as the worker is ready; `check` tells of its end."""
+        self.order, self.tasks, self.busy = order, tasks, True
+        self._silent, self._looked = 0.0, time.monotonic()
+        if self.ready:
+            self.share.progress[1:] = [0, -1]
+            with contextlib.suppress(OSError):  # dead or stopped, which `check` finds
+                self.channel.send(order)
+
+    def check(self) -> _Reply | None:
+        """Return a reply or a fault, None while the worker is at work."""
+        try:
+            if self.channel.poll():
+                return self._heard(self.channel.recv())
+        except (EOFError, OSError, pickle.UnpicklingError):
+            self.process.join(1.0)
+            return self._fault()
+        if not self.process.is_alive() and not self.channel.poll():
+            return self._fault()
+        now = time.monotonic()
+        # This process may have been suspended: no look counts for more than two seconds.
+        self._silent += min(now - self._looked, 2.0)
+        self._looked = now
+        if self._seen != self.share.progress[0]:
+            self._seen, self._silent = self.share.progress[0], 0.0
+        return self._fault(hung=True) if self._silent > self.limit else None
+
+    @property
+    def limit(self) -> float:
+        """Seconds without a call of an environment that mean it hangs."""
+        return self.timeout if self.ready else max(self.timeout, START_SECONDS)
+
+    def _heard(self, reply: _Reply) -> _Reply | None:
+        if reply.kind == "ready":
+            self.ready = True
+            if self.order is not None:
+                self.give(self.order, self.tasks)
+                return None
+        self.busy = False
+        if reply.kind == "raised":
+            return self._tell("raised", "raised", reply.text, reply.trace)
+        return reply
+
+    def _fault(self, hung: bool = False) -> _Reply:
+        if hung:
+            with contextlib.suppress(OSError):
+                os.kill(self.process.pid or 0, signal.SIGUSR1)
+        trace = b""
+        with contextlib.suppress(OSError):
+            while self.dump.poll(0.3) and (part := os.read(self.dump.fileno(), 1 << 16)):
+                trace += part
+        stack = trace.decode(errors="replace")
+        if hung:
+            return self._tell("hung", "hung", f"no step ended for {self.limit:g} s", stack)
+        code = self.process.exitcode
+        if code == _NO_GUARD:
+            return _Reply("refused", _GUARD)
+        if code is not None and code < 0:
+            return self._tell("killed", "was killed", signal.Signals(-code).name, stack)
+        return self._tell("ended", "ended", f"exit code {code}", stack)
+
+    def _tell(self, kind: str, verb: str, what: str, trace: str) -> _Reply:
+        tasks = np.repeat(self.tasks, self.share.episodes, axis=0)
+        where = describe_progress(list(self.share.progress), tasks)
+        return _Reply(kind, f"worker {self.share.index} {verb} {where}: {what}", trace)
+
+    def kill(self) -> None:
+        """End the process, and those that its environments started, at once."""
+        if self.process.pid is not None:
+            with contextlib.suppress(OSError):  # not yet a group of its own, or gone
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
+            self.process.join()
+        self.channel.close()
+        self.dump.close()
+
+    def restart(self) -> None:
+        """Begin afresh, with the order that was given last."""
+        self.kill()
+        self.start()
+
+
+class WorkerCollector:
+    """Samples rollouts as `Collector` does, on worker processes.
+
+    Args:
+        family: made again in each worker.
+        policy: the network.
+        num_tasks: T, shared out evenly.
+        episodes: a task.
+        workers: processes; more than there are tasks are not started.
+        timeout: seconds that an environment may take for one reset, step or close.
+
+    Raises:
+        UserError: the family cannot be made in a worker, its environments do not fit the policy,
+            or the script that runs has no __main__ guard.
+        WorkerError: the environments cannot be made.
+    """
+
+    def __init__(
+        self,
+        family: TaskFamily,
+        policy: MLPPolicy,
+        num_tasks: int,
+        episodes: int,
+        mode: ActionMode = "clip",
+        *,
+        workers: int,
+        timeout: float = 60.0,
+    ) -> None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise SystemExit(_NO_GUARD)  # a worker is importing the script that started it
+        self.family, self.policy = family, policy
+        self.num_tasks, self.episodes = num_tasks, episodes
+        raws: list[Any] = []
+
+        def share_out(shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
+            raws.append(_context.RawArray(ctypes.c_byte, int(np.prod(shape)) * dtype.itemsize))
+            return np.frombuffer(raws[-1], dtype).reshape(shape)
+
+        self._shared = Memory(policy, num_tasks, episodes, family.horizon, share_out)
+        packed = _packed(family)
+        self._workers: list[_Worker] = []
+        # Runs before multiprocessing waits for its children at exit, and if close is forgotten.
+        self._finalizer = util.Finalize(self, _kill, (self._workers,), exitpriority=10)
+        try:
+            for i, where in enumerate(slices(num_tasks, -(-num_tasks // workers))):
+                share = _Share(
+                    index=i,
+                    family=packed,
+                    policy=policy,
+                    tasks=num_tasks,
+                    episodes=episodes,
+                    horizon=family.horizon,
+                    mode=mode,
+                    where=where,
+                    memory=raws,
+                    progress=_context.RawArray(ctypes.c_longlong, 3),
+                )
+                self._workers.append(_Worker(share, timeout))
+            self._finish()
+        except BaseException:
+            self._finalizer()
+            raise
+
+    def collect(
+        self, params: Params, tasks: NDArray, address: Address, *, deterministic: bool = False
+    ) -> Rollout:
+        """Sample every episode of every task once; see `Collector.collect`.
+
+        Raises:
+            UserError: an environment returns what it should not.
+            WorkerError: a worker failed again and again.
+        """
+        if not self._workers:
+            raise UserError("this collector is closed")
+        detached = {name: p.detach() for name, p in params.items()}
+        for worker in self._workers:
+            if worker.busy:  # with a collect that was interrupted
+                worker.restart()
+            where = worker.share.where
+            stacked = {name: p[where].numpy() for name, p in detached.items()}
+            worker.give((stacked, tasks[where], address, deterministic), tasks[where])
+        self._finish()
+        memory = Memory(self.policy, self.num_tasks, self.episodes, self.family.horizon)
+        for name, array in vars(memory).items():
+            np.copyto(array, getattr(self._shared, name))
+        clear_after_the_end(memory)
+        return memory.rollout(self.policy, detached, tasks)
+
+    def _finish(self) -> None:
+        """Wait until every worker has done as it was told; replace those that fail."""
+        faults: Counter[tuple[int, str]] = Counter()
+        working = [worker for worker in self._workers if worker.busy]
+        while working:
+            _wait(working)
+            for worker in list(working):
+                reply = worker.check()
+                if reply is None:
+                    continue
+                if reply.kind in ("ready", "done"):
+                    working.remove(worker)
+                    continue
+                worker.busy = True  # it takes no further order
+                fault = worker.share.index, reply.kind
+                faults[fault] += 1
+                self._judge(reply, faults[fault], worker.ready)
+                worker.restart()
+
+    def _judge(self, reply: _Reply, times: int, started: bool) -> None:
+        """Raise unless a fault may pass with a new worker; then say so."""
+        if reply.kind == "refused":
+            raise UserError(reply.text)
+        message = f"{self.family.name}: {reply.text}"
+        trace = f"\n\n{reply.trace.rstrip()}" if reply.trace else ""
+        # What fails on its own while it starts fails again.
+        if (not started and reply.kind != "killed") or times > REPEATS[reply.kind]:
+            if reply.kind == "hung":
+                message += "; give a longer worker_timeout if its steps take that long"
+            again = f" ({times} times in a row)" if times > 1 else ""
+            raise WorkerError(f"{message}{again}{trace}")
+        _log.warning("%s; another worker repeats its tasks%s", message, trace)
+
+    def close(self) -> None:
+        """Close the environments and end the workers; may be called at any time, and again."""
+        closing = [worker for worker in self._workers if worker.ready and not worker.busy]
+        try:
+            for worker in closing:
+                worker.timeout = min(worker.timeout, CLOSE_SECONDS)
+                worker.give(None, worker.tasks)
+            while closing:
+                _wait(closing)
+                for worker in list(closing):
+                    reply = worker.check()
+                    if reply is None:
+                        continue
+                    closing.remove(worker)
+                    if reply.kind != "done":
+                        trace = f"\n\n{reply.trace.rstrip()}" if reply.trace else ""
+                        _log.warning("%s: %s%s", self.family.name, reply.text, trace)
+        finally:
+            self._finalizer()
+
+
+def _wait(workers: Sequence[_Worker]) -> None:
+    """Wait until one of the workers replies or ends, or it is time to look at their progress."""
+    tick = min(0.5, min(worker.limit for worker in workers) / 4.0)
+    wait([x for w in workers for x in (w.channel, w.process.sentinel)], tick)
+
+
+def _kill(workers: list[_Worker]) -> None:
+    while workers:
+        workers.pop().kill()
+
+
+def make_collector(
+    family: TaskFamily,
+    policy: MLPPolicy,
+    num_tasks: int,
+    episodes: int,
+    pool: ChunkPool,
+    mode: ActionMode = "clip",
+    *,
+    workers: int = 0,
+    timeout: float = 60.0,
+) -> Collector | WorkerCollector:
+    """Return what samples a family's episodes: threads, worker processes or this process.
+
+    Families that run side by side on threads never need processes.
+    """
+    if family.parallel or workers == 0:
+        return Collector(family, policy, num_tasks, episodes, pool, mode)
+    return WorkerCollector(
+        family, policy, num_tasks, episodes, mode, workers=workers, timeout=timeout
+    )

@@ -1,0 +1,396 @@
+"""Worker processes: the same rollouts as in this process, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import counting_family
+from worker_envs import FAULTY, walk, walk_by_lambda
+
+import metarl.workers
+from envs import TaskFamily, make_family
+from envs.errors import UserError
+from metarl.cli import main
+from metarl.config import Config
+from metarl.inner_loop import InnerLoop, NonFiniteError
+from metarl.meta_policy import make_adapter
+from metarl.parallel import ChunkPool
+from metarl.policies import GaussianMLP, Params
+from metarl.rollouts import Address, Collector
+from metarl.trainer import Trainer
+from metarl.trajectories import Rollout
+from metarl.workers import WorkerCollector, WorkerError, make_collector
+
+POLICY = GaussianMLP(observation_dim=2, action_dim=1, hidden=(8,))
+TASKS = np.array([[0.0], [0.3], [0.5], [FAULTY]])
+TIMEOUT = 1.0
+
+
+def params_for(policy: GaussianMLP, tasks: int) -> Params:
+    each = [policy.init(np.random.default_rng(t)) for t in range(tasks)]
+    return {name: torch.stack([p[name] for p in each]) for name in each[0]}
+
+
+def in_process(
+    family: TaskFamily, tasks: np.ndarray, address: Address, policy: GaussianMLP = POLICY
+) -> Rollout:
+    collector = Collector(family, policy, len(tasks), 3, ChunkPool(1))
+    return collector.collect(params_for(policy, len(tasks)), tasks, address)
+
+
+def assert_equal(a: Rollout, b: Rollout) -> None:
+    for field in dataclasses.fields(Rollout):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if field.name == "behaviour":
+            assert x.keys() == y.keys()
+            assert all(torch.equal(x[name], y[name]) for name in x)
+        elif x is not None:
+            assert torch.equal(x, y), field.name
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+def assert_gone(pids: list[int], seconds: float = 5.0) -> None:
+    assert pids
+    end = time.monotonic() + seconds
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < end, "orphan processes"
+        time.sleep(0.02)
+
+
+# Equality -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_rollouts_are_bit_identical_for_any_number_of_workers(workers):
+    family = make_family("worker_envs:walk_by_lambda")  # made again by its name
+    tasks = family.tasks.sample(np.random.default_rng(0), 8)
+    params = params_for(POLICY, 8)
+    collector = WorkerCollector(family, POLICY, 8, 3, workers=workers)
+    try:
+        rollouts = [collector.collect(params, tasks, Address(1, i)) for i in (5, 6)]
+        means = collector.collect(params, tasks, Address(1), deterministic=True)
+    finally:
+        collector.close()
+    lengths = rollouts[0].valid.sum(-1)
+    assert len(lengths.unique()) > 3  # ragged
+    for i, rollout in zip((5, 6), rollouts, strict=True):  # the first outlives the second
+        assert_equal(rollout, in_process(walk_by_lambda(), tasks, Address(1, i)))
+    assert torch.equal(means.action, means.behaviour["mean"])
+
+
+def test_only_families_without_threads_and_with_workers_get_processes():
+    policy = GaussianMLP(observation_dim=2, action_dim=2)
+    with ChunkPool(1) as pool:
+        navigation = make_collector(make_family("navigation-2d"), policy, 2, 1, pool, workers=2)
+        here = make_collector(walk(), POLICY, 2, 1, pool)
+    assert isinstance(navigation, Collector)
+    assert isinstance(here, Collector)
+
+
+def test_training_does_not_depend_on_workers():
+    config = Config(family="worker_envs:walk", tasks=4, episodes=3, threads=1)
+    trained = []
+    for workers in (0, 2):
+        with Trainer(dataclasses.replace(config, workers=workers)) as trainer:
+            row = trainer.iterate()
+            trained.append((trainer.state.params, row["returns"]))
+    assert trained[0][1] == trained[1][1]
+    for name, p in trained[0][0].items():
+        assert torch.equal(p, trained[1][0][name])
+    with pytest.raises(UserError, match="workers must not be negative, got -1"):
+        Config(workers=-1)
+    with pytest.raises(UserError, match="worker_timeout must be positive"):
+        Config(worker_timeout=0.0)
+
+
+# Families that workers can or cannot make -------------------------------------------------------
+
+
+def test_a_family_that_cannot_be_made_again_says_how_to_make_it_importable():
+    family = dataclasses.replace(counting_family(), set_task=lambda env, task: None)
+    with pytest.raises(UserError, match=r"counting cannot be made again .* module:attribute"):
+        WorkerCollector(family, POLICY, 1, 1, workers=1)
+    changed = dataclasses.replace(make_family("worker_envs:walk_by_lambda"), horizon=5)
+    with pytest.raises(UserError, match="horizon 12, not 5"):
+        WorkerCollector(changed, POLICY, 1, 1, workers=1)
+
+
+def test_a_policy_of_other_sizes_is_refused():
+    policy = GaussianMLP(observation_dim=3, action_dim=1)
+    with pytest.raises(UserError, match=r"walk: observations are .* shape \(3,\)"):
+        WorkerCollector(walk(), policy, 1, 1, workers=1)
+
+
+SCRIPT = """
+import sys
+import numpy as np
+from envs import GymnasiumFamily, Uniform, make_family, register
+from metarl.parallel import ChunkPool
+from metarl.policies import GaussianMLP, stack
+from metarl.rollouts import Address, Collector
+from metarl.workers import WorkerCollector
+from worker_envs import Walk
+
+@register
+def mine():
+    return GymnasiumFamily(
+        name="mine", env=Walk, tasks=Uniform({"drift": (0.0, 1.0)}),
+        set_task=lambda env, task: setattr(env, "drift", task[0]), horizon=12,
+        env_options={"faults": sys.argv[1]},
+    )
+
+def run():
+    policy = GaussianMLP(observation_dim=2, action_dim=1, hidden=(8,))
+    family, tasks = make_family("mine"), np.array([[0.2], [0.8]])
+    params = stack(policy.init(np.random.default_rng(0)), 2)
+    collector = WorkerCollector(family, policy, 2, 2, workers=2)
+    print([worker.process.pid for worker in collector._workers], flush=True)
+    here = Collector(family, policy, 2, 2, ChunkPool(1)) if not sys.argv[1] else collector
+    print((collector.collect(params, tasks, Address(0)).reward
+           == here.collect(params, tasks, Address(0)).reward).all().item())
+"""
+
+
+def script(tmp_path: Path, end: str, faults: str = "") -> subprocess.Popen:
+    file = tmp_path / "script.py"
+    file.write_text(SCRIPT + end)
+    path = os.pathsep.join(str(p) for p in (Path(__file__).parents[1], Path(__file__).parent))
+    return subprocess.Popen(
+        [sys.executable, str(file), faults],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_family_of_the_main_script_works_and_an_exit_without_close_leaves_nothing(tmp_path):
+    process = script(tmp_path, 'if __name__ == "__main__":\n    run()\n')
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    pids, same = out.splitlines()
+    assert same == "True"
+    assert_gone(json.loads(pids))
+    assert not err
+
+
+def test_a_script_without_a_main_guard_is_told(tmp_path):
+    process = script(tmp_path, "run()\n")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert 'if __name__ == "__main__":' in err
+    assert err.count("Traceback") == 1  # that of the script itself, none of the workers
+
+
+# Faults -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("faults") / "fault"
+
+
+@pytest.fixture(scope="module")
+def shared(faults) -> Iterator[WorkerCollector]:
+    family = walk(str(faults))
+    collector = WorkerCollector(family, POLICY, 4, 3, workers=2, timeout=TIMEOUT)
+    yield collector
+    collector.close()
+
+
+@pytest.fixture
+def collector(shared, faults) -> Iterator[WorkerCollector]:
+    yield shared
+    faults.unlink(missing_ok=True)
+
+
+def sample(collector: WorkerCollector, address: Address = Address(2)) -> Rollout:  # noqa: B008
+    return collector.collect(params_for(POLICY, 4), TASKS, address)
+
+
+def pids(collector: WorkerCollector) -> list[int]:
+    return [worker.process.pid for worker in collector._workers]
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("kill step", r"worker 1 was killed in step of task \[0.8\]: SIGKILL"),
+        ("exit step", r"worker 1 ended in step of task \[0.8\]: exit code 3"),
+        ("hang reset", r"worker 1 hung in reset of task \[0.8\]: no step ended for 1 s"),
+        ("hold step", r"worker 1 hung in step of task \[0.8\]"),
+        ("raise step", r"worker 1 raised in step of task \[0.8\]: ArithmeticError: the fault"),
+        ("leave reset", r"worker 1 raised in reset of task \[0.8\]: SystemExit: left"),
+    ],
+)
+def test_a_worker_that_fails_once_is_named_replaced_and_its_rollout_repeated(
+    collector, faults, fault, said, caplog
+):
+    sample(collector, Address(9))  # a worker as it is in the middle of a run
+    first, second = pids(collector)
+    faults.write_text(fault)
+    assert_equal(sample(collector), in_process(walk(), TASKS, Address(2)))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert re.search(said, record.getMessage())
+    if fault.split()[0] not in ("kill", "exit"):
+        assert "worker_envs.py" in record.getMessage()  # the traceback of the environment
+    assert pids(collector)[0] == first
+    assert pids(collector)[1] != second
+    assert_gone([second])
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("kill reset", r"walk: worker 1 was killed in reset of task \[0.8\]: SIGKILL \(3 times"),
+        ("hang step", r"(?s)walk: worker 1 hung .* longer worker_timeout .*in _checked"),
+        ("raise reset", r"(?s)walk: worker 1 raised in reset of task \[0.8\]: Arithm.*Traceback"),
+    ],
+)
+def test_a_worker_that_fails_again_and_again_is_an_error(collector, faults, fault, said):
+    faults.write_text(f"always {fault}")
+    with pytest.raises(WorkerError, match=said):
+        sample(collector)
+    faults.unlink()
+    assert_equal(sample(collector), in_process(walk(), TASKS, Address(2)))
+
+
+def test_a_wrong_shape_is_told_here_and_in_workers(collector, faults):
+    said = (
+        r"walk: in step of task \[0.8\] the environment returned an observation of shape \(1,\),"
+        r" but its observation_space has shape \(2,\)"
+    )
+    faults.write_text("always shape step")
+    with pytest.raises(UserError, match=said):
+        sample(collector)
+    with pytest.raises(UserError, match=said):
+        in_process(walk(str(faults)), TASKS, Address(2))
+
+
+def test_a_nan_is_told_with_its_task(collector, faults, pool):
+    faults.write_text("always nan step")
+    config = Config(family="worker_envs:walk")
+    loop = InnerLoop(make_adapter(config, POLICY), config.advantage, pool)
+    before = pids(collector)
+    with pytest.raises(NonFiniteError, match=r"not finite in task \[0.8\]"):
+        loop.run(
+            lambda params, k: collector.collect(params, TASKS, Address(0)),
+            POLICY.init(np.random.default_rng(0)),
+            4,
+            steps=1,
+            query="none",
+        )
+    assert pids(collector) == before
+
+
+def test_an_exception_in_this_process_says_which_task_it_was(faults):
+    faults.write_text("raise step")
+    with pytest.raises(ArithmeticError) as caught:
+        in_process(walk(str(faults)), TASKS, Address(2))
+    assert caught.value.__notes__ == ["walk: in step of task [0.8]"]
+
+
+def test_a_worker_killed_between_collects_or_stopped_is_replaced(collector, caplog):
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        os.kill(pids(collector)[0], number)
+        assert_equal(sample(collector), in_process(walk(), TASKS, Address(2)))
+    assert len(caplog.records) == 2
+
+
+def test_a_collect_after_an_interrupted_one_is_right(collector, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metarl.workers, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sample(collector, Address(7))
+    assert_equal(sample(collector), in_process(walk(), TASKS, Address(2)))
+
+
+def test_workers_leave_interruptions_to_their_parent(collector, caplog):
+    for pid in pids(collector):
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+    before = pids(collector)
+    sample(collector)
+    assert pids(collector) == before
+    assert not caplog.records
+
+
+# Ends -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("", ""),
+        ("raise close", r"(?s)worker 1 raised in close of task \[0.8\]: Arithm.*worker_envs.py"),
+        ("hang close", r"worker 1 hung in close of task \[0.8\]"),
+        ("kill close", r"worker 1 was killed in close of task \[0.8\]"),
+    ],
+)
+def test_close_ends_every_worker_and_may_be_repeated(faults, fault, said, caplog):
+    family = walk(str(faults))
+    collector = WorkerCollector(family, POLICY, 4, 3, workers=2, timeout=TIMEOUT)
+    sample(collector)
+    mine = pids(collector)
+    faults.write_text(fault)
+    collector.close()
+    assert_gone(mine, 0.5)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == bool(fault)
+    assert all(re.search(said, message) for message in messages)
+    collector.close()
+    with pytest.raises(UserError, match="closed"):
+        sample(collector)
+    faults.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("fault", ["hang", "hold"])
+def test_workers_end_with_a_parent_killed_while_an_environment_hangs(tmp_path, fault):
+    file = tmp_path / "fault"
+    file.write_text(f"{fault} step")
+    process = script(tmp_path, 'if __name__ == "__main__":\n    run()\n', str(file))
+    assert process.stdout is not None
+    mine = json.loads(process.stdout.readline())
+    while file.exists():
+        time.sleep(0.01)
+    assert all(alive(pid) for pid in mine)
+    before = set(os.listdir("/dev/shm"))
+    process.kill()
+    process.communicate()
+    assert_gone(mine)
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_an_environment_that_raises_is_told_by_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "fault"
+    file.write_text("always raise step")
+    arguments = ["--tasks", "2", "--episodes", "1", "--workers", "1", "--threads", "1"]
+    options = ["--family-options", f"faults={file}", "--out", "run"]
+    assert main(["train", "worker_envs:always_faulty", *arguments, *options]) == 2
+    err = capsys.readouterr().err
+    assert "error: walk: worker 0 raised in step of task [0.8]" in err
+    assert "ArithmeticError: the fault" in err
