@@ -3,16 +3,22 @@
 The ceiling is the batched physics engine alone, replaying the very actions that the policy took
 from the same initial states. It is measured in turn with the training iterations, so that a
 machine whose speed drifts slows both.
+
+For a family without a native backend, one process, worker processes and Gymnasium's
+`AsyncVectorEnv` step the same few environments in turn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import statistics
 import sys
 import time
+from functools import partial
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
@@ -20,10 +26,13 @@ from gymnasium.vector import AutoresetMode
 from envs import MujocoFamily
 from envs.errors import UserError
 from metarl.checkpoints import machine, versions
-from metarl.config import Config
+from metarl.config import Config, available_threads
+from metarl.parallel import ChunkPool, one_intraop_thread
+from metarl.policies import MLPPolicy, Params, stack
 from metarl.rollouts import Address, env_action
 from metarl.trainer import Trainer
 from metarl.trajectories import Rollout
+from metarl.workers import make_collector
 
 
 def benchmark(config: Config, repeats: int = 3) -> dict[str, Any]:
@@ -58,6 +67,8 @@ def benchmark(config: Config, repeats: int = 3) -> dict[str, Any]:
     ceiling = rate("seconds_ceiling") if native else None
     collect, train = rate("seconds_rollout"), rate("seconds_iteration")
     phases = sorted({key for row in rows for key in row if key.startswith("seconds_")})
+    # After the trainer's own workers have ended.
+    processes = None if trainer.family.parallel else _compare_processes(trainer, repeats)
     result: dict[str, Any] = {
         "machine": machine(),
         "versions": versions(),
@@ -80,6 +91,8 @@ def benchmark(config: Config, repeats: int = 3) -> dict[str, Any]:
         },
         "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
     }
+    if processes is not None:
+        result["processes"] = processes
     if native:
         # Ratios pair by pair, so that drift between iterations cancels.
         result["collect_to_ceiling"] = median(
@@ -89,6 +102,76 @@ def benchmark(config: Config, repeats: int = 3) -> dict[str, Any]:
             [row["seconds_ceiling"] / row["seconds_iteration"] for row in rows]
         )
     return result
+
+
+def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
+    """Return rates at 40 environments, policy included, and their ratios; medians."""
+    family, policy, config = trainer.family, trainer.policy, trainer.config
+    count, episodes = 8, 5
+    tasks, address = family.tasks.grid(count), Address(config.seed)
+    adapter = trainer.inner_loop.adapter
+    fast, slow, _ = adapter.split(trainer.state.params)
+    params = adapter.params(stack(fast, count), slow, count)
+    params = {**params, **trainer.meta_policy().context(tasks)}
+    workers = min(config.workers or available_threads(), count)
+    make = [partial(family.make, task) for task in tasks for _ in range(episodes)]
+    seconds: dict[str, list[float]] = {"async_vector_env": [], "one_process": [], "workers": []}
+    with contextlib.ExitStack() as closing:
+        closing.enter_context(one_intraop_thread())
+        vector = gym.vector.AsyncVectorEnv(make)  # forks: before there are workers
+        closing.callback(vector.close)
+        collectors = {
+            name: make_collector(
+                family, policy, count, episodes, ChunkPool(1), config.policy.action,
+                workers=number, timeout=config.worker_timeout,
+            )
+            for name, number in (("one_process", 0), ("workers", workers))
+        }  # fmt: skip
+        for collector in collectors.values():
+            closing.callback(collector.close)
+        for _ in range(1 + repeats):  # the first to warm up
+            start = time.perf_counter()
+            steps = _step_all(vector, family.horizon, policy, params, count, config)
+            seconds["async_vector_env"].append((time.perf_counter() - start) / steps)
+            for name, collector in collectors.items():
+                start = time.perf_counter()
+                rollout = collector.collect(params, tasks, address)
+                seconds[name].append((time.perf_counter() - start) / rollout.env_steps)
+    each = {name: np.array(values[1:]) for name, values in seconds.items()}
+    return {
+        "environments": count * episodes,
+        "workers": workers,
+        **{f"{n}_env_steps_per_second": float(1.0 / np.median(s)) for n, s in each.items()},
+        "workers_to_one_process": float(np.median(each["one_process"] / each["workers"])),
+        "workers_to_async_vector_env": float(np.median(each["async_vector_env"] / each["workers"])),
+    }
+
+
+def _step_all(
+    env: gym.vector.VectorEnv,
+    steps: int,
+    policy: MLPPolicy,
+    params: Params,
+    tasks: int,
+    config: Config,
+) -> int:
+    """Step a vector environment with the policy, all recorded, and return the env steps."""
+    episodes = env.num_envs // tasks
+    rng = Address(config.seed).noise(0)
+    noise = torch.from_numpy(policy.noise(rng, tasks, episodes * steps)).chunk(steps, dim=1)
+    seen: list[Any] = []
+    observation, _ = env.reset(seed=config.seed)
+    with torch.inference_mode():
+        for t in range(steps):
+            batch = torch.from_numpy(np.asarray(observation, np.float32)).unflatten(0, (tasks, -1))
+            dist = policy.distribution(params, batch)
+            action = policy.sample(dist, noise[t])
+            act = env_action(
+                action.flatten(0, 1).numpy(), env.single_action_space, config.policy.action
+            )
+            observation, reward, terminated, truncated, _ = env.step(act)
+            seen.append((batch, dist, action, reward, terminated, truncated))
+    return env.num_envs * steps
 
 
 def _replay(trainer: Trainer, rollout: Rollout, address: Address) -> float:
@@ -141,6 +224,19 @@ def table(result: dict[str, Any]) -> str:
         ratio = result.get(f"{key}_to_ceiling")
         cell = f"{ratio:>12.2f}" if ratio is not None else ""
         lines.append(f"{name:<28}{result[f'{key}_env_steps_per_second']:>12,.0f}{cell}")
+    processes = result.get("processes")
+    if processes is not None:
+        lines += ["", f"{processes['environments']} environments, policy included"]
+        names = {
+            "one_process": "one process",
+            "workers": f"{processes['workers']} workers",
+            "async_vector_env": "AsyncVectorEnv",
+        }
+        for key, name in names.items():
+            lines.append(f"{name:<28}{processes[f'{key}_env_steps_per_second']:>12,.0f}")
+        for key in ("one_process", "async_vector_env"):
+            name = f"workers to {names[key]}"
+            lines.append(f"{name:<28}{processes[f'workers_to_{key}']:>12.2f}")
     lines.append("")
     lines.append(f"{'phase':<28}{'seconds':>12}")
     lines += [f"{name:<28}{value:>12.3f}" for name, value in result["seconds"].items()]

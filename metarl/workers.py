@@ -58,7 +58,7 @@ from metarl.rollouts import (
 )
 from metarl.trajectories import Rollout
 
-REPEATS = {"killed": 2, "ended": 1, "hung": 1, "raised": 1}
+REPEATS = {"was killed": 2, "ended": 1, "hung": 1, "raised": 1}
 """How often a share is begun again in one collect, for each way a worker may fail."""
 
 START_SECONDS = 300.0
@@ -108,7 +108,7 @@ class _Reply:
     """What a worker says, or what is found out about it."""
 
     kind: str
-    """ready, done; refused (a UserError), raised; killed, ended, hung."""
+    """ready, done; refused (a UserError), raised; was killed, ended, hung."""
     text: str = ""
     trace: str = ""
 
@@ -296,31 +296,32 @@ class _Worker:
                 return None
         self.busy = False
         if reply.kind == "raised":
-            return self._tell("raised", "raised", reply.text, reply.trace)
+            return _Reply("raised", f"{self._name('raised')}: {reply.text}", reply.trace)
         return reply
 
     def _fault(self, hung: bool = False) -> _Reply:
+        code = self.process.exitcode
+        kind, what = "ended", f"exit code {code}"
         if hung:
+            kind, what = "hung", f"no step ended for {self.limit:g} s"
+        elif code == _NO_GUARD:
+            return _Reply("refused", _GUARD)
+        elif code is not None and code < 0:
+            kind, what = "was killed", signal.Signals(-code).name
+        text = f"{self._name(kind)}: {what}"
+        if hung:  # let it say where; the signal may wake it
             with contextlib.suppress(OSError):
                 os.kill(self.process.pid or 0, signal.SIGUSR1)
         trace = b""
         with contextlib.suppress(OSError):
             while self.dump.poll(0.3) and (part := os.read(self.dump.fileno(), 1 << 16)):
                 trace += part
-        stack = trace.decode(errors="replace")
-        if hung:
-            return self._tell("hung", "hung", f"no step ended for {self.limit:g} s", stack)
-        code = self.process.exitcode
-        if code == _NO_GUARD:
-            return _Reply("refused", _GUARD)
-        if code is not None and code < 0:
-            return self._tell("killed", "was killed", signal.Signals(-code).name, stack)
-        return self._tell("ended", "ended", f"exit code {code}", stack)
+        return _Reply(kind, text, trace.decode(errors="replace"))
 
-    def _tell(self, kind: str, verb: str, what: str, trace: str) -> _Reply:
+    def _name(self, verb: str) -> str:
         tasks = np.repeat(self.tasks, self.share.episodes, axis=0)
         where = describe_progress(list(self.share.progress), tasks)
-        return _Reply(kind, f"worker {self.share.index} {verb} {where}: {what}", trace)
+        return f"worker {self.share.index} {verb} {where}"
 
     def kill(self) -> None:
         """End the process, and those that its environments started, at once."""
@@ -452,7 +453,7 @@ class WorkerCollector:
         message = f"{self.family.name}: {reply.text}"
         trace = f"\n\n{reply.trace.rstrip()}" if reply.trace else ""
         # What fails on its own while it starts fails again.
-        if (not started and reply.kind != "killed") or times > REPEATS[reply.kind]:
+        if (not started and reply.kind != "was killed") or times > REPEATS[reply.kind]:
             if reply.kind == "hung":
                 message += "; give a longer worker_timeout if its steps take that long"
             again = f" ({times} times in a row)" if times > 1 else ""

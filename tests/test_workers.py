@@ -162,7 +162,7 @@ def run():
     policy = GaussianMLP(observation_dim=2, action_dim=1, hidden=(8,))
     family, tasks = make_family("mine"), np.array([[0.2], [0.8]])
     params = stack(policy.init(np.random.default_rng(0)), 2)
-    collector = WorkerCollector(family, policy, 2, 2, workers=2)
+    collector = WorkerCollector(family, policy, 2, 2, workers=1)
     print([worker.process.pid for worker in collector._workers], flush=True)
     here = Collector(family, policy, 2, 2, ChunkPool(1)) if not sys.argv[1] else collector
     print((collector.collect(params, tasks, Address(0)).reward
@@ -288,6 +288,7 @@ def test_a_wrong_shape_is_told_here_and_in_workers(collector, faults):
 
 
 def test_a_nan_is_told_with_its_task(collector, faults, pool):
+    sample(collector)
     faults.write_text("always nan step")
     config = Config(family="worker_envs:walk")
     loop = InnerLoop(make_adapter(config, POLICY), config.advantage, pool)
@@ -344,27 +345,23 @@ def test_workers_leave_interruptions_to_their_parent(collector, caplog):
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("", ""),
-        ("raise close", r"(?s)worker 1 raised in close of task \[0.8\]: Arithm.*worker_envs.py"),
-        ("hang close", r"worker 1 hung in close of task \[0.8\]"),
-        ("kill close", r"worker 1 was killed in close of task \[0.8\]"),
+        ("raise close", r"(?s)worker 0 raised in close of task \[0.8\]: Arithm.*worker_envs.py"),
+        ("hang close", r"worker 0 hung in close of task \[0.8\]"),
     ],
 )
 def test_close_ends_every_worker_and_may_be_repeated(faults, fault, said, caplog):
     family = walk(str(faults))
-    collector = WorkerCollector(family, POLICY, 4, 3, workers=2, timeout=TIMEOUT)
+    collector = WorkerCollector(family, POLICY, 4, 3, workers=1, timeout=TIMEOUT)
     sample(collector)
     mine = pids(collector)
     faults.write_text(fault)
     collector.close()
     assert_gone(mine, 0.5)
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == bool(fault)
-    assert all(re.search(said, message) for message in messages)
+    (record,) = caplog.records
+    assert re.search(said, record.getMessage())
     collector.close()
     with pytest.raises(UserError, match="closed"):
         sample(collector)
-    faults.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("fault", ["hang", "hold"])
