@@ -134,6 +134,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
             self._keep(i, observation)
             infos.append(info)
         if self.family.reward is not None:
+            self._begun(STEP)
             after = self._observation[moved]
             acted = np.asarray(actions)[moved]
             reward[moved] = self.family.pay(before, acted, after, infos, self.tasks[moved])

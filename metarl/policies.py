@@ -45,7 +45,11 @@ class _Tanh(torch.autograd.Function):
 
 def tanh(x: Tensor) -> Tensor:
     """Hyperbolic tangent, differentiable any number of times."""
-    return _Tanh.apply(x) if x.device.type == "cpu" else torch.tanh(x)  # type: ignore[return-value]
+    if x.device.type != "cpu":
+        return torch.tanh(x)
+    if torch.is_inference_mode_enabled():  # sampling: a third of the time
+        return torch.from_numpy(np.tanh(x.numpy()))
+    return _Tanh.apply(x)  # type: ignore[return-value]
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": tanh, "relu": torch.relu}
