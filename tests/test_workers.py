@@ -391,3 +391,14 @@ def test_an_environment_that_raises_is_told_by_the_command_line(tmp_path, monkey
     err = capsys.readouterr().err
     assert "error: walk: worker 0 raised in step of task [0.8]" in err
     assert "ArithmeticError: the fault" in err
+
+
+def test_the_benchmark_compares_workers_with_one_process_and_async_vector_env(capsys):
+    arguments = ["--tasks", "2", "--episodes", "2", "--repeats", "1", "--workers", "1", "--json"]
+    assert main(["benchmark", "worker_envs:walk", *arguments]) == 0
+    result = json.loads(capsys.readouterr().out)["processes"]
+    assert result["environments"] == 40
+    assert result["workers"] == 1
+    rates = [result[f"{name}_env_steps_per_second"] for name in ("one_process", "workers")]
+    assert result["workers_to_one_process"] == pytest.approx(rates[1] / rates[0])
+    assert result["workers_to_async_vector_env"] > 0.0
