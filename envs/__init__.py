@@ -17,7 +17,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs import half_cheetah, navigation  # noqa: F401  (they register their families)
+from envs import half_cheetah, meta_world, navigation  # noqa: F401  (they register their families)
 from envs.family import (
     Finite,
     TaskDistribution,

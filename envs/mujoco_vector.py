@@ -25,12 +25,17 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.utils import seeding
-from mujoco.batch import Batch
 from numpy.typing import NDArray
 
 from envs.errors import UserError
 from envs.family import TaskFamily
+from envs.serial_batch import SerialBatch
 from envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
+
+try:
+    from mujoco.batch import Batch
+except ImportError:  # an older MuJoCo
+    Batch = SerialBatch
 
 _DIVERGED = slice(mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADCTRL + 1)
 _COUNT = 1  # of (last info, number of warnings)
@@ -89,7 +94,7 @@ class MujocoFamily(TaskFamily):
     """The policy's action for a full-strength control: actions in [-s, s] map to the bounds."""
     camera: str | None = "track"
 
-    parallel: ClassVar[bool] = True
+    parallel: ClassVar[bool] = Batch is not SerialBatch
 
     def make(self, task: Floats | None = None, *, render_mode: str | None = None) -> gym.Env:
         return SingleTaskEnv(self, task, render_mode, threads=1)

@@ -301,7 +301,11 @@ def _families(command: Families) -> int:
     from envs.family import option_defaults
 
     for name in family_names():
-        family = make_family(name)
+        try:
+            family = make_family(name)
+        except UserError as error:  # what it needs is not installed
+            print(f"{name}\n    {error}")
+            continue
         tasks = f"{family.tasks.describe()}; horizon {family.horizon}"
         print(f"{name}\n    {family.description}\n    tasks: {tasks}")
         options = option_defaults(name)

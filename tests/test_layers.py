@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ENVS = [
-    "errors", "family", "vector", "gymnasium_family", "mujoco_vector", "half_cheetah",
-    "navigation", "__init__",
+    "errors", "family", "vector", "gymnasium_family", "serial_batch", "mujoco_vector",
+    "half_cheetah", "navigation", "meta_world", "__init__",
 ]  # fmt: skip
 METARL = [
     "seeding", "parallel", "trajectories", "policies", "rollouts", "advantages", "objectives",
