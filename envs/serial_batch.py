@@ -10,7 +10,7 @@ For MuJoCo versions without `mujoco.batch` (Meta-World pins 3.3.0). The results 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import mujoco
@@ -44,7 +44,7 @@ class SerialBatch:
     """
 
     def __init__(
-        self, model: mujoco.MjModel, nsim: int, nthread: int = 1, persistent: bool = True
+        self, model: mujoco.MjModel, nsim: int, nthread: int = 1, persistent: bool = False
     ) -> None:
         self.model, self.nsim, self.nthread, self.persistent = model, nsim, nthread, persistent
         self._models = [model] * nsim
@@ -63,17 +63,21 @@ class SerialBatch:
             start = mujoco.mj_stateSize(self.model, _SPEC & (bit - 1))
             view = self.state[:, start : start + mujoco.mj_stateSize(self.model, bit)]
             return view.reshape(self.nsim, *np.shape(getattr(self._data[0], name)))
+        if name not in DATA_FIELDS:
+            raise ValueError(f"{name} is not an array field of MjData with a fixed size")
         if name not in self._bound:
-            field = np.asarray(getattr(self._data[0], name))
+            field = getattr(self._data[0], name)
             self._bound[name] = np.zeros((self.nsim, *field.shape), field.dtype)
         return self._bound[name]
 
     def expand(self, name: str) -> NDArray:
         """Give each simulation a field of MjModel, or of its options as `opt.NAME`, of its own."""
         if name not in self._expanded:
+            holder, field = _holder(self.model, name)
+            if not isinstance(getattr(holder, field, None), (np.ndarray, float, int)):
+                raise ValueError(f"{name} is not a field of MjModel")
             if not self._expanded:
                 self._models = [copy.copy(self.model) for _ in range(self.nsim)]
-            holder, field = _holder(self.model, name)
             value = np.asarray(getattr(holder, field))
             self._expanded[name] = np.repeat(value[None], self.nsim, axis=0)
         return self._expanded[name]
@@ -110,17 +114,28 @@ class SerialBatch:
             _compute(model, self._data[i], stage)
             self._save(i)
 
-    def get_model(self, sim: int) -> mujoco.MjModel:
-        """Return a copy of a simulation's model."""
-        return copy.copy(self._load(sim))
+    def get_model(self, sim: int, model: mujoco.MjModel | None = None) -> mujoco.MjModel:
+        """Write a simulation's model into `model`, by default a copy, and return it."""
+        own = self._load(sim)
+        if model is None:
+            return copy.copy(own)
+        for name, field in _arrays(own):
+            getattr(model, name)[...] = field
+        for name in self._expanded:
+            holder, field = _holder(model, name)
+            setattr(holder, field, getattr(_holder(own, name)[0], field))
+        return model
 
     def get_data(self, sim: int, data: mujoco.MjData | None = None) -> mujoco.MjData:
-        """Write a simulation's state into `data`, or return a copy of all its data."""
+        """Write a simulation's state into `data`, by default a copy of it all, and return it.
+
+        A persistent batch returns the simulation's own data, whole; do not write into it.
+        """
         if data is None:
             self._load(sim)
             return copy.copy(self._data[sim])
         mujoco.mj_setState(self.model, data, self.state[sim], _SPEC)
-        return data
+        return self._data[sim] if self.persistent else data
 
     def _each(self, ids: Ids) -> Iterable[int]:
         return range(self.nsim) if ids is None else map(int, ids)
@@ -143,6 +158,13 @@ class SerialBatch:
         self.warning[i, :, 1] = data.warning.number
 
 
+def _arrays(held: mujoco.MjModel | mujoco.MjData) -> Iterator[tuple[str, NDArray]]:
+    """Give the array fields of a model or data and their names."""
+    for name in dir(held):
+        if name[0] != "_" and isinstance(field := getattr(held, name), np.ndarray):
+            yield name, field
+
+
 def _holder(model: mujoco.MjModel, name: str) -> tuple[Any, str]:
     """Return the object that has a model field, and the field's name there."""
     return (model.opt, name[4:]) if name.startswith("opt.") else (model, name)
@@ -158,3 +180,11 @@ def _compute(model: mujoco.MjModel, data: mujoco.MjData, stage: int) -> None:
     if stage >= _VEL:
         mujoco.mj_fwdVelocity(model, data)
         mujoco.mj_sensorVel(model, data)
+
+
+# The fields of MjData that `bind` takes; those of constraints change their size from step to step.
+DATA_FIELDS = frozenset(_STATE) | {
+    name
+    for name, _ in _arrays(mujoco.MjData(mujoco.MjModel.from_xml_string("<mujoco/>")))
+    if "efc" not in name and "island" not in name
+}

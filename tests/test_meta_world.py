@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import pickle
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 from envs import make_family
 from envs.errors import UserError
 from metarl.cli import main
+from metarl.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 INSTALLED = importlib.util.find_spec("metaworld") is not None
@@ -182,7 +182,7 @@ def test_two_iterations_of_ml1_reach(venv, tmp_path):
         "--policy.hidden", "16", "--iterations", "2", "--out", "reach",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    metrics = [json.loads(line) for line in (tmp_path / "reach/metrics.jsonl").open()]
+    metrics = read_metrics(tmp_path / "reach")
     assert len(metrics) == 2
     for row in metrics:
         numbers = [value for value in row.values() if isinstance(value, (int, float))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import gymnasium as gym
@@ -108,9 +109,35 @@ def test_fields_of_the_model_differ_between_simulations():
     same(native, serial)
     assert len(np.unique(serial.bind("qpos")[:, 1])) == 4  # and the fields made a difference
     assert np.array_equal(serial.model.body_mass, untouched)
-    assert np.array_equal(native.get_model(2).body_mass, serial.get_model(2).body_mass)
+    given = copy.copy(serial.model)
+    for own in (serial.get_model(2), serial.get_model(2, given), given):
+        for field in ("body_mass", "body_subtreemass", "dof_invweight0"):
+            assert np.array_equal(getattr(native.get_model(2), field), getattr(own, field))
+        assert np.array_equal(native.get_model(2).opt.gravity, own.opt.gravity)
     for data in (serial.get_data(2), serial.get_data(2, mujoco.MjData(serial.model))):
         assert np.array_equal(data.qpos, native.get_data(2).qpos)
+    for b in (native, serial):
+        with pytest.raises(ValueError, match="body_mas"):
+            b.expand("body_mas")
+        with pytest.raises(ValueError, match="qps"):
+            b.bind("qps")
+
+
+def test_contact_forces_from_the_whole_data_of_a_persistent_batch():
+    compiled = model("ant")
+    both = [kind(compiled, 2, 1, persistent=True) for kind in (batch.Batch, SerialBatch)]
+    data, found = mujoco.MjData(compiled), []
+    for b in both:
+        b.reset()
+        for _ in range(30):
+            b.bind("ctrl")[1] = 0.5
+            b.step(nstep=5)
+            for i in range(2):
+                whole = b.get_data(i, data)
+                mujoco.mj_rnePostConstraint(compiled, whole)
+                found.append(whole.cfrc_ext.copy())
+    assert np.abs(found[:60]).max() > 1.0
+    assert np.array_equal(found[:60], found[60:])
 
 
 @pytest.mark.parametrize("scale", ["stock", "icml2017"])
