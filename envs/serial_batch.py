@@ -17,6 +17,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.family import did_you_mean
+
 Ids = Sequence[int] | NDArray | None
 
 _SPEC = int(mujoco.mjtState.mjSTATE_INTEGRATION)
@@ -64,7 +66,8 @@ class SerialBatch:
             view = self.state[:, start : start + mujoco.mj_stateSize(self.model, bit)]
             return view.reshape(self.nsim, *np.shape(getattr(self._data[0], name)))
         if name not in DATA_FIELDS:
-            raise ValueError(f"{name} is not an array field of MjData with a fixed size")
+            hint = did_you_mean(name, DATA_FIELDS)
+            raise ValueError(f"{name} is not an array field of MjData with a fixed size{hint}")
         if name not in self._bound:
             field = getattr(self._data[0], name)
             self._bound[name] = np.zeros((self.nsim, *field.shape), field.dtype)
@@ -75,12 +78,17 @@ class SerialBatch:
         if name not in self._expanded:
             holder, field = _holder(self.model, name)
             if not isinstance(getattr(holder, field, None), (np.ndarray, float, int)):
-                raise ValueError(f"{name} is not a field of MjModel")
+                hint = did_you_mean(name, dir(self.model))
+                raise ValueError(f"{name} is not a field of MjModel{hint}")
             if not self._expanded:
                 self._models = [copy.copy(self.model) for _ in range(self.nsim)]
             value = np.asarray(getattr(holder, field))
             self._expanded[name] = np.repeat(value[None], self.nsim, axis=0)
         return self._expanded[name]
+
+    def expanded(self, name: str) -> NDArray | None:
+        """Return the values of a field that `expand` gave each simulation, else None."""
+        return self._expanded.get(name)
 
     def set_const(self, ids: Ids = None) -> None:
         """Compute anew what follows from expanded fields, as `mj_setConst` does."""
