@@ -119,7 +119,7 @@ def test_fields_of_the_model_differ_between_simulations():
     for data in (serial.get_data(2), serial.get_data(2, mujoco.MjData(serial.model))):
         assert np.array_equal(data.qpos, native.get_data(2).qpos)
     for b in (native, serial):
-        with pytest.raises(ValueError, match="body_mas.*body_mass"):
+        with pytest.raises(ValueError, match=r"body_mas.*body_mass"):
             b.expand("body_mas")
         with pytest.raises(ValueError, match="qps"):
             b.bind("qps")
