@@ -110,6 +110,7 @@ class _Memory:
         self.terminated = zeros(*grid[:2], dtype=torch.bool)
         self.truncated = zeros(*grid[:2], dtype=torch.bool)
         self.diverged = zeros(*grid[:2], dtype=torch.bool)
+        self.success = zeros(*grid[:2], dtype=torch.bool)
 
     def rollout(self, policy: MLPPolicy, params: Params, tasks: NDArray) -> Rollout:
         """Leave diverged episodes out and hand the memory over."""
@@ -130,6 +131,7 @@ class _Memory:
             truncated=torch.from_numpy(self.truncated),
             diverged=torch.from_numpy(self.diverged),
             context=params.get("context"),
+            success=torch.from_numpy(self.success),
         )
 
 
@@ -175,6 +177,8 @@ def _collect_into(
             memory.valid[where, :, t] = active
             if "diverged" in info:
                 memory.diverged[where] |= info["diverged"].reshape(shape)
+            if "success" in info:
+                memory.success[where] |= active & (info["success"] > 0).reshape(shape)
             active = ~(terminated | truncated).reshape(shape)
             if not active.any():
                 break
@@ -313,6 +317,7 @@ def collect_episodes(
                 memory.reward[0, e, t] = reward
                 memory.valid[0, e, t] = True
                 memory.diverged[0, e] |= bool(info.get("diverged", False))
+                memory.success[0, e] |= bool(info.get("success", False))
                 if terminated or truncated:
                     break
             memory.last_observation[0, e] = observation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import pickle
 import subprocess
@@ -194,6 +195,9 @@ def test_two_iterations_of_ml1_reach(venv, tmp_path):
         "--steps", "1",
     )  # fmt: skip
     assert tried.returncode == 0, tried.stderr
+    rates = json.loads((tmp_path / "reach/evaluation.json").read_text())["success"]
+    assert len(rates) == 2
+    assert all(0.0 <= rate <= 1.0 for rate in rates)
 
 
 @pytest.mark.slow
