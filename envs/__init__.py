@@ -23,6 +23,7 @@ from envs import (  # noqa: F401  (they register their families)
     half_cheetah,
     hopper,
     humanoid,
+    meta_world,
     navigation,
     swimmer,
     tabular,

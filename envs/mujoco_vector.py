@@ -24,13 +24,18 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.utils import seeding
-from mujoco.batch import DATA_FIELDS, Batch
 from numpy.typing import NDArray
 
 from envs.errors import UserError
 from envs.family import TaskFamily, Tasks, did_you_mean
 from envs.mujoco_bodies import Sim, Step, find_body, load_model, root_x
+from envs.serial_batch import DATA_FIELDS, SerialBatch
 from envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
+
+try:
+    from mujoco.batch import DATA_FIELDS, Batch
+except ImportError:  # an older MuJoCo
+    Batch = SerialBatch
 
 _DIVERGED = slice(mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADCTRL + 1)
 _COUNT = 1  # of (last info, number of warnings)
@@ -92,7 +97,7 @@ class MujocoFamily(TaskFamily):
     """The policy's action for a full-strength control: actions in [-s, s] map to the bounds."""
     camera: str | None = "track"
 
-    parallel: ClassVar[bool] = True
+    parallel: ClassVar[bool] = Batch is not SerialBatch
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -247,9 +252,9 @@ class MujocoVectorEnv(TaskVectorEnv):
     def _compute_forces(self, ids: Iterable[int]) -> None:
         assert self._forces is not None
         for i in ids:
-            self.batch.get_data(i, self._data)
-            mujoco.mj_rnePostConstraint(self.model, self._data)
-            self._forces[i] = self._data.cfrc_ext
+            data = self.batch.get_data(i, self._data)
+            mujoco.mj_rnePostConstraint(self.model, data)
+            self._forces[i] = data.cfrc_ext
 
     def _observe(self) -> NDArray:
         return self.family.observe(self.sim)

@@ -343,7 +343,7 @@ def _families(command: Families) -> int:
     for name in family_names():
         try:
             family = make_family(name)
-        except UserError as error:  # a package's, which must not hide the others
+        except UserError as error:  # not installed, or a package's fault
             print(f"{name}\n    error: {error}")
             continue
         tasks = f"{family.tasks.describe()}; horizon {family.horizon}"

@@ -50,6 +50,8 @@ class Curve:
     """Of the K steps."""
     per_task: Floats
     """[tasks, K + 1]"""
+    success: Floats | None = None
+    """Part of the episodes in which the task is done, [tasks, K + 1], where the family tells."""
 
     @property
     def returns(self) -> list[float]:
@@ -67,12 +69,16 @@ class Curve:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; a number that is not finite is null."""
-        return {
+        result = {
             "step_sizes": self.step_sizes,
             "returns": _finite(self.returns),
             "ci95": _finite([list(pair) for pair in self.ci95]),
             "per_task": _finite(self.per_task.tolist()),
         }
+        if self.success is not None:
+            result["success"] = _finite(self.success.mean(axis=0).tolist())
+            result["success_per_task"] = _finite(self.success.tolist())
+        return result
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,12 @@ class EvaluationResult:
             for mean, (low, high) in zip(curve.returns, curve.ci95, strict=True):
                 half = (high - low) / 2.0
                 cells += f"{f'{mean:.1f} ± {half:.1f}':>18}" if half == half else f"{mean:>18.1f}"
+            lines.append(f"{name:<{width}}{cells}")
+        told = {name: curve.success for name, curve in rows.items() if curve.success is not None}
+        if told:
+            lines.append("success rate, %")
+        for name, success in told.items():
+            cells = "".join(f"{100.0 * rate:>18.1f}" for rate in success.mean(axis=0))
             lines.append(f"{name:<{width}}{cells}")
         return "\n".join(lines)
 
@@ -218,8 +230,12 @@ def evaluate(
                     for k, fast in enumerate(adapted.iterates)
                 ]
             returns = [rollout.mean_returns().numpy() for rollout in rollouts]
+            success = None
+            if family.tells_success:
+                rates = [rollout.success_rates().numpy() for rollout in rollouts]
+                success = np.stack(rates, axis=1)
             used = loop.adapter.mean_step_sizes(meta, steps)
-            return Curve(used, np.stack(returns, axis=1))
+            return Curve(used, np.stack(returns, axis=1), success)
 
         try:
             own = curve(meta_policy, step_sizes)

@@ -125,6 +125,7 @@ class Memory:
         self.terminated = zeros(*grid[:2], dtype=np.bool_)
         self.truncated = zeros(*grid[:2], dtype=np.bool_)
         self.diverged = zeros(*grid[:2], dtype=np.bool_)
+        self.success = zeros(*grid[:2], dtype=np.bool_)
 
     def rollout(self, policy: MLPPolicy, params: Params, tasks: NDArray) -> Rollout:
         """Leave diverged episodes out and hand the memory over."""
@@ -145,6 +146,7 @@ class Memory:
             truncated=torch.from_numpy(self.truncated),
             diverged=torch.from_numpy(self.diverged),
             context=params.get("context"),
+            success=torch.from_numpy(self.success),
         )
 
 
@@ -196,6 +198,8 @@ def collect_into(
             memory.valid[where, :, t] = active
             if "diverged" in info:
                 memory.diverged[where] |= info["diverged"].reshape(shape)
+            if "success" in info:
+                memory.success[where] |= active & (info["success"] > 0).reshape(shape)
             active = ~(terminated | truncated).reshape(shape)
             if not active.any():
                 break
@@ -335,6 +339,7 @@ def collect_episodes(
                 memory.reward[0, e, t] = reward
                 memory.valid[0, e, t] = True
                 memory.diverged[0, e] |= bool(info.get("diverged", False))
+                memory.success[0, e] |= bool(info.get("success", False))
                 if terminated or truncated:
                     break
             memory.last_observation[0, e] = observation

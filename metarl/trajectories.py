@@ -38,6 +38,8 @@ class Rollout:
     """[T, E] bool; the simulation broke down."""
     context: Tensor | None = None
     """[T, context_dim]; the context input of the policy, where it has one."""
+    success: Tensor | None = None
+    """[T, E] bool; the environment said at some step that the task is done."""
 
     @property
     def env_steps(self) -> int:
@@ -52,3 +54,8 @@ class Rollout:
     def mean_returns(self) -> Tensor:
         """Mean return of each task, [T] float64, NaN where every episode diverged."""
         return self.returns().nanmean(dim=1)
+
+    def success_rates(self) -> Tensor:
+        """Part of each task's episodes with success, [T] float64, NaN where every one diverged."""
+        assert self.success is not None
+        return self.success.double().masked_fill(self.diverged, torch.nan).nanmean(dim=1)

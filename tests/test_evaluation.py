@@ -12,11 +12,15 @@ import torch
 from scipy import stats
 
 from envs.errors import UserError
+from envs.navigation import NavigationFamily, NavigationVectorEnv
 from metarl import evaluate
 from metarl.config import Config, InnerConfig, PolicyConfig
 from metarl.evaluation import Curve, EvaluationResult, mean_interval
 from metarl.meta_policy import MetaPolicy, policy_for, random_meta_policy
+from metarl.parallel import ChunkPool
 from metarl.plots import plot_evaluation
+from metarl.policies import stack
+from metarl.rollouts import Address, Collector
 
 
 def navigator(**changes) -> MetaPolicy:
@@ -186,3 +190,48 @@ def test_json_and_plot(tmp_path):
     assert json.loads(json.dumps(single.to_json(), allow_nan=False))["ci95"] == [[None, None]]
     plot_evaluation(single, tmp_path / "single.png")
     assert "this policy" in found.table()
+
+
+class ReachingVectorEnv(NavigationVectorEnv):
+    """Points that tell where they are within 0.2 of the goal."""
+
+    def _advance(self, ids, actions):
+        reward, *flags, info = super()._advance(ids, actions)
+        return reward, *flags, {**info, "success": (reward > -0.2).astype(float)}
+
+
+class ReachingFamily(NavigationFamily):
+    tells_success = True
+
+    def make_vec(self, num_tasks, episodes, **options):
+        return ReachingVectorEnv(self, num_tasks, episodes, **options)
+
+
+def test_success_rates_are_reported_where_the_family_tells(monkeypatch):
+    policy = navigator()
+    silent = evaluate(policy, tasks=6, episodes=4, steps=1, threads=1)
+    assert "success" not in silent.to_json()
+    assert "success" not in silent.table()
+    plain = policy.family
+    values = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
+    monkeypatch.setattr(MetaPolicy, "family", ReachingFamily(**values))
+    policy = navigator()
+    told = evaluate(policy, tasks=6, episodes=4, steps=1, threads=1)
+    assert told.curve.per_task.tolist() == silent.curve.per_task.tolist()
+    rates = told.to_json()["success"]
+    # By hand: where the points of the initialization's episodes went.
+    with ChunkPool(1) as pool:
+        family = policy.family
+        collector = Collector(family, policy.policy, 6, 4, pool, policy.config.policy.action)
+        goals = family.tasks.grid(6)
+        params = stack(policy.params, 6)
+        rollout = collector.collect(params, goals, Address(0, split="test"))
+    gap = (rollout.observation - torch.from_numpy(goals)[:, None, None]).norm(dim=-1)
+    last = (rollout.last_observation - torch.from_numpy(goals)[:, None]).norm(dim=-1)
+    done = ((gap[:, :, 1:] < 0.2) & rollout.valid[:, :, 1:]).any(-1) | (last < 0.2)
+    assert 0 < int(done.sum()) < 24
+    assert rates[0] == pytest.approx(float(done.double().mean()))
+    assert np.mean(told.to_json()["success_per_task"], axis=0).tolist() == pytest.approx(rates)
+    head, *lines = told.table().split("success rate, %\n")[1].splitlines()
+    assert head.split() == ["this", "policy", f"{100 * rates[0]:.1f}", f"{100 * rates[1]:.1f}"]
+    assert lines[0].startswith("random")

@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ENVS = [
-    "errors", "family", "vector", "gymnasium_family", "mujoco_bodies", "mujoco_vector", "traces",
-    "checker", "ant", "classic_control", "half_cheetah", "hopper", "humanoid", "navigation",
-    "swimmer", "tabular", "walker2d", "__init__",
+    "errors", "family", "vector", "gymnasium_family", "serial_batch", "mujoco_bodies",
+    "mujoco_vector", "traces", "checker", "ant", "classic_control", "half_cheetah", "hopper",
+    "humanoid", "meta_world", "navigation", "swimmer", "tabular", "walker2d", "__init__",
 ]  # fmt: skip
 METARL = [
     "seeding", "parallel", "trajectories", "policies", "rollouts", "workers", "advantages",

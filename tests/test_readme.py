@@ -53,8 +53,11 @@ def test_commands_are_taken(command, tmp_path, monkeypatch):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
         return
-    if words[0] == "python":
+    if words[0] in ("python", "bash"):
         assert (ROOT / words[1]).exists()
+        return
+    if words[0] == "source":
+        assert words[1].endswith("/bin/activate")
         return
     if words[0] == "tensorboard":
         pytest.importorskip("tensorboard")
@@ -95,5 +98,5 @@ def test_a_family_of_ones_own_trains_and_evaluates(name, tmp_path, monkeypatch, 
 def test_every_file_that_is_named_exists():
     for name in re.findall(r"\((docs/[\w./-]+)\)", TEXT):
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"scripts/\w+\.py", TEXT):
+    for name in re.findall(r"scripts/\w+\.\w+", TEXT):
         assert (ROOT / name).exists(), name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -231,3 +233,32 @@ def test_discrete_actions_reach_the_environment_in_its_own_terms(kind):
 def test_no_policy_acts_in_a_space_of_text():
     with pytest.raises(UserError, match="flat Box, Discrete, a flat MultiDiscrete"):
         categories(gym.spaces.Text(3))
+
+
+class Announcing(CountingEnv):
+    """Succeeds while its count is 2, and fails again afterwards."""
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, reward, terminated, truncated, {**info, "success": self.count == 2.0}
+
+
+def test_success_at_any_step_of_an_episode_counts(pool):
+    policy = GaussianMLP(observation_dim=1, action_dim=1, hidden=(4,))
+    params = policy.init(np.random.default_rng(0))
+    for length, done in ((1.0, False), (3.0, True)):
+        env = Announcing()
+        env.length = length
+        rollout = collect_episodes(
+            env, policy, params, episodes=2, horizon=5, address=Address(seed=0)
+        )
+        assert rollout.success is not None
+        assert rollout.success.tolist() == [[done, done]]
+        assert rollout.success_rates().tolist() == [float(done)]
+    mixed = dataclasses.replace(
+        rollout,
+        success=torch.tensor([[True, False, True], [False, False, False]]),
+        diverged=torch.tensor([[False, False, True], [True, True, True]]),
+    )
+    assert mixed.success_rates()[0] == 0.5
+    assert mixed.success_rates()[1].isnan()
