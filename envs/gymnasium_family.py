@@ -77,11 +77,19 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         reward = np.zeros(self.num_envs)
         terminated = np.zeros(self.num_envs, np.bool_)
         truncated = np.zeros(self.num_envs, np.bool_)
+        achieved = {key: np.zeros(self.num_envs) for key in self.family.achieved.values()}
         for i in range(self.num_envs) if ids is None else ids:
-            self._observation[i], reward[i], terminated[i], truncated[i], _ = self._envs[i].step(
-                actions[i]
-            )
-        return reward, terminated, truncated, None, {}
+            self._observation[i], reward[i], terminated[i], truncated[i], info = self._envs[
+                i
+            ].step(actions[i])
+            for key, values in achieved.items():
+                if key not in info:
+                    raise UserError(
+                        f"{self.family.name}: achieved names {key!r}, but info has"
+                        f" {', '.join(map(repr, info)) or 'no entries'}"
+                    )
+                values[i] = info[key]
+        return reward, terminated, truncated, None, achieved
 
     def _observe(self) -> NDArray:
         return self._observation.copy()

@@ -70,7 +70,14 @@ def env_action(action: NDArray, space: gym.spaces.Box, mode: ActionMode) -> NDAr
 class _Memory:
     """NumPy views of a rollout in the making, laid out once."""
 
-    def __init__(self, policy: GaussianMLP, tasks: int, episodes: int, horizon: int) -> None:
+    def __init__(
+        self,
+        policy: GaussianMLP,
+        tasks: int,
+        episodes: int,
+        horizon: int,
+        record: Sequence[str] = (),
+    ) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> NDArray:
             return torch.zeros(shape, dtype=dtype).numpy()  # torch aligns; NumPy may not
 
@@ -84,6 +91,7 @@ class _Memory:
         self.terminated = zeros(*grid[:2], dtype=torch.bool)
         self.truncated = zeros(*grid[:2], dtype=torch.bool)
         self.diverged = zeros(*grid[:2], dtype=torch.bool)
+        self.info = {key: zeros(*grid, dtype=torch.float64) for key in record}
 
     def rollout(self, policy: GaussianMLP, params: Params, tasks: NDArray) -> Rollout:
         """Leave diverged episodes out and hand the memory over."""
@@ -104,6 +112,7 @@ class _Memory:
             truncated=torch.from_numpy(self.truncated),
             diverged=torch.from_numpy(self.diverged),
             context=params.get("context"),
+            info={key: torch.from_numpy(values) for key, values in self.info.items()},
         )
 
 
@@ -147,6 +156,8 @@ def _collect_into(
             )
             memory.reward[where, :, t] = reward.reshape(shape)
             memory.valid[where, :, t] = active
+            for key, values in memory.info.items():
+                values[where, :, t] = info[key].reshape(shape)
             if "diverged" in info:
                 memory.diverged[where] |= info["diverged"].reshape(shape)
             active = ~(terminated | truncated).reshape(shape)
@@ -161,7 +172,8 @@ def _collect_into(
 def _clear_after_the_end(memory: _Memory) -> None:
     """Zero what was written for sub-environments that stood still."""
     if not memory.valid.all():
-        for array in (memory.observation, memory.action, memory.mean, memory.reward):
+        arrays = (memory.observation, memory.action, memory.mean, memory.reward)
+        for array in (*arrays, *memory.info.values()):
             array[~memory.valid] = 0
 
 
@@ -192,7 +204,13 @@ class Collector:
         check_spaces(self._envs[0], policy, family.name)
 
     def collect(
-        self, params: Params, tasks: NDArray, address: Address, *, deterministic: bool = False
+        self,
+        params: Params,
+        tasks: NDArray,
+        address: Address,
+        *,
+        deterministic: bool = False,
+        record: Sequence[str] = (),
     ) -> Rollout:
         """Sample every episode of every task once.
 
@@ -201,8 +219,9 @@ class Collector:
             tasks: [tasks, task_dim].
             address: names the random streams.
             deterministic: take the distribution's mode instead of a sample.
+            record: entries of the environment's info to keep.
         """
-        memory = _Memory(self.policy, self.num_tasks, self.episodes, self.family.horizon)
+        memory = _Memory(self.policy, self.num_tasks, self.episodes, self.family.horizon, record)
         detached = {name: p.detach() for name, p in params.items()}
         self.pool.map(
             lambda shard: _collect_into(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class Rollout:
     """[T, E] bool; the simulation broke down."""
     context: Tensor | None = None
     """[T, context_dim]; the context input of the policy, where it has one."""
+    info: dict[str, Tensor] = field(default_factory=dict)
+    """[T, E, H] float64 each; the entries of the environment's info that were asked for."""
 
     @property
     def env_steps(self) -> int:
