@@ -79,9 +79,9 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         truncated = np.zeros(self.num_envs, np.bool_)
         achieved = {key: np.zeros(self.num_envs) for key in self.family.achieved.values()}
         for i in range(self.num_envs) if ids is None else ids:
-            self._observation[i], reward[i], terminated[i], truncated[i], info = self._envs[
-                i
-            ].step(actions[i])
+            self._observation[i], reward[i], terminated[i], truncated[i], info = self._envs[i].step(
+                actions[i]
+            )
             for key, values in achieved.items():
                 if key not in info:
                     raise UserError(

@@ -14,8 +14,17 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 import envs  # noqa: F401  (registers the families with Gymnasium)
 from metarl.config import Config
 from metarl.evaluation import evaluate
-from metarl.meta_policy import MetaPolicy, Policy, load
+from metarl.meta_policy import MetaPolicy, Policy, load, load_policy
 from metarl.presets import preset_config
 from metarl.trainer import train
 
-__all__ = ["Config", "MetaPolicy", "Policy", "evaluate", "load", "preset_config", "train"]
+__all__ = [
+    "Config",
+    "MetaPolicy",
+    "Policy",
+    "evaluate",
+    "load",
+    "load_policy",
+    "preset_config",
+    "train",
+]

@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from envs.errors import UserError
-from metarl.evaluation import Curve, EvaluationResult, Floats, but_seed, group_name
 from metarl.metrics import read_metrics
-from metarl.runs import run_config
+from metarl.results import Curve, EvaluationResult
+from metarl.runs import but_seed, group_name, run_config
+from metarl.statistics import Floats
 
 _STYLES = [
     ("#0072B2", "o", "-"),
@@ -46,8 +47,10 @@ def _style(i: int) -> dict[str, Any]:
     return {"color": colour, "marker": marker, "linestyle": line}
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _figure(
+    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
+) -> Figure:
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
@@ -169,7 +172,7 @@ def _against_goal(axes: Axes, goals: Floats, values: Floats, shown: Sequence[int
 def _returns_in_the_plane(
     setting: Mapping[str, Any], curve: Curve, goals: Floats, shown: Sequence[int]
 ) -> Figure:
-    figure = _figure(4.6 * len(shown) + 1.2, 4.8)
+    figure = _figure(4.4 * len(shown) + 1.4, 5.2, "compressed")
     panels = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
     values = curve.per_task[:, shown]
     dots = None
@@ -201,15 +204,15 @@ def plot_paths(result: EvaluationResult, path: Path) -> list[Path]:
         return []
     last = len(result.curve.returns) - 1
     shown = sorted({0, min(1, last), last})
-    figure = _figure(4.2 * len(shown), 5.0)
+    figure = _figure(4.2 * len(shown), 5.4, "compressed")
     panels = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
     (x_name, x), (y_name, y) = paths.items()
     goals = np.array(setting["tasks"])[:, [setting["components"].index(n) for n in paths]]
     for axes, steps in zip(panels, shown, strict=True):
         for i in range(len(x)):
-            colour, _, line = _STYLES[i % len(_STYLES)]
+            colour = _STYLES[i % len(_STYLES)][0]
             axes.plot(
-                x[i, steps], y[i, steps], color=colour, linestyle=line, linewidth=1.2,
+                x[i, steps], y[i, steps], color=colour, linewidth=1.0,
                 label="one episode's path" if not i else None,
             )  # fmt: skip
             axes.plot(
@@ -253,6 +256,7 @@ def plot_learning(
         raise UserError(f"smooth must be at least 1, got {smooth}")
     groups = _alike(runs)
     families = sorted({run_config(members[0]).family for members in groups.values()})
+    still = {name for name, members in groups.items() if not run_config(members[0]).inner.steps}
     traces = {name: [_trace(run, against, smooth) for run in m] for name, m in groups.items()}
     longest = max(trace["x"][-1] for several in traces.values() for trace in several)
     unit, label = (1e6, "env steps (millions)")
@@ -273,11 +277,14 @@ def plot_learning(
             if not np.isfinite(curves).any():
                 continue  # Reptile samples nothing with its adapted parameters
             after = kind == "return_post"
+            if not after and name in still:
+                continue  # one curve says it all
+            when = "no" if name in still else "after" if after else "before"
             axes.plot(
                 common / unit, curves.mean(axis=0), color=style["color"], marker=style["marker"],
                 markevery=(0.05 * (i % 3), 0.15), markersize=5, linewidth=2.0 if after else 1.2,
                 linestyle="-" if after else "--", markerfacecolor=None if after else "white",
-                label=f"{name}, {'after' if after else 'before'} adaptation{seeds}",
+                label=f"{name}, {when} adaptation{seeds}",
             )  # fmt: skip
             if len(several) > 1:
                 low, high = curves.min(axis=0), curves.max(axis=0)

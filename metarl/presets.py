@@ -26,7 +26,7 @@ class Preset:
     families: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What differs for a family."""
     references: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Step sizes that reference algorithms are evaluated with, where a family has none of its own."""
+    """Step sizes that reference algorithms are evaluated with; a family's own go before them."""
 
 
 _ICML_POLICY = PolicyConfig(hidden=(100, 100), activation="relu")
@@ -109,9 +109,10 @@ def reference_step_sizes(config: Config, algorithm: str) -> tuple[float, ...]:
     if config.preset is None:
         return ()
     preset = PRESETS[config.preset]
-    same = config.inner.test_step_sizes == _family_config(
-        config.preset, config.family
-    ).inner.test_step_sizes
+    same = (
+        config.inner.test_step_sizes
+        == _family_config(config.preset, config.family).inner.test_step_sizes
+    )
     own = "inner" in preset.families.get(config.family, {})
     return preset.references.get(algorithm, ()) if same and not own else ()
 
