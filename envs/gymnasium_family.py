@@ -136,11 +136,6 @@ class GymnasiumFamily(TaskFamily):
                 raise UserError(f"{self.name}: {error}") from error
         else:
             env = gym.wrappers.TimeLimit(self.env(**options), self.horizon)
-        if not isinstance(env.action_space, gym.spaces.Box):
-            raise UserError(
-                f"{self.name}: actions must be a Box, got {env.action_space}; "
-                "a Gaussian policy acts in continuous spaces only"
-            )
         if not isinstance(env.observation_space, gym.spaces.Box) or (
             len(env.observation_space.shape) != 1
         ):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metarl.objectives import Batch, Loss
-from metarl.policies import Dist, GaussianMLP, Params, stack
+from metarl.policies import Dist, MLPPolicy, Params, stack
 
 StepSizes = dict[str, Tensor]
 """For each fast parameter [K, ...]: one entry an inner step, broadcast against the leaf."""
@@ -41,7 +41,7 @@ class Adapter:
     scalar parameter (Meta-SGD, Li et al. 2017, arXiv:1707.09835).
     """
 
-    policy: GaussianMLP
+    policy: MLPPolicy
     loss: Loss
     step_sizes: tuple[float, ...]
     fast: Fast = "all"
@@ -71,7 +71,7 @@ class Adapter:
         meta = dict(params)
         for name, shape in self.shapes().items():
             if name.startswith(_STEP):
-                sizes = torch.tensor(self.step_sizes, dtype=params["log_std"].dtype)
+                sizes = torch.tensor(self.step_sizes, dtype=next(iter(params.values())).dtype)
                 meta[name] = sizes.view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
         return meta
 
@@ -97,7 +97,7 @@ class Adapter:
     def _is_fast(self, name: str) -> bool:
         if self.fast == "head":
             return name.startswith(f"layer{self.policy.layers - 1}.")
-        return self.fast == "all"
+        return self.fast == "all" and not name.startswith("norm.")
 
     def params(self, fast: Params, slow: Params, tasks: int) -> Params:
         """Return the policy's parameters, all stacked, [tasks, ...] each."""

@@ -54,7 +54,7 @@ ALGORITHMS = {
             description="as maml-trpo, the outer step by Adam on the policy gradient",
             source=_FINN,
             outer="adam",
-            defaults={"adam": {"learning_rate": 1e-2}},
+            defaults={"adam": {"learning_rate": 3e-3}},
         ),
         Algorithm(
             name="maml-ppo",
@@ -75,7 +75,7 @@ ALGORITHMS = {
             source="Finn et al. 2017, section 5.2; Nichol et al. 2018, arXiv:1803.02999",
             order=1,
             outer="adam",
-            defaults={"adam": {"learning_rate": 1e-2}},
+            defaults={"adam": {"learning_rate": 3e-3}},
         ),
         Algorithm(
             name="reptile",
@@ -84,7 +84,7 @@ ALGORITHMS = {
             inner_loss=likelihood_ratio,
             gradient="displacement",
             outer="adam",
-            defaults={"adam": {"learning_rate": 1e-2}, "inner": {"updates": 3}},
+            defaults={"adam": {"learning_rate": 3e-3}, "inner": {"updates": 3}},
         ),
         Algorithm(
             name="e-maml",
@@ -117,7 +117,7 @@ ALGORITHMS = {
             gradient="implicit",
             outer="adam",
             defaults={
-                "adam": {"learning_rate": 1e-2},
+                "adam": {"learning_rate": 3e-3},
                 "inner": {"updates": 10, "proximal": 1.0},
             },
         ),
@@ -129,7 +129,7 @@ ALGORITHMS = {
             annealed=True,
             outer="adam",
             defaults={
-                "adam": {"learning_rate": 1e-2},
+                "adam": {"learning_rate": 3e-3},
                 "inner": {"steps": 2},
                 "meta": {"anneal": 30, "decay": 500},
             },

@@ -22,7 +22,7 @@ from metarl.trust_region import TrustRegionConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """The policy: a Gaussian whose mean is an MLP of the observation."""
+    """The policy: an MLP gives a Gaussian's mean, or the logits of Discrete actions."""
 
     hidden: tuple[int, ...] = (64, 64)
     """Sizes of the hidden layers."""
@@ -36,6 +36,8 @@ class PolicyConfig:
     """Size of the context input, where the algorithm adapts one (CAVIA)."""
     action: ActionMode = "clip"
     """How actions fit the environment's bounds: cut to them, or [-1, 1] mapped onto them first."""
+    normalize: bool = False
+    """Scale observations by their running mean and standard deviation."""
 
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.hidden):

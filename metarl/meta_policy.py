@@ -23,11 +23,11 @@ from metarl import checkpoints
 from metarl.adaptation import Adapter
 from metarl.algorithms import find_algorithm
 from metarl.checkpoints import CheckpointError
-from metarl.config import Config
+from metarl.config import Config, PolicyConfig
 from metarl.inner_loop import InnerLoop
 from metarl.parallel import ChunkPool, one_intraop_thread
-from metarl.policies import GaussianMLP, Params
-from metarl.rollouts import ActionMode, Address, collect_episodes, env_action
+from metarl.policies import CategoricalMLP, GaussianMLP, MLPPolicy, Params
+from metarl.rollouts import ActionMode, Address, categories, collect_episodes, env_action
 from metarl.seeding import stream
 
 
@@ -36,9 +36,9 @@ class Policy:
 
     def __init__(
         self,
-        policy: GaussianMLP,
+        policy: MLPPolicy,
         params: Params,
-        space: gym.spaces.Box,
+        space: gym.Space,
         horizon: int,
         config: Config,
         record: Mapping[str, Any],
@@ -59,7 +59,7 @@ class Policy:
         self._rng = stream(record["seed"], 0, "test-noise", record["steps"])
 
     def act(self, observation: Any, *, deterministic: bool = False) -> NDArray:
-        """Return the action as the environment takes it, [action_dim] or [n, action_dim].
+        """Return the action as the environment takes it: one, or n of them.
 
         Args:
             observation: one, [observation_dim], or a batch [n, observation_dim].
@@ -77,11 +77,10 @@ class Policy:
             if deterministic:
                 action = self.policy.mode(dist)
             else:
-                noise = self._rng.standard_normal(dist["mean"].shape, dtype=np.float32)
+                noise = self.policy.noise(self._rng, len(batch))
                 action = self.policy.sample(dist, torch.from_numpy(noise))
-        return env_action(action.numpy(), self._space, self._mode).reshape(
-            *seen.shape[:-1], self.policy.action_dim
-        )
+        acts = env_action(action.numpy(), self._space, self._mode)
+        return acts[0] if seen.ndim == 1 else acts
 
     def play(
         self,
@@ -132,12 +131,15 @@ class MetaPolicy:
         return make_family(self.config.family, **self.config.family_options)
 
     @cached_property
-    def policy(self) -> GaussianMLP:
-        """The network, its sizes read off the parameters."""
+    def policy(self) -> MLPPolicy:
+        """The network; a Gaussian's sizes are read off the parameters."""
+        if "log_std" not in self.params:
+            return policy_for(self.config, self.family)
         told = find_algorithm(self.config.algorithm).told
         context = context_dim(self.config, self.family.tasks.dim if told else 0)
         observation = self.params["layer0.weight"].shape[0] - context
-        return make_policy(self.config, observation, self.params["log_std"].shape[0], context)
+        actions = gym.spaces.Box(-1.0, 1.0, self.params["log_std"].shape)
+        return make_policy(self.config, observation, actions, context)
 
     def inner_loop(
         self, pool: ChunkPool, step_sizes: Sequence[float] | None = None
@@ -221,7 +223,6 @@ class MetaPolicy:
                 loop, meta = self.inner_loop(pool, step_sizes)
                 adapted = loop.run(sample, meta, 1, steps=steps, query="none")
             space = target.action_space
-            assert isinstance(space, gym.spaces.Box)
         finally:
             if made is not None:
                 made.close()
@@ -249,7 +250,7 @@ def scaled_tasks(family: TaskFamily, tasks: NDArray) -> Tensor:
     return torch.from_numpy(scaled.astype(np.float32))
 
 
-def make_adapter(config: Config, policy: GaussianMLP) -> Adapter:
+def make_adapter(config: Config, policy: MLPPolicy) -> Adapter:
     """Return what adapts in a config's algorithm, and how."""
     row = find_algorithm(config.algorithm)
     return Adapter(
@@ -264,31 +265,45 @@ def make_adapter(config: Config, policy: GaussianMLP) -> Adapter:
 
 
 def make_policy(
-    config: Config, observation_dim: int, action_dim: int, context: int = 0
-) -> GaussianMLP:
-    """Return a config's network for an environment's sizes."""
-    return GaussianMLP(
-        context_dim=context,
-        observation_dim=observation_dim,
-        action_dim=action_dim,
-        hidden=config.policy.hidden,
-        activation=config.policy.activation,
-        initial_std=config.policy.initial_std,
-        min_std=config.policy.min_std,
-    )
+    config: Config, observation_dim: int, actions: gym.Space, context: int = 0
+) -> MLPPolicy:
+    """Return a config's network for an environment's observations and action space.
+
+    Raises:
+        UserError: no policy acts in such a space, or options have no effect in it.
+    """
+    chosen, base = config.policy, PolicyConfig()
+    common: dict[str, Any] = {
+        "context_dim": context,
+        "observation_dim": observation_dim,
+        "hidden": chosen.hidden,
+        "activation": chosen.activation,
+        "normalize": chosen.normalize,
+    }
+    found = categories(actions)
+    if found is None:
+        assert actions.shape is not None
+        return GaussianMLP(
+            action_dim=actions.shape[0],
+            initial_std=chosen.initial_std,
+            min_std=chosen.min_std,
+            **common,
+        )
+    for name in ("initial_std", "min_std", "action"):
+        if getattr(chosen, name) != getattr(base, name):
+            raise UserError(f"policy.{name} has no effect on {actions} actions")
+    return CategoricalMLP(categories=found, **common)
 
 
-def policy_for(config: Config, family: TaskFamily) -> GaussianMLP:
+def policy_for(config: Config, family: TaskFamily) -> MLPPolicy:
     """Return a config's network for a family's environments."""
     env = family.make()
     try:
         observation, action = env.observation_space, env.action_space
         if observation.shape is None or len(observation.shape) != 1:
             raise UserError(f"{family.name}: observations must be a flat Box, got {observation}")
-        if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1:
-            raise UserError(f"{family.name}: actions must be a flat Box, got {action}")
         context = context_dim(config, family.tasks.dim)
-        return make_policy(config, observation.shape[0], action.shape[0], context)
+        return make_policy(config, observation.shape[0], action, context)
     finally:
         env.close()
 
@@ -354,7 +369,7 @@ def load(what: str | Path) -> MetaPolicy:
     config = Config.from_json(metadata["config"])
     params = {n.removeprefix("meta."): t for n, t in tensors.items() if not n.startswith("outer.")}
     record = {k: metadata[k] for k in ("iteration", "env_steps", "versions") if k in metadata}
-    if "layer0.weight" not in params or "log_std" not in params:
+    if "layer0.weight" not in params:
         raise CheckpointError(f"{path} holds no policy")
     shapes = make_adapter(config, MetaPolicy(params, config).policy).shapes()
     return MetaPolicy(checkpoints.in_shapes(path, params, shapes), config, record)
@@ -380,6 +395,5 @@ def load_policy(path: str | Path) -> Policy:
         space = env.action_space
     finally:
         env.close()
-    assert isinstance(space, gym.spaces.Box)
     params = checkpoints.in_shapes(path, tensors, shapes)
     return Policy(meta.policy, params, space, meta.family.horizon, config, metadata["adapted"])

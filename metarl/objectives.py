@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarl.policies import Dist, GaussianMLP
+from metarl.policies import Dist, MLPPolicy
 from metarl.trajectories import Rollout
 
 
@@ -24,7 +24,7 @@ class Batch:
     observation: Tensor
     """[T, N, observation_dim]"""
     action: Tensor
-    """[T, N, action_dim]"""
+    """[T, N, action_size]"""
     advantage: Tensor
     """[T, N]"""
     weight: Tensor
@@ -61,7 +61,7 @@ def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return function(value) if isinstance(value, Tensor) else value
 
 
-def make_batch(policy: GaussianMLP, rollout: Rollout, advantage: Tensor) -> Batch:
+def make_batch(policy: MLPPolicy, rollout: Rollout, advantage: Tensor) -> Batch:
     """Return a rollout's samples flattened over episodes and time, [T, N, ...]."""
     valid = rollout.valid.flatten(1)
     count = valid.sum(dim=1, keepdim=True).clamp(min=1)
@@ -79,17 +79,17 @@ def make_batch(policy: GaussianMLP, rollout: Rollout, advantage: Tensor) -> Batc
     )
 
 
-Loss = Callable[[GaussianMLP, Dist, Batch], Tensor]
+Loss = Callable[[MLPPolicy, Dist, Batch], Tensor]
 """(policy, distribution at the batch's observations, batch) -> [T]"""
 
 
-def log_likelihood(policy: GaussianMLP, dist: Dist, batch: Batch) -> Tensor:
+def log_likelihood(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
     """REINFORCE (Williams 1992): -E[log pi(a | s) A], [T]; the inner loss of Finn et al. 2017."""
     log_prob = policy.log_prob(dist, batch.action)
     return -(batch.weight * batch.advantage * log_prob).sum(dim=1)
 
 
-def likelihood_ratio(policy: GaussianMLP, dist: Dist, batch: Batch) -> Tensor:
+def likelihood_ratio(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
     """Importance-weighted surrogate of TRPO: -E[pi(a | s) / pi_old(a | s) A], [T].
 
     Schulman et al. 2015, eq. 14 (arXiv:1502.05477). As an inner loss it has the low-variance
@@ -100,7 +100,7 @@ def likelihood_ratio(policy: GaussianMLP, dist: Dist, batch: Batch) -> Tensor:
     return -(batch.weight * batch.advantage * ratio).sum(dim=1)
 
 
-def clipped_ratio(policy: GaussianMLP, dist: Dist, batch: Batch, *, clip: float) -> Tensor:
+def clipped_ratio(policy: MLPPolicy, dist: Dist, batch: Batch, *, clip: float) -> Tensor:
     """PPO's pessimistic surrogate, -E[min(r A, clip(r, 1 - c, 1 + c) A)], [T].
 
     Schulman et al. 2017, eq. 7 (arXiv:1707.06347).
@@ -110,7 +110,7 @@ def clipped_ratio(policy: GaussianMLP, dist: Dist, batch: Batch, *, clip: float)
     return -(batch.weight * torch.minimum(ratio * batch.advantage, cut * batch.advantage)).sum(1)
 
 
-def dice(policy: GaussianMLP, dist: Dist, batch: Batch) -> Tensor:
+def dice(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
     """Loaded DiCE: -E[(box(w[t]) - box(w[t - 1])) A[t]] with w[t] = sum_{s <= t} log pi(a_s | s_s).
 
     box(w) = exp(w - stop(w)) is 1, and its derivatives of all orders carry the score. Foerster et
@@ -126,12 +126,12 @@ def dice(policy: GaussianMLP, dist: Dist, batch: Batch) -> Tensor:
     return -(batch.weight * batch.advantage * box.flatten(1)).sum(dim=1)
 
 
-def score(policy: GaussianMLP, dist: Dist, batch: Batch) -> Tensor:
+def score(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
     """Sum of the log-densities of all of a task's valid actions, [T]."""
     log_prob = policy.log_prob(dist, batch.action)
     return torch.where(batch.weight > 0, log_prob, 0.0).sum(dim=1)
 
 
-def mean_kl(policy: GaussianMLP, dist: Dist, batch: Batch) -> Tensor:
+def mean_kl(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
     """KL from the policy that drew the samples, E[KL(old || new)], [T]."""
     return (batch.weight * policy.kl(batch.old, dist)).sum(dim=1)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from envs import TaskFamily, TaskVectorEnv
 from envs.errors import UserError
 from metarl.parallel import ChunkPool, slices
-from metarl.policies import GaussianMLP, Params
+from metarl.policies import CategoricalMLP, MLPPolicy, Params
 from metarl.seeding import episode_seeds, stream
 from metarl.trajectories import Rollout
 
@@ -46,25 +46,51 @@ class Address:
         where = (self.inner_step, task)
         return episode_seeds(self.seed, self.iteration, phase, *where, episodes=episodes)
 
-    def noise(self, task: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Return a task's action noise, [episodes, horizon, action_dim] standard normal."""
-        rng = stream(self.seed, self.iteration, self._phase("noise"), self.inner_step, task)
-        return rng.standard_normal(shape, dtype=np.float32)
+    def noise(self, task: int) -> np.random.Generator:
+        """Return the stream of a task's action noise."""
+        return stream(self.seed, self.iteration, self._phase("noise"), self.inner_step, task)
 
     def tasks(self) -> np.random.Generator:
         """Return the stream that tasks are drawn from."""
         return stream(self.seed, self.iteration, self._phase("tasks"))
 
 
-def env_action(action: NDArray, space: gym.spaces.Box, mode: ActionMode) -> NDArray:
-    """Return a policy's action [..., action_dim] as the environment takes it.
+def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
+    """Return a policy's action [..., action_size] as the environment takes it.
 
-    `clip` cuts it to the bounds; `scale` maps [-1, 1] onto finite bounds first.
+    For a Box, `clip` cuts it to the bounds, and `scale` maps [-1, 1] onto finite bounds first.
+    Discrete spaces get whole numbers that count from their start.
     """
+    if isinstance(space, gym.spaces.Discrete):
+        return action[..., 0].astype(np.int64) + space.start
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return action.astype(space.dtype) + space.start
+    if isinstance(space, gym.spaces.MultiBinary):
+        return action.astype(space.dtype)
+    assert isinstance(space, gym.spaces.Box)
     if mode == "scale":
         middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
         action = np.where(np.isfinite(half), middle + half * action, action)
     return np.clip(action, space.low, space.high).astype(space.dtype, copy=False)
+
+
+def categories(space: gym.Space) -> tuple[int, ...] | None:
+    """Return the number of categories of each component of an action, None for a flat Box.
+
+    Raises:
+        UserError: no policy acts in such a space.
+    """
+    if isinstance(space, gym.spaces.Discrete):
+        return (int(space.n),)
+    if isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
+        return tuple(int(n) for n in space.nvec)
+    if isinstance(space, gym.spaces.MultiBinary) and len(space.shape) == 1:
+        return (2,) * space.shape[0]
+    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+        return None
+    raise UserError(
+        f"actions must be a flat Box, Discrete, a flat MultiDiscrete or MultiBinary, got {space}"
+    )
 
 
 class _Memory:
@@ -72,7 +98,7 @@ class _Memory:
 
     def __init__(
         self,
-        policy: GaussianMLP,
+        policy: MLPPolicy,
         tasks: int,
         episodes: int,
         horizon: int,
@@ -84,8 +110,8 @@ class _Memory:
         grid = (tasks, episodes, horizon)
         self.observation = zeros(*grid, policy.observation_dim)
         self.last_observation = zeros(*grid[:2], policy.observation_dim)
-        self.action = zeros(*grid, policy.action_dim)
-        self.mean = zeros(*grid, policy.action_dim)
+        self.action = zeros(*grid, policy.action_size)
+        self.output = zeros(*grid, policy.output_dim)
         self.reward = zeros(*grid)
         self.valid = zeros(*grid, dtype=torch.bool)
         self.terminated = zeros(*grid[:2], dtype=torch.bool)
@@ -93,19 +119,19 @@ class _Memory:
         self.diverged = zeros(*grid[:2], dtype=torch.bool)
         self.info = {key: zeros(*grid, dtype=torch.float64) for key in record}
 
-    def rollout(self, policy: GaussianMLP, params: Params, tasks: NDArray) -> Rollout:
+    def rollout(self, policy: MLPPolicy, params: Params, tasks: NDArray) -> Rollout:
         """Leave diverged episodes out and hand the memory over."""
-        for name in ("observation", "last_observation", "action", "mean", "reward", "valid"):
+        for name in ("observation", "last_observation", "action", "output", "reward", "valid"):
             if self.diverged.any():
                 getattr(self, name)[self.diverged] = 0
-        log_std = params["log_std"].detach().clamp(min=float(np.log(policy.min_std)))
-        mean = torch.from_numpy(self.mean)
+        output = torch.from_numpy(self.output)
+        behaviour = policy.head(params, output.flatten(1, 2))
         return Rollout(
             tasks=torch.from_numpy(np.array(tasks, np.float64)),
             observation=torch.from_numpy(self.observation),
             last_observation=torch.from_numpy(self.last_observation),
             action=torch.from_numpy(self.action),
-            behaviour={"mean": mean, "log_std": log_std[:, None, None, :].expand_as(mean)},
+            behaviour={n: x.unflatten(1, output.shape[1:3]) for n, x in behaviour.items()},
             reward=torch.from_numpy(self.reward),
             valid=torch.from_numpy(self.valid),
             terminated=torch.from_numpy(self.terminated),
@@ -120,7 +146,7 @@ def _collect_into(
     memory: _Memory,
     where: slice,
     env: TaskVectorEnv,
-    policy: GaussianMLP,
+    policy: MLPPolicy,
     params: Params,
     tasks: NDArray,
     address: Address,
@@ -132,11 +158,11 @@ def _collect_into(
     horizon = env.family.horizon
     ids = range(where.start, where.start + env.num_tasks)
     seeds = [s for task in ids for s in address.episode_seeds(task, env.episodes)]
-    noise_shape = (env.episodes, horizon, policy.action_dim)
-    noise = torch.from_numpy(np.stack([address.noise(task, noise_shape) for task in ids]))
+    noise = torch.from_numpy(
+        np.stack([policy.noise(address.noise(task), env.episodes, horizon) for task in ids])
+    )
     space = env.single_action_space
-    assert isinstance(space, gym.spaces.Box)
-    flat = (env.num_envs, policy.action_dim)
+    flat = (env.num_envs, policy.action_size)
     stacked = {name: p[where].clone() for name, p in params.items()}
     env.set_tasks(tasks[where])
     observation, _ = env.reset(seed=seeds)
@@ -150,7 +176,7 @@ def _collect_into(
             action = policy.mode(dist) if deterministic else policy.sample(dist, noise[:, :, t])
             act = action.numpy()
             memory.action[where, :, t] = act
-            memory.mean[where, :, t] = dist["mean"].numpy()
+            memory.output[where, :, t] = dist[policy.output].numpy()
             observation, reward, terminated, truncated, info = env.step(
                 env_action(act.reshape(flat), space, mode)
             )
@@ -172,7 +198,7 @@ def _collect_into(
 def _clear_after_the_end(memory: _Memory) -> None:
     """Zero what was written for sub-environments that stood still."""
     if not memory.valid.all():
-        arrays = (memory.observation, memory.action, memory.mean, memory.reward)
+        arrays = (memory.observation, memory.action, memory.output, memory.reward)
         for array in (*arrays, *memory.info.values()):
             array[~memory.valid] = 0
 
@@ -186,7 +212,7 @@ class Collector:
     def __init__(
         self,
         family: TaskFamily,
-        policy: GaussianMLP,
+        policy: MLPPolicy,
         num_tasks: int,
         episodes: int,
         pool: ChunkPool,
@@ -239,24 +265,33 @@ class Collector:
             env.close()
 
 
-def check_spaces(env: TaskVectorEnv | gym.Env, policy: GaussianMLP, name: str) -> None:
+def check_spaces(env: TaskVectorEnv | gym.Env, policy: MLPPolicy, name: str) -> None:
     """Raise UserError if an environment's spaces are not those of the policy."""
     vector = isinstance(env, TaskVectorEnv)
     observation = env.single_observation_space if vector else env.observation_space
     action = env.single_action_space if vector else env.action_space
-    for kind, space, dim in (
-        ("observations", observation, policy.observation_dim),
-        ("actions", action, policy.action_dim),
-    ):
-        if not isinstance(space, gym.spaces.Box) or space.shape != (dim,):
+    box = isinstance(observation, gym.spaces.Box)
+    if not box or observation.shape != (policy.observation_dim,):
+        raise UserError(
+            f"{name}: observations are {observation}, but the policy is made for a Box of shape"
+            f" ({policy.observation_dim},)"
+        )
+    if isinstance(policy, CategoricalMLP):
+        if categories(action) != policy.categories:
             raise UserError(
-                f"{name}: {kind} are {space}, but the policy is made for a Box of shape ({dim},)"
+                f"{name}: actions are {action}, but the policy is made for components of"
+                f" {policy.categories} categories"
             )
+    elif categories(action) is not None or action.shape != (policy.action_size,):
+        raise UserError(
+            f"{name}: actions are {action}, but the policy is made for a Box of shape"
+            f" ({policy.action_size},)"
+        )
 
 
 def collect_episodes(
     env: gym.Env,
-    policy: GaussianMLP,
+    policy: MLPPolicy,
     params: Params,
     *,
     episodes: int,
@@ -279,7 +314,7 @@ def collect_episodes(
     check_spaces(env, policy, getattr(env.spec, "id", None) or type(env.unwrapped).__name__)
     memory = _Memory(policy, 1, episodes, horizon)
     seeds = address.episode_seeds(0, episodes)
-    noise = torch.from_numpy(address.noise(0, (episodes, horizon, policy.action_dim)))
+    noise = torch.from_numpy(policy.noise(address.noise(0), episodes, horizon))
     with torch.inference_mode():
         for e in range(episodes):
             observation, _ = env.reset(seed=seeds[e])
@@ -290,9 +325,9 @@ def collect_episodes(
                 dist = policy.distribution(params, seen)
                 action = policy.mode(dist) if deterministic else policy.sample(dist, noise[e, t])
                 memory.action[0, e, t] = action[0].numpy()
-                memory.mean[0, e, t] = dist["mean"][0].numpy()
+                memory.output[0, e, t] = dist[policy.output][0].numpy()
                 observation, reward, terminated, truncated, info = env.step(
-                    env_action(action[0].numpy(), env.action_space, mode)  # type: ignore[arg-type]
+                    env_action(action[0].numpy(), env.action_space, mode)
                 )
                 memory.reward[0, e, t] = reward
                 memory.valid[0, e, t] = True

@@ -137,6 +137,9 @@ class Trainer:
         except NonFiniteError as error:
             stats["skipped"] = str(error)
         if stats.pop("finite"):
+            if config.policy.normalize:
+                seen = torch.cat([r.observation[r.valid] for r in rollouts])
+                params = self.policy.track_observations(params, seen)
             state.params, state.outer, state.skipped_in_a_row = params, outer, 0
         else:
             stats.setdefault("skipped", "the meta-gradient is not finite")
@@ -160,9 +163,7 @@ class Trainer:
             "episode_length": float(rollouts[-1].valid.sum(-1).double().mean()),
             "diverged_episodes": sum(int(rollout.diverged.sum()) for rollout in rollouts),
             "skipped_updates": state.skipped_updates,
-            "policy_std": float(
-                state.params["log_std"].clamp(min=math.log(self.policy.min_std)).exp().mean()
-            ),
+            **self._spread(rollouts[-1]),
             **stats,
             **{f"seconds_{name}": value for name, value in seconds.items()},
             "seconds_update": total - seconds["rollout"],
@@ -170,6 +171,11 @@ class Trainer:
             "seconds_processor": time.process_time() - processor,
             "env_steps_per_second": sum(rollout.env_steps for rollout in rollouts) / total,
         }
+
+    def _spread(self, rollout: Rollout) -> dict[str, float]:
+        entropy = self.policy.entropy(rollout.behaviour)[rollout.valid].mean()
+        std = self.state.params.get("log_std", torch.tensor(math.nan)).exp().mean()
+        return {"policy_std": float(std), "policy_entropy": float(entropy)}
 
     def _problem(self, adapted: Adapted) -> Problem:
         config, row, iteration = self.config, self.algorithm, self.state.iteration

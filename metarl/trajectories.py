@@ -23,7 +23,7 @@ class Rollout:
     last_observation: Tensor
     """[T, E, observation_dim]; after the last action, before any reset."""
     action: Tensor
-    """[T, E, H, action_dim]; as the policy drew it, before any clipping."""
+    """[T, E, H, action_size]; as the policy drew it, before any clipping."""
     behaviour: dict[str, Tensor]
     """Parameters of the distribution each action was drawn from, [T, E, H, ...] each."""
     reward: Tensor

@@ -42,6 +42,8 @@ class Arguments:
     """Preset of all runs."""
     algorithms: tuple[str, ...] = field(default_factory=lambda: tuple(ALGORITHMS))
     """Algorithms to compare."""
+    tasks: int | None = None
+    """Tasks a meta-iteration; by default the preset's."""
     env_steps: int = 5_000_000
     """Budget of each run."""
     seed: int = 0
@@ -60,6 +62,7 @@ class Arguments:
 
 def run_config(arguments: Arguments, name: str, seed: int) -> Config:
     base = metarl.preset_config(arguments.preset, arguments.family, name)
+    base = dataclasses.replace(base, tasks=arguments.tasks or base.tasks)
     row = find_algorithm(name)
     rollouts = base.inner.steps + (row.gradient != "displacement")
     horizon = metarl.MetaPolicy({}, base).family.horizon
@@ -133,6 +136,9 @@ def plot(results: Results, family: str, path: Path) -> None:
     right.set_xlabel("processor time of training (core-minutes)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+    if "random" in results:  # what falls far below it is off the picture
+        floor, top = last_returns(results["random"])[0], left.get_ylim()[1]
+        left.set_ylim(floor - 0.1 * (top - floor), top)
     figure.legend(loc="outside right center")
     figure.savefig(path, dpi=130)
 

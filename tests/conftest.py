@@ -102,3 +102,47 @@ def counting_family(horizon: int = 6) -> GymnasiumFamily:
         set_task=set_length,
         horizon=horizon,
     )
+
+
+class CodeEnv(gym.Env):
+    """Pays 1 for each component of the action that equals the last observed digit."""
+
+    def __init__(self, action_space: gym.Space) -> None:
+        self.observation_space = gym.spaces.Dict(
+            {"digit": gym.spaces.Discrete(3), "time": gym.spaces.Box(0.0, 9.0, (1,))}
+        )
+        self.action_space = action_space
+        self.shift = 0.0
+
+    def _observe(self):
+        return {"digit": self.digit, "time": np.array([self.time], np.float32)}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.digit, self.time = int(self.np_random.integers(3)), 0
+        return self._observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        reward = float(np.sum(np.asarray(action) == self.digit)) + self.shift
+        self.digit, self.time = int(self.np_random.integers(3)), self.time + 1
+        return self._observe(), reward, False, False, {}
+
+
+SPACES = {
+    "discrete": gym.spaces.Discrete(3),
+    "shifted": gym.spaces.Discrete(4, start=-1),
+    "multi": gym.spaces.MultiDiscrete([3, 2]),
+    "binary": gym.spaces.MultiBinary(4),
+}
+
+
+def code_family(kind: str = "discrete") -> GymnasiumFamily:
+    """Task g: g is added to every reward."""
+    return GymnasiumFamily(
+        name="code",
+        env=lambda: CodeEnv(SPACES[kind]),
+        tasks=Uniform({"shift": (-1.0, 1.0)}),
+        set_task=lambda env, task: setattr(env, "shift", float(task[0])),
+        horizon=7,
+    )

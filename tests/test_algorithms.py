@@ -468,6 +468,18 @@ def test_adam_follows_its_formula():
     assert stats["finite"]
 
 
+def test_epochs_end_at_a_kl_beyond_its_bound():
+    class Moving(Slope):
+        def gradient(self, meta, epoch=0):
+            return torch.ones(DIM, dtype=D), {"loss": 0.0, "kl": 0.03 * epoch}
+
+    meta = {"x": draw(DIM, seed=1)}
+    outer = Adam(AdamConfig(epochs=5, max_kl=0.05))
+    _, state, stats = outer.step(Moving(), meta, outer.init(meta))
+    assert stats["epochs"] == 2  # from 0 and 0.03, not from 0.06
+    assert float(state["steps"]) == 2
+
+
 def test_adam_leaves_everything_at_a_gradient_that_is_not_finite():
     meta = {"x": draw(DIM, seed=1)}
     outer = Adam(AdamConfig())

@@ -462,10 +462,10 @@ def test_a_single_environment_is_given_its_task_before_every_reset():
     assert drawing.unwrapped.g == gravities[2]
 
 
-def test_discrete_actions_are_refused_in_words():
-    family = pendulum(env="CartPole-v1", name="cart")
-    with pytest.raises(UserError, match="cart: actions must be a Box, got Discrete"):
-        family.make_vec(1, 1)
+def test_a_discrete_space_passes_through():
+    env = pendulum(env="CartPole-v1", name="cart").make_bare()
+    assert env.action_space == gym.spaces.Discrete(2)
+    env.close()
 
 
 def test_an_unknown_id_and_what_is_no_family_are_told(tmp_path):

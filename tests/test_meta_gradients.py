@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from conftest import double_params, random_batch
 
 from metarl.adaptation import Adapter, adapt
 from metarl.meta_gradients import UnrolledProblem
-from metarl.objectives import likelihood_ratio, log_likelihood, mean_kl
+from metarl.objectives import Batch, likelihood_ratio, log_likelihood, mean_kl
 from metarl.parallel import ChunkPool
-from metarl.policies import GaussianMLP, flatten, stack, unflatten
+from metarl.policies import CategoricalMLP, GaussianMLP, flatten, stack, unflatten
 
 SIZES = (0.3, 0.2, 0.15)
 
@@ -267,3 +270,52 @@ def test_minibatch_gradient_matches_central_differences(small_policy, pool):
         h[i] = 1e-5
         expected = (loss(elsewhere + h) - loss(elsewhere - h)) / 2e-5
         assert float(gradient[i]) == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+def test_gradient_and_products_of_a_categorical_policy_match_dense_derivatives(pool):
+    policy = CategoricalMLP(observation_dim=2, hidden=(3,), categories=(3, 2))
+    rng = np.random.default_rng(0)
+    meta = {n: torch.from_numpy(0.5 * rng.standard_normal(s)) for n, s in policy.shapes().items()}
+
+    def batch():
+        old = {"logits": torch.from_numpy(rng.standard_normal((2, 12, 5)))}
+        action = policy.sample(old, torch.from_numpy(rng.gumbel(size=(2, 12, 5))))
+        observation, advantage = (torch.from_numpy(rng.standard_normal((2, 12, n))) for n in (2, 1))
+        return Batch(
+            observation, action, advantage[..., 0], torch.full((2, 12), 1 / 12).double(),
+            policy.log_prob(old, action), old, episodes=1,
+        )  # fmt: skip
+
+    support, query = batch(), batch()
+    made = UnrolledProblem(Adapter(policy, log_likelihood, SIZES), [support, query], pool)
+    gradient, _ = made.gradient(meta)
+    theta = flatten(meta)
+
+    def adapted_logits(x):
+        params = stack(unflatten(x, meta), 2)
+        loss = losses(policy, params, support).sum()
+        slope = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        new = {n: p - SIZES[0] * g for (n, p), g in zip(params.items(), slope, strict=True)}
+        return policy.distribution(new, query.observation)["logits"]
+
+    def loss(x):
+        return likelihood_ratio(policy, {"logits": adapted_logits(x)}, query).mean()
+
+    expected = torch.autograd.functional.jacobian(loss, theta)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        fixed = {"logits": adapted_logits_value(made, meta, support, query)}
+
+    def divergence(x):
+        return mean_kl(policy, {"logits": adapted_logits(x)}, replace(query, old=fixed)).mean()
+
+    hessian = torch.autograd.functional.hessian(divergence, theta)
+    v = torch.linspace(-1, 1, len(theta), dtype=torch.float64)
+    with made.linearize(meta) as product:
+        torch.testing.assert_close(product(v), hessian @ v, rtol=1e-8, atol=1e-10)
+
+
+def adapted_logits_value(made, meta, support, query):
+    with torch.enable_grad():
+        params = adapted(made, meta, [support])
+    return made.adapter.policy.distribution(params, query.observation)["logits"].detach()

@@ -1,6 +1,8 @@
-"""The Gaussian MLP against torch.distributions and layer-by-layer arithmetic."""
+"""Policies against torch.distributions, enumeration and layer-by-layer arithmetic."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from conftest import double_params
 from torch.distributions import Independent, Normal, kl_divergence
 
-from metarl.policies import GaussianMLP, flatten, stack, tanh, unflatten
+from metarl.policies import CategoricalMLP, GaussianMLP, flatten, stack, tanh, unflatten
 
 
 def reference(dist):
@@ -119,3 +121,84 @@ def test_flatten_and_unflatten_are_inverse(small_policy):
     params = double_params(small_policy)
     again = unflatten(flatten(params), params)
     assert all(torch.equal(params[name], again[name]) for name in params)
+
+
+# Categorical --------------------------------------------------------------------------------------
+
+CHOICES = CategoricalMLP(observation_dim=3, hidden=(5,), categories=(3, 2))
+
+
+def logits(*shape, seed=0):
+    return {"logits": torch.from_numpy(np.random.default_rng(seed).standard_normal((*shape, 5)))}
+
+
+def joint(dist):
+    """Probabilities of all six actions, by the product rule."""
+    a, b = dist["logits"][..., :3].softmax(-1), dist["logits"][..., 3:].softmax(-1)
+    return (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2)
+
+
+ACTIONS = torch.tensor([[i, j] for i in range(3) for j in range(2)], dtype=torch.float64)
+
+
+def test_categorical_densities_kl_and_entropy_match_enumeration():
+    old, new = logits(4), logits(4, seed=1)
+    p, q = joint(old), joint(new)
+    for i, action in enumerate(ACTIONS):
+        found = CHOICES.log_prob(old, action.expand(4, 2))
+        torch.testing.assert_close(found, p[:, i].log(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(CHOICES.kl(old, new), (p * (p / q).log()).sum(-1))
+    torch.testing.assert_close(CHOICES.entropy(old), -(p * p.log()).sum(-1))
+    assert torch.equal(CHOICES.mode(old), ACTIONS[p.argmax(-1)])
+
+
+def test_categorical_fisher_is_the_hessian_of_the_kl():
+    dist = logits()
+
+    def divergence(x):
+        return CHOICES.kl(dist, {"logits": x})
+
+    hessian = torch.autograd.functional.hessian(divergence, dist["logits"])
+    tangent = logits(seed=2)
+    found = CHOICES.fisher(dist, tangent)["logits"]
+    torch.testing.assert_close(found, hessian @ tangent["logits"], rtol=1e-10, atol=1e-12)
+
+
+def test_categorical_samples_have_their_probabilities():
+    dist = logits()
+    count = 40_000
+    noise = torch.from_numpy(CHOICES.noise(np.random.default_rng(0), count)).double()
+    action = CHOICES.sample({"logits": dist["logits"].expand(count, 5)}, noise)
+    found = torch.stack([(action == a).all(-1).double().mean() for a in ACTIONS])
+    error = (joint(dist) * (1 - joint(dist)) / count).sqrt()
+    assert ((found - joint(dist)).abs() < 4 * error).all()
+
+
+# Normalized observations --------------------------------------------------------------------------
+
+
+def test_running_statistics_are_those_of_all_observations_together():
+    policy = GaussianMLP(observation_dim=3, action_dim=2, hidden=(4,), normalize=True)
+    params = {n: p.double() for n, p in policy.init(np.random.default_rng(0)).items()}
+    rng = np.random.default_rng(1)
+    parts = [torch.from_numpy(5.0 + 3.0 * rng.standard_normal((n, 3))) for n in (7, 1, 30)]
+    for part in parts:
+        params = policy.track_observations(params, part)
+    together = torch.cat(parts)
+    torch.testing.assert_close(params["norm.mean"], together.mean(0))
+    torch.testing.assert_close(params["norm.var"], together.var(0, correction=0))
+    assert params["norm.count"].item() == 38
+    plain = dataclasses.replace(policy, normalize=False)
+    scaled = (together - together.mean(0)) / together.std(0, correction=0)
+    torch.testing.assert_close(
+        policy.distribution(params, together)["mean"],
+        plain.distribution(params, scaled)["mean"],
+        rtol=1e-6, atol=1e-6,
+    )  # fmt: skip
+
+
+def test_no_gradient_moves_the_statistics():
+    policy = GaussianMLP(observation_dim=3, action_dim=2, hidden=(4,), normalize=True)
+    params = {n: p.requires_grad_() for n, p in policy.init(np.random.default_rng(0)).items()}
+    policy.distribution(params, torch.randn(5, 3))["mean"].sum().backward()
+    assert all((p.grad is None) == n.startswith(("norm", "log")) for n, p in params.items())

@@ -6,13 +6,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import CountingEnv, counting_family
+from conftest import SPACES, CountingEnv, code_family, counting_family
 
 from envs import make_family
 from envs.errors import UserError
 from metarl.parallel import ChunkPool, slices
-from metarl.policies import GaussianMLP, stack
-from metarl.rollouts import Address, Collector, collect_episodes, env_action
+from metarl.policies import CategoricalMLP, GaussianMLP, stack
+from metarl.rollouts import Address, Collector, categories, collect_episodes, env_action
 from metarl.seeding import episode_seeds, stream
 
 POLICY = GaussianMLP(observation_dim=17, action_dim=6, hidden=(8,))
@@ -33,7 +33,7 @@ def test_collect_matches_a_plain_loop_over_single_environments(pool):
     assert rollout.env_steps == 150
     assert rollout.valid.all()
     for t in range(3):
-        noise = address.noise(t, (2, 25, 6))
+        noise = POLICY.noise(address.noise(t), 2, 25)
         for e, seed in enumerate(address.episode_seeds(t, 2)):
             env = gym.make("HalfCheetah-v5", max_episode_steps=25)
             observation, _ = env.reset(seed=seed)
@@ -177,7 +177,8 @@ def test_an_episodes_streams_do_not_depend_on_how_many_there_are():
     few = episode_seeds(0, 0, "reset", 0, 3, episodes=3)
     assert episode_seeds(0, 0, "reset", 0, 3, episodes=10)[:3] == few
     address = Address(0)
-    assert np.array_equal(address.noise(2, (3, 4, 2)), address.noise(2, (5, 4, 2))[:3])
+    few, more = (POLICY.noise(address.noise(2), episodes, 4) for episodes in (3, 5))
+    assert np.array_equal(few, more[:3])
 
 
 def test_chunks_cover_all_and_come_back_in_order():
@@ -200,4 +201,33 @@ def test_every_task_inner_step_and_split_has_seeds_and_noise_of_its_own():
         for task in (0, 1)
     ]
     assert len({tuple(a.episode_seeds(task, 3)) for a, task in places}) == len(places)
-    assert len({a.noise(task, (2, 3, 1)).tobytes() for a, task in places}) == len(places)
+    assert len({a.noise(task).standard_normal(6).tobytes() for a, task in places}) == len(places)
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_discrete_actions_reach_the_environment_in_its_own_terms(kind):
+    family = code_family(kind)
+    found = categories(SPACES[kind])
+    assert found == {"discrete": (3,), "shifted": (4,), "multi": (3, 2), "binary": (2,) * 4}[kind]
+    policy = CategoricalMLP(observation_dim=4, hidden=(5,), categories=found)
+    params = stack(policy.init(np.random.default_rng(0)), 2)
+    tasks = np.array([[0.5], [-0.5]])
+    with ChunkPool(1) as pool:
+        collector = Collector(family, policy, 2, 3, pool)
+        rollout = collector.collect(params, tasks, Address(0))
+        collector.close()
+    assert rollout.action.shape == (2, 3, 7, len(found))
+    digit = rollout.observation[..., :3].argmax(-1)  # one-hot, then the time
+    assert torch.equal(rollout.observation[..., 3], torch.arange(7.0).expand(2, 3, 7))
+    shown = rollout.action - (1.0 if kind == "shifted" else 0.0)
+    expected = (shown == digit.unsqueeze(-1)).float().sum(-1) + torch.tensor([0.5, -0.5])[
+        :, None, None
+    ]
+    torch.testing.assert_close(rollout.reward, expected)
+    logits = policy.distribution(params, rollout.observation.flatten(1, 2))["logits"]
+    torch.testing.assert_close(rollout.behaviour["logits"].flatten(1, 2), logits)
+
+
+def test_no_policy_acts_in_a_space_of_text():
+    with pytest.raises(UserError, match="flat Box, Discrete, a flat MultiDiscrete"):
+        categories(gym.spaces.Text(3))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -19,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from envs import make_family
 from envs.errors import UserError
-from metarl import load, train
+from metarl import evaluate, load, preset_config, train
 from metarl.checkpoints import CheckpointError
 from metarl.config import Config, InnerConfig, PolicyConfig
 from metarl.meta_policy import newest_checkpoint
@@ -316,3 +317,42 @@ def test_an_environment_of_ones_own_that_raises_shows_its_traceback(tmp_path, mo
         train(small(family="counting", family_options={}), tmp_path / "run")
     assert not (tmp_path / "run").exists()  # so that the same command works once it is mended
     assert isinstance(family.make(), gym.Env)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "algorithm"),
+    [
+        ("navigation-2d", {"horizon": 12}, "maml-trpo"),
+        ("navigation-2d", {"horizon": 12}, "reptile"),
+        ("conftest:code_family", {"kind": "multi"}, "promp"),
+        ("conftest:code_family", {"kind": "shifted"}, "cavia"),
+    ],
+)
+def test_normalized_observations_and_discrete_actions_train_resume_and_load(
+    tmp_path, family, options, algorithm
+):
+    def config(iterations):
+        base = preset_config(None, family, algorithm)
+        policy = replace(base.policy, hidden=(8,), normalize=True)
+        return replace(
+            base, family_options=options, iterations=iterations, tasks=3, episodes=4, threads=1,
+            policy=policy,
+        )  # fmt: skip
+
+    whole = train(config(4), tmp_path / "whole")
+    train(config(2), tmp_path / "parts")
+    parts = train(config(4), tmp_path / "parts", resume=True)
+    assert same_params(whole, parts)
+    loaded = load(tmp_path / "whole")
+    assert same_params(whole, loaded)
+    steps = read_metrics(tmp_path / "whole")[-1]["env_steps"]
+    assert loaded.params["norm.count"].item() == steps
+    assert loaded.params["norm.var"].min() < 0.9  # no longer 1
+    result = evaluate(loaded, tasks=2, episodes=2, steps=2, threads=1)
+    assert np.isfinite(result.curve.per_task).all()
+    policy = loaded.adapt(np.zeros(loaded.family.tasks.dim), steps=1, episodes=2)
+    env = loaded.family.make()
+    observation, _ = env.reset(seed=0)
+    for deterministic in (False, True):
+        assert env.action_space.contains(policy.act(observation, deterministic=deterministic))
+    assert len(policy.act(np.stack([observation] * 5))) == 5
