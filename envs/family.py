@@ -203,6 +203,11 @@ class TaskFamily(ABC):
     horizon: int
     """Steps after which an episode is truncated."""
     description: str = ""
+    achieved: Mapping[str, str] = field(default_factory=dict)
+    """Entry of `info`, a number each step, that a component of the task asks for: velocity asked,
+    x_velocity achieved. Two of them are a place in the plane."""
+    units: Mapping[str, str] = field(default_factory=dict)
+    """Units of task components and info entries, for the axes of pictures."""
     source: tuple[str, Mapping[str, Any]] | None = field(default=None, compare=False)
     """Name and options that `make_family` rebuilds this family from; None if made by hand."""
 

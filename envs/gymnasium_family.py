@@ -138,7 +138,20 @@ class GymnasiumVectorEnv(TaskVectorEnv):
             after = self._observation[moved]
             acted = np.asarray(actions)[moved]
             reward[moved] = self.family.pay(before, acted, after, infos, self.tasks[moved])
-        return reward, terminated, truncated, None, {}
+        return reward, terminated, truncated, None, self._achieved(moved, infos)
+
+    def _achieved(self, moved: NDArray[np.int64], infos: list[dict[str, Any]]) -> dict[str, Floats]:
+        achieved = {}
+        for key in self.family.achieved.values():
+            achieved[key] = np.zeros(self.num_envs)
+            for i, info in zip(moved.tolist(), infos, strict=True):
+                if key not in info:
+                    raise UserError(
+                        f"{self.family.name}: achieved names {key!r}, but info has"
+                        f" {', '.join(map(repr, info)) or 'no entries'}"
+                    )
+                achieved[key][i] = info[key]
+        return achieved
 
     def _keep(self, i: int, observation: Any) -> None:
         shape = self.single_observation_space.shape

@@ -85,6 +85,8 @@ def _half_cheetah(
         description=description,
         tasks=tasks,
         horizon=body.horizon,
+        achieved={tasks.names[0]: "x_velocity"},
+        units={"velocity": "m/s", "x_velocity": "m/s"},
         env="HalfCheetah-v5",
         frame_skip=body.frame_skip,
         action_scale=body.action_scale,

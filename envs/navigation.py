@@ -46,8 +46,6 @@ class NavigationVectorEnv(TaskVectorEnv):
         render_mode: str | None = None,
         **options: Any,
     ) -> None:
-        if render_mode is not None:
-            raise UserError(f"navigation-2d has no render mode, got {render_mode!r}")
         bound = 1.0 if family.scaled else STEP
         super().__init__(
             family,
@@ -55,15 +53,19 @@ class NavigationVectorEnv(TaskVectorEnv):
             episodes,
             observation_space=gym.spaces.Box(-np.inf, np.inf, (2,), np.float64),
             action_space=gym.spaces.Box(-bound, bound, (2,), np.float32),
-            metadata={"render_modes": []},
+            metadata={"render_modes": ["rgb_array"], "render_fps": 20},
             **options,
         )
+        self.render_mode = render_mode
         self._bound = np.float32(bound)
         self._gain = STEP if family.scaled else 1.0
         self._position = np.zeros((self.num_envs, 2))
+        self._trails: list[list[Floats]] = [[] for _ in range(self.num_envs)]
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
         self._position[ids] = 0.0
+        for i in ids if self.render_mode else ():
+            self._trails[i] = [self._position[i].copy()]
 
     def _advance(
         self, ids: NDArray[np.int64] | None, actions: Any
@@ -75,10 +77,46 @@ class NavigationVectorEnv(TaskVectorEnv):
         # The paper's text says the squared distance; its code, and its figures, the distance.
         reward = -np.sqrt(np.square(gap).sum(axis=1))
         reached: Bools = np.all(np.abs(gap) < REACHED, axis=1)
-        return reward, reached, None, None, {}
+        if self.render_mode:
+            for i in range(self.num_envs) if ids is None else ids:
+                self._trails[i].append(self._position[i].copy())
+        x, y = self._position.T.copy()
+        return reward, reached, None, None, {"x_position": x, "y_position": y}
 
     def _observe(self) -> NDArray:
         return self._position.copy()
+
+    def render(self) -> Any:
+        """Return a frame [480, 480, 3] of each point: its goal a ring, its path dots."""
+        if self.render_mode is None:
+            raise UserError("give render_mode='rgb_array' when making the environment")
+        return tuple(_draw(self.tasks[i], self._trails[i]) for i in range(self.num_envs))
+
+
+_SIDE, _REACH = 480, 1.0  # pixels; the frame shows [-1, 1]^2
+
+
+def _draw(goal: Floats, trail: Sequence[Floats]) -> NDArray[np.uint8]:
+    frame = np.full((_SIDE, _SIDE, 3), 255, np.uint8)
+    for tick in np.linspace(0, _SIDE - 1, 5).astype(int):  # every 0.5
+        frame[tick, :] = frame[:, tick] = 225
+
+    def disc(at: Floats, radius: int, colour: tuple[int, int, int]) -> None:
+        unit = np.clip(at / _REACH, -1.0, 1.0) * (0.5, -0.5) + 0.5
+        column, row = np.clip((unit * _SIDE).astype(int), radius, _SIDE - 1 - radius)
+        span = np.arange(-radius, radius + 1)
+        inside = np.square(span)[:, None] + np.square(span) <= radius**2
+        frame[row - radius : row + radius + 1, column - radius : column + radius + 1][inside] = (
+            colour
+        )
+
+    disc(goal, 16, (213, 94, 0))
+    disc(goal, 11, (255, 255, 255))
+    for step, at in enumerate(trail):
+        disc(at, 3, (150, 190, 220) if step < len(trail) - 1 else (0, 0, 0))
+    if trail:
+        disc(trail[-1], 8, (0, 114, 178))
+    return frame
 
 
 @register
@@ -94,5 +132,6 @@ def navigation_2d(
         description="a point walks to a hidden goal in the plane",
         tasks=Uniform({"goal_x": (-0.5, 0.5), "goal_y": (-0.5, 0.5)}),
         horizon=horizon,
+        achieved={"goal_x": "x_position", "goal_y": "y_position"},
         scaled=actions == "scaled",
     )

@@ -14,7 +14,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 from envs import check_task_family  # envs also registers the families with Gymnasium
 from metarl.config import Config
 from metarl.evaluation import evaluate
-from metarl.meta_policy import MetaPolicy, Policy, load
+from metarl.meta_policy import MetaPolicy, Policy, load, load_policy
 from metarl.presets import preset_config
 from metarl.trainer import train
 
@@ -25,6 +25,7 @@ __all__ = [
     "check_task_family",
     "evaluate",
     "load",
+    "load_policy",
     "preset_config",
     "train",
 ]

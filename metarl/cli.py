@@ -1,4 +1,4 @@
-"""The command line: `metarl train | evaluate | check | families | algorithms | benchmark`.
+"""The command line, a table of commands; those about trained policies are in `policy_commands`.
 
 Exit codes: 0 done, 2 the user can mend it, 130 Ctrl-C, 143 SIGTERM, 1 anything else.
 """
@@ -10,8 +10,9 @@ import json
 import os
 import signal
 import sys
+import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -20,7 +21,8 @@ import tyro
 
 from envs.errors import UserError
 from envs.family import did_you_mean, family_names, make_family, parse_options
-from metarl.config import Config, available_threads
+from metarl import policy_commands
+from metarl.config import Config, default_workers
 from metarl.presets import preset_config
 
 
@@ -35,38 +37,6 @@ class Train:
     """Run folder to continue up to --iterations; its other options hold and may be left out."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value (metarl families lists them)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Measure how well a meta-policy adapts to held-out tasks."""
-
-    what: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """A run folder, a policy file or the name of a shipped policy; further ones are references."""
-    tasks: int = 40
-    """Held-out tasks."""
-    episodes: int = 20
-    """Episodes a task, for each inner step and for each return."""
-    steps: int = 3
-    """Inner steps."""
-    step_sizes: tuple[float, ...] = ()
-    """Size of each inner step, the last repeated; by default the policy's own."""
-    random_step_sizes: tuple[float, ...] = ()
-    """The same for the random initialization; by default as --step-sizes."""
-    seed: int = 0
-    """Seed of episodes, and of drawn tasks."""
-    deterministic: bool = False
-    """Take returns with the mean action instead of a sampled one."""
-    drawn: bool = False
-    """Draw the tasks at random, as the papers do, instead of covering the test split evenly."""
-    threads: int | None = None
-    """Threads; results do not depend on it."""
-    workers: int = field(default_factory=lambda: _default_workers())
-    """Worker processes for environments without a native backend; 0 steps them in this process."""
-    out: Path | None = None
-    """Folder for evaluation.json and evaluation.png; by default the run folder."""
-    json: bool = False
-    """Print the content of evaluation.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,18 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    commands: dict[str, tuple[type, Callable[[Any], int]]] = {
-        "train": (Train, _train),
-        "evaluate": (Evaluate, _evaluate),
-        "check": (Check, _check),
-        "families": (Families, _families),
-        "algorithms": (Algorithms, _algorithms),
-        "benchmark": (Benchmark, _benchmark),
-    }
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print("usage: metarl COMMAND [OPTIONS]\n\nGradient-based meta-reinforcement learning.\n")
-        for command, (kind, _) in commands.items():
+        for command, (kind, _) in COMMANDS.items():
             print(f"  {command:<12}{kind.__doc__}")
         print("\nmetarl COMMAND --help lists the options of a command.")
         return 0 if arguments else 2
@@ -141,12 +103,12 @@ def _run(arguments: list[str]) -> int:
 
         print(f"metarl {versions()[DISTRIBUTION]}")
         return 0
-    if name not in commands:
+    if name not in COMMANDS:
         raise UserError(
-            f"no command {name!r}{did_you_mean(name, commands)} (commands: {', '.join(commands)})"
+            f"no command {name!r}{did_you_mean(name, COMMANDS)} (commands: {', '.join(COMMANDS)})"
         )
-    kind, function = commands[name]
-    rest = arguments[1:]
+    kind, function = COMMANDS[name]
+    rest = _names_first(arguments[1:], kind)
     default: Any = tyro.MISSING_NONPROP
     if kind is Train:
         default = Train(config=_starting_config(rest))
@@ -154,7 +116,7 @@ def _run(arguments: list[str]) -> int:
         family, preset = "half-cheetah-dir", _peek(rest, "--preset") or "pearl2019"
         family = next((a for a in rest[:1] if a[:1] != "-"), family)
         config = preset_config(preset, family, _peek(rest, "--algorithm") or "maml-trpo")
-        default = Benchmark(config=dataclasses.replace(config, workers=_default_workers()))
+        default = Benchmark(config=dataclasses.replace(config, workers=default_workers()))
     command = tyro.cli(
         kind,
         args=rest,
@@ -163,6 +125,43 @@ def _run(arguments: list[str]) -> int:
         description=kind.__doc__,
     )
     return function(command)
+
+
+def _names_first(arguments: Sequence[str], kind: type) -> list[str]:
+    """Move the names that a command takes before its flags, where tyro looks for them."""
+    types = typing.get_type_hints(kind)
+    if "what" not in types:
+        return list(arguments)
+    names, flags = [], []
+    wanted: Callable[[str], bool] | None = None  # whether a word is the last flag's value
+    for word in arguments:
+        if word.startswith("--"):
+            key, equals, _ = word[2:].partition("=")
+            flag = types.get(key.replace("-", "_"), bool)
+            wanted = None
+            if not equals and typing.get_origin(flag) is tuple:
+                wanted = _is_number if float in typing.get_args(flag) else lambda x: "=" in x
+            elif not equals and flag is not bool:
+                wanted = _once()
+            flags.append(word)
+        elif word == "-h" or (wanted is not None and wanted(word)):
+            flags.append(word)
+        else:
+            names.append(word)
+    return names + flags
+
+
+def _once() -> Callable[[str], bool]:
+    left = iter([True])
+    return lambda word: next(left, False)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _peek(arguments: Sequence[str], flag: str) -> str | None:
@@ -187,13 +186,7 @@ def _starting_config(arguments: Sequence[str]) -> Config:
         make_family(family)  # raises, with the nearest name
     algorithm = _peek(arguments, "--algorithm") or "maml-trpo"
     config = preset_config(_peek(arguments, "--preset"), family, algorithm)
-    return dataclasses.replace(config, workers=_default_workers())
-
-
-def _default_workers() -> int:
-    """Return the processors there are, 0 for one: here, unlike in a script, workers can start."""
-    processors = available_threads()
-    return processors if processors > 1 else 0
+    return dataclasses.replace(config, workers=default_workers())
 
 
 def _with_options(config: Config, texts: Sequence[str]) -> Config:
@@ -272,52 +265,6 @@ def _train(command: Train) -> int:
     return 0
 
 
-def _evaluate(command: Evaluate) -> int:
-    from metarl.checkpoints import write_atomically
-    from metarl.evaluation import evaluate
-    from metarl.meta_policy import load
-    from metarl.plots import plot_evaluation
-
-    if not command.what:
-        raise UserError("name a run folder, a policy file or a shipped policy to evaluate")
-    first, *others = command.what
-    result = evaluate(
-        load(first),
-        tasks=command.tasks,
-        episodes=command.episodes,
-        steps=command.steps,
-        seed=command.seed,
-        step_sizes=command.step_sizes,
-        random_step_sizes=command.random_step_sizes,
-        references={Path(other).stem: load(other) for other in others},
-        deterministic=command.deterministic,
-        drawn=command.drawn,
-        threads=command.threads,
-        workers=command.workers,
-    )
-    folder = command.out
-    if folder is None:
-        source = Path(first)
-        folder = source if source.is_dir() else Path("runs") / f"{source.stem}-evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result.to_json(), indent=2)
-    write_atomically(folder / "evaluation.json", text.encode())
-    plot_evaluation(result, folder / "evaluation.png")
-    if command.json:
-        print(text)
-        return 0
-    setting = result.setting
-    options = "".join(f" {k}={v}" for k, v in setting["family_options"].items())
-    sizes = ", ".join(f"{size:g}" for size in result.curve.step_sizes) or "none"
-    print(
-        f"{setting['family']}{options}: {command.tasks} held-out tasks, {command.episodes}"
-        f" episodes of {setting['horizon']} steps each, step sizes {sizes}\n"
-    )
-    print(result.table())
-    print(f"\n{result.verdict()}\n{folder / 'evaluation.json'}, {folder / 'evaluation.png'}")
-    return 0
-
-
 def _check(command: Check) -> int:
     from envs.checker import CHECKS, check_task_family
 
@@ -368,3 +315,17 @@ def _benchmark(command: Benchmark) -> int:
     result = benchmark(_with_options(command.config, command.family_options), command.repeats)
     print(json.dumps(result, indent=2) if command.json else table(result))
     return 0
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "train": (Train, _train),
+    "evaluate": (policy_commands.Evaluate, policy_commands.evaluate),
+    "adapt": (policy_commands.Adapt, policy_commands.adapt),
+    "plot": (policy_commands.Plot, policy_commands.plot),
+    "record": (policy_commands.Record, policy_commands.record),
+    "report": (policy_commands.Report, policy_commands.report),
+    "check": (Check, _check),
+    "families": (Families, _families),
+    "algorithms": (Algorithms, _algorithms),
+    "benchmark": (Benchmark, _benchmark),
+}

@@ -202,3 +202,10 @@ def available_threads() -> int:
     except (OSError, ValueError):
         pass
     return max(count or 1, 1)
+
+
+def default_workers() -> int:
+    """Return the processors there are, 0 for one: for a command, which unlike a script can always
+    start workers."""
+    processors = available_threads()
+    return processors if processors > 1 else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
@@ -39,12 +39,24 @@ class Policy:
         policy: MLPPolicy,
         params: Params,
         space: gym.Space,
-        mode: ActionMode,
-        rng: np.random.Generator,
+        horizon: int,
+        config: Config,
+        record: Mapping[str, Any],
     ) -> None:
+        """Make a policy of a network and its parameters.
+
+        Args:
+            space: of the actions.
+            horizon: of the training family.
+            config: of the training behind it.
+            record: `task` (a vector, None where it is not known), `steps`, `episodes` and `seed` of
+                the adaptation.
+        """
         self.policy, self.params = policy, params
-        self._space, self._rng = space, rng
-        self._mode: ActionMode = mode
+        self.config, self.record = config, record
+        self._space, self._horizon = space, horizon
+        self._mode: ActionMode = config.policy.action
+        self._rng = stream(record["seed"], 0, "test-noise", record["steps"])
 
     def act(self, observation: Any, *, deterministic: bool = False) -> NDArray:
         """Return the action as the environment takes it: one, or n of them.
@@ -71,6 +83,39 @@ class Policy:
                 action = self.policy.sample(dist, torch.from_numpy(noise))
         acts = env_action(action.numpy(), self._space, self._mode)
         return acts[0] if seen.ndim == 1 else acts
+
+    def play(
+        self,
+        env: gym.Env,
+        *,
+        seed: int | None = None,
+        deterministic: bool = False,
+        watch: Callable[[int, float], None] | None = None,
+    ) -> float:
+        """Act for one episode, of the horizon at most; return its return.
+
+        Args:
+            watch: is told after the reset and after every step how many steps were taken, and the
+                return so far.
+        """
+        observation, _ = env.reset(seed=seed)
+        total = 0.0
+        if watch is not None:
+            watch(0, total)
+        for step in range(self._horizon):
+            action = self.act(observation, deterministic=deterministic)
+            observation, reward, terminated, truncated, _ = env.step(action)
+            total += float(reward)
+            if watch is not None:
+                watch(step + 1, total)
+            if terminated or truncated:
+                break
+        return total
+
+    def save(self, path: str | Path) -> None:
+        """Write a policy file that `load_policy` reads."""
+        metadata = {"kind": "adapted", "config": self.config.to_json(), "adapted": self.record}
+        checkpoints.save(Path(path), self.params, {**metadata, "versions": checkpoints.versions()})
 
 
 @dataclass(frozen=True)
@@ -155,6 +200,7 @@ class MetaPolicy:
         target = env if isinstance(env, gym.Env) else made
         assert target is not None
         mode = self.config.policy.action
+        task = None if made is None else np.asarray(env, np.float64).tolist()
         told: Params = {}
         if find_algorithm(self.config.algorithm).told:
             if made is None:
@@ -184,7 +230,8 @@ class MetaPolicy:
                 made.close()
         params = loop.adapter.params(adapted.iterates[-1], adapted.slow, 1) | told
         params = {name: p[0].clone() for name, p in params.items()}
-        return Policy(self.policy, params, space, mode, stream(seed, 0, "test-noise", steps))
+        record = {"task": task, "steps": steps, "episodes": episodes, "seed": seed}
+        return Policy(self.policy, params, space, self.family.horizon, self.config, record)
 
     def save(self, path: str | Path) -> None:
         """Write a policy file that `load` reads."""
@@ -316,6 +363,11 @@ def load(what: str | Path) -> MetaPolicy:
         ) as file:
             return load(file)
     tensors, metadata = checkpoints.load(path)
+    if metadata.get("kind") == "adapted":
+        raise CheckpointError(
+            f"{path} is a policy adapted to one task, no initialization: metarl record shows it,"
+            " metarl.load_policy reads it"
+        )
     config = Config.from_json(metadata["config"])
     params = {n.removeprefix("meta."): t for n, t in tensors.items() if not n.startswith("outer.")}
     record = {k: metadata[k] for k in ("iteration", "env_steps", "versions") if k in metadata}
@@ -323,3 +375,27 @@ def load(what: str | Path) -> MetaPolicy:
         raise CheckpointError(f"{path} holds no policy")
     shapes = make_adapter(config, MetaPolicy(params, config).policy).shapes()
     return MetaPolicy(checkpoints.in_shapes(path, params, shapes), config, record)
+
+
+def load_policy(path: str | Path) -> Policy:
+    """Return an adapted policy from the file that `metarl adapt` or `Policy.save` wrote.
+
+    Raises:
+        CheckpointError: it is missing, damaged or no adapted policy.
+    """
+    path = Path(path)
+    tensors, metadata = checkpoints.load(path)
+    if metadata.get("kind") != "adapted":
+        raise CheckpointError(f"{path} is an initialization: metarl adapt makes a policy of it")
+    config = Config.from_json(metadata["config"])
+    meta = MetaPolicy(tensors, config)
+    shapes = meta.policy.shapes()
+    if meta.policy.context_dim:
+        shapes["context"] = (meta.policy.context_dim,)
+    env = meta.family.make()
+    try:
+        space = env.action_space
+    finally:
+        env.close()
+    params = checkpoints.in_shapes(path, tensors, shapes)
+    return Policy(meta.policy, params, space, meta.family.horizon, config, metadata["adapted"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,6 +62,7 @@ class MetricsLog:
         self._file = open(path, "a")  # noqa: SIM115  (closed by close)
         self._board = SummaryWriter(str(folder))
         self._board.add_text("config", f"```json\n{text}\n```", 0)
+        self._show_hyperparameters(json.loads(text) if text else {})
         for row in kept:
             self._show(row)
 
@@ -74,6 +76,23 @@ class MetricsLog:
         for name, tag in _TENSORBOARD.items():
             if row.get(name) is not None:
                 self._board.add_scalar(tag, row[name], row["env_steps"])
+
+    def _show_hyperparameters(self, config: dict[str, Any]) -> None:
+        # In this run's own file; SummaryWriter.add_hparams would make another run of them.
+        from torch.utils.tensorboard.summary import hparams
+
+        flat = {}
+        for key, value in config.items():
+            parts = value if isinstance(value, dict) else {"": value}
+            flat |= {f"{key}.{name}".rstrip("."): part for name, part in parts.items()}
+        plain = {
+            key: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for key, value in flat.items()
+        }
+        if plain and self._board.file_writer is not None:
+            shown = {_TENSORBOARD[name]: 0.0 for name in ("return_pre", "return_post", "gain")}
+            for summary in hparams(plain, shown):
+                self._board.file_writer.add_summary(summary)
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -90,6 +109,32 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def show_adaptation(folder: Path, returns: Sequence[float], images: Mapping[str, bytes]) -> None:
+    """Put an adaptation curve into TensorBoard, as a run of its own in the folder.
+
+    Args:
+        returns: after 0 ... K inner steps, the x-axis.
+        images: PNG, or GIF for a video (torch's add_video needs another package), by name.
+    """
+    from tensorboard.compat.proto.summary_pb2 import (
+        Summary,  # pyright: ignore[reportAttributeAccessIssue]
+    )
+    from torch.utils.tensorboard.writer import FileWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for events in folder.glob("events.out.tfevents.*"):
+        events.unlink()
+    writer = FileWriter(str(folder))
+    for k, value in enumerate(returns):
+        scalar = Summary.Value(tag="adaptation/return_after_steps", simple_value=value)
+        writer.add_summary(Summary(value=[scalar]), k)
+    for name, data in images.items():
+        image = Summary.Image(encoded_image_string=data, colorspace=3)
+        value = Summary.Value(tag=f"adaptation/{name}", image=image)
+        writer.add_summary(Summary(value=[value]), 0)
+    writer.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

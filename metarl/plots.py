@@ -1,48 +1,336 @@
-"""Pictures, drawn without a display."""
+"""Pictures, drawn without a display: each as PNG and SVG.
+
+Colours are Okabe and Ito's, told apart with any colour vision; markers and lines tell curves apart
+in grey.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from metarl.evaluation import EvaluationResult
+from envs.errors import UserError
+from metarl.metrics import read_metrics
+from metarl.results import Curve, EvaluationResult
+from metarl.runs import but_seed, group_name, run_config
+from metarl.statistics import Floats
 
-# Okabe & Ito's palette: told apart with any colour vision; markers tell them apart in grey.
 _STYLES = [
     ("#0072B2", "o", "-"),
     ("#E69F00", "s", "--"),
     ("#009E73", "^", "-."),
-    ("#CC79A7", "D", ":"),
-    ("#56B4E9", "v", "--"),
+    ("#CC79A7", "D", (0, (1, 1))),
+    ("#56B4E9", "v", (0, (5, 1, 1, 1, 1, 1))),
+    ("#D55E00", "P", (0, (8, 2))),
 ]
+_LABELS = {
+    "random": "random initialization",
+    "pretrained": "pretrained on all tasks",
+    "oracle": "oracle, told its task",
+}
+_BEFORE, _AFTER = "#D55E00", "#0072B2"
+_SEVERAL = 6  # values of a task component up to which they stand side by side
+
+Against = Literal["env-steps", "time"]
 
 
-def plot_evaluation(result: EvaluationResult, path: Path) -> None:
+def _style(i: int) -> dict[str, Any]:
+    colour, marker, line = _STYLES[i % len(_STYLES)]
+    return {"color": colour, "marker": marker, "linestyle": line}
+
+
+def _figure(
+    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
+) -> Figure:
+    figure = Figure(figsize=(width, height), layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> list[Path]:
+    """Write PNG and SVG beside each other; the same figure gives the same bytes."""
+    paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    with mpl.rc_context({"svg.hashsalt": "metarl"}):
+        figure.savefig(paths[0], dpi=150)
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths
+
+
+def _legend(figure: Figure, axes: Axes, columns: int) -> None:
+    """Put the legend below the axes, where no data are."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _title(setting: Mapping[str, Any]) -> str:
+    scale = setting["family_options"].get("scale")
+    return f"{setting['family']}{f' at the {scale} scale' if scale else ''}"
+
+
+def _after(steps: int) -> str:
+    return "before adaptation" if not steps else f"after {steps} step{'s' if steps > 1 else ''}"
+
+
+def _with_unit(name: str, setting: Mapping[str, Any]) -> str:
+    unit = setting["units"].get(name)
+    return f"{name.replace('_', ' ')}{f' ({unit})' if unit else ''}"
+
+
+def plot_evaluation(result: EvaluationResult, path: Path) -> list[Path]:
     """Draw return against inner steps, a line a policy with its 95 % interval over tasks."""
     setting = result.setting
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(6.4, 4.8)
     axes = figure.add_subplot()
-    curves = {"meta-trained": result.curve, **result.references}
-    labels = {"random": "random initialization"}
-    for i, (name, curve) in enumerate(curves.items()):
-        colour, marker, line = _STYLES[i % len(_STYLES)]
+    rows = result.rows
+    for i, (name, curve) in enumerate(rows.items()):
+        style = _style(i)
+        label = _LABELS.get(name, name)
+        if len(curve.seeds) > 1:
+            label += f" ({len(curve.seeds)} seeds)"
         steps = np.arange(len(curve.returns))
+        if curve.algorithm == "oracle" and len(rows) > 1:
+            mean = float(np.mean(curve.returns))
+            axes.axhline(mean, color="black", linestyle=style["linestyle"], label=label)
+            continue
         low, high = np.array(curve.ci95).T
-        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(
-            steps, curve.returns, color=colour, marker=marker, linestyle=line,
-            label=labels.get(name, name),
-        )  # fmt: skip
-    scale = setting["family_options"].get("scale")
-    axes.set_title(f"{setting['family']}{f' at the {scale} scale' if scale else ''}")
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        axes.plot(steps, curve.returns, label=label, **style)
+    axes.set_title(_title(setting))
     axes.set_xlabel(f"inner steps ({setting['episodes']} episodes each)")
-    axes.set_ylabel(f"return of {setting['horizon']} steps, mean of {len(setting['tasks'])} tasks")
+    axes.set_ylabel(
+        f"return (sum of {setting['horizon']} rewards)\n"
+        f"mean of {len(setting['tasks'])} tasks, 95 % interval"
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(loc="best")
-    figure.savefig(path, dpi=150)
+    _legend(figure, axes, 2)
+    return _save(figure, path)
+
+
+def plot_tasks(result: EvaluationResult, path: Path) -> list[Path]:
+    """Draw each task's return before and after adaptation against its goal.
+
+    Where the family says what comes of a task's component, that is drawn against it too.
+    """
+    setting, curve = result.setting, result.curve
+    goals, names = np.array(setting["tasks"]), setting["components"]
+    shown = sorted({0, min(1, len(curve.returns) - 1)})
+    if len(names) == 2:
+        return _save(_returns_in_the_plane(setting, curve, goals, shown), path)
+    achieved = {n: v for n, v in curve.achieved.items() if n == names[0]}
+    figure = _figure(6.0 * (1 + len(achieved)), 4.6)
+    panels = figure.subplots(1, 1 + len(achieved), squeeze=False)[0]
+    _against_goal(panels[0], goals[:, 0], curve.per_task[:, shown], shown)
+    panels[0].set_ylabel(
+        f"return (sum of {setting['horizon']} rewards)\nmean of {setting['episodes']} episodes"
+    )
+    for axes, (name, values) in zip(panels[1:], achieved.items(), strict=True):
+        key = setting["achieved_by"][name]
+        _against_goal(axes, goals[:, 0], values[:, shown], shown)
+        if setting["units"].get(name) and setting["units"].get(name) == setting["units"].get(key):
+            ends = [goals[:, 0].min(), goals[:, 0].max()]
+            axes.plot(ends, ends, color="black", linewidth=1, label="as asked")
+        axes.set_ylabel(f"achieved {_with_unit(key, setting)}\nmean over steps and episodes")
+    for axes in panels:
+        axes.set_xlabel(f"{_with_unit(names[0], setting)} asked")
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{_title(setting)}: {result.name}")
+    _legend(figure, panels[-1], 3)
+    return _save(figure, path)
+
+
+def _against_goal(axes: Axes, goals: Floats, values: Floats, shown: Sequence[int]) -> None:
+    """Scatter values [tasks, shown] over goals; few distinct goals are drawn side by side."""
+    distinct, which = np.unique(goals, return_inverse=True)
+    several = len(distinct) <= _SEVERAL
+    for i, steps in enumerate(shown):
+        x = goals
+        if several:
+            rank = np.zeros(len(goals))
+            for value in range(len(distinct)):
+                same = which == value
+                rank[same] = np.linspace(-0.1, 0.1, int(same.sum()))
+            x = which + rank + 0.3 * (i - 0.5 * (len(shown) - 1))
+        axes.scatter(
+            x, values[:, i], s=28, label=_after(steps), alpha=0.8,
+            marker="s" if i == 0 else "o", color=_BEFORE if i == 0 else _AFTER,
+            facecolors="none" if i == 0 else _AFTER,
+        )  # fmt: skip
+    if several:
+        axes.set_xticks(range(len(distinct)), [f"{value:g}" for value in distinct])
+        axes.set_xlim(-0.6, len(distinct) - 0.4)
+
+
+def _returns_in_the_plane(
+    setting: Mapping[str, Any], curve: Curve, goals: Floats, shown: Sequence[int]
+) -> Figure:
+    figure = _figure(4.4 * len(shown) + 1.4, 5.2, "compressed")
+    panels = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
+    values = curve.per_task[:, shown]
+    dots = None
+    for axes, column, steps in zip(panels, values.T, shown, strict=True):
+        dots = axes.scatter(
+            goals[:, 0], goals[:, 1], c=column, cmap="cividis", s=90, edgecolors="black",
+            linewidths=0.6, vmin=np.nanmin(values), vmax=np.nanmax(values),
+        )  # fmt: skip
+        axes.set_title(_after(steps))
+        axes.set_xlabel(_with_unit(setting["components"][0], setting))
+        axes.set_aspect("equal")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(_with_unit(setting["components"][1], setting))
+    assert dots is not None
+    figure.colorbar(
+        dots, ax=list(panels), label=f"return (sum of up to {setting['horizon']} rewards)"
+    )
+    figure.suptitle(f"{_title(setting)}: return at each goal")
+    return figure
+
+
+def plot_paths(result: EvaluationResult, path: Path) -> list[Path]:
+    """Draw where one episode of the first tasks leads, before and after adaptation.
+
+    Nothing is drawn, and no path returned, for a family whose tasks are not places.
+    """
+    setting, paths = result.setting, result.curve.paths
+    if len(paths) != 2:
+        return []
+    last = len(result.curve.returns) - 1
+    shown = sorted({0, min(1, last), last})
+    figure = _figure(4.2 * len(shown), 5.4, "compressed")
+    panels = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
+    (x_name, x), (y_name, y) = paths.items()
+    goals = np.array(setting["tasks"])[:, [setting["components"].index(n) for n in paths]]
+    for axes, steps in zip(panels, shown, strict=True):
+        for i in range(len(x)):
+            colour = _STYLES[i % len(_STYLES)][0]
+            axes.plot(
+                x[i, steps], y[i, steps], color=colour, linewidth=1.0,
+                label="one episode's path" if not i else None,
+            )  # fmt: skip
+            axes.plot(
+                *goals[i], color=colour, marker="*", markersize=17, markeredgecolor="black",
+                linestyle="none", label="its goal" if not i else None,
+            )  # fmt: skip
+            axes.annotate(
+                str(i + 1), goals[i], textcoords="offset points", xytext=(9, 6), weight="bold"
+            )
+            axes.plot(
+                x[i, steps][np.isfinite(x[i, steps])][-1:],
+                y[i, steps][np.isfinite(y[i, steps])][-1:],
+                color=colour, marker="o", markersize=7, markeredgecolor="black",
+                linestyle="none", label="its end" if not i else None,
+            )  # fmt: skip
+        axes.set_title(_after(steps))
+        axes.set_xlabel(_with_unit(setting["achieved_by"][x_name], setting))
+        axes.set_aspect("equal")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(_with_unit(setting["achieved_by"][y_name], setting))
+    figure.suptitle(f"{_title(setting)}: {result.name}")
+    _legend(figure, panels[0], 3)
+    return _save(figure, path)
+
+
+def plot_learning(
+    runs: Sequence[Path], path: Path, *, against: Against = "env-steps", smooth: int = 1
+) -> list[Path]:
+    """Draw return before and after adaptation along training, a band over seeds.
+
+    Args:
+        runs: run folders; those that differ by their seed only share a line.
+        path: of the picture, its suffix replaced.
+        against: env steps, or wall-clock time of training.
+        smooth: iterations that a point is the mean of.
+
+    Raises:
+        UserError: a folder is no run, or has no iteration yet.
+    """
+    if smooth < 1:
+        raise UserError(f"smooth must be at least 1, got {smooth}")
+    groups = _alike(runs)
+    families = sorted({run_config(members[0]).family for members in groups.values()})
+    still = {name for name, members in groups.items() if not run_config(members[0]).inner.steps}
+    traces = {name: [_trace(run, against, smooth) for run in m] for name, m in groups.items()}
+    longest = max(trace["x"][-1] for several in traces.values() for trace in several)
+    unit, label = (1e6, "env steps (millions)")
+    if against == "time":
+        hours = longest > 3 * 3600
+        unit, label = (3600.0, "hours") if hours else (60.0, "minutes")
+        label = f"wall-clock time of training ({label})"
+    elif longest < 1e5:
+        unit, label = (1.0, "env steps")
+    figure = _figure(7.2, 4.9)
+    axes = figure.add_subplot()
+    for i, (name, several) in enumerate(traces.items()):
+        style = _style(i)
+        common = min((trace["x"] for trace in several), key=lambda x: x[-1])
+        seeds = f" ({len(several)} seeds)" if len(several) > 1 else ""
+        for kind in ("return_pre", "return_post"):
+            curves = np.array([np.interp(common, t["x"], t[kind]) for t in several])
+            if not np.isfinite(curves).any():
+                continue  # Reptile samples nothing with its adapted parameters
+            after = kind == "return_post"
+            if not after and name in still:
+                continue  # one curve says it all
+            when = "no" if name in still else "after" if after else "before"
+            axes.plot(
+                common / unit, curves.mean(axis=0), color=style["color"], marker=style["marker"],
+                markevery=(0.05 * (i % 3), 0.15), markersize=5, linewidth=2.0 if after else 1.2,
+                linestyle="-" if after else "--", markerfacecolor=None if after else "white",
+                label=f"{name}, {when} adaptation{seeds}",
+            )  # fmt: skip
+            if len(several) > 1:
+                low, high = curves.min(axis=0), curves.max(axis=0)
+                axes.fill_between(
+                    common / unit, low, high, color=style["color"], alpha=0.2, linewidth=0
+                )
+    axes.set_xlabel(label)
+    mean = f"\nmean of {smooth} iterations" if smooth > 1 else ""
+    bands = "\nband: range of seeds" if any(len(m) > 1 for m in traces.values()) else ""
+    axes.set_ylabel(f"return on training tasks (sum of rewards){mean}{bands}")
+    axes.set_title(", ".join(families))
+    axes.grid(alpha=0.3)
+    _legend(figure, axes, 2)
+    return _save(figure, path)
+
+
+def _alike(runs: Sequence[Path]) -> dict[str, list[Path]]:
+    groups: list[list[Path]] = []
+    for run in runs:
+        config = but_seed(run_config(run))
+        for group in groups:
+            if but_seed(run_config(group[0])) == config:
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    named: dict[str, list[Path]] = {}
+    for group in groups:
+        name = group_name([str(run) for run in group])
+        named[name if name and name not in named else str(group[0])] = group
+    return named
+
+
+def _trace(run: Path, against: Against, smooth: int) -> dict[str, Floats]:
+    """Return x, return_pre and return_post along a run, [iterations] each, smoothed."""
+    rows = read_metrics(run)
+    if not rows:
+        raise UserError(f"{run} has no iteration to draw yet")
+    if against == "time":
+        x = np.cumsum([row["seconds_iteration"] for row in rows])
+    else:
+        x = np.array([row["env_steps"] for row in rows], np.float64)
+    trace = {"x": x}
+    for kind in ("return_pre", "return_post"):
+        values = np.array([np.nan if row[kind] is None else row[kind] for row in rows], np.float64)
+        sums = np.cumsum(np.insert(values, 0, 0.0))
+        first = np.maximum(np.arange(len(values)) + 1 - smooth, 0)
+        trace[kind] = (sums[1:] - sums[first]) / (np.arange(len(values)) + 1 - first)
+    return trace

@@ -25,6 +25,8 @@ class Preset:
     values: Mapping[str, Any]
     families: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What differs for a family."""
+    references: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Step sizes that reference algorithms are evaluated with; a family's own go before them."""
 
 
 _ICML_POLICY = PolicyConfig(hidden=(100, 100), activation="relu")
@@ -43,6 +45,7 @@ PRESETS = {
             "half-cheetah-vel": {"episodes": 10, "iterations": 475},
             "navigation-2d": {"inner": InnerConfig(step_sizes=(0.5,), test_step_sizes=(0.5, 0.25))},
         },
+        {"pretrained": (0.2, 0.1), "random": (1.0, 0.5)},
     ),
     "promp2019": Preset(
         "Rothfuss et al. 2019, arXiv:1810.06784, and its code (MAML-TRPO)",
@@ -96,6 +99,22 @@ def _family_config(preset: str | None, family: str) -> Config:
     return dataclasses.replace(
         Config(family=family, preset=preset, family_options=options), **values
     )
+
+
+def reference_step_sizes(config: Config, algorithm: str) -> tuple[float, ...]:
+    """Return the sizes of the inner steps that a reference algorithm is evaluated with.
+
+    They are the preset's for it; none, where the preset has none or the config goes its own way.
+    """
+    if config.preset is None:
+        return ()
+    preset = PRESETS[config.preset]
+    same = (
+        config.inner.test_step_sizes
+        == _family_config(config.preset, config.family).inner.test_step_sizes
+    )
+    own = "inner" in preset.families.get(config.family, {})
+    return preset.references.get(algorithm, ()) if same and not own else ()
 
 
 _ADAM = ("adam", "clipped")

@@ -110,6 +110,7 @@ class Memory:
         tasks: int,
         episodes: int,
         horizon: int,
+        record: Sequence[str] = (),
         allocate: Allocate = _zeros,
     ) -> None:
         def zeros(*shape: int, dtype: type = np.float32) -> NDArray:
@@ -126,6 +127,12 @@ class Memory:
         self.truncated = zeros(*grid[:2], dtype=np.bool_)
         self.diverged = zeros(*grid[:2], dtype=np.bool_)
         self.success = zeros(*grid[:2], dtype=np.bool_)
+        self.info = {key: zeros(*grid, dtype=np.float64) for key in record}
+
+    def arrays(self) -> dict[str, NDArray]:
+        """Return all arrays by name."""
+        own = {name: array for name, array in vars(self).items() if name != "info"}
+        return {**own, **{f"info.{key}": array for key, array in self.info.items()}}
 
     def rollout(self, policy: MLPPolicy, params: Params, tasks: NDArray) -> Rollout:
         """Leave diverged episodes out and hand the memory over."""
@@ -147,6 +154,7 @@ class Memory:
             diverged=torch.from_numpy(self.diverged),
             context=params.get("context"),
             success=torch.from_numpy(self.success),
+            info={key: torch.from_numpy(values) for key, values in self.info.items()},
         )
 
 
@@ -196,6 +204,8 @@ def collect_into(
             )
             memory.reward[where, :, t] = reward.reshape(shape)
             memory.valid[where, :, t] = active
+            for key, values in memory.info.items():
+                values[where, :, t] = info[key].reshape(shape)
             if "diverged" in info:
                 memory.diverged[where] |= info["diverged"].reshape(shape)
             if "success" in info:
@@ -212,14 +222,16 @@ def collect_into(
 def clear_after_the_end(memory: Memory) -> None:
     """Zero what was written for sub-environments that stood still."""
     if not memory.valid.all():
-        for array in (memory.observation, memory.action, memory.output, memory.reward):
+        arrays = (memory.observation, memory.action, memory.output, memory.reward)
+        for array in (*arrays, *memory.info.values()):
             array[~memory.valid] = 0
 
 
 class Collector:
     """Samples rollouts of a fixed number of tasks and episodes of a family.
 
-    Results do not depend on the number of threads.
+    Results do not depend on the number of threads. `record` names entries of the environments' info
+    to keep.
     """
 
     def __init__(
@@ -230,9 +242,11 @@ class Collector:
         episodes: int,
         pool: ChunkPool,
         mode: ActionMode = "clip",
+        record: Sequence[str] = (),
     ) -> None:
         self.family, self.policy, self.pool = family, policy, pool
         self.mode: ActionMode = mode
+        self.record = tuple(record)
         self.num_tasks, self.episodes = num_tasks, episodes
         shards = min(pool.threads, num_tasks) if family.parallel else 1
         self._slices = slices(num_tasks, -(-num_tasks // shards))
@@ -243,7 +257,12 @@ class Collector:
         check_spaces(self._envs[0], policy, family.name)
 
     def collect(
-        self, params: Params, tasks: NDArray, address: Address, *, deterministic: bool = False
+        self,
+        params: Params,
+        tasks: NDArray,
+        address: Address,
+        *,
+        deterministic: bool = False,
     ) -> Rollout:
         """Sample every episode of every task once.
 
@@ -253,7 +272,9 @@ class Collector:
             address: names the random streams.
             deterministic: take the distribution's mode instead of a sample.
         """
-        memory = Memory(self.policy, self.num_tasks, self.episodes, self.family.horizon)
+        memory = Memory(
+            self.policy, self.num_tasks, self.episodes, self.family.horizon, self.record
+        )
         detached = {name: p.detach() for name, p in params.items()}
         self.pool.map(
             lambda shard: collect_into(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,17 @@ def differences(old: Config, new: Config) -> list[str]:
 
     a, b = flat(old), flat(new)
     return [f"{key} is {a[key]}, not {b[key]}" for key in a if key not in FREE and a[key] != b[key]]
+
+
+def group_name(names: Sequence[str]) -> str:
+    """Return the common beginning of run folders' or policies' names."""
+    paths = [Path(os.path.abspath(name)) for name in names]
+    short = [path.stem if path.suffix == ".safetensors" else path.name for path in paths]
+    return os.path.commonprefix(short).rstrip("-_. ")  # noqa: RUF071  (names, not paths)
+
+
+def but_seed(config: Config) -> Config:
+    """Return a config without its seed and what results do not depend on."""
+    return replace(
+        config, seed=0, threads=1, workers=0, worker_timeout=60.0, device="cpu", checkpoint_every=1
+    )

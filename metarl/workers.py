@@ -95,6 +95,8 @@ class _Share:
     episodes: int
     horizon: int
     mode: ActionMode
+    record: tuple[str, ...]
+    """Entries of the environments' info to keep."""
     where: slice
     """The worker's tasks."""
     memory: list[Any]
@@ -128,7 +130,7 @@ def _work(share: _Share, channel: Connection, dump: Connection, with_parent: boo
             channel.send(_Reply("ready"))
             while (order := channel.recv()) is not None:
                 params, tasks, address, deterministic = order
-                for array in vars(memory).values():
+                for array in memory.arrays().values():
                     array[share.where] = 0
                 stacked = {name: torch.from_numpy(p) for name, p in params.items()}
                 collect_into(
@@ -164,7 +166,10 @@ def _restored(share: _Share) -> Iterator[tuple[TaskVectorEnv, Memory]]:
         return np.frombuffer(next(arrays), dtype).reshape(shape)
 
     check_spaces(env, share.policy, family.name)
-    yield env, Memory(share.policy, share.tasks, share.episodes, share.horizon, attach)
+    yield (
+        env,
+        Memory(share.policy, share.tasks, share.episodes, share.horizon, share.record, attach),
+    )
     env.close()
 
 
@@ -347,6 +352,7 @@ class WorkerCollector:
         policy: the network.
         num_tasks: T, shared out evenly.
         episodes: a task.
+        record: entries of the environments' info to keep.
         workers: processes; more than there are tasks are not started.
         timeout: seconds that an environment may take for one reset, step or close.
 
@@ -363,6 +369,7 @@ class WorkerCollector:
         num_tasks: int,
         episodes: int,
         mode: ActionMode = "clip",
+        record: Sequence[str] = (),
         *,
         workers: int,
         timeout: float = 60.0,
@@ -371,13 +378,14 @@ class WorkerCollector:
             raise SystemExit(_NO_GUARD)  # a worker is importing the script that started it
         self.family, self.policy = family, policy
         self.num_tasks, self.episodes = num_tasks, episodes
+        self._record = tuple(record)
         raws: list[Any] = []
 
         def share_out(shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
             raws.append(_context.RawArray(ctypes.c_byte, int(np.prod(shape)) * dtype.itemsize))
             return np.frombuffer(raws[-1], dtype).reshape(shape)
 
-        self._shared = Memory(policy, num_tasks, episodes, family.horizon, share_out)
+        self._shared = Memory(policy, num_tasks, episodes, family.horizon, self._record, share_out)
         packed = _packed(family)
         self._workers: list[_Worker] = []
         # Runs before multiprocessing waits for its children at exit, and if close is forgotten.
@@ -392,6 +400,7 @@ class WorkerCollector:
                     episodes=episodes,
                     horizon=family.horizon,
                     mode=mode,
+                    record=self._record,
                     where=where,
                     memory=raws,
                     progress=_context.RawArray(ctypes.c_longlong, 3),
@@ -421,9 +430,12 @@ class WorkerCollector:
             stacked = {name: p[where].numpy() for name, p in detached.items()}
             worker.give((stacked, tasks[where], address, deterministic), tasks[where])
         self._finish()
-        memory = Memory(self.policy, self.num_tasks, self.episodes, self.family.horizon)
-        for name, array in vars(memory).items():
-            np.copyto(array, getattr(self._shared, name))
+        memory = Memory(
+            self.policy, self.num_tasks, self.episodes, self.family.horizon, self._record
+        )
+        shared = self._shared.arrays()
+        for name, array in memory.arrays().items():
+            np.copyto(array, shared[name])
         clear_after_the_end(memory)
         return memory.rollout(self.policy, detached, tasks)
 
@@ -492,6 +504,9 @@ def _kill(workers: list[_Worker]) -> None:
         workers.pop().kill()
 
 
+AnyCollector = Collector | WorkerCollector
+
+
 def make_collector(
     family: TaskFamily,
     policy: MLPPolicy,
@@ -499,16 +514,17 @@ def make_collector(
     episodes: int,
     pool: ChunkPool,
     mode: ActionMode = "clip",
+    record: Sequence[str] = (),
     *,
     workers: int = 0,
     timeout: float = 60.0,
-) -> Collector | WorkerCollector:
+) -> AnyCollector:
     """Return what samples a family's episodes: threads, worker processes or this process.
 
     Families that run side by side on threads never need processes.
     """
     if family.parallel or workers == 0:
-        return Collector(family, policy, num_tasks, episodes, pool, mode)
+        return Collector(family, policy, num_tasks, episodes, pool, mode, record)
     return WorkerCollector(
-        family, policy, num_tasks, episodes, mode, workers=workers, timeout=timeout
+        family, policy, num_tasks, episodes, mode, record, workers=workers, timeout=timeout
     )

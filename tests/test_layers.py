@@ -17,8 +17,9 @@ METARL = [
     "seeding", "parallel", "trajectories", "policies", "rollouts", "workers", "advantages",
     "objectives",
     "adaptation", "inner_loop", "meta_gradients", "metrics", "trust_region", "first_order",
-    "algorithms", "config", "presets", "checkpoints", "meta_policy", "runs", "trainer",
-    "evaluation", "plots", "benchmark", "__init__", "cli", "__main__",
+    "statistics", "results", "algorithms", "config", "presets", "checkpoints", "meta_policy",
+    "runs", "trainer", "evaluation", "plots", "videos", "report", "benchmark", "__init__",
+    "policy_commands", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -1,0 +1,164 @@
+"""One HTML page about a run: what adaptation gains, pictures, a video, the config, the versions.
+
+It holds all that it shows and opens without a network.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metarl.checkpoints import machine, versions
+from metarl.videos import read_video
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+  max-width: 60rem; margin: 0 auto; padding: 0 1rem 3rem; overflow-wrap: anywhere; }
+h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
+.verdict { font-size: 1.25rem; padding: .75rem 1rem; background: #eef4fa;
+  border-left: .4rem solid #0072b2; }
+figure { margin: 1.5rem 0; } figcaption { color: #555; font-size: .95rem; }
+img, video { max-width: 100%; height: auto; display: block; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+tr.own { font-weight: bold; }
+pre { background: #f5f5f5; padding: .75rem; overflow-x: auto; white-space: pre; font-size: .85rem; }
+"""
+
+_PICTURES = (
+    ("evaluation", "Adaptation", "Return against inner steps on held-out tasks."),
+    ("evaluation-tasks", "Task by task", "Each held-out task before and after adaptation."),
+    ("evaluation-paths", "Paths", "One episode of some tasks, before and after adaptation."),
+    ("learning", "Learning", "Return on training tasks before and after adaptation."),
+)
+
+
+def write_report(
+    folder: Path,
+    out: Path,
+    title: str,
+    *,
+    run: Mapping[str, Any] | None = None,
+    no_video: str = "",
+) -> None:
+    """Write the page about what the commands left in a folder.
+
+    Args:
+        folder: holds `evaluation.json`, and pictures and a video where they were made.
+        out: the file to write.
+        title: of the page.
+        run: content of the run's `config.json`; none for a policy that is no run.
+        no_video: why there is none.
+    """
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    parts = [f"<h1>{html.escape(title)}</h1>", _setting(evaluation)]
+    parts.append(f'<p class="verdict">{html.escape(evaluation["verdict"])}</p>')
+    parts.append(_table(evaluation))
+    for name, heading, caption in _PICTURES:
+        picture = folder / f"{name}.svg"
+        if picture.exists():
+            source = _data("image/svg+xml", picture.read_bytes())
+            parts.append(
+                f"<h2>{heading}</h2><figure><img alt='{html.escape(caption)}' src='{source}'>"
+                f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            )
+    parts.append("<h2>Video</h2>")
+    if (folder / "video.mp4").exists():
+        parts.append(_video(folder / "video.mp4"))
+    else:
+        parts.append(f"<p>{html.escape(no_video or 'None was made.')}</p>")
+    if run is not None:
+        parts.append(f"<h2>Config</h2>{_json(run['config'])}")
+        parts.append(f"<h2>Versions of the training</h2>{_json(run['versions'])}")
+    elif evaluation["trained"].get("versions"):
+        parts.append(f"<h2>Versions of the training</h2>{_json(evaluation['trained']['versions'])}")
+    parts.append(f"<h2>Versions of this report</h2>{_json({**versions(), **machine()})}")
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body>"
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
+    out.write_text(page, encoding="utf-8")
+
+
+def _data(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _video(path: Path) -> str:
+    # Two codecs: some browsers come without H.264, others without VP9.
+    mp4 = _data("video/mp4", path.read_bytes())
+    webm = _data("video/webm", read_video(path).encode(".webm"))
+    return (
+        "<figure><video controls autoplay loop muted playsinline>"
+        f"<source type='video/mp4' src='{mp4}'><source type='video/webm' src='{webm}'></video>"
+        "<figcaption>The same task, from the same start, before and after adaptation."
+        "</figcaption></figure>"
+    )
+
+
+def _json(values: Any) -> str:
+    return f"<pre>{html.escape(json.dumps(values, indent=2))}</pre>"
+
+
+def _setting(evaluation: Mapping[str, Any]) -> str:
+    options = "".join(f" {k}={v}" for k, v in evaluation["family_options"].items())
+    trained = evaluation["trained"]
+    after = ""
+    if "env_steps" in trained:
+        after = f" after {trained['iteration']} iterations, {trained['env_steps']:,} env steps"
+    text = (
+        f"{evaluation['algorithm']} on {evaluation['family']}{options}{after};"
+        f" evaluated on {len(evaluation['tasks'])} held-out tasks with {evaluation['episodes']}"
+        f" episodes of {evaluation['horizon']} steps for each inner step and each return."
+        " Behind ± stands half the 95 % bootstrap interval over tasks."
+    )
+    return f"<p>{html.escape(text)}</p>"
+
+
+def _table(evaluation: Mapping[str, Any]) -> str:
+    rows = {evaluation["name"]: evaluation, **evaluation["references"]}
+    steps = len(evaluation["returns"])
+    counts = ["before", "1 step", *(f"{k} steps" for k in range(2, steps))][:steps]
+    gaps = any("gap_closed" in row for row in rows.values())
+    heads = ["return", *counts, "step sizes"]
+    if gaps:
+        heads.append("gap closed, before to last step")
+    lines = [_row(heads, "th")]
+    for name, row in rows.items():
+        cells = [_cell(mean, pair) for mean, pair in zip(row["returns"], row["ci95"], strict=True)]
+        cells.append(", ".join(f"{size:g}" for size in row["step_sizes"]) or "none")
+        if gaps:
+            shares = [f"{x:.2f}" for x in row.get("gap_closed", ()) if x is not None]
+            cells.append(" → ".join(shares) if row["algorithm"] != "oracle" else "")
+        own = ' class="own"' if row is evaluation else ""
+        lines.append(_row([name, *cells], "td", own))
+    several = {n: r for n, r in rows.items() if "iqm" in r}
+    if several:
+        lines.append(_row(["interquartile mean over seeds and tasks", *counts], "th"))
+    for name, row in several.items():
+        cells = [_cell(*pair) for pair in zip(row["iqm"], row["iqm_ci95"], strict=True)]
+        lines.append(_row([f"{name}, seeds {', '.join(map(str, row['seeds']))}", *cells], "td"))
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _cell(mean: float | None, pair: Sequence[float | None]) -> str:
+    low, high = pair
+    half = "" if low is None or high is None else f" ± {(high - low) / 2.0:.1f}"
+    return "" if mean is None else f"{mean:.1f}{half}"
+
+
+def _row(cells: Sequence[str], kind: str, attributes: str = "") -> str:
+    return (
+        f"<tr{attributes}>"
+        + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells)
+        + "</tr>"
+    )

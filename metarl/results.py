@@ -1,0 +1,270 @@
+"""What an evaluation finds: curves, what is said of them, tables, JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from metarl.statistics import (
+    FEWEST,
+    Floats,
+    bootstrap_interval,
+    interquartile_mean,
+    interquartile_mean_interval,
+)
+
+REFERENCES = ("pretrained", "random", "oracle")
+"""Algorithms that others are measured by."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Returns of one policy after 0 ... K inner steps."""
+
+    step_sizes: list[float]
+    """Of the K steps; none for an oracle, which is told its task and takes no step."""
+    per_seed: Floats
+    """[seeds, tasks, K + 1]; a seed is a training of its own."""
+    algorithm: str = "maml-trpo"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    achieved: Mapping[str, Floats] = field(default_factory=dict)
+    """What came of a component of the task, [tasks, K + 1]: the mean over steps, episodes and
+    seeds, or of a place, which has two components, the mean of where episodes end."""
+    paths: Mapping[str, Floats] = field(default_factory=dict)
+    """Of a place, one episode of the first tasks, [tasks, K + 1, time], NaN after its end."""
+    success: Floats | None = None
+    """Part of the episodes in which the task is done, [tasks, K + 1], where the family tells."""
+
+    @property
+    def per_task(self) -> Floats:
+        """Mean over seeds, [tasks, K + 1]."""
+        return self.per_seed.mean(axis=0)
+
+    @property
+    def returns(self) -> list[float]:
+        """Mean over tasks after each number of steps."""
+        return np.nanmean(self.per_task, axis=0).tolist()
+
+    @property
+    def ci95(self) -> list[tuple[float, float]]:
+        """Bootstrap 95 % interval over tasks of each mean."""
+        return [bootstrap_interval(_known(column)) for column in self.per_task.T]
+
+    @property
+    def iqm(self) -> list[float]:
+        """Interquartile mean over seeds and tasks after each number of steps."""
+        return interquartile_mean(self._flat()).tolist()
+
+    @property
+    def iqm_ci95(self) -> list[tuple[float, float]]:
+        """Bootstrap 95 % interval over seeds and tasks of each; NaN for a single seed."""
+        return [interquartile_mean_interval(scores) for scores in np.moveaxis(self.per_seed, 2, 0)]
+
+    def gain(self, steps: int = 1) -> tuple[float, float, float]:
+        """Return the mean gain of `steps` inner steps and its interval, paired by task."""
+        gains = _known(self.per_task[:, steps] - self.per_task[:, 0])
+        return (float(gains.mean()), *bootstrap_interval(gains))
+
+    def verdict(self) -> str:
+        """Say in one sentence whether adaptation gains anything."""
+        if len(self.returns) < 2:
+            return "No inner step was taken."
+        if self.algorithm == "oracle":
+            return "An oracle is told its task and takes no inner step."
+        mean, low, high = self.gain()
+        gains = _known(self.per_task[:, 1] - self.per_task[:, 0])
+        improved = f"{100.0 * float((gains > 0.0).mean()):.0f} % of tasks improve"
+        if len(gains) < 2:
+            return f"One step gains {mean:+.1f} on a single task; several give an interval."
+        if len(gains) < FEWEST:
+            return (
+                f"One step gains {mean:+.1f} on {len(gains)} tasks ({improved});"
+                f" whether that is chance takes at least {FEWEST} tasks to tell."
+            )
+        if low <= 0.0 <= high:
+            return (
+                f"The gain of one adaptation step cannot be told from zero:"
+                f" {mean:+.1f}, 95 % interval [{low:+.1f}, {high:+.1f}]."
+            )
+        word = "gains" if mean > 0.0 else "LOSES"
+        return (
+            f"Adaptation {word} {abs(mean):.1f} ± {(high - low) / 2.0:.1f} after one step"
+            f" ({improved})."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; a number that is not finite is null."""
+        result = {
+            "algorithm": self.algorithm,
+            "seeds": self.seeds,
+            "step_sizes": self.step_sizes,
+            "returns": self.returns,
+            "ci95": [list(pair) for pair in self.ci95],
+            "per_task": self.per_task.tolist(),
+        }
+        if len(self.returns) > 1:
+            mean, low, high = self.gain()
+            result["gain"] = {"mean": mean, "ci95": [low, high]}
+            result["verdict"] = self.verdict()
+        if len(self.seeds) > 1:
+            result["per_seed"] = self.per_seed.tolist()
+            result["iqm"] = self.iqm
+            result["iqm_ci95"] = [list(pair) for pair in self.iqm_ci95]
+        if self.success is not None:
+            result["success"] = self.success.mean(axis=0).tolist()
+            result["success_per_task"] = self.success.tolist()
+        if self.achieved:
+            result["achieved"] = {name: values.tolist() for name, values in self.achieved.items()}
+        return _finite(result)
+
+    def _flat(self) -> Floats:
+        return np.moveaxis(self.per_seed, 2, 0).reshape(self.per_seed.shape[2], -1)
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """An evaluated policy, others on the same tasks, and what they were measured on."""
+
+    curve: Curve
+    references: Mapping[str, Curve]
+    """Random initialization, and what else stands beside the policy, by name."""
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    """Family, tasks and all else that gives the returns their meaning."""
+    name: str = "this policy"
+
+    @property
+    def rows(self) -> dict[str, Curve]:
+        """All curves by name: the policy, others, then what they are measured by."""
+
+        def place(name: str) -> int:
+            algorithm = self.references[name].algorithm
+            return 1 + REFERENCES.index(algorithm) if algorithm in REFERENCES else 0
+
+        names = sorted(self.references, key=place)
+        return {self.name: self.curve, **{name: self.references[name] for name in names}}
+
+    def gap_closed(self, curve: Curve) -> list[tuple[float, float, float]] | None:
+        """Return what share of the way from random to oracle a policy goes, and its interval.
+
+        (adapted - random) / (oracle - random) after each number of steps, of means over tasks:
+        random is the initialization before any step, the oracle is told its task. None without an
+        oracle, or with one that earns no more than random.
+        """
+        oracle = next((c for c in self.rows.values() if c.algorithm == "oracle"), None)
+        random = next((c for c in self.rows.values() if c.algorithm == "random"), None)
+        if oracle is None or random is None:
+            return None
+        floor, ceiling = random.per_task[:, 0], oracle.per_task.mean(axis=1)
+        if not np.nanmean(ceiling) > np.nanmean(floor):
+            return None
+
+        def share(samples: Floats) -> Floats:
+            adapted, low, high = np.moveaxis(samples.mean(axis=1), -1, 0)
+            with np.errstate(divide="ignore"):
+                return (adapted - low) / (high - low)
+
+        result = []
+        for adapted in curve.per_task.T:
+            scores = _known(np.stack([adapted, floor, ceiling], axis=1))
+            interval = bootstrap_interval(scores, share)
+            result.append((float(share(scores[None])[0]), *interval))
+        return result
+
+    def verdict(self) -> str:
+        """Say in one sentence whether the policy's adaptation gains anything."""
+        return self.curve.verdict()
+
+    def verdicts(self) -> str:
+        """Say it of each policy that is no reference, a line each."""
+        said = {n: c for n, c in self.rows.items() if c.algorithm not in REFERENCES}
+        if len(said) < 2:
+            return self.verdict()
+        return "\n".join(f"{name}: {curve.verdict()}" for name, curve in said.items())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `evaluation.json`."""
+        rows = {}
+        for name, curve in self.rows.items():
+            rows[name] = curve.to_json()
+            gaps = self.gap_closed(curve)
+            if gaps is not None:
+                rows[name]["gap_closed"] = _finite([gap[0] for gap in gaps])
+                rows[name]["gap_closed_ci95"] = _finite([list(gap[1:]) for gap in gaps])
+        own = rows.pop(self.name)
+        return {
+            **self.setting, "name": self.name, **own,
+            "references": rows, "verdict": self.verdict(),
+        }  # fmt: skip
+
+    def table(self) -> str:
+        """Return a plain-text table: a row a policy, a column a number of inner steps."""
+        rows = self.rows
+        steps = len(self.curve.returns)
+        width = max(len(name) for name in [*rows, "gap closed", "interquartile mean"]) + 1
+        counts = ["before", "1 step", *(f"{k} steps" for k in range(2, steps))][:steps]
+
+        def line(name: str, cells: Sequence[str]) -> str:
+            return f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells)
+
+        lines = [f"{line('return', counts)}   step sizes"]
+        for name, curve in rows.items():
+            sizes = ", ".join(f"{size:g}" for size in curve.step_sizes) or "none"
+            lines.append(f"{line(name, _cells(curve.returns, curve.ci95, 1))}   {sizes}")
+        several = {n: c for n, c in rows.items() if len(c.seeds) > 1}
+        if several:
+            lines += ["", line("interquartile mean", counts)]
+            for name, curve in several.items():
+                lines.append(line(name, _cells(curve.iqm, curve.iqm_ci95, 1)))
+        told = {name: curve.success for name, curve in rows.items() if curve.success is not None}
+        if told:
+            lines += ["", line("success rate, %", counts)]
+            for name, rates in told.items():
+                lines.append(line(name, [f"{100.0 * r:.1f}" for r in rates.mean(axis=0)]))
+        gaps = {name: self.gap_closed(curve) for name, curve in rows.items()}
+        if any(gaps.values()):
+            lines += ["", line("gap closed", counts)]
+            for name, gap in gaps.items():
+                if gap is not None and rows[name].algorithm != "oracle":
+                    lines.append(line(name, _cells([g[0] for g in gap], [g[1:] for g in gap], 2)))
+        return "\n".join(lines)
+
+    def task_table(self) -> str:
+        """Return a plain-text table of the policy: a row a task, a column a number of steps."""
+        names = self.setting["components"]
+        steps = range(len(self.curve.returns))
+        heads = [*names, *(f"return {k}" for k in steps)]
+        heads += [f"{name} achieved {k}" for name in self.curve.achieved for k in steps]
+        widths = [max(len(head), 9) + 2 for head in heads]
+        lines = ["".join(f"{head:>{w}}" for head, w in zip(heads, widths, strict=True))]
+        for t, goal in enumerate(self.setting["tasks"]):
+            cells = [f"{x:.2f}" for x in goal] + [f"{r:.1f}" for r in self.curve.per_task[t]]
+            cells += [f"{x:.2f}" for a in self.curve.achieved.values() for x in a[t]]
+            lines.append("".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
+        return "\n".join(lines)
+
+
+def _cells(means: Sequence[float], intervals: Sequence[Sequence[float]], digits: int) -> list[str]:
+    cells = []
+    for mean, (low, high) in zip(means, intervals, strict=True):
+        half = f" ± {(high - low) / 2.0:.{digits}f}" if math.isfinite(high - low) else ""
+        cells.append(f"{mean:.{digits}f}{half}")
+    return cells
+
+
+def _known(values: Floats) -> Floats:
+    """Leave out tasks whose every episode diverged."""
+    return values[np.isfinite(values).reshape(len(values), -1).all(axis=1)]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

@@ -1,0 +1,77 @@
+"""How sure a number measured on a few tasks and seeds is: bootstrap intervals, interquartile means.
+
+The random numbers are fixed: the same scores give the same interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+
+RESAMPLES = 10_000
+FEWEST = 6
+"""Tasks below which no bootstrap interval reaches 95 %: resampled means stay between the smallest
+and the largest of n values, and those enclose a median only 1 - 2^(1-n) of the time."""
+
+
+def interquartile_mean(values: Floats, axis: int = -1) -> Floats:
+    """Return the mean of the middle half; a quarter, rounded down, is cut at either end.
+
+    Agarwal et al. 2021 (arXiv:2108.13264): as robust as a median, as stable as a mean.
+    """
+    ordered = np.sort(values, axis=axis)
+    count = values.shape[axis]
+    return ordered.take(range(count // 4, count - count // 4), axis=axis).mean(axis=axis)
+
+
+def _mean(samples: Floats) -> Floats:
+    return samples.mean(axis=1)
+
+
+def bootstrap_interval(
+    values: Floats, statistic: Callable[[Floats], Floats] = _mean, *, level: float = 0.95
+) -> tuple[float, float]:
+    """Return the interval of a statistic of n tasks, by resampling whole tasks.
+
+    The expanded percentile bootstrap: percentiles at Phi(-sqrt(n / (n - 1)) t_{n-1}) in place of
+    (1 - level) / 2, since the plain ones are too narrow for few tasks (Hesterberg 2015,
+    arXiv:1411.5279, section 3.3). For means of normal values it is nearly Student's interval. The
+    bounds are NaN for fewer than two tasks.
+
+    Args:
+        values: [n, ...]; what belongs to a task stays together.
+        statistic: of samples [resamples, n, ...], [resamples]; their means by default.
+        level: how often the interval is to cover the true value.
+    """
+    n = len(values)
+    if n < 2:
+        return math.nan, math.nan
+    picks = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
+    reach = math.sqrt(n / (n - 1)) * stats.t.ppf(0.5 - level / 2.0, n - 1)
+    tail = float(stats.norm.cdf(reach))
+    low, high = np.quantile(statistic(values[picks]), (tail, 1.0 - tail))
+    return float(low), float(high)
+
+
+def interquartile_mean_interval(scores: Floats, *, level: float = 0.95) -> tuple[float, float]:
+    """Return the interval of the interquartile mean of scores [seeds, tasks].
+
+    Seeds and tasks are both resampled, each as a whole: a seed is one trained policy, good or bad
+    at all tasks at once, so that its scores are no independent runs of the tasks. Few seeds tell
+    little of how seeds differ: with 3 of them, simulated intervals cover 0.87 of the time.
+    """
+    seeds, tasks = scores.shape
+    if seeds < 2 or tasks < 2:
+        return math.nan, math.nan
+    rng = np.random.default_rng(0)
+    rows = rng.integers(seeds, size=(RESAMPLES, seeds, 1))
+    columns = rng.integers(tasks, size=(RESAMPLES, 1, tasks))
+    means = interquartile_mean(scores[rows, columns].reshape(RESAMPLES, -1))
+    low, high = np.quantile(means, (0.5 - level / 2.0, 0.5 + level / 2.0))
+    return float(low), float(high)

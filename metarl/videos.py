@@ -1,0 +1,206 @@
+"""Videos of policies on one task, side by side, with goal, step and return written in the frame.
+
+Needs no display: MuJoCo draws through EGL, or OSMesa. Which of them works is tried out in a process
+of its own, since a process that failed with one cannot try the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import imageio.v3 as iio
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from envs import MujocoFamily, TaskFamily
+from envs.errors import UserError
+from metarl.meta_policy import Policy
+
+FPS = 25  # at most; slower families are shown at their own rate
+_LINE, _GAP = 30, 8  # pixels: height of a line of text above a panel, space between panels
+
+_TRY = """
+import mujoco
+from mujoco.{backend} import GLContext
+context = GLContext(16, 16)
+context.make_current()
+model = mujoco.MjModel.from_xml_string("<mujoco/>")
+mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+"""
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames [time, height, width, 3] uint8 and how many a second."""
+
+    frames: NDArray[np.uint8]
+    fps: float
+
+    def save(self, path: Path) -> None:
+        """Write it as the suffix says: .mp4, .webm or .gif."""
+        path.write_bytes(self.encode(path.suffix))
+
+    def encode(self, suffix: str) -> bytes:
+        """Return the bytes of an .mp4, .webm or .gif file."""
+        if suffix == ".gif":
+            images = [
+                Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE)
+                for frame in self.frames
+            ]
+            data = io.BytesIO()
+            images[0].save(
+                data, "gif", save_all=True, append_images=images[1:], loop=0,
+                duration=round(1000.0 / self.fps),
+            )  # fmt: skip
+            return data.getvalue()
+        codec = {".mp4": "libx264", ".webm": "libvpx-vp9"}[suffix]
+        quality = ["-crf", "33", "-b:v", "0", "-cpu-used", "5"] if suffix == ".webm" else []
+        return iio.imwrite(
+            "<bytes>", self.frames, extension=suffix, plugin="FFMPEG", fps=self.fps, codec=codec,
+            pixelformat="yuv420p", macro_block_size=2, output_params=quality,
+        )  # type: ignore[return-value]  # fmt: skip
+
+
+def read_video(path: Path) -> Video:
+    """Return a video from its file."""
+    rate = iio.immeta(path, plugin="FFMPEG")["fps"]
+    return Video(iio.imread(path, plugin="FFMPEG"), rate)
+
+
+def choose_gl() -> None:
+    """Set MUJOCO_GL to what draws here: what it is, else EGL, else OSMesa, else a display.
+
+    Raises:
+        UserError: nothing does; the message says what to install.
+    """
+    if not sys.platform.startswith("linux"):
+        return  # the system's own way needs no choice
+    display = bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    asked = os.environ.get("MUJOCO_GL")
+    for backend in [asked] if asked else ["egl", "osmesa", *(["glfw"] if display else [])]:
+        if _draws(backend):
+            os.environ["MUJOCO_GL"] = backend
+            return
+    tried = f"MUJOCO_GL={asked} does not draw" if asked else "neither EGL nor OSMesa draws"
+    raise UserError(
+        f"no video: {tried} here; on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri"
+    )
+
+
+def _draws(backend: str) -> bool:
+    environment = {**os.environ, "MUJOCO_GL": backend}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _TRY.format(backend=backend)],
+            env=environment,
+            capture_output=True,
+            timeout=60,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def record(
+    policies: Mapping[str, Policy],
+    family: TaskFamily,
+    task: NDArray[np.float64],
+    *,
+    seed: int = 0,
+    deterministic: bool = False,
+    speed: float = 1.0,
+) -> Video:
+    """Return a video of one episode of each policy on a task, from the same start, side by side.
+
+    Args:
+        policies: by what is written over them.
+        seed: of the reset.
+        deterministic: act by the mean instead of a sample.
+        speed: of playback, 1 for real time.
+
+    Raises:
+        UserError: nothing draws here, or the family renders no images.
+    """
+    if not speed > 0.0:
+        raise UserError(f"speed must be positive, got {speed}")
+    probe = family.make(task)
+    modes, mujoco = probe.metadata.get("render_modes") or [], _needs_gl(family, probe)
+    probe.close()
+    if "rgb_array" not in modes:
+        raise UserError(f"no video: {family.name} has no render mode rgb_array")
+    if mujoco:
+        choose_gl()
+    rate = speed * float(probe.metadata.get("render_fps") or FPS)
+    every = max(1, round(rate / FPS))
+    fps = rate / every
+    goal = _goal(family, task)
+    panels = []
+    for title, policy in policies.items():
+        with contextlib.closing(family.make(task, render_mode="rgb_array")) as env:
+            shown = _episode(policy, env, every, seed, deterministic)
+        panels.append(
+            [
+                _panel(image, title, goal, f"step {step}   return {total:.1f}")
+                for step, total, image in shown
+            ]
+        )
+    longest = max(map(len, panels)) + round(fps / 2)  # the end stands for half a second
+    joined = []
+    for i in range(longest):
+        row = [panel[min(i, len(panel) - 1)] for panel in panels]
+        space = np.full((row[0].shape[0], _GAP, 3), 255, np.uint8)
+        joined.append(np.concatenate([x for p in row for x in (p, space)][:-1], axis=1))
+    frames = np.stack(joined)
+    return Video(frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2], fps)
+
+
+def _episode(
+    policy: Policy, env: gym.Env, every: int, seed: int, deterministic: bool
+) -> list[tuple[int, float, NDArray[np.uint8]]]:
+    """Return the step, the return so far and an image of every few steps and of the last."""
+    shown: list[tuple[int, float, NDArray[np.uint8]]] = []
+    last = (0, 0.0)
+
+    def watch(step: int, total: float) -> None:
+        nonlocal last
+        last = (step, total)
+        if step % every == 0:
+            shown.append((step, total, np.asarray(env.render(), np.uint8)))
+
+    policy.play(env, seed=seed, deterministic=deterministic, watch=watch)
+    if shown[-1][0] != last[0]:
+        shown.append((*last, np.asarray(env.render(), np.uint8)))
+    return shown
+
+
+def _needs_gl(family: TaskFamily, env: gym.Env) -> bool:
+    return isinstance(family, MujocoFamily) or hasattr(env.unwrapped, "mujoco_renderer")
+
+
+def _goal(family: TaskFamily, task: NDArray[np.float64]) -> str:
+    parts = []
+    for name, value in zip(family.tasks.names, task, strict=True):
+        unit = family.units.get(name)
+        parts.append(f"{name.replace('_', ' ')} {value:.3g}{f' {unit}' if unit else ''}")
+    return "goal: " + ", ".join(parts)
+
+
+def _panel(image: NDArray[np.uint8], *lines: str) -> NDArray[np.uint8]:
+    """Write lines of text above an image."""
+    strip = Image.new("RGB", (image.shape[1], _LINE * len(lines) + 6), "black")
+    draw = ImageDraw.Draw(strip)
+    for i, line in enumerate(lines):
+        size = 22.0
+        while draw.textlength(line, font := ImageFont.load_default(size)) > image.shape[1] - 20:
+            size *= 0.95
+        draw.text((10, 4 + _LINE * i), line, font=font, fill="white")
+    return np.concatenate([np.asarray(strip), image])
