@@ -77,6 +77,16 @@ def preset_config(preset: str | None, family: str, algorithm: str = "maml-trpo")
         # Sizes of the algorithm's own, or learned, are those of evaluation too.
         inner = sections.get("inner", config.inner)
         sections["inner"] = dataclasses.replace(inner, test_step_sizes=())
+    elif row.gradient == "implicit":
+        # A pull of 1 / size lets a task go as far as a step of that size would; updates of half
+        # the size then halve what is left of the way.
+        inner = sections.get("inner", config.inner)
+        sections["inner"] = dataclasses.replace(
+            inner,
+            step_sizes=tuple(size / 2 for size in inner.step_sizes),
+            test_step_sizes=tuple(size / 2 for size in inner.test_step_sizes),
+            proximal=1.0 / inner.step_sizes[0],
+        )
     elif (inner := sections.get("inner", config.inner)).updates > 1:
         # Several updates on a batch share the step that the preset takes on it.
         sections["inner"] = dataclasses.replace(

@@ -46,7 +46,8 @@ def test_train_evaluate_resume(tmp_path, capsys):
     evaluate = ["evaluate", "run", "--tasks", "3", "--episodes", "2", "--steps", "2"]
     assert run(*evaluate) == 0
     out = capsys.readouterr().out
-    assert "this policy" in out
+    assert "\nrun  " in out
+    assert "\nrandom  " in out
     assert "random" in out
     assert (tmp_path / "run" / "evaluation.png").exists()
     stored = json.loads((tmp_path / "run" / "evaluation.json").read_text())

@@ -64,8 +64,8 @@ def test_commands_are_taken(command, tmp_path, monkeypatch):
         return
     assert words[0] == "metarl"
     module_files(tmp_path)
-    for name in ("_train", "_evaluate", "_benchmark"):
-        monkeypatch.setattr(cli, name, lambda command: 0)
+    for name in cli.COMMANDS.keys() - {"check", "families", "algorithms"}:
+        monkeypatch.setitem(cli.COMMANDS, name, (cli.COMMANDS[name][0], lambda command: 0))
     if "--resume" in words:
         from test_trainer import small
 
@@ -86,7 +86,7 @@ def test_a_family_of_ones_own_trains_and_evaluates(name, tmp_path, monkeypatch, 
     small = ["--iterations", "2", "--tasks", "2", "--episodes", "2", "--out", "run"]
     assert main(["train", name, *small]) == 0
     assert main(["evaluate", "run", "--tasks", "2", "--episodes", "2", "--steps", "1"]) == 0
-    assert "this policy" in capsys.readouterr().out
+    assert "random" in capsys.readouterr().out
     made = importlib.import_module(name.partition(":")[0])  # from Python, the same
     family = getattr(made, name.partition(":")[2])
     task = family.tasks.grid(1)[0]
