@@ -97,7 +97,7 @@ def choose_gl() -> None:
             return
     tried = f"MUJOCO_GL={asked} does not draw" if asked else "neither EGL nor OSMesa draws"
     raise UserError(
-        f"no video: {tried} here; on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri"
+        f"no video: {tried} here; on Debian or Ubuntu: apt-get install libegl1 libgl1"
     )
 
 
