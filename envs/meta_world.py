@@ -215,7 +215,10 @@ class MetaWorldVectorEnv(TaskVectorEnv):
         return self._observation.copy()
 
     def render(self) -> Any:
-        return tuple(env.render() for env in self._envs)
+        frames = [env.render() for env in self._envs]
+        if self.render_mode == "human":
+            return None
+        return tuple(np.rot90(frame, 2) for frame in frames)  # its cameras hang upside down
 
     def close_extras(self, **kwargs: Any) -> None:
         for env in [*self._envs, *(env for free in self._free.values() for env in free)]:
