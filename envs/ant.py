@@ -40,6 +40,7 @@ import numpy as np
 from envs.errors import UserError
 from envs.family import Finite, TaskDistribution, Uniform, did_you_mean, register
 from envs.mujoco_bodies import (
+    UNITS,
     Reward,
     Sim,
     Step,
@@ -103,8 +104,10 @@ def root_xy(sim: Sim) -> Floats:
 
 def goal_reward(step: Step, position: Callable[[Sim], Floats], **weights: float) -> Reward:
     """4 - |xy - goal|_1 + upkeep (Finn et al. 2017)."""
-    distance = np.abs(position(step.sim)[:, :2] - step.task).sum(axis=1)
+    x, y = position(step.sim)[:, :2].T.copy()
+    distance = np.abs(x - step.task[:, 0]) + np.abs(y - step.task[:, 1])
     rest, info = upkeep(step, **weights)
+    info |= {"x_position": x, "y_position": y}
     return 4.0 - distance + rest, {"distance": distance, **info}
 
 
@@ -124,10 +127,16 @@ def _ant(
     else:
         observe = partial(observe_ant, position=position, contact_forces=contact_forces)
     stage = mujoco.mjtStage.mjSTAGE_ACC if body.rllab else mujoco.mjtStage.mjSTAGE_NONE
+    if position:
+        achieved = {"goal_x": "x_position", "goal_y": "y_position"}
+    else:
+        achieved = {tasks.names[0]: "x_velocity"}
     return MujocoFamily(
         name=name,
         description=f"{description}; scales: {', '.join(SCALES)}",
         tasks=tasks,
+        achieved=achieved,
+        units=UNITS,
         horizon=body.horizon if horizon is None else horizon,
         env="Ant-v5",
         frame_skip=1 if body.rllab else STOCK,

@@ -31,6 +31,7 @@ import numpy as np
 from envs.errors import UserError
 from envs.family import Finite, TaskDistribution, Uniform, did_you_mean, register
 from envs.mujoco_bodies import (
+    UNITS,
     Sim,
     add_centre_of_mass,
     centre_of_mass,
@@ -86,7 +87,7 @@ def _half_cheetah(
         tasks=tasks,
         horizon=body.horizon,
         achieved={tasks.names[0]: "x_velocity"},
-        units={"velocity": "m/s", "x_velocity": "m/s"},
+        units=UNITS,
         env="HalfCheetah-v5",
         frame_skip=body.frame_skip,
         action_scale=body.action_scale,

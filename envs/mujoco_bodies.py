@@ -63,6 +63,11 @@ class Step:
 
 Reward = tuple[Floats, dict[str, Any]]  # [simulations], and info arrays
 
+UNITS = {
+    "velocity": "m/s", "x_velocity": "m/s",
+    "goal_x": "m", "goal_y": "m", "x_position": "m", "y_position": "m",
+}  # fmt: skip
+
 
 # Models ------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from envs.family import Uniform, register
-from envs.mujoco_bodies import velocity_reward
+from envs.mujoco_bodies import UNITS, velocity_reward
 from envs.mujoco_vector import MujocoFamily
 
 
@@ -23,6 +23,8 @@ def swimmer_vel(low: float = 0.1, high: float = 0.2, horizon: int = 200) -> Mujo
         name="swimmer-vel",
         description="swimmer swims at a goal velocity (m/s)",
         tasks=Uniform({"velocity": (low, high)}),
+        achieved={"velocity": "x_velocity"},
+        units=UNITS,
         horizon=horizon,
         env="Swimmer-v5",
         reward=partial(velocity_reward, control=1e-4),

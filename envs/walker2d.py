@@ -12,6 +12,7 @@ from functools import partial
 from envs.family import Finite, Uniform, register
 from envs.mujoco_bodies import (
     BODIES,
+    UNITS,
     direction_reward,
     load_model,
     parameter_tasks,
@@ -30,6 +31,8 @@ def walker2d_dir(horizon: int = 200, frame_skip: int = 4) -> MujocoFamily:
         name="walker2d-dir",
         description="walker walks forwards (direction 1) or backwards (-1)",
         tasks=Finite(("direction",), [[-1.0], [1.0]]),
+        achieved={"direction": "x_velocity"},
+        units=UNITS,
         horizon=horizon,
         env="Walker2d-v5",
         frame_skip=frame_skip,
@@ -46,6 +49,8 @@ def walker2d_vel(
         name="walker2d-vel",
         description="walker walks at a goal velocity (m/s)",
         tasks=Uniform({"velocity": (low, high)}),
+        achieved={"velocity": "x_velocity"},
+        units=UNITS,
         horizon=horizon,
         env="Walker2d-v5",
         frame_skip=frame_skip,

@@ -26,7 +26,7 @@ img, video { max-width: 100%; height: auto; display: block; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: normal; }
 tr.own { font-weight: bold; }
 pre { background: #f5f5f5; padding: .75rem; overflow-x: auto; white-space: pre; font-size: .85rem; }
 """
@@ -143,7 +143,7 @@ def _table(evaluation: Mapping[str, Any]) -> str:
         lines.append(_row([name, *cells], "td", own))
     several = {n: r for n, r in rows.items() if "iqm" in r}
     if several:
-        lines.append(_row(["interquartile mean over seeds and tasks", *counts], "th"))
+        lines.append(_row(["interquartile mean", *counts], "th"))
     for name, row in several.items():
         cells = [_cell(*pair) for pair in zip(row["iqm"], row["iqm_ci95"], strict=True)]
         lines.append(_row([f"{name}, seeds {', '.join(map(str, row['seeds']))}", *cells], "td"))

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from envs import family_names, make_family
 from envs.errors import UserError
 from envs.navigation import NavigationFamily, NavigationVectorEnv
 from metarl import evaluate
 from metarl.config import Config, InnerConfig, PolicyConfig
+from metarl.evaluation import grouped
 from metarl.meta_policy import MetaPolicy, policy_for, random_meta_policy
 from metarl.parallel import ChunkPool
 from metarl.plots import plot_evaluation
 from metarl.policies import stack
+from metarl.presets import preset_config, reference_step_sizes
 from metarl.results import Curve, EvaluationResult
 from metarl.rollouts import Address, Collector
 
@@ -31,8 +34,6 @@ def navigator(**changes) -> MetaPolicy:
             **changes,
         }
     )
-    from envs import make_family
-
     family = make_family(config.family, **config.family_options)
     return MetaPolicy(policy_for(config, family).init(np.random.default_rng(3)), config)
 
@@ -218,3 +219,149 @@ def test_success_rates_are_reported_where_the_family_tells(monkeypatch):
     head, *lines = told.table().split("success rate, %")[1].splitlines()[1:]
     assert head.split() == ["this", "policy", f"{100 * rates[0]:.1f}", f"{100 * rates[1]:.1f}"]
     assert lines[0].startswith("random")
+
+
+def curve(algorithm: str, *per_seed: list[list[float]]) -> Curve:
+    return Curve([0.1], np.array(per_seed), algorithm, list(range(len(per_seed))))
+
+
+def test_the_gap_closed_by_hand():
+    tasks = 8
+    own = curve("maml-trpo", [[1.0, 6.0]] * tasks)
+    random = curve("random", [[-1.0, 5.0]] * tasks)  # only what it earns before any step counts
+    oracle = curve("oracle", [[8.0, 10.0]] * tasks)  # 9: it takes no steps
+    found = EvaluationResult(own, {"random": random, "oracle": oracle})
+    assert found.gap_closed(own) == [(0.2, 0.2, 0.2), (0.7, 0.7, 0.7)]
+    assert found.to_json()["gap_closed"] == [0.2, 0.7]
+    assert "gap closed" in found.table()
+    assert EvaluationResult(own, {"random": random}).gap_closed(own) is None
+    poor = curve("oracle", [[-2.0, -2.0]] * tasks)
+    assert EvaluationResult(own, {"random": random, "oracle": poor}).gap_closed(own) is None
+
+
+def test_seeds_give_an_interquartile_mean_over_seeds_and_tasks():
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal((3, 7, 2))
+    found = EvaluationResult(Curve([0.1], scores, seeds=[0, 1, 2]), {})
+    told = found.to_json()
+    for k in range(2):
+        ordered = np.sort(scores[:, :, k].ravel())  # 21 values: five are cut at either end
+        assert told["iqm"][k] == pytest.approx(ordered[5:16].mean())
+        low, high = told["iqm_ci95"][k]
+        assert low < told["iqm"][k] < high
+    assert told["per_task"] == scores.mean(axis=0).tolist()
+    assert "interquartile mean" in found.table()
+    assert "iqm" not in EvaluationResult(Curve([0.1], scores[:1]), {}).to_json()
+
+
+def test_a_task_whose_every_episode_diverged_is_left_out():
+    per_task = [[float(t), t + 2.0] for t in range(7)]
+    per_task[3] = [3.0, np.nan]
+    told = json.loads(json.dumps(result(per_task).to_json(), allow_nan=False))
+    assert told["gain"]["mean"] == 2.0
+    assert told["per_task"][3] == [3.0, None]
+
+
+def saved(folder, name: str, **changes) -> str:
+    config = dataclasses.replace(navigator().config, **changes)
+    inner = dataclasses.replace(config.inner, steps=0)
+    if config.algorithm in ("oracle", "pretrained"):
+        config = dataclasses.replace(config, inner=inner)
+    params = policy_for(config, navigator().family).init(np.random.default_rng(config.seed))
+    MetaPolicy(params, config).save(folder / f"{name}.safetensors")
+    return str(folder / f"{name}.safetensors")
+
+
+def test_seeds_make_one_group_and_references_know_their_place(tmp_path):
+    names = [
+        saved(tmp_path, "first-oracle", algorithm="oracle"),
+        saved(tmp_path, "run-0", seed=0),
+        saved(tmp_path, "run-1", seed=1, threads=2),
+        saved(tmp_path, "run-1-again", seed=1),
+        saved(tmp_path, "longer", seed=2, tasks=7),
+        saved(tmp_path, "pre", algorithm="pretrained"),
+    ]
+    groups = grouped(names)
+    assert {name: len(members) for name, members in groups.items()} == {
+        "run": 2,
+        "run-1-again": 1,
+        "longer": 1,
+        "oracle": 1,
+        "pretrained": 1,
+    }
+    assert list(groups["run"]) == names[1:3]
+    (name, members), *others = groups.items()
+    found = evaluate(
+        list(members.values()),
+        references={key: list(other.values()) for key, other in others},
+        tasks=6, episodes=2, steps=2, threads=1, name=name, pretrained_step_sizes=[0.3],
+    )  # fmt: skip
+    rows = list(found.rows)
+    assert rows == ["run", "run-1-again", "longer", "pretrained", "random", "oracle"]
+    assert found.references["pretrained"].step_sizes == [0.3, 0.3]
+    assert found.references["oracle"].step_sizes == []
+    assert found.curve.per_seed.shape == (2, 6, 3)
+    assert "run: " in found.verdicts()
+    assert "longer: " in found.verdicts()
+    with pytest.raises(UserError, match="differ by more than the seed"):
+        evaluate([names[1], names[4]], tasks=1)
+
+
+def test_an_oracle_takes_no_step_and_is_sampled_afresh(tmp_path):
+    name = saved(tmp_path, "told", algorithm="oracle")
+    still = evaluate(navigator(), references={"oracle": name}, tasks=6, episodes=3, steps=1)
+    before = evaluate(name, tasks=6, episodes=3, steps=0).curve
+    oracle = still.references["oracle"]
+    assert oracle.per_task[:, 0].tolist() == before.per_task[:, 0].tolist()
+    assert oracle.per_task[:, 1].tolist() != before.per_task[:, 0].tolist()
+    assert oracle.verdict() == "An oracle is told its task and takes no inner step."
+
+
+def test_references_have_the_step_sizes_of_their_preset():
+    def sizes(algorithm, family="half-cheetah-dir", **changes):
+        config = preset_config("icml2017", family, algorithm)
+        return reference_step_sizes(dataclasses.replace(config, **changes), algorithm)
+
+    assert sizes("pretrained") == (0.2, 0.1)
+    assert sizes("random") == (1.0, 0.5)
+    assert sizes("oracle") == ()
+    assert sizes("pretrained", "navigation-2d") == ()  # the authors' are 0.5 for all rows
+    own = InnerConfig(steps=0, test_step_sizes=(0.7,))
+    assert sizes("pretrained", inner=own) == ()
+
+
+def test_what_was_achieved_is_what_the_episodes_did():
+    # The point's positions are its observations, so the rollout's say where episodes ended.
+    meta = navigator()
+    found = evaluate(meta, tasks=3, episodes=4, steps=1, threads=1)
+    with ChunkPool(1) as pool:
+        collector = Collector(meta.family, meta.policy, 3, 4, pool, "clip")
+        goals = meta.family.tasks.grid(3)
+        rollout = collector.collect(stack(meta.params, 3), goals, Address(0, split="test"))
+    ends = rollout.last_observation.mean(dim=1)
+    for i, name in enumerate(("goal_x", "goal_y")):
+        np.testing.assert_allclose(found.curve.achieved[name][:, 0], ends[:, i], atol=1e-5)
+        path = found.curve.paths[name][:, 0]
+        steps = rollout.observation[:, 0, 1:, i].masked_fill(~rollout.valid[:, 0, 1:], np.nan)
+        ended = np.isnan(steps.numpy())  # an episode's last position is in no later observation
+        np.testing.assert_allclose(path[:, :-1][~ended], steps.numpy()[~ended], atol=1e-5)
+    speeds = evaluate(
+        "half-cheetah-vel-icml2017", tasks=2, episodes=2, steps=0, threads=1
+    ).curve.achieved["velocity"]
+    assert speeds.shape == (2, 1)
+    assert (speeds > 0.3).all()
+    assert (speeds < 1.4).all()
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_families_tell_what_they_say_is_achieved(name):
+    if name.startswith(("metaworld", "meta-world")):
+        pytest.skip("needs a package of its own")
+    family = make_family(name)
+    assert set(family.achieved) <= set(family.tasks.names)
+    if family.achieved:
+        env = family.make_vec(1, 1)
+        env.reset(seed=0)
+        info = env.step(env.action_space.sample())[-1]
+        assert all(info[key].shape == (1,) for key in family.achieved.values())
+        env.close()
