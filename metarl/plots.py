@@ -37,7 +37,7 @@ _LABELS = {
     "oracle": "oracle, told its task",
 }
 _BEFORE, _AFTER = "#D55E00", "#0072B2"
-_SEVERAL = 6  # values of a task component up to which they stand side by side
+_SEVERAL = 6  # values of a task component, shared by tasks, that stand side by side
 
 Against = Literal["env-steps", "time"]
 
@@ -57,6 +57,7 @@ def _figure(
 
 def _save(figure: Figure, path: Path) -> list[Path]:
     """Write PNG and SVG beside each other; the same figure gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
     with mpl.rc_context({"svg.hashsalt": "metarl"}):
         figure.savefig(paths[0], dpi=150)
@@ -150,7 +151,7 @@ def plot_tasks(result: EvaluationResult, path: Path) -> list[Path]:
 def _against_goal(axes: Axes, goals: Floats, values: Floats, shown: Sequence[int]) -> None:
     """Scatter values [tasks, shown] over goals; few distinct goals are drawn side by side."""
     distinct, which = np.unique(goals, return_inverse=True)
-    several = len(distinct) <= _SEVERAL
+    several = len(distinct) <= min(_SEVERAL, len(goals) - 1)
     for i, steps in enumerate(shown):
         x = goals
         if several:

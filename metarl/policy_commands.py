@@ -282,6 +282,7 @@ def record(command: Record) -> int:
         speed=command.speed,
     )
     out = command.out or results_folder(what) / "video.mp4"
+    out.parent.mkdir(parents=True, exist_ok=True)
     paths = [out.with_suffix(suffix) for suffix in (".mp4", ".gif")]
     for path in paths:
         video.save(path)

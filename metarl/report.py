@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metarl.checkpoints import machine, versions
-from metarl.videos import read_video
+from metarl.videos import to_webm
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
@@ -96,7 +96,7 @@ def _data(kind: str, data: bytes) -> str:
 def _video(path: Path) -> str:
     # Two codecs: some browsers come without H.264, others without VP9.
     mp4 = _data("video/mp4", path.read_bytes())
-    webm = _data("video/webm", read_video(path).encode(".webm"))
+    webm = _data("video/webm", to_webm(path))
     return (
         "<figure><video controls autoplay loop muted playsinline>"
         f"<source type='video/mp4' src='{mp4}'><source type='video/webm' src='{webm}'></video>"

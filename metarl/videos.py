@@ -7,16 +7,16 @@ of its own, since a process that failed with one cannot try the other.
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
-import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -47,33 +47,38 @@ class Video:
 
     def save(self, path: Path) -> None:
         """Write it as the suffix says: .mp4, .webm or .gif."""
-        path.write_bytes(self.encode(path.suffix))
-
-    def encode(self, suffix: str) -> bytes:
-        """Return the bytes of an .mp4, .webm or .gif file."""
-        if suffix == ".gif":
+        if path.suffix == ".gif":
             images = [
-                Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE)
-                for frame in self.frames
+                Image.fromarray(f).quantize(64, dither=Image.Dither.NONE) for f in self.frames
             ]
-            data = io.BytesIO()
             images[0].save(
-                data, "gif", save_all=True, append_images=images[1:], loop=0,
+                path, "gif", save_all=True, append_images=images[1:], loop=0,
                 duration=round(1000.0 / self.fps),
             )  # fmt: skip
-            return data.getvalue()
-        codec = {".mp4": "libx264", ".webm": "libvpx-vp9"}[suffix]
-        quality = ["-crf", "33", "-b:v", "0", "-cpu-used", "5"] if suffix == ".webm" else []
-        return iio.imwrite(
-            "<bytes>", self.frames, extension=suffix, plugin="FFMPEG", fps=self.fps, codec=codec,
-            pixelformat="yuv420p", macro_block_size=2, output_params=quality,
-        )  # type: ignore[return-value]  # fmt: skip
+            return
+        height, width = self.frames.shape[1:3]
+        raw = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {self.fps} -i -"
+        _ffmpeg([*raw.split(), *_CODECS[path.suffix], str(path)], self.frames.tobytes())
 
 
-def read_video(path: Path) -> Video:
-    """Return a video from its file."""
-    rate = iio.immeta(path, plugin="FFMPEG")["fps"]
-    return Video(iio.imread(path, plugin="FFMPEG"), rate)
+_H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
+_VP9 = ["-c:v", "libvpx-vp9", "-pix_fmt", "yuv420p", "-crf", "33", "-b:v", "0", "-cpu-used", "5"]
+_CODECS = {".mp4": _H264, ".webm": _VP9}
+
+
+def to_webm(path: Path) -> bytes:
+    """Return a video file's content as .webm."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "video.webm"
+        _ffmpeg(["-i", str(path), *_VP9, str(out)])
+        return out.read_bytes()
+
+
+def _ffmpeg(arguments: list[str], data: bytes = b"") -> None:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *arguments]
+    done = subprocess.run(command, input=data, capture_output=True)
+    if done.returncode:
+        raise UserError(f"{arguments[-1]} cannot be written: {done.stderr.decode().strip()}")
 
 
 def choose_gl() -> None:

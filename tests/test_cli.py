@@ -6,7 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+import metarl
 from metarl.cli import main
 from metarl.config import Config
 from metarl.metrics import read_metrics
@@ -57,6 +60,75 @@ def test_train_evaluate_resume(tmp_path, capsys):
     assert printed == json.loads((tmp_path / "elsewhere" / "evaluation.json").read_text())
     assert printed["returns"][0] == stored["returns"][0]
     assert len(printed["per_task"]) == 3
+
+
+def test_adapt_record_plot_and_report(tmp_path, capsys):
+    for seed in ("0", "1"):
+        train = ["train", "navigation-2d", *SMALL, "--iterations", "2", "--seed", seed]
+        assert run(*train, "--out", f"run-{seed}") == 0
+    assert run("adapt", "run-0", "--task", "goal_x=0.3", "goal_y=-0.2", "--steps", "2",
+               "--episodes", "3", "--save", "adapted") == 0  # fmt: skip
+    out = capsys.readouterr().out
+    assert "after 2 steps of 3 episodes each" in out
+    assert "next: metarl record adapted" in out
+    assert metarl.load_policy("adapted").record["task"] == [0.3, -0.2]
+    assert run("record", "adapted", "--out", "films/adapted.mp4") == 0
+    assert run("record", "run-0", "--tensorboard", "--episodes", "2", "--speed", "2") == 0
+    for name in ("films/adapted.mp4", "films/adapted.gif", "run-0/video.mp4", "run-0/video.gif"):
+        assert (tmp_path / name).stat().st_size > 1000
+    assert list((tmp_path / "run-0" / "video").glob("events.out.tfevents.*"))
+    capsys.readouterr()
+    assert run("plot", "run-0", "--against", "time", "run-1") == 0  # names after flags
+    assert capsys.readouterr().out.strip() == "run-0/learning.png, run-0/learning.svg"
+    small = ["--tasks", "6", "--episodes", "2", "--steps", "1"]
+    assert run("evaluate", "run-0", "--step-sizes", "0.2", "0.1", "run-1", *small) == 0
+    out = capsys.readouterr().out
+    assert "interquartile mean" in out
+    evaluation = tmp_path / "run-0" / "evaluation.json"
+    stored = json.loads(evaluation.read_text())
+    assert (stored["name"], stored["seeds"], stored["step_sizes"]) == ("run", [0, 1], [0.2])
+    events = EventAccumulator(str(tmp_path / "run-0" / "evaluation")).Reload()
+    told = events.Scalars("adaptation/return_after_steps")
+    assert [e.step for e in told] == [0, 1]
+    assert [e.value for e in told] == pytest.approx(stored["returns"])
+    # The report takes what is there, and makes what is not.
+    assert run("report", "run-0") == 0
+    assert json.loads(evaluation.read_text()) == stored
+    page = (tmp_path / "run-0" / "report.html").read_text()
+    assert stored["verdict"] in page
+    assert page.count("<img") == 4
+    assert "data:video/mp4" in page
+    assert run("report", "run-1", "--no-video", *small, "--out", "page.html") == 0
+    assert "None was asked for." in (tmp_path / "page.html").read_text()
+    assert run("train", "--resume", "run-1", "--iterations", "3") == 0
+    assert run("report", "run-1", "--no-video", *small) == 0  # its evaluation was of another policy
+    stored = json.loads((tmp_path / "run-1" / "evaluation.json").read_text())
+    assert stored["trained"]["iteration"] == 3
+
+
+def test_without_gl_all_but_the_video_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("metarl.videos._draws", lambda backend: False)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    small = ["--tasks", "2", "--episodes", "1", "--steps", "1"]
+    assert run("report", "half-cheetah-dir-icml2017", *small) == 0
+    assert "no video: neither EGL nor OSMesa" in capsys.readouterr().out
+    (page,) = tmp_path.rglob("report.html")
+    assert "apt-get install" in page.read_text()
+    assert run("record", "half-cheetah-dir-icml2017", "--episodes", "1") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: no video: neither EGL nor OSMesa draws here; on Debian")
+    assert err.count("\n") == 1
+
+
+def test_hyper_parameters_and_config_are_in_tensorboard(tmp_path):
+    assert run("train", "navigation-2d", *SMALL, "--iterations", "1", "--out", "run") == 0
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert "config/text_summary" in events.Tags()["tensors"]
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    told = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert told["trust_region.max_kl"].number_value == 0.01
+    assert told["policy.hidden"].string_value == "[8]"
+    assert told["algorithm"].string_value == "maml-trpo"
 
 
 def test_every_config_field_is_a_documented_flag(capsys):
@@ -142,6 +214,19 @@ def test_benchmark_prints_one_object(capsys):
         (["check", "half-cheeta-vel"], "did you mean 'half-cheetah-vel'?"),
         (["check", "navigation-2d", "--family-options", "horizn=3"], "did you mean 'horizon'?"),
         (["evaluate"], "name a run folder"),
+        (["evaluate", "--tasks", "0", "navigation-2d-icml2017"], "tasks must be at least 1"),
+        (["adapt", "navigation-2d-icml2017"], "name the task: --task goal_x=... goal_y=..."),
+        (["adapt", "navigation-2d-icml2017", "--task", "goal_x=1"], "'goal_y' is missing"),
+        (["adapt", "navigation-2d-icml2017", "--task", "x=1"], "no task component 'x'"),
+        (["adapt", "navigation-2d-icml2017", "--task", "goal_x=far"], "component=value"),
+        (["adapt"], "name one run folder, policy file or shipped policy, got none"),
+        (["plot"], "name a run folder to plot"),
+        (["plot", "nowhere"], "nowhere is not a run folder"),
+        (["plot", "nowhere", "--against", "steps"], "env-steps"),
+        (["record", "nowhere"], "no run folder, policy file or shipped policy 'nowhere'"),
+        (["record", "navigation-2d-icml2017", "--speed", "0"], "speed must be positive, got 0"),
+        (["report"], "name a run folder"),
+        (["report", "nowhere"], "no run folder, policy file or shipped policy 'nowhere'"),
         (["evaluate", "half-cheetah-dir-icml"], "no run folder, policy file or shipped policy"),
         (["benchmark", "--repeats", "0"], "repeats must be at least 1, got 0"),
     ],

@@ -1,0 +1,167 @@
+"""Pictures: nothing clipped, no legend over data, axes named, curves told apart in grey."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from test_evaluation import navigator
+
+from envs.errors import UserError
+from metarl import evaluate, plots
+from metarl.results import Curve, EvaluationResult
+from metarl.runs import create_run
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved."""
+    figures = []
+    save = plots._save
+
+    def keep(figure, path):
+        figures.append(figure)
+        return save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    return figures
+
+
+def check(figure) -> None:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    width, height = figure.get_size_inches()
+    drawn = figure.get_tightbbox(renderer)  # inches, of all that is to be seen
+    assert drawn.x0 >= -0.01, "something is cut"
+    assert drawn.y0 >= -0.01, "something is cut"
+    assert drawn.x1 <= width + 0.01, "something is cut"
+    assert drawn.y1 <= height + 0.01, "something is cut"
+    for legend in figure.legends:
+        box = legend.get_window_extent(renderer)
+        for axes in figure.axes:
+            assert not box.overlaps(axes.get_window_extent(renderer)), "the legend covers data"
+    panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    assert all(axes.get_xlabel() for axes in panels)
+    assert panels[0].get_ylabel()
+    titles = [axes.title.get_window_extent(renderer) for axes in figure.axes if axes.get_title()]
+    if figure.get_suptitle():
+        top = figure._suptitle.get_window_extent(renderer)
+        assert not any(top.overlaps(title) for title in titles)
+
+
+def evaluated() -> EvaluationResult:
+    found = evaluate(navigator(), tasks=8, episodes=2, steps=2, threads=1, name="a-long-name")
+    rng = np.random.default_rng(0)
+    others = {
+        name: Curve([0.1], rng.normal(-10, 3, (seeds, 8, 3)), name, list(range(seeds)))
+        for name, seeds in (("pretrained", 1), ("oracle", 1), ("reptile", 3), ("promp", 1))
+    }
+    return dataclasses.replace(found, references={**found.references, **others})
+
+
+def test_pictures_of_an_evaluation(tmp_path, drawn):
+    found = evaluated()
+    for draw in (plots.plot_evaluation, plots.plot_tasks, plots.plot_paths):
+        files = draw(found, tmp_path / "picture.png")
+        assert [file.suffix for file in files] == [".png", ".svg"]
+        assert files[0].read_bytes()[:4] == b"\x89PNG"
+        assert b"</svg>" in files[1].read_bytes()
+        once = files[1].read_bytes()
+        draw(found, tmp_path / "picture.png")
+        assert files[1].read_bytes() == once  # the same numbers, the same file
+    for figure in drawn:
+        check(figure)
+    (legend,) = drawn[0].legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == [
+        "a-long-name", "reptile (3 seeds)", "promp",
+        "pretrained on all tasks", "random initialization", "oracle, told its task",
+    ]  # fmt: skip
+    assert "return" in drawn[0].axes[0].get_ylabel()
+
+
+def test_curves_differ_in_more_than_colour():
+    shapes = [(marker, str(line)) for _, marker, line in plots._STYLES]
+    assert len({marker for marker, _ in shapes}) == len({line for _, line in shapes}) == len(shapes)
+    # The two colours of before and after differ in luminance, and one is drawn hollow.
+    before, after = (
+        np.dot(to_rgb(colour), [0.299, 0.587, 0.114]) for colour in (plots._BEFORE, plots._AFTER)
+    )
+    assert abs(before - after) > 0.1
+
+
+@pytest.mark.parametrize("name", ["half-cheetah-vel-icml2017", "half-cheetah-dir-icml2017"])
+def test_returns_and_what_was_achieved_against_goals(name, tmp_path, drawn):
+    found = evaluate(name, tasks=6, episodes=1, steps=1, threads=1)
+    plots.plot_tasks(found, tmp_path / "tasks.png")
+    assert plots.plot_paths(found, tmp_path / "paths.png") == []
+    (figure,) = drawn
+    check(figure)
+    returns, achieved = figure.axes
+    assert "return" in returns.get_ylabel()
+    assert achieved.get_ylabel().startswith("achieved x velocity (m/s)")
+    before, after = (dots.get_offsets() for dots in achieved.collections)
+    np.testing.assert_allclose(before[:, 1], next(iter(found.curve.achieved.values()))[:, 0])
+    np.testing.assert_allclose(after[:, 1], next(iter(found.curve.achieved.values()))[:, 1])
+    if "vel" in name:
+        assert achieved.get_xlabel() == "velocity (m/s) asked"
+        np.testing.assert_allclose(before[:, 0], np.array(found.setting["tasks"])[:, 0])
+        (line,) = achieved.lines  # as asked
+        np.testing.assert_allclose(line.get_xdata(), line.get_ydata())
+
+
+def run_folder(folder, seed: int, rows: list[tuple[float, float | None, float]], **changes):
+    config = dataclasses.replace(navigator(**changes).config, seed=seed)
+    create_run(folder, config)
+    lines = [
+        {
+            "iteration": i + 1,
+            "env_steps": 1_000_000 * (i + 1),
+            "return_pre": pre,
+            "return_post": post,
+            "seconds_iteration": seconds,
+        }
+        for i, (pre, post, seconds) in enumerate(rows)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_learning_curves_of_seeds(tmp_path, drawn):
+    runs = [
+        run_folder(tmp_path / "run-0", 0, [(-4.0, -2.0, 60.0), (-4.0, -1.0, 60.0)]),
+        run_folder(tmp_path / "run-1", 1, [(-2.0, 0.0, 30.0), (-2.0, 3.0, 30.0)]),
+        run_folder(tmp_path / "other", 0, [(-9.0, None, 1.0)] * 3, algorithm="reptile"),
+    ]
+    plots.plot_learning(runs, tmp_path / "learning.png")
+    plots.plot_learning(runs[:2], tmp_path / "time.png", against="time", smooth=2)
+    for figure in drawn:
+        check(figure)
+    lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
+    assert set(lines) == {
+        "run, before adaptation (2 seeds)",
+        "run, after adaptation (2 seeds)",
+        "other, before adaptation",
+    }
+    after = lines["run, after adaptation (2 seeds)"]
+    np.testing.assert_allclose(after.get_xdata(), [1.0, 2.0])
+    np.testing.assert_allclose(after.get_ydata(), [-1.0, 1.0])
+    bands = [band.get_paths()[0].vertices[:, 1] for band in drawn[0].axes[0].collections]
+    assert [(band.min(), band.max()) for band in bands] == [(-4.0, -2.0), (-2.0, 3.0)]
+    # Against time both are drawn as far as the shorter goes: at 0.5 and 1 minute. The slower one
+    # starts at 1 minute, its mean of two iterations at -1.5 comes later.
+    by_time = {line.get_label(): line for line in drawn[1].axes[0].lines}
+    after = by_time["run, after adaptation (2 seeds)"]
+    np.testing.assert_allclose(after.get_xdata(), [0.5, 1.0])
+    np.testing.assert_allclose(after.get_ydata(), [(-2.0 + 0.0) / 2, (-2.0 + 1.5) / 2])
+    assert "minutes" in drawn[1].axes[0].get_xlabel()
+    empty = run_folder(tmp_path / "empty", 0, [])
+    with pytest.raises(UserError, match="has no iteration to draw yet"):
+        plots.plot_learning([empty], tmp_path / "x.png")
+    with pytest.raises(UserError, match="smooth must be at least 1, got 0"):
+        plots.plot_learning(runs, tmp_path / "x.png", smooth=0)

@@ -1,0 +1,91 @@
+"""The report: one page that holds all it shows."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from test_evaluation import navigator
+
+from metarl import evaluate, plots
+from metarl.report import write_report
+from metarl.videos import Video
+
+
+class Page(HTMLParser):
+    """Tags and text; every tag that is opened is closed."""
+
+    VOID = ("meta", "img", "source", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def sources(self, tag: str) -> list[str]:
+        return [attributes["src"] for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    found = evaluate(navigator(), tasks=7, episodes=2, steps=1, threads=1, name="<me & mine>")
+    (tmp_path / "evaluation.json").write_text(json.dumps(found.to_json()))
+    plots.plot_evaluation(found, tmp_path / "evaluation.png")
+    plots.plot_tasks(found, tmp_path / "evaluation-tasks.png")
+    return tmp_path
+
+
+def test_everything_is_in_the_page(folder):
+    frames = np.random.default_rng(0).integers(255, size=(6, 32, 64, 3)).astype(np.uint8)
+    Video(frames, 20.0).save(folder / "video.mp4")
+    run = {"config": {"family": "navigation-2d", "note": "</pre><b>"}, "versions": {"torch": "2"}}
+    write_report(folder, folder / "report.html", "a run", run=run)
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert evaluation["verdict"] in page.text
+    assert "<me & mine>" in page.text  # escaped in the source
+    assert "</pre><b>" in page.text
+    for name in ("random", f"{evaluation['returns'][1]:.1f}"):
+        assert name in page.text
+    pictures = [base64.b64decode(source.partition(",")[2]) for source in page.sources("img")]
+    names = ("evaluation.svg", "evaluation-tasks.svg")
+    assert pictures == [(folder / name).read_bytes() for name in names]
+    assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
+    mp4, webm = page.sources("source")
+    assert base64.b64decode(mp4.partition(",")[2]) == (folder / "video.mp4").read_bytes()
+    assert mp4.startswith("data:video/mp4")
+    assert webm.startswith("data:video/webm")
+    # Nothing is fetched: no address but in the data, no script, no style sheet.
+    bare = re.sub(r"data:[^'\"]+", "", text)
+    assert "http" not in bare
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in (
+        page.tags
+    )
+    assert '"torch"' in page.text
+
+
+def test_a_page_without_a_video_says_why(folder):
+    write_report(folder, folder / "report.html", "a policy", no_video="no video: nothing draws")
+    page = Page((folder / "report.html").read_text())
+    assert "no video: nothing draws" in page.text
+    assert not page.sources("source")

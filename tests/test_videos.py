@@ -1,0 +1,196 @@
+"""Videos: what they show, their files, and machines that cannot draw."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+from PIL import Image
+from test_evaluation import navigator
+
+import metarl
+from envs import make_family
+from envs.errors import UserError
+from metarl import videos
+from metarl.checkpoints import CheckpointError
+
+GOAL = np.array([0.3, -0.2])
+
+
+def film(**options) -> videos.Video:
+    meta = navigator()
+    policies = {"before adaptation": meta.adapt(GOAL, steps=0), "after": meta.adapt(GOAL, steps=1)}
+    return videos.record(policies, meta.family, GOAL, **options)
+
+
+def test_before_and_after_stand_side_by_side():
+    video = film(seed=3)
+    time, height, width, colours = video.frames.shape
+    # 15 steps and the start, then half a second of the end, at the family's 20 frames a second.
+    assert (time, colours, video.fps) == (16 + 10, 3, 20.0)
+    assert width == 480 + 8 + 480
+    assert height == 480 + 96
+    assert np.array_equal(video.frames[0][96:, :480], video.frames[0][96:, 488:])  # the same start
+    assert not np.array_equal(video.frames[15][96:, :480], video.frames[15][96:, 488:])
+    assert np.array_equal(video.frames[15], video.frames[-1])
+    text = video.frames[:, 66:96, :480]  # the line with step and return
+    assert not np.array_equal(text[0], text[7])
+    assert np.array_equal(video.frames[0, :66], video.frames[7, :66])  # title and goal stay
+    fast = film(speed=2.5)
+    assert fast.fps == 25.0  # every second step is shown, at twice and a half the pace
+    assert len(fast.frames) == 9 + 12  # 0, 2 ... 14 and the last
+
+
+def test_text_and_goal_are_drawn_where_they_belong(monkeypatch):
+    told = []
+    panel = videos._panel
+
+    def watch(image, *lines):
+        told.append(lines)
+        return panel(image, *lines)
+
+    monkeypatch.setattr(videos, "_panel", watch)
+    meta = navigator()
+    policy = meta.adapt(GOAL, steps=0)
+    videos.record({"as it is": policy}, meta.family, GOAL, seed=5, deterministic=True)
+    assert told[0] == ("as it is", "goal: goal x 0.3, goal y -0.2", "step 0   return 0.0")
+    env = meta.family.make(GOAL)
+    observation, _ = env.reset(seed=5)
+    total = 0.0
+    for step in range(1, 16):
+        observation, reward, *_ = env.step(policy.act(observation, deterministic=True))
+        total += float(reward)
+        assert told[step][2] == f"step {step}   return {total:.1f}"
+    long = panel(np.zeros((10, 60, 3), np.uint8), "a goal of very many words indeed")
+    assert long.shape == (46, 60, 3)
+    assert not long[:36, -3:].any()  # made smaller, not cut
+
+
+def test_the_point_and_its_goal_are_where_they_should_be():
+    env = make_family("navigation-2d").make(np.array([0.5, 0.25]), render_mode="rgb_array")
+    env.reset(seed=0)
+    env.step(np.array([-1.0, 1.0], np.float32))
+    frame = env.render()
+    assert frame.shape == (480, 480, 3)
+
+    def centre(colour):
+        rows, columns = np.nonzero((frame == colour).all(axis=2))
+        return columns.mean() / 240 - 1.0, 1.0 - rows.mean() / 240
+
+    assert centre((213, 94, 0)) == pytest.approx((0.5, 0.25), abs=0.01)
+    assert centre((0, 114, 178)) == pytest.approx((-0.1, 0.1), abs=0.01)
+    env.close()
+    blind = make_family("navigation-2d").make()
+    with pytest.raises(UserError, match="render_mode='rgb_array'"):
+        blind.vector.render()
+    with pytest.raises(UserError, match="render_mode must be one of"):
+        make_family("navigation-2d").make(render_mode="human")
+
+
+def test_files_hold_the_frames(tmp_path):
+    video = film()
+    video = videos.Video(video.frames[:, ::4, ::4], video.fps)
+    video.save(tmp_path / "video.mp4")
+    told = imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "video.mp4"))
+    assert told == (len(video.frames), pytest.approx(len(video.frames) / video.fps, abs=0.01))
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(tmp_path / "video.mp4")]
+    raw = ["-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    done = subprocess.run([*command, *raw], capture_output=True, check=True)
+    again = np.frombuffer(done.stdout, np.uint8).reshape(video.frames.shape)
+    assert np.abs(again.astype(int) - video.frames).mean() < 4.0  # compressed
+    video.save(tmp_path / "video.gif")
+    with Image.open(tmp_path / "video.gif") as gif:
+        assert gif.n_frames > 10
+        assert gif.size == (video.frames.shape[2], video.frames.shape[1])
+        assert gif.info["duration"] == 50
+    assert videos.to_webm(tmp_path / "video.mp4")[:4] == b"\x1a\x45\xdf\xa3"
+    with pytest.raises(UserError, match=r"nowhere/video\.mp4 cannot be written"):
+        video.save(tmp_path / "nowhere" / "video.mp4")
+
+
+def test_a_half_cheetah_is_filmed_without_a_display(monkeypatch):
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    try:
+        videos.choose_gl()
+    except UserError as error:
+        pytest.skip(str(error))
+    assert os.environ["MUJOCO_GL"] in ("egl", "osmesa")
+    meta = metarl.load("half-cheetah-dir-icml2017")
+    family = make_family("half-cheetah-dir", scale="icml2017", horizon=8)
+    policy = meta.adapt([1.0], steps=0)
+    policy._horizon = 8
+    video = videos.record({"forwards": policy}, family, np.array([1.0]))
+    assert video.fps == 25.0  # 100 steps a second, each fourth shown
+    assert len(video.frames) == 3 + 12
+    assert video.frames[:, 96:].std() > 20.0
+    assert not np.array_equal(video.frames[0, 96:], video.frames[2, 96:])
+
+
+def test_what_draws_is_tried_in_order_and_else_named(monkeypatch):
+    tried: list[str] = []
+    works = {"osmesa"}
+    monkeypatch.setattr(videos, "_draws", lambda name: tried.append(name) or name in works)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "")
+    videos.choose_gl()
+    assert tried == ["egl", "osmesa"]
+    assert os.environ["MUJOCO_GL"] == "osmesa"
+    works.clear()
+    with pytest.raises(UserError, match="MUJOCO_GL=osmesa does not draw here"):
+        videos.choose_gl()
+    monkeypatch.delenv("MUJOCO_GL")
+    with pytest.raises(UserError, match=r"neither EGL nor OSMesa draws here; .* apt-get install"):
+        videos.choose_gl()
+    # Points in the plane need none of it.
+    assert len(film().frames)
+    meta = metarl.load("half-cheetah-dir-icml2017")
+    with pytest.raises(UserError, match="no video: neither"):
+        videos.record({"x": meta.adapt([1.0], steps=0)}, meta.family, np.array([1.0]))
+
+
+def test_a_backend_that_is_not_there_does_not_draw():
+    assert not videos._draws("nothing_of_this_name")
+
+
+def test_what_cannot_be_filmed_is_told():
+    from conftest import counting_family
+
+    with pytest.raises(UserError, match="speed must be positive, got 0"):
+        film(speed=0.0)
+    policy = navigator().adapt(GOAL, steps=0)
+    with pytest.raises(UserError, match="counting has no render mode rgb_array"):
+        videos.record({"x": policy}, counting_family(), np.array([3.0]))
+
+
+def test_an_adapted_policy_is_saved_and_loaded(tmp_path):
+    meta = navigator()
+    policy = meta.adapt(GOAL, steps=2, episodes=3, seed=4)
+    policy.save(tmp_path / "adapted")
+    again = metarl.load_policy(tmp_path / "adapted")
+    assert again.record == {"task": GOAL.tolist(), "steps": 2, "episodes": 3, "seed": 4}
+    # A new policy of the same adaptation draws the same noise from the start.
+    env = meta.family.make(GOAL)
+    assert again.play(env, seed=1) == policy.play(env, seed=1)
+    with pytest.raises(CheckpointError, match=r"metarl\.load_policy reads it"):
+        metarl.load(tmp_path / "adapted")
+    meta.save(tmp_path / "meta")
+    with pytest.raises(CheckpointError, match="metarl adapt makes a policy of it"):
+        metarl.load_policy(tmp_path / "meta")
+
+
+@pytest.mark.parametrize("algorithm", ["cavia", "oracle"])
+def test_adapted_policies_that_see_a_context_keep_it(algorithm, tmp_path):
+    steps = {"oracle": 0, "cavia": 1}[algorithm]
+    meta = navigator(algorithm=algorithm)
+    policy = meta.adapt(GOAL, steps=steps, episodes=3)
+    policy.save(tmp_path / "adapted")
+    again = metarl.load_policy(tmp_path / "adapted")
+    assert np.abs(again.params["context"].numpy()).max() > 0.0
+    seen = np.array([0.1, 0.2])
+    assert np.array_equal(again.act(seen, deterministic=True), policy.act(seen, deterministic=True))
