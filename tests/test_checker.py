@@ -58,6 +58,8 @@ def test_a_sound_family_passes(changes):
 
 @pytest.mark.parametrize("name", family_names())
 def test_the_families_of_the_package_pass(name):
+    if name.startswith("metaworld"):
+        pytest.importorskip("metaworld")
     assert check_task_family(make_family(name)) == []
 
 
