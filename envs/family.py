@@ -235,6 +235,10 @@ class TaskFamily(ABC):
         Options are those of `TaskVectorEnv`; native ones also take `threads`.
         """
 
+    def optimal_return(self, tasks: Tasks) -> NDArray[np.float64] | None:
+        """Return the best mean return of each task [n], where the family knows it exactly."""
+        return None
+
 
 # The registry ------------------------------------------------------------------------------------
 

@@ -313,4 +313,6 @@ def evaluate(
         "deterministic": deterministic,
         "trained": dict(first.record),
     }
+    if (best := family.optimal_return(goals)) is not None:
+        setting["optimal_returns"] = best.tolist()
     return EvaluationResult(own, results, setting, name)

@@ -214,6 +214,8 @@ class EvaluationResult:
         for name, curve in rows.items():
             sizes = ", ".join(f"{size:g}" for size in curve.step_sizes) or "none"
             lines.append(f"{line(name, _cells(curve.returns, curve.ci95, 1))}   {sizes}")
+        if best := self.setting.get("optimal_returns"):
+            lines.append(f"{line('optimum', [f'{np.mean(best):.1f}'])}, exact")
         several = {n: c for n, c in rows.items() if len(c.seeds) > 1}
         if several:
             lines += ["", line("interquartile mean", counts)]

@@ -202,7 +202,7 @@ def test_two_iterations_of_ml1_reach(venv, tmp_path):
 
 @pytest.mark.slow
 def test_the_families_are_right_with_the_older_mujoco(venv, tmp_path):
-    files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("meta_world", "envs")]
+    files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("meta_world", "envs", "bodies")]
     done = in_venv(venv, tmp_path, "pytest", "-q", "-p", "no:cacheprovider",
                    "-m", "not slow and not learning", "--rootdir", str(ROOT), *files)  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]

@@ -11,6 +11,8 @@ from gymnasium.vector import AutoresetMode
 
 from envs import make_family
 from envs.errors import UserError
+from metarl import evaluate, preset_config
+from metarl.meta_policy import MetaPolicy, policy_for
 
 DISABLED = AutoresetMode.DISABLED
 
@@ -141,3 +143,15 @@ def test_bad_actions_and_sizes_are_told():
         make_family("tabular-mdp", states=1)
     with pytest.raises(UserError, match="bandit has no render mode"):
         make_family("bandit").make(render_mode="human")
+
+
+def test_evaluation_tells_the_optimum():
+    config = preset_config(None, "bandit")
+    family = make_family("bandit")
+    meta = MetaPolicy(policy_for(config, family).init(np.random.default_rng(0)), config)
+    found = evaluate(meta, tasks=8, episodes=2, steps=1, threads=1)
+    arms = np.array(found.setting["tasks"])
+    assert found.setting["optimal_returns"] == pytest.approx(arms.max(1) * family.horizon)
+    best = f"{arms.max(1).mean() * family.horizon:.1f}"
+    [line] = [line for line in found.table().splitlines() if line.startswith("optimum")]
+    assert line.split() == ["optimum", f"{best},", "exact"]
