@@ -96,9 +96,7 @@ def choose_gl() -> None:
             os.environ["MUJOCO_GL"] = backend
             return
     tried = f"MUJOCO_GL={asked} does not draw" if asked else "neither EGL nor OSMesa draws"
-    raise UserError(
-        f"no video: {tried} here; on Debian or Ubuntu: apt-get install libegl1 libgl1"
-    )
+    raise UserError(f"no video: {tried} here; on Debian or Ubuntu: apt-get install libegl1 libgl1")
 
 
 def _draws(backend: str) -> bool:
