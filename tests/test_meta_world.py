@@ -30,7 +30,7 @@ def test_without_it_a_user_is_told_what_to_do(capsys):
     assert main(["train", "metaworld-ml10", "--iterations", "1"]) == 2
     assert main(["families"]) == 0
     listed = capsys.readouterr().out
-    assert "metaworld-ml45\n    Meta-World is not installed here" in listed
+    assert "metaworld-ml45\n    error: Meta-World is not installed here" in listed
     assert "half-cheetah-vel" in listed
 
 

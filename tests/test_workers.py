@@ -53,7 +53,7 @@ def in_process(
 def assert_equal(a: Rollout, b: Rollout) -> None:
     for field in dataclasses.fields(Rollout):
         x, y = getattr(a, field.name), getattr(b, field.name)
-        if field.name == "behaviour":
+        if field.name in ("behaviour", "info"):
             assert x.keys() == y.keys()
             assert all(torch.equal(x[name], y[name]) for name in x)
         elif x is not None:
