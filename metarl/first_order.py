@@ -64,13 +64,14 @@ class Adam:
         new, moments = meta, state
         for epoch in range(self.config.epochs):
             gradient, found = problem.gradient(new, epoch)
-            norm, loss = float(gradient.norm()), found.pop("loss", 0.0)
-            if not (math.isfinite(norm) and math.isfinite(loss)):
+            norm, loss = float(gradient.norm()), found.pop("loss", None)
+            if not math.isfinite(norm) or (loss is not None and not math.isfinite(loss)):
                 return meta, state, {**stats, "finite": False, "gradient_norm": norm}
             if found.pop("kl", 0.0) > self.config.max_kl and epoch:
                 break
             if epoch == 0:
-                stats |= {"surrogate_before": -loss, "gradient_norm": norm, **found}
+                before = math.nan if loss is None else -loss
+                stats |= {"surrogate_before": before, "gradient_norm": norm, **found}
             new, moments = self._move(new, unflatten(gradient, meta), moments, rate)
             stats["epochs"] = epoch + 1
         stats["seconds_gradient"] = watch.lap()

@@ -40,7 +40,7 @@ from metarl.meta_policy import (
 from metarl.metrics import MetricsLog
 from metarl.objectives import clipped_ratio, dice, likelihood_ratio
 from metarl.parallel import ChunkPool, one_intraop_thread
-from metarl.policies import Params
+from metarl.policies import GaussianMLP, Params
 from metarl.presets import check_combination, check_device
 from metarl.rollouts import Address
 from metarl.runs import (
@@ -176,8 +176,11 @@ class Trainer:
 
     def _spread(self, rollout: Rollout) -> dict[str, float]:
         entropy = self.policy.entropy(rollout.behaviour)[rollout.valid].mean()
-        std = self.state.params.get("log_std", torch.tensor(math.nan)).exp().mean()
-        return {"policy_std": float(std), "policy_entropy": float(entropy)}
+        std = math.nan
+        if isinstance(self.policy, GaussianMLP):
+            floor = math.log(self.policy.min_std)
+            std = float(self.state.params["log_std"].clamp(min=floor).exp().mean())
+        return {"policy_std": std, "policy_entropy": float(entropy)}
 
     def _problem(self, adapted: Adapted) -> Problem:
         config, row, iteration = self.config, self.algorithm, self.state.iteration

@@ -594,6 +594,8 @@ def test_every_algorithm_trains_resumes_repeats_and_evaluates(tmp_path, name):
     still = all(torch.equal(initial[n], whole.params[n]) for n in initial)
     assert still == (name == "random")
     rows = timeless(tmp_path / "whole")
+    # What has no surrogate says so, and not 0.
+    assert (rows[0].get("surrogate_before") is None) == (name in ("reptile", "random"))
     samples = 4 * 5 * 4 * 12  # iterations x tasks x episodes x horizon, for one rollout
     rollouts = 1 if name in ("reptile", "pretrained", "oracle") else config(4).inner.steps + 1
     assert samples * rollouts * 0.9 < rows[-1]["env_steps"] <= samples * rollouts
