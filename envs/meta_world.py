@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from envs.errors import UserError
 from envs.family import Split, TaskDistribution, TaskFamily, Tasks, did_you_mean, register
-from envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
+from envs.vector import CLOSE, RESET, STEP, Bools, Floats, SingleTaskEnv, TaskVectorEnv
 
 MAX_HORIZON = 500
 # What the environments draw at a reset: where the object starts and, in some, where it shall go.
@@ -194,8 +194,10 @@ class MetaWorldVectorEnv(TaskVectorEnv):
             if self._envs[i] is not None:
                 self._free.setdefault(self._jobs[i], []).append(self._envs[i])
         for i in changed:
+            self._begun(RESET, i)  # an environment takes a while to make
             self._jobs[i], self._envs[i] = wanted[i], self._take(wanted[i])
         for i, job in wanted.items():
+            self._begun(RESET, i)
             # Nothing else is random: a reset is a function of the task alone.
             self._observation[i] = _reset(self._envs[i], job, self.tasks[i, -len(PLACES) :])
 
@@ -204,7 +206,8 @@ class MetaWorldVectorEnv(TaskVectorEnv):
     ) -> tuple[Floats, Bools | None, Bools | None, Bools | None, dict[str, Any]]:
         reward, success = np.zeros(self.num_envs), np.zeros(self.num_envs)
         diverged = np.zeros(self.num_envs, np.bool_)
-        for i in range(self.num_envs) if ids is None else ids:
+        for i in range(self.num_envs) if ids is None else ids.tolist():
+            self._begun(STEP, i)
             env = self._envs[i]
             self._observation[i], reward[i], _, _, info = env.step(actions[i])
             success[i] = info["success"]
@@ -221,8 +224,10 @@ class MetaWorldVectorEnv(TaskVectorEnv):
         return tuple(np.rot90(frame, 2) for frame in frames)  # its cameras hang upside down
 
     def close_extras(self, **kwargs: Any) -> None:
-        for env in [*self._envs, *(env for free in self._free.values() for env in free)]:
+        waiting = [env for free in self._free.values() for env in free]
+        for i, env in enumerate([*self._envs, *waiting]):
             if env is not None:
+                self._begun(CLOSE, i if i < self.num_envs else -1)
                 env.close()
 
 

@@ -62,6 +62,9 @@ class InnerConfig:
     """Gradient steps on each batch of episodes; more than one need likelihood ratios."""
     proximal: float = 0.0
     """Strength of the pull towards the initialization (iMAML's lambda)."""
+    dice_decay: float = 1.0
+    """What each later step keeps of an action's score (loaded DiCE's lambda): 1 is unbiased, less
+    has less variance."""
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -70,6 +73,8 @@ class InnerConfig:
             raise UserError(f"inner.updates must be at least 1, got {self.updates}")
         if not (math.isfinite(self.proximal) and self.proximal >= 0.0):
             raise UserError(f"inner.proximal must not be negative, got {self.proximal}")
+        if not 0.0 <= self.dice_decay <= 1.0:
+            raise UserError(f"inner.dice_decay must be within [0, 1], got {self.dice_decay}")
         if not self.step_sizes:
             raise UserError("inner.step_sizes must not be empty")
         for name in ("step_sizes", "test_step_sizes"):

@@ -108,7 +108,7 @@ class UnrolledProblem(Problem):
     """MAML's meta-objective (Finn et al. 2017, algorithm 3), differentiated through the steps."""
 
     fisher_samples: Tensor | None = None
-    """Indices of the samples that Fisher products use; None for all."""
+    """Indices of the samples that Fisher products use, see `Batch.select`; None for all."""
     minibatches: Sequence[Tensor] = ()
     """Indices of the samples that the gradient of each epoch uses; none for all of them, always.
     `sampled_with` and `iterates` must be given."""

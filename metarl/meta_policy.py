@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from metarl.algorithms import find_algorithm
 from metarl.checkpoints import CheckpointError
 from metarl.config import Config, PolicyConfig
 from metarl.inner_loop import InnerLoop
+from metarl.objectives import dice
 from metarl.parallel import ChunkPool, one_intraop_thread
 from metarl.policies import CategoricalMLP, GaussianMLP, MLPPolicy, Params
 from metarl.rollouts import ActionMode, Address, categories, collect_episodes, env_action
@@ -255,9 +256,12 @@ def scaled_tasks(family: TaskFamily, tasks: NDArray) -> Tensor:
 def make_adapter(config: Config, policy: MLPPolicy) -> Adapter:
     """Return what adapts in a config's algorithm, and how."""
     row = find_algorithm(config.algorithm)
+    loss = row.inner_loss
+    if loss is dice:
+        loss = partial(dice, decay=config.inner.dice_decay)
     return Adapter(
         policy,
-        row.inner_loss,
+        loss,
         config.inner.step_sizes,
         fast=row.fast,
         learned=row.learned_steps,

@@ -44,15 +44,18 @@ class Batch:
         return Batch(**new)
 
     def select(self, samples: Tensor) -> Batch:
-        """Return some of the samples of every task [N'], weights summing to 1 again.
+        """Return some of the samples of every task, weights summing to 1 again.
 
-        Their order in time is lost.
+        Args:
+            samples: indices [N'], whose order in time is lost, or those of whole episodes
+                [episodes', horizon].
         """
+        episodes = len(samples) if samples.ndim == 2 else self.episodes
         per_sample = replace(self, context=None)
-        part = per_sample.map(lambda x: x.index_select(1, samples))
+        part = per_sample.map(lambda x: x.index_select(1, samples.flatten()))
         total = part.weight.sum(dim=1, keepdim=True)
         weight = part.weight / total.clamp(min=torch.finfo(total.dtype).tiny)
-        return replace(part, weight=weight, context=self.context)
+        return replace(part, weight=weight, context=self.context, episodes=episodes)
 
 
 def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -110,17 +113,25 @@ def clipped_ratio(policy: MLPPolicy, dist: Dist, batch: Batch, *, clip: float) -
     return -(batch.weight * torch.minimum(ratio * batch.advantage, cut * batch.advantage)).sum(1)
 
 
-def dice(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
-    """Loaded DiCE: -E[(box(w[t]) - box(w[t - 1])) A[t]] with w[t] = sum_{s <= t} log pi(a_s | s_s).
+def dice(policy: MLPPolicy, dist: Dist, batch: Batch, *, decay: float = 1.0) -> Tensor:
+    """Loaded DiCE: -E[(box(w[t]) - box(d w[t - 1])) A[t]], w[t] = d w[t - 1] + log pi(a_t | s_t).
 
     box(w) = exp(w - stop(w)) is 1, and its derivatives of all orders carry the score. Foerster et
-    al. 2018 (arXiv:1802.05098); the difference admits advantages, Farquhar et al. 2019
-    (arXiv:1909.10549). Derivatives of any order are unbiased; the value is 0.
+    al. 2018 (arXiv:1802.05098); the difference admits advantages, and the decay d discounts how
+    later steps depend on earlier actions, Farquhar et al. 2019 (arXiv:1909.10549). The gradient is
+    the policy gradient at any d. Higher derivatives are unbiased at d = 1, where their variance
+    grows with the horizon, and are those of the likelihood ratio at d = 0. The value is 0.
     """
     shape = (len(batch.weight), batch.episodes, -1)
     # Steps beyond an episode's end come last: they enter no sum of a step that has a weight.
     log_prob = policy.log_prob(dist, batch.action).view(shape)
-    through = log_prob.cumsum(dim=2)
+    if decay == 1.0:
+        through = log_prob.cumsum(dim=2)
+    else:
+        time = torch.arange(log_prob.shape[2], device=log_prob.device)
+        age = time.unsqueeze(1) - time
+        factor = torch.where(age < 0, 0.0, decay ** age.clamp(min=0).to(log_prob.dtype))
+        through = log_prob @ factor.T
     before = through - log_prob
     box = (through - through.detach()).exp() - (before - before.detach()).exp()
     return -(batch.weight * batch.advantage * box.flatten(1)).sum(dim=1)

@@ -151,6 +151,8 @@ def check_combination(config: Config) -> None:
             f"inner.updates is {inner.updates}, but {name} takes one step on each batch: its inner"
             " loss is no likelihood ratio and has no lower bound on a fixed sample"
         )
+    if row.inner_loss is not dice and inner.dice_decay != base.inner.dice_decay:
+        raise UserError(f"inner.dice_decay has no effect with {name}")
     if row.gradient != "unrolled" and (meta.credit or meta.inner_kl):
         raise UserError(f"meta.credit and meta.inner_kl have no effect with {name}")
     if row.gradient == "implicit" and (inner.steps != 1 or not inner.proximal):

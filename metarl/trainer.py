@@ -211,9 +211,14 @@ class Trainer:
         count = batches[-1].weight.shape[1]
         used = max(round(config.trust_region.fisher_fraction * count), FISHER_SAMPLES)
         samples = None
-        if used < count and row.inner_loss is not dice:  # DiCE needs the order in time
+        if used < count:
             rng = stream(config.seed, iteration, "fisher")
-            samples = torch.from_numpy(rng.permutation(count)[:used]).sort().values
+            if row.inner_loss is dice:  # which needs the order in time
+                whole = torch.arange(count).view(config.episodes, -1)
+                few = math.ceil(used / whole.shape[1])
+                samples = whole[torch.from_numpy(rng.permutation(config.episodes)[:few])]
+            else:
+                samples = torch.from_numpy(rng.permutation(count)[:used]).sort().values
         minibatches: list[Tensor] = []
         if row.outer != "trust-region" and config.adam.minibatches > 1:
             rng = stream(config.seed, iteration, "minibatches")

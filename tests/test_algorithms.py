@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -352,6 +353,12 @@ def test_dices_hessian_is_unbiased():
     torch.testing.assert_close(mean_hessian(dice), TRUE_HESSIAN, rtol=1e-10, atol=1e-12)
 
 
+def test_decayed_dice_keeps_a_part_of_the_products_across_steps():
+    expected = TRUE_HESSIAN - 0.7 * mean_outer_products(False, True)
+    found = mean_hessian(partial(dice, decay=0.3))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_the_plain_hessian_misses_exactly_the_products_of_scores():
     missing = mean_outer_products(True, True)
     assert missing.abs().max() > 0.1
@@ -368,7 +375,7 @@ def test_promps_surrogate_has_the_low_variance_curvature():
     )
 
 
-@pytest.mark.parametrize("loss", [log_likelihood, likelihood_ratio, dice])
+@pytest.mark.parametrize("loss", [log_likelihood, likelihood_ratio, dice, partial(dice, decay=0.3)])
 def test_every_inner_losss_gradient_is_the_policy_gradient(loss):
     total = torch.zeros(2, 2, dtype=D)
     for path in PATHS:
