@@ -655,6 +655,8 @@ def test_an_oracle_sees_its_task(tmp_path):
         ("reptile", {"inner": {"steps": 0}}, "reptile needs inner.steps of at least 1"),
         ("imaml", {"inner": {"proximal": 0.0}}, "imaml needs inner.steps 1 and inner.proximal"),
         ("maml-trpo", {"meta": {"anneal": 5}}, "meta.anneal has no effect"),
+        ("promp", {"inner": {"dice_decay": 0.5}}, "inner.dice_decay has no effect with promp"),
+        ("dice-maml", {"inner": {"dice_decay": 1.5}}, "inner.dice_decay must be within"),
         ("maml-trpo", {"policy": {"context": 3}}, "policy.context has no effect"),
         ("oracle", {"inner": {"steps": 1}}, "oracle does not adapt in training"),
         ("e-maml", {"inner": {"steps": 0}}, "meta.credit needs inner.steps"),
@@ -662,11 +664,16 @@ def test_an_oracle_sees_its_task(tmp_path):
 )
 def test_what_does_not_combine_is_told(name, changes, message):
     config = preset_config(None, "navigation-2d", name)
-    for section, values in changes.items():
-        part = dataclasses.replace(getattr(config, section), **values)
-        config = dataclasses.replace(config, **{section: part})
+
+    def trainer():
+        parts = {
+            section: dataclasses.replace(getattr(config, section), **values)
+            for section, values in changes.items()
+        }
+        return Trainer(dataclasses.replace(config, **parts))
+
     with pytest.raises(UserError, match=message):
-        Trainer(config)
+        trainer()
 
 
 def test_an_algorithms_defaults_go_before_the_presets():
