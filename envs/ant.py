@@ -69,15 +69,13 @@ class Scale:
     action_scale: float = 1.0
     rllab: bool = False
     """rllab's model, observations, velocity and initial states, one physics step at a time."""
-    balanced: bool = False
-    """Both directions equally often in a batch of tasks, instead of drawn at random."""
 
 
 SCALES = {
     "stock": Scale(),
     "icml2017": Scale(rllab=True),
     "promp2019": Scale(horizon=100, action_scale=10.0),
-    "pearl2019": Scale(action_scale=10.0, balanced=True),
+    "pearl2019": Scale(action_scale=10.0),
 }
 
 
@@ -169,7 +167,7 @@ def ant_dir(
         "ant-dir",
         "ant runs forwards (direction 1) or backwards (-1)",
         partial(direction_reward, velocity=velocity, bonus=ALIVE),
-        Finite(("direction",), [[-1.0], [1.0]], balanced=body.balanced),
+        Finite(("direction",), [[-1.0], [1.0]]),
         scale,
         horizon,
         contact_forces,

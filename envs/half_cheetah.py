@@ -59,15 +59,13 @@ class Scale:
     """As in rllab: velocity of the centre of mass and not of the root, three more observations,
     and normal noise on the initial pose."""
     highest_goal: float = 2.0
-    balanced: bool = False
-    """Both directions equally often in a batch of tasks, instead of drawn at random."""
 
 
 SCALES = {
     "stock": Scale(),
     "icml2017": Scale(frame_skip=1, centre_of_mass=True),
     "promp2019": Scale(horizon=100, action_scale=10.0, highest_goal=3.0),
-    "pearl2019": Scale(action_scale=10.0, highest_goal=3.0, balanced=True),
+    "pearl2019": Scale(action_scale=10.0, highest_goal=3.0),
 }
 
 
@@ -117,7 +115,7 @@ def half_cheetah_dir(scale: str = "stock", horizon: int | None = None) -> Mujoco
         "half-cheetah-dir",
         f"half-cheetah runs forwards (direction 1) or backwards (-1); scales: {', '.join(SCALES)}",
         direction_reward,
-        Finite(("direction",), [[-1.0], [1.0]], balanced=body.balanced),
+        Finite(("direction",), [[-1.0], [1.0]]),
         body,
     )
 

@@ -284,10 +284,10 @@ class ImplicitProblem(Problem):
     """iMAML (Rajeswaran et al. 2019, eq. 6, arXiv:1909.04630): (I + H / lambda)^-1 grad L_query.
 
     H is the Hessian of the support loss at the solution of the proximal inner problem. Each task's
-    system is solved by conjugate gradient on its own. A task whose curvature I + H / lambda is found
-    not to be positive stands at no minimum, and its solution has no derivative: it gives the
-    first-order gradient, grad L_query. Statistics: the relative residual of the solve and of the
-    inner problem's stationarity, and the share of tasks with such curvature.
+    system is solved by conjugate gradient on its own. A task whose curvature I + H / lambda is not
+    positive stands at no minimum, and its solution has no derivative: it gives the first-order
+    gradient, grad L_query. Statistics: the relative residual of the solve and of the inner
+    problem's stationarity, and the share of tasks with such curvature.
     """
 
     iterations: int = 10
