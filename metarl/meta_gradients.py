@@ -285,12 +285,15 @@ class ImplicitProblem(Problem):
 
     H is the Hessian of the support loss at the solution of the proximal inner problem. Each task's
     system is solved by conjugate gradient on its own. A task whose curvature I + H / lambda is not
-    positive stands at no minimum, and its solution has no derivative: it gives the first-order
-    gradient, grad L_query. Statistics: the relative residual of the solve and of the inner
-    problem's stationarity, and the share of tasks with such curvature.
+    positive stands at no minimum, and its solution has no derivative; where it is nearly none, the
+    derivative is all but infinite: such a task gives the first-order gradient, grad L_query.
+    Statistics: the relative residual of the solve and of the inner problem's stationarity, and the
+    share of such tasks.
     """
 
     iterations: int = 10
+    least_curvature: float = 0.25
+    """Of I + H / lambda, for a task to be solved; 1 without any of H."""
 
     def gradient(self, meta: Params, epoch: int = 0) -> tuple[Tensor, dict[str, Any]]:
         strength = self.adapter.proximal
@@ -316,7 +319,7 @@ class ImplicitProblem(Problem):
                 image = torch.autograd.grad(slope, list(theta.values()), vs, retain_graph=True)
                 return v + rows(image) / strength
 
-            x, residual, curved = solve_each(product, b, self.iterations)
+            x, residual, curved = solve_each(product, b, self.iterations, self.least_curvature)
             x = torch.where(curved.unsqueeze(1), b, x)
             pull = rows([strength * (theta[n] - start[n]) for n in theta])
             stationary = (rows(slope) + pull).norm(dim=1) / pull.norm(dim=1).clamp(min=1e-12)
@@ -334,22 +337,25 @@ class ImplicitProblem(Problem):
             "loss": loss,
             "implicit_residual": residual,
             "inner_residual": stationary,
-            "non_positive_curvature": curved,
+            "low_curvature": curved,
         }
         return self._average([g for g, _ in parts]), stats
 
 
-def solve_each(product: Product, b: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+def solve_each(
+    product: Product, b: Tensor, iterations: int, least_curvature: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Solve A_t x_t = b_t for every task by conjugate gradient.
 
     Args:
         product: [T, P] -> [T, P], each row by its own symmetric A_t.
         b: [T, P]
         iterations: at most so many products.
+        least_curvature: of a direction d, d . A d / d . d.
 
     Returns:
-        x [T, P]; relative residuals |b - A x| / |b| [T]; and whether a direction of non-positive
-        curvature was met [T], where the row stops.
+        x [T, P]; relative residuals |b - A x| / |b| [T]; and whether a direction of curvature no
+        more than the least was met [T], where the row stops.
     """
     x = torch.zeros_like(b)
     residual, direction = b.clone(), b.clone()
@@ -360,7 +366,8 @@ def solve_each(product: Product, b: Tensor, iterations: int) -> tuple[Tensor, Te
         image = product(direction)
         curvature = (direction * image).sum(1, keepdim=True)
         live = squared > 1e-20 * scale
-        curved = curved | (live & (curvature <= 0.0))
+        least = least_curvature * (direction * direction).sum(1, keepdim=True)
+        curved = curved | (live & (curvature <= least))
         live = live & ~curved
         if not live.any():
             break
