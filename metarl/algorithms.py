@@ -84,7 +84,8 @@ ALGORITHMS = {
             inner_loss=likelihood_ratio,
             gradient="displacement",
             outer="adam",
-            defaults={"adam": {"learning_rate": 3e-3}, "inner": {"updates": 3}},
+            # With one step it is joint training: what differs are further steps on fresh samples.
+            defaults={"adam": {"learning_rate": 3e-3}, "inner": {"steps": 4}},
         ),
         Algorithm(
             name="e-maml",
@@ -105,9 +106,11 @@ ALGORITHMS = {
         ),
         Algorithm(
             name="dice-maml",
-            description="loaded DiCE inner objective: unbiased higher-order terms",
+            description="loaded DiCE inner objective: higher-order terms, unbiased at decay 1",
             source="Foerster et al. 2018, arXiv:1802.05098; Farquhar et al. 2019, 1909.10549",
             inner_loss=dice,
+            # Unbiased, its meta-gradient is nearly all noise at 200 steps an episode.
+            defaults={"inner": {"dice_decay": 0.8}},
         ),
         Algorithm(
             name="imaml",
@@ -145,6 +148,8 @@ ALGORITHMS = {
             description="only the last layer adapts",
             source="Raghu et al. 2020, arXiv:1909.09157",
             fast="head",
+            # A part of the parameters goes as far as all with a larger step.
+            defaults={"inner": {"step_sizes": (0.5,)}},
         ),
         Algorithm(
             name="cavia",

@@ -87,13 +87,6 @@ def preset_config(preset: str | None, family: str, algorithm: str = "maml-trpo")
             test_step_sizes=tuple(size / 2 for size in inner.test_step_sizes),
             proximal=1.0 / inner.step_sizes[0],
         )
-    elif (inner := sections.get("inner", config.inner)).updates > 1:
-        # Several updates on a batch share the step that the preset takes on it.
-        sections["inner"] = dataclasses.replace(
-            inner,
-            step_sizes=tuple(size / inner.updates for size in inner.step_sizes),
-            test_step_sizes=tuple(size / inner.updates for size in inner.test_step_sizes),
-        )
     return dataclasses.replace(config, algorithm=algorithm, **sections)
 
 

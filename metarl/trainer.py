@@ -153,8 +153,9 @@ class Trainer:
             watch(rollouts)
         total = time.perf_counter() - start
         returns = [float(rollout.mean_returns().nanmean()) for rollout in rollouts]
-        # Reptile samples nothing with its adapted parameters, and so has no return after them.
-        adapted_all = query == "batch" and len(returns) == config.inner.steps + 1
+        # Reptile samples nothing with its last parameters: what counts are those before.
+        planned = config.inner.steps + (query == "batch")
+        adapted_all = len(returns) == planned and (query == "batch" or planned > 1)
         return {
             "iteration": state.iteration,
             "env_steps": state.env_steps,
