@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from envs.errors import UserError
-from metarl.meta_gradients import Evaluation, Problem, UnrolledProblem
+from metarl.meta_gradients import Evaluation, Problem, QueryProblem
 from metarl.metrics import Stopwatch
 from metarl.policies import Params, unflatten
 from metarl.trust_region import OuterState
@@ -76,7 +76,7 @@ class Adam:
             stats["epochs"] = epoch + 1
         stats["seconds_gradient"] = watch.lap()
         stats["surrogate_after"], stats["line_search_steps"] = math.nan, 0
-        if isinstance(problem, UnrolledProblem):
+        if isinstance(problem, QueryProblem):
             new, after, scale = shorten(problem, meta, new, self.config.max_kl)
             stats |= {"surrogate_after": -after.loss, "kl": after.kl, "step_scale": scale}
             stats["seconds_evaluate"] = watch.lap()
@@ -104,7 +104,7 @@ class Adam:
 
 
 def shorten(
-    problem: UnrolledProblem, meta: Params, new: Params, max_kl: float
+    problem: QueryProblem, meta: Params, new: Params, max_kl: float
 ) -> tuple[Params, Evaluation, float]:
     """Return the step from `meta` to `new` cut to within a KL, its evaluation, and its share.
 

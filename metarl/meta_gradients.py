@@ -1,10 +1,10 @@
 """Meta-gradients of one iteration's samples: unrolled, displacement and implicit.
 
 A problem is what an outer optimizer sees. All give the gradient of the meta-objective with respect
-to the meta-parameters. `UnrolledProblem` also gives the objective and KL at other meta-parameters,
-and the product of a vector with J' F J, J the Jacobian of the adapted policies' distributions and F
-their Fisher metric. Tasks are processed in chunks of a fixed shape on a pool of threads; what they
-give is summed in a fixed order.
+to the meta-parameters. A `QueryProblem` also gives the objective and KL at other meta-parameters,
+and `UnrolledProblem` the product of a vector with J' F J, J the Jacobian of the adapted policies'
+distributions and F their Fisher metric. Tasks are processed in chunks of a fixed shape on a pool of
+threads; what they give is summed in a fixed order.
 """
 
 from __future__ import annotations
@@ -104,18 +104,8 @@ class Problem(ABC):
 
 
 @dataclass
-class UnrolledProblem(Problem):
-    """MAML's meta-objective (Finn et al. 2017, algorithm 3), differentiated through the steps."""
-
-    fisher_samples: Tensor | None = None
-    """Indices of the samples that Fisher products use, see `Batch.select`; None for all."""
-    minibatches: Sequence[Tensor] = ()
-    """Indices of the samples that the gradient of each epoch uses; none for all of them, always.
-    `sampled_with` and `iterates` must be given."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._iterates: list[list[Params]] = []
+class QueryProblem(Problem):
+    """A problem whose last batch was sampled with the adapted policies, to judge others by."""
 
     def _adapted(
         self, theta: Params, support: Sequence[Batch], tasks: int, **options: Any
@@ -149,6 +139,36 @@ class UnrolledProblem(Problem):
                 credit = objective.credit[chunk].to(self.device)
                 loss = loss - credit * score(policy, before, batch)
         return loss, dist
+
+    def evaluate(self, meta: Params) -> Evaluation:
+        """Return loss and KL over all samples at meta-parameters, adapted anew."""
+
+        def one(chunk: slice) -> Tensor:
+            batches = self._part(chunk)
+            tasks = len(batches[-1].weight)
+            iterates, slow = self._adapted(self._leaves(meta), batches[:-1], tasks, order=0)
+            with torch.no_grad():
+                loss, dist = self._loss(iterates, slow, batches, chunk)
+                kl = mean_kl(self.adapter.policy, dist, batches[-1])
+                return torch.stack([loss.sum(), kl.sum()]).cpu()
+
+        loss, kl = self._average(self.pool.map(one, self._slices)).tolist()
+        return Evaluation(loss, kl)
+
+
+@dataclass
+class UnrolledProblem(QueryProblem):
+    """MAML's meta-objective (Finn et al. 2017, algorithm 3), differentiated through the steps."""
+
+    fisher_samples: Tensor | None = None
+    """Indices of the samples that Fisher products use, see `Batch.select`; None for all."""
+    minibatches: Sequence[Tensor] = ()
+    """Indices of the samples that the gradient of each epoch uses; none for all of them, always.
+    `sampled_with` and `iterates` must be given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._iterates: list[list[Params]] = []
 
     def gradient(self, meta: Params, epoch: int = 0) -> tuple[Tensor, dict[str, Any]]:
         samples = None
@@ -195,21 +215,6 @@ class UnrolledProblem(Problem):
             shifts.append({name: found[k][name] - p for name, p in end.items()})
             start = found[k]
         return shifts
-
-    def evaluate(self, meta: Params) -> Evaluation:
-        """Return loss and KL over all samples at meta-parameters, adapted anew."""
-
-        def one(chunk: slice) -> Tensor:
-            batches = self._part(chunk)
-            tasks = len(batches[-1].weight)
-            iterates, slow = self._adapted(self._leaves(meta), batches[:-1], tasks, order=0)
-            with torch.no_grad():
-                loss, dist = self._loss(iterates, slow, batches, chunk)
-                kl = mean_kl(self.adapter.policy, dist, batches[-1])
-                return torch.stack([loss.sum(), kl.sum()]).cpu()
-
-        loss, kl = self._average(self.pool.map(one, self._slices)).tolist()
-        return Evaluation(loss, kl)
 
     @contextlib.contextmanager
     def linearize(self, meta: Params) -> Iterator[Product]:
@@ -280,7 +285,7 @@ class DisplacementProblem(Problem):
 
 
 @dataclass
-class ImplicitProblem(Problem):
+class ImplicitProblem(QueryProblem):
     """iMAML (Rajeswaran et al. 2019, eq. 6, arXiv:1909.04630): (I + H / lambda)^-1 grad L_query.
 
     H is the Hessian of the support loss at the solution of the proximal inner problem. Each task's
