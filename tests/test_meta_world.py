@@ -9,8 +9,10 @@ import pickle
 import subprocess
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env
 
 from envs import make_family
 from envs.errors import UserError
@@ -24,8 +26,11 @@ needs_metaworld = pytest.mark.skipif(not INSTALLED, reason="needs Meta-World")
 
 @pytest.mark.skipif(INSTALLED, reason="needs an environment without Meta-World")
 def test_without_it_a_user_is_told_what_to_do(capsys):
-    with pytest.raises(UserError, match=r"not installed here; `bash scripts/setup_metaworld\.sh"):
-        make_family("metaworld-ml1")
+    for make in (lambda: make_family("metaworld-ml1"), lambda: gym.make("metarl/MetaWorldML1-v0")):
+        with pytest.raises(
+            UserError, match=r"not installed here; `bash scripts/setup_metaworld\.sh"
+        ):
+            make()
     assert (ROOT / "scripts/setup_metaworld.sh").exists()
     assert main(["train", "metaworld-ml10", "--iterations", "1"]) == 2
     assert main(["families"]) == 0
@@ -134,6 +139,25 @@ def test_the_goal_decides_reward_and_success_but_shows_in_no_observation():
         observation, reward, _, _, info = vector.step(action)
     assert info["success"].tolist() == [1.0, 0.0]
     assert reward[0] > 9.0 > reward[1]
+
+
+@needs_metaworld
+@pytest.mark.filterwarnings("ignore:.*A Box observation space m")  # its hidden goal is always 0
+def test_gymnasium_ids():
+    options = {"task": "push", "horizon": 9}
+    env = gym.make("metarl/MetaWorldML1-v0", **options)
+    check_env(env.unwrapped, skip_render_check=True)
+    vector = gym.make_vec("metarl/MetaWorldML1-v0", num_envs=2, **options)
+    assert np.array_equal(vector.reset(seed=4)[0][0], env.reset(seed=4)[0])
+    for step in range(9):
+        action = env.action_space.sample()
+        one, two = env.step(action), vector.step(np.stack([action] * 2))
+        assert np.array_equal(two[0][0], one[0])
+        assert two[1][0] == one[1]
+        assert one[3] == (step == 8)
+    env = gym.make("metarl/MetaWorldML10-v0")
+    seen = {env.reset(seed=seed)[1]["task"][0] for seed in range(30)}
+    assert 3 < len(seen) <= 10
 
 
 @needs_metaworld
