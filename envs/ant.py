@@ -38,7 +38,7 @@ import mujoco
 import numpy as np
 
 from envs.errors import UserError
-from envs.family import Finite, TaskDistribution, Uniform, did_you_mean, register
+from envs.family import TaskDistribution, Uniform, did_you_mean, register
 from envs.mujoco_bodies import (
     UNITS,
     Reward,
@@ -48,6 +48,7 @@ from envs.mujoco_bodies import (
     centre_of_mass,
     centre_of_mass_velocity,
     direction_reward,
+    direction_tasks,
     forward_velocity,
     observe_ant,
     rllab_pose,
@@ -69,13 +70,15 @@ class Scale:
     action_scale: float = 1.0
     rllab: bool = False
     """rllab's model, observations, velocity and initial states, one physics step at a time."""
+    balanced: bool = False
+    """Both directions equally often in a batch of tasks, instead of drawn at random."""
 
 
 SCALES = {
     "stock": Scale(),
     "icml2017": Scale(rllab=True),
     "promp2019": Scale(horizon=100, action_scale=10.0),
-    "pearl2019": Scale(action_scale=10.0),
+    "pearl2019": Scale(action_scale=10.0, balanced=True),
 }
 
 
@@ -158,16 +161,22 @@ def _scale(name: str) -> Scale:
 
 @register
 def ant_dir(
-    scale: str = "stock", horizon: int | None = None, contact_forces: bool = True
+    scale: str = "stock",
+    horizon: int | None = None,
+    contact_forces: bool = True,
+    balanced: bool | None = None,
 ) -> MujocoFamily:
-    """Run forwards or backwards: d v + 0.05 - costs (Finn et al. 2017, arXiv:1703.03400)."""
+    """Run forwards or backwards: d v + 0.05 - costs (Finn et al. 2017, arXiv:1703.03400).
+
+    `balanced` draws both directions equally often; by default as the scale's source does.
+    """
     body = _scale(scale)
     velocity = centre_of_mass_velocity if body.rllab else forward_velocity
     return _ant(
         "ant-dir",
         "ant runs forwards (direction 1) or backwards (-1)",
         partial(direction_reward, velocity=velocity, bonus=ALIVE),
-        Finite(("direction",), [[-1.0], [1.0]]),
+        direction_tasks(body.balanced if balanced is None else balanced),
         scale,
         horizon,
         contact_forces,

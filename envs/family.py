@@ -52,7 +52,7 @@ class TaskDistribution(ABC):
 
     @abstractmethod
     def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
-        """Draw n tasks, [n, task_dim]. Where tasks are few, each is drawn equally often."""
+        """Draw n tasks, [n, task_dim]. The test split of few tasks is drawn balanced."""
 
     @abstractmethod
     def grid(self, n: int, split: Split = "test") -> Tasks:
@@ -148,13 +148,11 @@ class Uniform(TaskDistribution):
 class Finite(TaskDistribution):
     """Tasks drawn from a list, such as `Finite(("direction",), [[-1.0], [1.0]])`.
 
-    Each is drawn equally often: with directions drawn independently, as the papers do, a batch has
-    more of one than of the other, which pushes all policies that way and is nothing but noise.
-
     Args:
         names: names of the components.
         values: the training tasks, [n, task_dim].
         test: the test tasks; by default the training tasks, where a family has no others.
+        balanced: draw each training task equally often, instead of independently.
     """
 
     def __init__(
@@ -162,8 +160,10 @@ class Finite(TaskDistribution):
         names: Sequence[str],
         values: Sequence[Sequence[float]],
         test: Sequence[Sequence[float]] | None = None,
+        balanced: bool = False,
     ) -> None:
         self.names = tuple(names)
+        self.balanced = balanced
         self._values = {
             "train": np.array(values, np.float64),
             "test": np.array(values if test is None else test, np.float64),
@@ -174,10 +174,12 @@ class Finite(TaskDistribution):
 
     def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
         values = self._values[split]
-        # Whole rounds of every task, then a random part of one more round.
-        whole = np.tile(np.arange(len(values)), n // len(values))
-        rest = rng.permutation(len(values))[: n % len(values)]
-        return values[np.concatenate([whole, rest])]
+        if self.balanced or split == "test":
+            # Whole rounds of every task, then a random part of one more round.
+            whole = np.tile(np.arange(len(values)), n // len(values))
+            rest = rng.permutation(len(values))[: n % len(values)]
+            return values[np.concatenate([whole, rest])]
+        return values[rng.integers(len(values), size=n)]
 
     def grid(self, n: int, split: Split = "test") -> Tasks:
         values = self._values[split]

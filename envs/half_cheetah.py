@@ -29,7 +29,7 @@ import mujoco
 import numpy as np
 
 from envs.errors import UserError
-from envs.family import Finite, TaskDistribution, Uniform, did_you_mean, register
+from envs.family import TaskDistribution, Uniform, did_you_mean, register
 from envs.mujoco_bodies import (
     UNITS,
     Sim,
@@ -37,6 +37,7 @@ from envs.mujoco_bodies import (
     centre_of_mass,
     centre_of_mass_velocity,
     direction_reward,
+    direction_tasks,
     forward_velocity,
     observe_planar,
     rllab_pose,
@@ -59,13 +60,15 @@ class Scale:
     """As in rllab: velocity of the centre of mass and not of the root, three more observations,
     and normal noise on the initial pose."""
     highest_goal: float = 2.0
+    balanced: bool = False
+    """Both directions equally often in a batch of tasks, instead of drawn at random."""
 
 
 SCALES = {
     "stock": Scale(),
     "icml2017": Scale(frame_skip=1, centre_of_mass=True),
     "promp2019": Scale(horizon=100, action_scale=10.0, highest_goal=3.0),
-    "pearl2019": Scale(action_scale=10.0, highest_goal=3.0),
+    "pearl2019": Scale(action_scale=10.0, highest_goal=3.0, balanced=True),
 }
 
 
@@ -108,14 +111,19 @@ def _scale(name: str, horizon: int | None) -> Scale:
 
 
 @register
-def half_cheetah_dir(scale: str = "stock", horizon: int | None = None) -> MujocoFamily:
-    """Run forwards or backwards, as the task says (Finn et al. 2017, arXiv:1703.03400)."""
+def half_cheetah_dir(
+    scale: str = "stock", horizon: int | None = None, balanced: bool | None = None
+) -> MujocoFamily:
+    """Run forwards or backwards, as the task says (Finn et al. 2017, arXiv:1703.03400).
+
+    `balanced` draws both directions equally often; by default as the scale's source does.
+    """
     body = _scale(scale, horizon)
     return _half_cheetah(
         "half-cheetah-dir",
         f"half-cheetah runs forwards (direction 1) or backwards (-1); scales: {', '.join(SCALES)}",
         direction_reward,
-        Finite(("direction",), [[-1.0], [1.0]]),
+        direction_tasks(body.balanced if balanced is None else balanced),
         body,
     )
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.errors import UserError
-from envs.family import Tasks, Uniform, did_you_mean
+from envs.family import Finite, Tasks, Uniform, did_you_mean
 from envs.vector import Bools, Floats
 
 
@@ -381,6 +381,15 @@ _SCALED = (
     ("dof_damping", "damping", 1.3),
     ("geom_friction", "friction", 1.5),
 )
+
+
+def direction_tasks(balanced: bool) -> Finite:
+    """Return the tasks forwards (1) and backwards (-1), drawn independently or equally often.
+
+    Drawn independently, a batch has more of one than of the other, which pushes all policies that
+    way. That is noise, but may carry a run over the plateau where no policy adapts yet.
+    """
+    return Finite(("direction",), [[-1.0], [1.0]], balanced=balanced)
 
 
 def parameter_tasks(model: mujoco.MjModel, limit: float) -> Uniform:

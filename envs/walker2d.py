@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from envs.family import Finite, Uniform, register
+from envs.family import Uniform, register
 from envs.mujoco_bodies import (
     BODIES,
     UNITS,
     direction_reward,
+    direction_tasks,
     load_model,
     parameter_tasks,
     scaled_parameters,
@@ -25,12 +26,15 @@ CONTROL_COST = 1e-3
 
 
 @register
-def walker2d_dir(horizon: int = 200, frame_skip: int = 4) -> MujocoFamily:
-    """Walk forwards or backwards: d v + 1 - 0.001 |a|^2 (Rothfuss et al. 2019)."""
+def walker2d_dir(horizon: int = 200, frame_skip: int = 4, balanced: bool = False) -> MujocoFamily:
+    """Walk forwards or backwards: d v + 1 - 0.001 |a|^2 (Rothfuss et al. 2019).
+
+    `balanced` draws both directions equally often.
+    """
     return MujocoFamily(
         name="walker2d-dir",
         description="walker walks forwards (direction 1) or backwards (-1)",
-        tasks=Finite(("direction",), [[-1.0], [1.0]]),
+        tasks=direction_tasks(balanced),
         achieved={"direction": "x_velocity"},
         units=UNITS,
         horizon=horizon,
