@@ -23,6 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import metarl
+from envs.family import parse_options
 from metarl.algorithms import ALGORITHMS, find_algorithm
 from metarl.config import Config
 from metarl.metrics import read_metrics
@@ -40,6 +41,8 @@ class Arguments:
     """Folder for the runs, table.md, results.json and comparison.png."""
     preset: str = "icml2017"
     """Preset of all runs."""
+    family_options: tuple[str, ...] = ()
+    """Options of the family, as name=value."""
     algorithms: tuple[str, ...] = field(default_factory=lambda: tuple(ALGORITHMS))
     """Algorithms to compare."""
     tasks: int | None = None
@@ -62,7 +65,8 @@ class Arguments:
 
 def run_config(arguments: Arguments, name: str, seed: int) -> Config:
     base = metarl.preset_config(arguments.preset, arguments.family, name)
-    base = dataclasses.replace(base, tasks=arguments.tasks or base.tasks)
+    options = {**base.family_options, **parse_options(arguments.family_options)}
+    base = dataclasses.replace(base, tasks=arguments.tasks or base.tasks, family_options=options)
     row = find_algorithm(name)
     rollouts = base.inner.steps + (row.gradient != "displacement")
     horizon = metarl.MetaPolicy({}, base).family.horizon
