@@ -121,7 +121,7 @@ ALGORITHMS = {
             outer="adam",
             defaults={
                 "adam": {"learning_rate": 3e-3},
-                "inner": {"updates": 5, "proximal": 10.0},
+                "inner": {"updates": 8, "proximal": 10.0},
             },
         ),
         Algorithm(
