@@ -291,14 +291,17 @@ class ImplicitProblem(QueryProblem):
     H is the Hessian of the support loss at the solution of the proximal inner problem. Each task's
     system is solved by conjugate gradient on its own. A task whose curvature I + H / lambda is not
     positive stands at no minimum, and its solution has no derivative; where it is nearly none, the
-    derivative is all but infinite: such a task gives the first-order gradient, grad L_query.
-    Statistics: the relative residual of the solve and of the inner problem's stationarity, and the
-    share of such tasks.
+    derivative is all but infinite: such a task gives the first-order gradient, grad L_query. One
+    whose inner problem was not solved at all gives none: it may be anywhere. Statistics: the
+    relative residual of the solve and of the inner problem's stationarity, and the shares of both
+    kinds of tasks.
     """
 
     iterations: int = 10
     least_curvature: float = 0.25
     """Of I + H / lambda, for a task to be solved; 1 without any of H."""
+    worst_residual: float = 1.0
+    """Of the inner problem's stationarity, as a share of the pull, for a task to count."""
 
     def gradient(self, meta: Params, epoch: int = 0) -> tuple[Tensor, dict[str, Any]]:
         strength = self.adapter.proximal
@@ -328,21 +331,27 @@ class ImplicitProblem(QueryProblem):
             x = torch.where(curved.unsqueeze(1), b, x)
             pull = rows([strength * (theta[n] - start[n]) for n in theta])
             stationary = (rows(slope) + pull).norm(dim=1) / pull.norm(dim=1).clamp(min=1e-12)
+            unsolved = stationary > self.worst_residual
+            x = torch.where(unsolved.unsqueeze(1), 0.0, x)
             parts = x.sum(0).split([p[0].numel() for p in theta.values()])
             found = dict(zip(theta, parts, strict=True))
             gradient = torch.cat(
                 [found.get(n, torch.zeros_like(p).reshape(-1)) for n, p in meta.items()]
             )
-            numbers = [loss, residual.sum(), stationary.sum(), curved.sum()]
-            return gradient.detach().cpu(), torch.stack([n.detach().float() for n in numbers]).cpu()
+            sums = [n.sum() for n in (residual, stationary, curved, unsolved)]
+            return gradient.detach().cpu(), torch.stack(
+                [n.detach().float() for n in (loss, *sums)]
+            ).cpu()
 
         parts = self.pool.map(one, self._slices)
-        loss, residual, stationary, curved = self._average([n for _, n in parts]).tolist()
+        found = self._average([n for _, n in parts]).tolist()
+        loss, residual, stationary, curved, unsolved = found
         stats = {
             "loss": loss,
             "implicit_residual": residual,
             "inner_residual": stationary,
             "low_curvature": curved,
+            "unsolved": unsolved,
         }
         return self._average([g for g, _ in parts]), stats
 

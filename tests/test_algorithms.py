@@ -130,11 +130,25 @@ def test_imaml_reports_an_unfinished_inner_problem_and_solve(pool):
     assert stats["implicit_residual"] > 0.01
 
 
+def test_imaml_leaves_out_tasks_whose_inner_problem_is_not_solved(pool):
+    # One update of size 1 / (4 strength) leaves pull and slope apart by three times the pull.
+    solved, wild = ((0.1, 4000, 3.0), (1.0 / 12.0, 1, 3.0))
+    gradients = {}
+    for size, updates, strength in (solved, wild):
+        adapter = Adapter(Point(), quadratic, (size,), updates=updates, proximal=strength)
+        problem = ImplicitProblem(adapter, [SUPPORT, QUERY], pool, OBJECTIVE)
+        gradients[updates], stats = problem.gradient(THETA)
+        assert stats["unsolved"] == (updates == 1)
+    assert gradients[4000].abs().max() > 0.1
+    assert not gradients[1].any()
+
+
 @pytest.mark.parametrize("curvature", [-5.0 * A, (-0.9 * EYE).expand_as(A)])
 def test_imaml_detects_curvature_that_is_not_positive_or_hardly(pool, curvature):
     hollow = task_batch(GOAL, curvature)
     adapter = Adapter(Point(), quadratic, (1e-3,), updates=1, proximal=1.0)
-    gradient, stats = ImplicitProblem(adapter, [hollow, QUERY], pool, OBJECTIVE).gradient(THETA)
+    problem = ImplicitProblem(adapter, [hollow, QUERY], pool, OBJECTIVE, worst_residual=math.inf)
+    gradient, stats = problem.gradient(THETA)
     assert stats["low_curvature"] == 1.0
     slope = THETA["x"] - 1e-3 * times(curvature, THETA["x"] - GOAL) - QUERY_GOAL
     torch.testing.assert_close(gradient, times(B, slope).mean(0), rtol=1e-12, atol=1e-14)
