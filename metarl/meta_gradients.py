@@ -290,7 +290,7 @@ class ImplicitProblem(QueryProblem):
 
     H is the Hessian of the support loss at the solution of the proximal inner problem. Each task's
     system is solved by conjugate gradient on its own. A task whose curvature I + H / lambda is not
-    positive stands at no minimum, and its solution has no derivative; where it is nearly none, the
+    positive stands at no minimum, and its solution has no derivative; where it is nearly zero, the
     derivative is all but infinite: such a task gives the first-order gradient, grad L_query. One
     whose inner problem was not solved at all gives none: it may be anywhere. Statistics: the
     relative residual of the solve and of the inner problem's stationarity, and the shares of both
