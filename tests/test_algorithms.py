@@ -623,6 +623,9 @@ def test_every_algorithm_trains_resumes_repeats_and_evaluates(tmp_path, name):
     inner_steps = config(4).inner.steps
     rollouts = inner_steps if name == "reptile" else inner_steps + 1
     assert (inner_steps == 0) == (name in ("pretrained", "oracle"))
+    # Reptile samples nothing with its last parameters: the return after is that of those before.
+    assert len(rows[-1]["returns"]) == rollouts
+    assert rows[-1]["return_post"] == rows[-1]["returns"][-1]
     assert samples * rollouts * 0.9 < rows[-1]["env_steps"] <= samples * rollouts
 
 
