@@ -424,6 +424,24 @@ def test_dice_leaves_out_steps_after_an_episodes_end():
     torch.testing.assert_close(hessian(whole.action), hessian(changed))
 
 
+def test_whole_episodes_that_are_selected_stay_episodes():
+    chosen = [PATHS[2], PATHS[0]]
+    part = path_batch(PATHS[:3], [1.0] * 3).select(torch.tensor([[4, 5], [0, 1]]))
+
+    def hessian(batch):
+        return torch.autograd.functional.hessian(
+            lambda flat: dice(
+                TABLE, TABLE.distribution({"logits": flat.view(1, 2, 2)}, batch.observation), batch
+            ).sum(),
+            LOGITS["logits"].flatten(),
+        )
+
+    assert part.episodes == 2
+    alone = path_batch(chosen, [1.0] * 2)
+    # A selection's weights sum to 1 again.
+    torch.testing.assert_close(hessian(part) * alone.weight.sum(), hessian(alone))
+
+
 # ProMP's other parts ------------------------------------------------------------------------------
 
 
