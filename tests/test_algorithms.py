@@ -391,6 +391,33 @@ def test_promps_surrogate_has_the_low_variance_curvature():
     )
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.3, 1.0])
+def test_dice_matches_its_recursion_step_by_step(decay):
+    # Of one sample and not of the mean: time reversed has the same mean, and more variance.
+    batch = path_batch(PATHS[:3], [0.5, 0.3, 0.2])
+
+    def box(w):
+        return torch.exp(w - w.detach())
+
+    def recursion(flat):
+        dist = TABLE.distribution({"logits": flat.view(1, 2, 2)}, batch.observation)
+        log_prob = TABLE.log_prob(dist, batch.action)[0]
+        loss = through = torch.zeros((), dtype=D)
+        for i, log in enumerate(log_prob):
+            before = decay * through if i % STEPS else torch.zeros((), dtype=D)
+            through = before + log
+            gain = box(through) - box(before)
+            loss = loss - batch.weight[0, i] * batch.advantage[0, i] * gain
+        return loss
+
+    def ours(flat):
+        dist = TABLE.distribution({"logits": flat.view(1, 2, 2)}, batch.observation)
+        return dice(TABLE, dist, batch, decay=decay).sum()
+
+    flat, hessian = LOGITS["logits"].flatten(), torch.autograd.functional.hessian
+    torch.testing.assert_close(hessian(ours, flat), hessian(recursion, flat))
+
+
 @pytest.mark.parametrize("loss", [log_likelihood, likelihood_ratio, dice, partial(dice, decay=0.3)])
 def test_every_inner_losss_gradient_is_the_policy_gradient(loss):
     total = torch.zeros(2, 2, dtype=D)
