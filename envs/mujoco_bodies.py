@@ -374,14 +374,6 @@ def find_body(env: str) -> Body:
 
 # Bodies that vary ---------------------------------------------------------------------------------
 
-# Field, what its components are called, and the base of the multiplier.
-_SCALED = (
-    ("body_mass", "mass", 1.5),
-    ("body_inertia", "inertia", 1.5),
-    ("dof_damping", "damping", 1.3),
-    ("geom_friction", "friction", 1.5),
-)
-
 
 def direction_tasks(balanced: bool) -> Finite:
     """Return the tasks forwards (1) and backwards (-1), drawn independently or equally often.
@@ -390,6 +382,15 @@ def direction_tasks(balanced: bool) -> Finite:
     way. That is noise, but may carry a run over the plateau where no policy adapts yet.
     """
     return Finite(("direction",), [[-1.0], [1.0]], balanced=balanced)
+
+
+# Field, what its components are called, and the base of the multiplier.
+_SCALED = (
+    ("body_mass", "mass", 1.5),
+    ("body_inertia", "inertia", 1.5),
+    ("dof_damping", "damping", 1.3),
+    ("geom_friction", "friction", 1.5),
+)
 
 
 def parameter_tasks(model: mujoco.MjModel, limit: float) -> Uniform:

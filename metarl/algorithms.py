@@ -23,6 +23,8 @@ class Algorithm:
     description: str
     source: str
     inner_loss: Loss = log_likelihood
+    whole_episodes: bool = False
+    """The inner loss needs the samples of an episode together and in order."""
     gradient: Literal["unrolled", "displacement", "implicit"] = "unrolled"
     order: int = 2
     """Order of the meta-gradient through the inner steps; 1 ignores their curvature."""
@@ -109,7 +111,8 @@ ALGORITHMS = {
             description="loaded DiCE inner objective: higher-order terms, unbiased at decay 1",
             source="Foerster et al. 2018, arXiv:1802.05098; Farquhar et al. 2019, 1909.10549",
             inner_loss=dice,
-            # Unbiased, its meta-gradient is nearly all noise at 200 steps an episode.
+            whole_episodes=True,
+            # Unbiased, its variance at 200 steps an episode kept it from learning (README).
             defaults={"inner": {"dice_decay": 0.8}},
         ),
         Algorithm(

@@ -34,7 +34,8 @@ class Batch:
     old: Dist
     """Parameters of the distribution it was drawn from, [T, N, ...] each."""
     episodes: int
-    """Episodes a task; a task's samples are those of episode 0 in order of time, then of 1, …"""
+    """Episodes a task; a task's samples are those of episode 0 in order of time, then of 1, …
+    0 where that order is lost."""
     context: Tensor | None = None
     """[T, context_dim]; what the policy was told of its task, where it was told."""
 
@@ -50,7 +51,7 @@ class Batch:
             samples: indices [N'], whose order in time is lost, or those of whole episodes
                 [episodes', horizon].
         """
-        episodes = len(samples) if samples.ndim == 2 else self.episodes
+        episodes = len(samples) if samples.ndim == 2 else 0
         per_sample = replace(self, context=None)
         part = per_sample.map(lambda x: x.index_select(1, samples.flatten()))
         total = part.weight.sum(dim=1, keepdim=True)
@@ -121,7 +122,12 @@ def dice(policy: MLPPolicy, dist: Dist, batch: Batch, *, decay: float = 1.0) -> 
     later steps depend on earlier actions, Farquhar et al. 2019 (arXiv:1909.10549). The gradient is
     the policy gradient at any d. Higher derivatives are unbiased at d = 1, where their variance
     grows with the horizon, and are those of the likelihood ratio at d = 0. The value is 0.
+
+    Raises:
+        ValueError: the samples are not whole episodes.
     """
+    if not batch.episodes:
+        raise ValueError("DiCE needs whole episodes; set whole_episodes in the algorithm's row")
     shape = (len(batch.weight), batch.episodes, -1)
     # Steps beyond an episode's end come last: they enter no sum of a step that has a weight.
     log_prob = policy.log_prob(dist, batch.action).view(shape)

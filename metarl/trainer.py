@@ -38,7 +38,7 @@ from metarl.meta_policy import (
     scaled_tasks,
 )
 from metarl.metrics import MetricsLog
-from metarl.objectives import clipped_ratio, dice, likelihood_ratio
+from metarl.objectives import clipped_ratio, likelihood_ratio
 from metarl.parallel import ChunkPool, one_intraop_thread
 from metarl.policies import GaussianMLP, Params
 from metarl.presets import check_combination, check_device
@@ -214,7 +214,7 @@ class Trainer:
         samples = None
         if used < count:
             rng = stream(config.seed, iteration, "fisher")
-            if row.inner_loss is dice:  # which needs the order in time
+            if row.whole_episodes:
                 whole = torch.arange(count).view(config.episodes, -1)
                 few = math.ceil(used / whole.shape[1])
                 samples = whole[torch.from_numpy(rng.permutation(config.episodes)[:few])]

@@ -391,6 +391,16 @@ def test_promps_surrogate_has_the_low_variance_curvature():
     )
 
 
+def dice_hessian(batch, decay=1.0):
+    """Hessian of one sample's DiCE loss at the old parameters."""
+
+    def value(flat):
+        dist = TABLE.distribution({"logits": flat.view(1, 2, 2)}, batch.observation)
+        return dice(TABLE, dist, batch, decay=decay).sum()
+
+    return torch.autograd.functional.hessian(value, LOGITS["logits"].flatten())
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.3, 1.0])
 def test_dice_matches_its_recursion_step_by_step(decay):
     # Of one sample and not of the mean: time reversed has the same mean, and more variance.
@@ -410,12 +420,8 @@ def test_dice_matches_its_recursion_step_by_step(decay):
             loss = loss - batch.weight[0, i] * batch.advantage[0, i] * gain
         return loss
 
-    def ours(flat):
-        dist = TABLE.distribution({"logits": flat.view(1, 2, 2)}, batch.observation)
-        return dice(TABLE, dist, batch, decay=decay).sum()
-
-    flat, hessian = LOGITS["logits"].flatten(), torch.autograd.functional.hessian
-    torch.testing.assert_close(hessian(ours, flat), hessian(recursion, flat))
+    expected = torch.autograd.functional.hessian(recursion, LOGITS["logits"].flatten())
+    torch.testing.assert_close(dice_hessian(batch, decay), expected)
 
 
 @pytest.mark.parametrize("loss", [log_likelihood, likelihood_ratio, dice, partial(dice, decay=0.3)])
@@ -439,34 +445,25 @@ def test_dice_leaves_out_steps_after_an_episodes_end():
     changed = whole.action.clone()
     changed[0, 1] = 1 - changed[0, 1]
 
-    def hessian(action):
-        batch = dataclasses.replace(whole, weight=weight, action=action)
-        return torch.autograd.functional.hessian(
-            lambda flat: dice(
-                TABLE, TABLE.distribution({"logits": flat.view(1, 2, 2)}, batch.observation), batch
-            ).sum(),
-            LOGITS["logits"].flatten(),
-        )
-
-    torch.testing.assert_close(hessian(whole.action), hessian(changed))
+    ended = dataclasses.replace(whole, weight=weight)
+    other = dataclasses.replace(ended, action=changed)
+    torch.testing.assert_close(dice_hessian(ended), dice_hessian(other))
 
 
 def test_whole_episodes_that_are_selected_stay_episodes():
     chosen = [PATHS[2], PATHS[0]]
     part = path_batch(PATHS[:3], [1.0] * 3).select(torch.tensor([[4, 5], [0, 1]]))
 
-    def hessian(batch):
-        return torch.autograd.functional.hessian(
-            lambda flat: dice(
-                TABLE, TABLE.distribution({"logits": flat.view(1, 2, 2)}, batch.observation), batch
-            ).sum(),
-            LOGITS["logits"].flatten(),
-        )
-
     assert part.episodes == 2
     alone = path_batch(chosen, [1.0] * 2)
     # A selection's weights sum to 1 again.
-    torch.testing.assert_close(hessian(part) * alone.weight.sum(), hessian(alone))
+    torch.testing.assert_close(dice_hessian(part) * alone.weight.sum(), dice_hessian(alone))
+
+
+def test_dice_refuses_samples_whose_order_is_lost():
+    loose = path_batch(PATHS[:3], [1.0] * 3).select(torch.tensor([0, 3, 4, 5]))
+    with pytest.raises(ValueError, match="DiCE needs whole episodes"):
+        dice_hessian(loose)
 
 
 # ProMP's other parts ------------------------------------------------------------------------------
