@@ -17,7 +17,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs import (  # noqa: F401  (they register their families)
+from metarl.envs import (  # noqa: F401  (they register their families)
     ant,
     classic_control,
     half_cheetah,
@@ -29,9 +29,9 @@ from envs import (  # noqa: F401  (they register their families)
     tabular,
     walker2d,
 )
-from envs.checker import Finding, check_task_family
-from envs.errors import UserError
-from envs.family import (
+from metarl.envs.checker import Finding, check_task_family
+from metarl.envs.errors import UserError
+from metarl.envs.family import (
     Finite,
     TaskDistribution,
     TaskFamily,
@@ -40,9 +40,9 @@ from envs.family import (
     make_family,
     register,
 )
-from envs.gymnasium_family import GymnasiumFamily
-from envs.mujoco_vector import MujocoFamily
-from envs.vector import TaskVectorEnv
+from metarl.envs.gymnasium_family import GymnasiumFamily
+from metarl.envs.mujoco_vector import MujocoFamily
+from metarl.envs.vector import TaskVectorEnv
 
 __all__ = [
     "Finding",
@@ -53,6 +53,7 @@ __all__ = [
     "TaskFamily",
     "TaskVectorEnv",
     "Uniform",
+    "UserError",
     "check_task_family",
     "family_names",
     "make_family",
@@ -147,7 +148,7 @@ for _id, _family in GYMNASIUM_IDS.items():
     if _id not in gym.registry:
         gym.register(
             id=_id,
-            entry_point="envs:make_env",
-            vector_entry_point="envs:make_vec_env",
+            entry_point="metarl.envs:make_env",
+            vector_entry_point="metarl.envs:make_vec_env",
             kwargs={"family": _family},
         )

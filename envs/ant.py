@@ -37,9 +37,9 @@ from functools import partial
 import mujoco
 import numpy as np
 
-from envs.errors import UserError
-from envs.family import TaskDistribution, Uniform, did_you_mean, register
-from envs.mujoco_bodies import (
+from metarl.envs.errors import UserError
+from metarl.envs.family import TaskDistribution, Uniform, did_you_mean, register
+from metarl.envs.mujoco_bodies import (
     UNITS,
     Reward,
     Sim,
@@ -55,8 +55,8 @@ from envs.mujoco_bodies import (
     upkeep,
     velocity_reward,
 )
-from envs.mujoco_vector import STOCK, MujocoFamily
-from envs.vector import Floats
+from metarl.envs.mujoco_vector import STOCK, MujocoFamily
+from metarl.envs.vector import Floats
 
 COSTS = {"control": 0.005, "contact": 5e-4}
 ALIVE = 0.05

@@ -27,10 +27,10 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from envs.errors import UserError
-from envs.family import TaskFamily, Tasks, Uniform, did_you_mean, make_family
-from envs.gymnasium_family import GymnasiumFamily
-from envs.traces import (
+from metarl.envs.errors import UserError
+from metarl.envs.family import TaskFamily, Tasks, Uniform, did_you_mean, make_family
+from metarl.envs.gymnasium_family import GymnasiumFamily
+from metarl.envs.traces import (
     EPISODES,
     Trace,
     all_equal,

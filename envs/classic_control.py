@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from envs.family import Uniform, register
-from envs.gymnasium_family import GymnasiumFamily
-from envs.vector import Floats
+from metarl.envs.family import Uniform, register
+from metarl.envs.gymnasium_family import GymnasiumFamily
+from metarl.envs.vector import Floats
 
 
 def put_length(env: Any, task: Floats) -> None:

@@ -25,10 +25,10 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.errors import UserError
+from metarl.envs.errors import UserError
 
 if TYPE_CHECKING:
-    from envs.vector import TaskVectorEnv
+    from metarl.envs.vector import TaskVectorEnv
 
 Split = Literal["train", "test"]
 Tasks = NDArray[np.float64]  # [tasks, task_dim]

@@ -19,9 +19,9 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.errors import UserError
-from envs.family import TaskFamily
-from envs.vector import (
+from metarl.envs.errors import UserError
+from metarl.envs.family import TaskFamily
+from metarl.envs.vector import (
     CLOSE,
     RESET,
     STEP,

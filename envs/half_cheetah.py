@@ -28,9 +28,9 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from envs.errors import UserError
-from envs.family import TaskDistribution, Uniform, did_you_mean, register
-from envs.mujoco_bodies import (
+from metarl.envs.errors import UserError
+from metarl.envs.family import TaskDistribution, Uniform, did_you_mean, register
+from metarl.envs.mujoco_bodies import (
     UNITS,
     Sim,
     add_centre_of_mass,
@@ -43,8 +43,8 @@ from envs.mujoco_bodies import (
     rllab_pose,
     velocity_reward,
 )
-from envs.mujoco_vector import STOCK, MujocoFamily
-from envs.vector import Floats
+from metarl.envs.mujoco_vector import STOCK, MujocoFamily
+from metarl.envs.vector import Floats
 
 CONTROL_COST = 0.05
 

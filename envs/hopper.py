@@ -6,9 +6,9 @@ in +-1. Episodes end where the stock hopper falls.
 
 from __future__ import annotations
 
-from envs.family import register
-from envs.mujoco_bodies import BODIES, load_model, parameter_tasks, scaled_parameters
-from envs.mujoco_vector import MujocoFamily
+from metarl.envs.family import register
+from metarl.envs.mujoco_bodies import BODIES, load_model, parameter_tasks, scaled_parameters
+from metarl.envs.mujoco_vector import MujocoFamily
 
 
 @register

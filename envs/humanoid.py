@@ -11,9 +11,9 @@ from functools import partial
 
 import numpy as np
 
-from envs.family import Uniform, register
-from envs.mujoco_bodies import Reward, Step, mass_centre_xy, observe_humanoid, upkeep
-from envs.mujoco_vector import MujocoFamily
+from metarl.envs.family import Uniform, register
+from metarl.envs.mujoco_bodies import Reward, Step, mass_centre_xy, observe_humanoid, upkeep
+from metarl.envs.mujoco_vector import MujocoFamily
 
 
 def heading_reward(step: Step) -> Reward:

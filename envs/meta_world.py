@@ -24,9 +24,9 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.errors import UserError
-from envs.family import Split, TaskDistribution, TaskFamily, Tasks, did_you_mean, register
-from envs.vector import CLOSE, RESET, STEP, Bools, Floats, SingleTaskEnv, TaskVectorEnv
+from metarl.envs.errors import UserError
+from metarl.envs.family import Split, TaskDistribution, TaskFamily, Tasks, did_you_mean, register
+from metarl.envs.vector import CLOSE, RESET, STEP, Bools, Floats, SingleTaskEnv, TaskVectorEnv
 
 MAX_HORIZON = 500
 # What the environments draw at a reset: where the object starts and, in some, where it shall go.

@@ -23,9 +23,9 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.errors import UserError
-from envs.family import Finite, Tasks, Uniform, did_you_mean
-from envs.vector import Bools, Floats
+from metarl.envs.errors import UserError
+from metarl.envs.family import Finite, Tasks, Uniform, did_you_mean
+from metarl.envs.vector import Bools, Floats
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ import numpy as np
 from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
-from envs.errors import UserError
-from envs.family import TaskFamily, Tasks, did_you_mean
-from envs.mujoco_bodies import Sim, Step, find_body, load_model, root_x
-from envs.serial_batch import DATA_FIELDS, SerialBatch
-from envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
+from metarl.envs.errors import UserError
+from metarl.envs.family import TaskFamily, Tasks, did_you_mean
+from metarl.envs.mujoco_bodies import Sim, Step, find_body, load_model, root_x
+from metarl.envs.serial_batch import DATA_FIELDS, SerialBatch
+from metarl.envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
 
 try:
     from mujoco.batch import DATA_FIELDS, Batch

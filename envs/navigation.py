@@ -10,9 +10,9 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.errors import UserError
-from envs.family import TaskFamily, Uniform, register
-from envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
+from metarl.envs.errors import UserError
+from metarl.envs.family import TaskFamily, Uniform, register
+from metarl.envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
 
 STEP = 0.1  # the longest displacement along an axis
 REACHED = 0.01  # along each axis

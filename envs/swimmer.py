@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from envs.family import Uniform, register
-from envs.mujoco_bodies import UNITS, velocity_reward
-from envs.mujoco_vector import MujocoFamily
+from metarl.envs.family import Uniform, register
+from metarl.envs.mujoco_bodies import UNITS, velocity_reward
+from metarl.envs.mujoco_vector import MujocoFamily
 
 
 @register

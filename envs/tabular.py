@@ -16,9 +16,9 @@ import numpy as np
 from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
-from envs.errors import UserError
-from envs.family import Split, TaskDistribution, TaskFamily, Tasks, Uniform, register
-from envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
+from metarl.envs.errors import UserError
+from metarl.envs.family import Split, TaskDistribution, TaskFamily, Tasks, Uniform, register
+from metarl.envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
 
 _GRID_SEEDS = {"train": 1, "test": 2}
 

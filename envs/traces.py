@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from envs.family import TaskFamily, Tasks
+from metarl.envs.family import TaskFamily, Tasks
 
 EPISODES = 2  # of each task
 

@@ -27,8 +27,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from envs.errors import UserError
-from envs.family import TaskFamily
+from metarl.envs.errors import UserError
+from metarl.envs.family import TaskFamily
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]

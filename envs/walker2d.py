@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from envs.family import Uniform, register
-from envs.mujoco_bodies import (
+from metarl.envs.family import Uniform, register
+from metarl.envs.mujoco_bodies import (
     BODIES,
     UNITS,
     direction_reward,
@@ -20,7 +20,7 @@ from envs.mujoco_bodies import (
     scaled_parameters,
     velocity_reward,
 )
-from envs.mujoco_vector import MujocoFamily
+from metarl.envs.mujoco_vector import MujocoFamily
 
 CONTROL_COST = 1e-3
 

@@ -23,10 +23,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import metarl
-from envs.family import parse_options
-from metarl.algorithms import ALGORITHMS, find_algorithm
-from metarl.config import Config
-from metarl.metrics import read_metrics
+from metarl.envs.family import parse_options
+from metarl.learning.algorithms import ALGORITHMS, find_algorithm
+from metarl.running.config import Config
+from metarl.running.metrics import read_metrics
 
 REFERENCES = ("pretrained", "oracle", "random")
 

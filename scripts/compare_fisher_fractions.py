@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 
 import metarl
-from metarl.metrics import read_metrics
+from metarl.running.metrics import read_metrics
 
 
 @dataclass

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import metarl  # noqa: F401  (before the first matrix product)
-from envs import GymnasiumFamily, Uniform
-from metarl.objectives import Batch
-from metarl.parallel import ChunkPool
-from metarl.policies import GaussianMLP, Params
+from metarl.envs import GymnasiumFamily, Uniform
+from metarl.learning.objectives import Batch
+from metarl.learning.parallel import ChunkPool
+from metarl.learning.policies import GaussianMLP, Params
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ import torch
 from conftest import double_params, random_batch
 from torch.distributions import Independent, Normal
 
-from metarl.adaptation import adapt, step_size
-from metarl.objectives import likelihood_ratio, log_likelihood, mean_kl
-from metarl.policies import stack
+from metarl.learning.adaptation import adapt, step_size
+from metarl.learning.objectives import likelihood_ratio, log_likelihood, mean_kl
+from metarl.learning.policies import stack
 
 
 def constant_step_sizes(params, sizes):

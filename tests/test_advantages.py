@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metarl.advantages import (
+from metarl.learning.advantages import (
     AdvantageConfig,
     discounted_sum,
     estimate,
@@ -17,8 +17,8 @@ from metarl.advantages import (
     gae,
     normalize,
 )
-from metarl.parallel import ChunkPool
-from metarl.trajectories import Rollout
+from metarl.learning.parallel import ChunkPool
+from metarl.learning.trajectories import Rollout
 
 T, E, H, OBS = 3, 4, 9, 2
 

@@ -14,12 +14,12 @@ import torch
 from conftest import double_params, random_batch
 from test_trainer import same_params, small, timeless
 
-from envs.errors import UserError
 from metarl import evaluate, load, preset_config, train
-from metarl.adaptation import Adapter
-from metarl.algorithms import ALGORITHMS, find_algorithm
-from metarl.first_order import Adam, AdamConfig, shorten
-from metarl.meta_gradients import (
+from metarl.envs.errors import UserError
+from metarl.learning.adaptation import Adapter
+from metarl.learning.algorithms import ALGORITHMS, find_algorithm
+from metarl.learning.first_order import Adam, AdamConfig, shorten
+from metarl.learning.meta_gradients import (
     DisplacementProblem,
     Evaluation,
     ImplicitProblem,
@@ -29,9 +29,16 @@ from metarl.meta_gradients import (
     cosine,
     solve_each,
 )
-from metarl.objectives import Batch, clipped_ratio, dice, likelihood_ratio, log_likelihood, mean_kl
-from metarl.policies import flatten, stack
-from metarl.trainer import Trainer
+from metarl.learning.objectives import (
+    Batch,
+    clipped_ratio,
+    dice,
+    likelihood_ratio,
+    log_likelihood,
+    mean_kl,
+)
+from metarl.learning.policies import flatten, stack
+from metarl.running.trainer import Trainer
 
 D = torch.float64
 
@@ -620,7 +627,7 @@ def test_cavias_gradient_matches_central_differences(small_policy, pool):
     problem = UnrolledProblem(adapter, batches, pool)
     gradient, _ = problem.gradient(meta)
     theta = flatten(meta)
-    from metarl.policies import unflatten
+    from metarl.learning.policies import unflatten
 
     for i in range(0, len(theta), 7):
         h = torch.zeros_like(theta)

@@ -11,14 +11,13 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
-import envs
-from envs import MujocoFamily, Uniform, make_family
-from envs.errors import UserError
-from envs.mujoco_bodies import BODIES, load_model, scaled_parameters, upkeep
-from metarl.benchmark import _replay
-from metarl.config import Config, PolicyConfig
-from metarl.rollouts import Address
-from metarl.trainer import Trainer
+from metarl.envs import GYMNASIUM_IDS, MujocoFamily, Uniform, make_family
+from metarl.envs.errors import UserError
+from metarl.envs.mujoco_bodies import BODIES, load_model, scaled_parameters, upkeep
+from metarl.running.benchmark import _replay
+from metarl.running.config import Config, PolicyConfig
+from metarl.running.trainer import Trainer
+from metarl.sampling.rollouts import Address
 
 DISABLED = AutoresetMode.DISABLED
 SEEDS = [21, 22, 23, 24]
@@ -418,7 +417,7 @@ def test_what_functions_ask_for_in_vain_is_told():
 )
 @pytest.mark.filterwarnings("ignore:.*A Box observation space m.*imum value is .*infinity")
 def test_gymnasium_ids(id, task):
-    assert id in envs.GYMNASIUM_IDS
+    assert id in GYMNASIUM_IDS
     env = gym.make(id, **task)
     check_env(env.unwrapped, skip_render_check=True)
     vector = gym.make_vec(id, num_envs=2, **task)

@@ -11,8 +11,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from envs import Finite, GymnasiumFamily, Uniform, check_task_family, family_names, make_family
-from envs.errors import UserError
+from metarl.envs import (
+    Finite,
+    GymnasiumFamily,
+    Uniform,
+    check_task_family,
+    family_names,
+    make_family,
+)
+from metarl.envs.errors import UserError
 
 
 class Point(gym.Env):
@@ -357,7 +364,7 @@ def test_what_is_no_family_is_refused():
 # The command --------------------------------------------------------------------------------------
 
 MODULE = """
-from envs import GymnasiumFamily, Uniform
+from metarl.envs import GymnasiumFamily, Uniform
 
 def family(horizon=30, key="g"):
     def put(env, task):
@@ -368,7 +375,9 @@ def family(horizon=30, key="g"):
 
 
 def test_the_command_lists_what_was_checked(tmp_path, monkeypatch, capsys):
-    from metarl.cli import main  # not above: worker processes import this file, and would torch
+    from metarl.commands.cli import (
+        main,  # not above: worker processes import this file, and would torch
+    )
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -388,7 +397,7 @@ def test_the_command_lists_what_was_checked(tmp_path, monkeypatch, capsys):
 
 
 SCRIPT = """
-from envs import check_task_family
+from metarl.envs import check_task_family
 from test_checker import family, put
 for finding in check_task_family(family(set_task=put)):
     print(finding)

@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from metarl import checkpoints
-from metarl.checkpoints import CheckpointError
+from metarl.running import checkpoints
+from metarl.running.checkpoints import CheckpointError
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5])}
 

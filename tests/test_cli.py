@@ -10,10 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import metarl
-from metarl.cli import main
-from metarl.config import Config
-from metarl.metrics import read_metrics
-from metarl.runs import run_config
+from metarl.commands.cli import main
+from metarl.running.config import Config
+from metarl.running.metrics import read_metrics
+from metarl.running.runs import run_config
 
 SMALL = [
     "--tasks", "4", "--episodes", "3", "--policy.hidden", "8", "--threads", "1",
@@ -107,7 +107,7 @@ def test_adapt_record_plot_and_report(tmp_path, capsys):
 
 
 def test_without_gl_all_but_the_video_is_reported(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("metarl.videos._draws", lambda backend: False)
+    monkeypatch.setattr("metarl.showing.videos._draws", lambda backend: False)
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     small = ["--tasks", "2", "--episodes", "1", "--steps", "1"]
     assert run("report", "half-cheetah-dir-icml2017", *small) == 0

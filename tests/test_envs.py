@@ -11,10 +11,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
-import envs
-from envs import Finite, GymnasiumFamily, Uniform, make_family, register
-from envs.errors import UserError
-from envs.family import family_names, parse_options
+from metarl.envs import Finite, GymnasiumFamily, TaskFamily, Uniform, make_family, register
+from metarl.envs.errors import UserError
+from metarl.envs.family import family_names, parse_options
 
 DISABLED = AutoresetMode.DISABLED
 
@@ -90,7 +89,7 @@ def test_a_misspelt_name_or_option_is_answered_with_the_nearest():
 @pytest.fixture(autouse=True)
 def _own_module(tmp_path, monkeypatch):
     (tmp_path / "tests_family_module.py").write_text(
-        "from envs import GymnasiumFamily, Uniform\n"
+        "from metarl.envs import GymnasiumFamily, Uniform\n"
         "def put(env, task):\n    env.g = float(task[0])\n"
         "def gravity_family(low=5.0):\n"
         "    return GymnasiumFamily(name='pendulum', env='Pendulum-v1', set_task=put,\n"
@@ -117,10 +116,10 @@ def test_options_are_python_literals_or_strings():
 
 
 def test_register_names_a_family_after_its_function(monkeypatch):
-    monkeypatch.setattr("envs.family._factories", {})
+    monkeypatch.setattr("metarl.envs.family._factories", {})
 
     @register
-    def my_own_family() -> envs.TaskFamily:
+    def my_own_family() -> TaskFamily:
         raise AssertionError
 
     assert family_names() == ["my-own-family"]
@@ -141,7 +140,7 @@ def package(tmp_path, monkeypatch):
         "bandit = more_worlds:gone\n"
     )
     (folder / "more_worlds.py").write_text(
-        "from envs import GymnasiumFamily, Uniform\n"
+        "from metarl.envs import GymnasiumFamily, Uniform\n"
         "def swing(low=5.0):\n"
         "    return GymnasiumFamily(name='swing', env='Pendulum-v1', keywords=True,\n"
         "        tasks=Uniform({'g': (low, 15.0)}), horizon=30)\n"
@@ -152,7 +151,7 @@ def package(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("package")
 def test_a_package_offers_families_by_an_entry_point(capsys):
-    from metarl.cli import main
+    from metarl.commands.cli import main
 
     assert {"offered-swing", "offered-made", "navigation-2d"} <= set(family_names())
     swing = make_family("offered-swing", low=8.0)

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from envs import family_names, make_family
-from envs.errors import UserError
-from envs.navigation import NavigationFamily, NavigationVectorEnv
 from metarl import evaluate
-from metarl.config import Config, InnerConfig, PolicyConfig
-from metarl.evaluation import grouped
-from metarl.meta_policy import MetaPolicy, policy_for, random_meta_policy
-from metarl.parallel import ChunkPool
-from metarl.plots import plot_evaluation
-from metarl.policies import stack
-from metarl.presets import preset_config, reference_step_sizes
-from metarl.results import Curve, EvaluationResult
-from metarl.rollouts import Address, Collector
+from metarl.envs import family_names, make_family
+from metarl.envs.errors import UserError
+from metarl.envs.navigation import NavigationFamily, NavigationVectorEnv
+from metarl.learning.parallel import ChunkPool
+from metarl.learning.policies import stack
+from metarl.running.config import Config, InnerConfig, PolicyConfig
+from metarl.running.evaluation import grouped
+from metarl.running.meta_policy import MetaPolicy, policy_for, random_meta_policy
+from metarl.running.presets import preset_config, reference_step_sizes
+from metarl.running.results import Curve, EvaluationResult
+from metarl.sampling.rollouts import Address, Collector
+from metarl.showing.plots import plot_evaluation
 
 
 def navigator(**changes) -> MetaPolicy:
@@ -69,7 +69,7 @@ def test_a_policy_that_cannot_adapt_is_told_so():
 def test_k_steps_take_k_plus_one_samples_of_their_own(monkeypatch):
     meta = navigator()
     addresses = []
-    from metarl.rollouts import Collector
+    from metarl.sampling.rollouts import Collector
 
     collect = Collector.collect
 

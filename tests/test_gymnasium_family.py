@@ -8,9 +8,9 @@ import pytest
 from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.vector import AutoresetMode
 
-from envs import GymnasiumFamily, Uniform, make_family
-from envs.classic_control import put_length
-from envs.errors import UserError
+from metarl.envs import GymnasiumFamily, Uniform, make_family
+from metarl.envs.classic_control import put_length
+from metarl.envs.errors import UserError
 
 DISABLED = AutoresetMode.DISABLED
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import double_params, random_batch
 
-from metarl.adaptation import Adapter, adapt
-from metarl.meta_gradients import UnrolledProblem
-from metarl.objectives import Batch, likelihood_ratio, log_likelihood, mean_kl
-from metarl.parallel import ChunkPool
-from metarl.policies import CategoricalMLP, GaussianMLP, flatten, stack, unflatten
+from metarl.learning.adaptation import Adapter, adapt
+from metarl.learning.meta_gradients import UnrolledProblem
+from metarl.learning.objectives import Batch, likelihood_ratio, log_likelihood, mean_kl
+from metarl.learning.parallel import ChunkPool
+from metarl.learning.policies import CategoricalMLP, GaussianMLP, flatten, stack, unflatten
 
 SIZES = (0.3, 0.2, 0.15)
 

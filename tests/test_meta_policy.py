@@ -9,15 +9,15 @@ import torch
 from test_evaluation import navigator
 
 import metarl
-from metarl.checkpoints import CheckpointError
-from metarl.meta_policy import load, shipped
+from metarl.running.checkpoints import CheckpointError
+from metarl.running.meta_policy import load, shipped
 
 
 def test_adapting_by_hand_and_by_the_method_agree():
     # One REINFORCE step written out on the episodes that `adapt` samples.
-    from metarl.advantages import estimate
-    from metarl.parallel import ChunkPool
-    from metarl.rollouts import Address, collect_episodes
+    from metarl.learning.advantages import estimate
+    from metarl.learning.parallel import ChunkPool
+    from metarl.sampling.rollouts import Address, collect_episodes
 
     meta = navigator()
     env = gym.make("metarl/Navigation2D-v0", goal=(0.3, 0.2), horizon=15)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from envs import make_family
-from envs.errors import UserError
-from metarl.cli import main
-from metarl.metrics import read_metrics
+from metarl.commands.cli import main
+from metarl.envs import make_family
+from metarl.envs.errors import UserError
+from metarl.running.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 INSTALLED = importlib.util.find_spec("metaworld") is not None

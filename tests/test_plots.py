@@ -11,10 +11,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from test_evaluation import navigator
 
-from envs.errors import UserError
-from metarl import evaluate, plots
-from metarl.results import Curve, EvaluationResult
-from metarl.runs import create_run
+from metarl import evaluate
+from metarl.envs.errors import UserError
+from metarl.running.results import Curve, EvaluationResult
+from metarl.running.runs import create_run
+from metarl.showing import plots
 
 
 @pytest.fixture

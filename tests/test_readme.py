@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import metarl
-from metarl import cli
-from metarl.algorithms import ALGORITHMS
-from metarl.cli import main
+from metarl.commands import cli
+from metarl.commands.cli import main
+from metarl.learning.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -39,7 +39,7 @@ def module_files(folder: Path) -> None:
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.split("\n")[0][:40])
 def test_python_blocks_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("metarl.algorithms.ALGORITHMS", dict(ALGORITHMS))
+    monkeypatch.setattr("metarl.learning.algorithms.ALGORITHMS", dict(ALGORITHMS))
     names = {"__name__": "readme"}
     exec(compile(code, "README.md", "exec"), names)
     assert len(names) > 2  # it ran to its end and left what it made
@@ -69,7 +69,7 @@ def test_commands_are_taken(command, tmp_path, monkeypatch):
     if "--resume" in words:
         from test_trainer import small
 
-        from metarl.runs import create_run
+        from metarl.running.runs import create_run
 
         create_run(tmp_path / words[words.index("--resume") + 1], small())
     assert main(words[1:]) == 0

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from test_evaluation import navigator
 
-from metarl import evaluate, plots
-from metarl.report import write_report
-from metarl.videos import Video
+from metarl import evaluate
+from metarl.showing import plots
+from metarl.showing.report import write_report
+from metarl.showing.videos import Video
 
 
 class Page(HTMLParser):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import SPACES, CountingEnv, code_family, counting_family
 
-from envs import make_family
-from envs.errors import UserError
-from metarl.parallel import ChunkPool, slices
-from metarl.policies import CategoricalMLP, GaussianMLP, stack
-from metarl.rollouts import Address, Collector, categories, collect_episodes, env_action
-from metarl.seeding import episode_seeds, stream
+from metarl.envs import make_family
+from metarl.envs.errors import UserError
+from metarl.learning.parallel import ChunkPool, slices
+from metarl.learning.policies import CategoricalMLP, GaussianMLP, stack
+from metarl.sampling.rollouts import Address, Collector, categories, collect_episodes, env_action
+from metarl.sampling.seeding import episode_seeds, stream
 
 POLICY = GaussianMLP(observation_dim=17, action_dim=6, hidden=(8,))
 
@@ -81,19 +81,20 @@ def test_results_are_bit_identical_at_any_number_of_threads(name):
 
 
 def test_one_environment_alone_gives_what_the_vector_gives(pool):
-    family = make_family("half-cheetah-dir", horizon=20)
+    family = make_family("half-cheetah-dir", horizon=5)
     params = POLICY.init(np.random.default_rng(0))
     address = Address(3, split="test", inner_step=2)
     together = Collector(family, POLICY, 1, 3, pool).collect(
         stack(params, 1), np.array([[1.0]]), address
     )
     alone = collect_episodes(
-        family.make(np.array([1.0])), POLICY, params, episodes=3, horizon=20, address=address
+        family.make(np.array([1.0])), POLICY, params, episodes=3, horizon=5, address=address
     )
     for name in ("observation", "action", "reward", "last_observation"):
         a, b = getattr(together, name), getattr(alone, name)
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-        assert torch.equal(a[:, :, :1], b[:, :, :1]) or name == "last_observation"
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    # Resets pass through no matrix product, whose bits may depend on the number of rows.
+    assert torch.equal(together.observation[:, :, 0], alone.observation[:, :, 0])
 
 
 def test_ragged_episodes_are_masked_and_zero_after_their_ends(pool):

@@ -10,8 +10,8 @@ import mujoco
 import numpy as np
 import pytest
 
-from envs import make_family, mujoco_vector
-from envs.serial_batch import SerialBatch
+from metarl.envs import make_family, mujoco_vector
+from metarl.envs.serial_batch import SerialBatch
 
 batch = pytest.importorskip("mujoco.batch")
 

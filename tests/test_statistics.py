@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from metarl.statistics import (
+from metarl.running.statistics import (
     bootstrap_interval,
     interquartile_mean,
     interquartile_mean_interval,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from envs import make_family
-from envs.errors import UserError
 from metarl import evaluate, preset_config
-from metarl.meta_policy import MetaPolicy, policy_for
+from metarl.envs import make_family
+from metarl.envs.errors import UserError
+from metarl.running.meta_policy import MetaPolicy, policy_for
 
 DISABLED = AutoresetMode.DISABLED
 

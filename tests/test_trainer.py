@@ -18,15 +18,15 @@ import torch
 from conftest import CountingEnv, counting_family
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from envs import make_family
-from envs.errors import UserError
 from metarl import evaluate, load, preset_config, train
-from metarl.checkpoints import CheckpointError
-from metarl.config import Config, InnerConfig, PolicyConfig
-from metarl.meta_policy import newest_checkpoint
-from metarl.metrics import measured_time, read_metrics
-from metarl.runs import RunError, load_state, locked, run_config
-from metarl.trainer import Trainer
+from metarl.envs import make_family
+from metarl.envs.errors import UserError
+from metarl.running.checkpoints import CheckpointError
+from metarl.running.config import Config, InnerConfig, PolicyConfig
+from metarl.running.meta_policy import newest_checkpoint
+from metarl.running.metrics import measured_time, read_metrics
+from metarl.running.runs import RunError, load_state, locked, run_config
+from metarl.running.trainer import Trainer
 
 
 def small(**changes) -> Config:
@@ -112,7 +112,7 @@ def test_stop_ends_after_an_iteration_that_is_saved(tmp_path):
 
 def test_a_user_family_trains_by_module_and_attribute(tmp_path, monkeypatch):
     (tmp_path / "own_family.py").write_text(
-        "from envs import GymnasiumFamily, Uniform\n"
+        "from metarl.envs import GymnasiumFamily, Uniform\n"
         "def put(env, task):\n    env.g = float(task[0])\n"
         "pendulums = GymnasiumFamily(name='pendulum', env='Pendulum-v1', set_task=put,\n"
         "    tasks=Uniform({'gravity': (5.0, 15.0)}), horizon=20)\n"
@@ -193,7 +193,7 @@ bad_above = 0.0
 
 def poisoned_config(tmp_path, monkeypatch) -> Config:
     family = dataclasses.replace(counting_family(), env=Poisoned)
-    monkeypatch.setattr("metarl.trainer.make_family", lambda *_, **__: family)
+    monkeypatch.setattr("metarl.running.trainer.make_family", lambda *_, **__: family)
     return small(family="counting", family_options={}, iterations=20)
 
 
@@ -228,7 +228,7 @@ def test_ten_skipped_updates_in_a_row_stop_the_run(tmp_path, monkeypatch):
 
 def test_a_diverging_family_is_counted_and_trains_on(monkeypatch):
     family = make_family("half-cheetah-dir", horizon=8)
-    monkeypatch.setattr("metarl.trainer.make_family", lambda *_, **__: family)
+    monkeypatch.setattr("metarl.running.trainer.make_family", lambda *_, **__: family)
     with Trainer(small(family="half-cheetah-dir", family_options={}, threads=1)) as trainer:
         env = trainer._collector._envs[0]
         begin = env._begin
@@ -312,7 +312,7 @@ def test_an_environment_of_ones_own_that_raises_shows_its_traceback(tmp_path, mo
             raise ZeroDivisionError("mine")
 
     family = dataclasses.replace(counting_family(), env=Broken)
-    monkeypatch.setattr("metarl.trainer.make_family", lambda *_, **__: family)
+    monkeypatch.setattr("metarl.running.trainer.make_family", lambda *_, **__: family)
     with pytest.raises(ZeroDivisionError, match="mine"):
         train(small(family="counting", family_options={}), tmp_path / "run")
     assert not (tmp_path / "run").exists()  # so that the same command works once it is mended

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from metarl.meta_gradients import Evaluation, UnrolledProblem
-from metarl.trust_region import TrustRegion, TrustRegionConfig, conjugate_gradient
+from metarl.learning.meta_gradients import Evaluation, UnrolledProblem
+from metarl.learning.trust_region import TrustRegion, TrustRegionConfig, conjugate_gradient
 
 
 def spd(n: int, seed: int = 0) -> torch.Tensor:

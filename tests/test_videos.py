@@ -12,10 +12,10 @@ from PIL import Image
 from test_evaluation import navigator
 
 import metarl
-from envs import make_family
-from envs.errors import UserError
-from metarl import videos
-from metarl.checkpoints import CheckpointError
+from metarl.envs import make_family
+from metarl.envs.errors import UserError
+from metarl.running.checkpoints import CheckpointError
+from metarl.showing import videos
 
 GOAL = np.array([0.3, -0.2])
 

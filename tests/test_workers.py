@@ -19,19 +19,19 @@ import torch
 from conftest import counting_family
 from worker_envs import FAULTY, walk, walk_by_lambda
 
-import metarl.workers
-from envs import TaskFamily, make_family
-from envs.errors import UserError
-from metarl.cli import main
-from metarl.config import Config
-from metarl.inner_loop import InnerLoop, NonFiniteError
-from metarl.meta_policy import make_adapter
-from metarl.parallel import ChunkPool
-from metarl.policies import GaussianMLP, Params
-from metarl.rollouts import Address, Collector
-from metarl.trainer import Trainer
-from metarl.trajectories import Rollout
-from metarl.workers import WorkerCollector, WorkerError, make_collector
+import metarl.sampling.workers
+from metarl.commands.cli import main
+from metarl.envs import TaskFamily, make_family
+from metarl.envs.errors import UserError
+from metarl.learning.inner_loop import InnerLoop, NonFiniteError
+from metarl.learning.parallel import ChunkPool
+from metarl.learning.policies import GaussianMLP, Params
+from metarl.learning.trajectories import Rollout
+from metarl.running.config import Config
+from metarl.running.meta_policy import make_adapter
+from metarl.running.trainer import Trainer
+from metarl.sampling.rollouts import Address, Collector
+from metarl.sampling.workers import WorkerCollector, WorkerError, make_collector
 
 POLICY = GaussianMLP(observation_dim=2, action_dim=1, hidden=(8,))
 TASKS = np.array([[0.0], [0.3], [0.5], [FAULTY]])
@@ -143,11 +143,11 @@ def test_a_policy_of_other_sizes_is_refused():
 SCRIPT = """
 import sys
 import numpy as np
-from envs import GymnasiumFamily, Uniform, make_family, register
-from metarl.parallel import ChunkPool
-from metarl.policies import GaussianMLP, stack
-from metarl.rollouts import Address, Collector
-from metarl.workers import WorkerCollector
+from metarl.envs import GymnasiumFamily, Uniform, make_family, register
+from metarl.learning.parallel import ChunkPool
+from metarl.learning.policies import GaussianMLP, stack
+from metarl.sampling.rollouts import Address, Collector
+from metarl.sampling.workers import WorkerCollector
 from worker_envs import Walk
 
 @register
@@ -323,7 +323,7 @@ def test_a_collect_after_an_interrupted_one_is_right(collector, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(metarl.workers, "wait", interrupt)
+        patch.setattr(metarl.sampling.workers, "wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             sample(collector, Address(7))
     assert_equal(sample(collector), in_process(walk(), TASKS, Address(2)))

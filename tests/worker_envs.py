@@ -13,7 +13,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
-from envs import Finite, GymnasiumFamily, Uniform
+from metarl.envs import Finite, GymnasiumFamily, Uniform
 
 FAULTY = 0.8
 """The task (drift) that fails."""

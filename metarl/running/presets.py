@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from envs.errors import UserError
-from envs.family import did_you_mean, option_defaults
-from metarl.algorithms import find_algorithm
-from metarl.config import Config, InnerConfig, PolicyConfig
-from metarl.objectives import dice, log_likelihood
-from metarl.trust_region import TrustRegionConfig
+from metarl.envs.errors import UserError
+from metarl.envs.family import did_you_mean, option_defaults
+from metarl.learning.algorithms import find_algorithm
+from metarl.learning.objectives import dice, log_likelihood
+from metarl.learning.trust_region import TrustRegionConfig
+from metarl.running.config import Config, InnerConfig, PolicyConfig
 
 
 @dataclass(frozen=True)

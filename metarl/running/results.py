@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from metarl.statistics import (
+from metarl.running.statistics import (
     FEWEST,
     Floats,
     bootstrap_interval,

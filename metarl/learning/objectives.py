@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarl.policies import Dist, MLPPolicy
-from metarl.trajectories import Rollout
+from metarl.learning.policies import Dist, MLPPolicy
+from metarl.learning.trajectories import Rollout
 
 
 @dataclass(frozen=True)

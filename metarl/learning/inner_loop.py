@@ -11,13 +11,13 @@ from typing import Literal
 
 import torch
 
-from envs.errors import UserError
-from metarl.adaptation import Adapter, StepSizes
-from metarl.advantages import AdvantageConfig, estimate
-from metarl.objectives import Batch, make_batch
-from metarl.parallel import ChunkPool, slices
-from metarl.policies import Params, stack
-from metarl.trajectories import Rollout
+from metarl.envs.errors import UserError
+from metarl.learning.adaptation import Adapter, StepSizes
+from metarl.learning.advantages import AdvantageConfig, estimate
+from metarl.learning.objectives import Batch, make_batch
+from metarl.learning.parallel import ChunkPool, slices
+from metarl.learning.policies import Params, stack
+from metarl.learning.trajectories import Rollout
 
 _CHUNK = 4  # tasks
 

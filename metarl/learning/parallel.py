@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from envs.errors import UserError
+from metarl.envs.errors import UserError
 
 X = TypeVar("X")
 Y = TypeVar("Y")

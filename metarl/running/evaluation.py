@@ -17,20 +17,20 @@ from typing import Literal
 import numpy as np
 import torch
 
-from envs import TaskFamily
-from envs.errors import UserError
-from metarl.config import Config, available_threads
-from metarl.inner_loop import NonFiniteError
-from metarl.meta_policy import MetaPolicy, load, random_meta_policy
-from metarl.parallel import ChunkPool, one_intraop_thread
-from metarl.policies import MLPPolicy, Params
-from metarl.presets import reference_step_sizes
-from metarl.results import REFERENCES, Curve, EvaluationResult
-from metarl.rollouts import ActionMode, Address
-from metarl.runs import but_seed, group_name
-from metarl.statistics import Floats
-from metarl.trajectories import Rollout
-from metarl.workers import AnyCollector, make_collector
+from metarl.envs import TaskFamily
+from metarl.envs.errors import UserError
+from metarl.learning.inner_loop import NonFiniteError
+from metarl.learning.parallel import ChunkPool, one_intraop_thread
+from metarl.learning.policies import MLPPolicy, Params
+from metarl.learning.trajectories import Rollout
+from metarl.running.config import Config, available_threads
+from metarl.running.meta_policy import MetaPolicy, load, random_meta_policy
+from metarl.running.presets import reference_step_sizes
+from metarl.running.results import REFERENCES, Curve, EvaluationResult
+from metarl.running.runs import but_seed, group_name
+from metarl.running.statistics import Floats
+from metarl.sampling.rollouts import ActionMode, Address
+from metarl.sampling.workers import AnyCollector, make_collector
 
 What = MetaPolicy | str | Path
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from envs.errors import UserError
-from envs.family import did_you_mean
-from metarl.adaptation import Fast, Learned
-from metarl.objectives import Loss, dice, likelihood_ratio, log_likelihood
+from metarl.envs.errors import UserError
+from metarl.envs.family import did_you_mean
+from metarl.learning.adaptation import Fast, Learned
+from metarl.learning.objectives import Loss, dice, likelihood_ratio, log_likelihood
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from envs.errors import UserError
-from envs.family import did_you_mean
-from metarl.advantages import AdvantageConfig
-from metarl.first_order import AdamConfig
-from metarl.policies import Activation
-from metarl.rollouts import ActionMode
-from metarl.trust_region import TrustRegionConfig
+from metarl.envs.errors import UserError
+from metarl.envs.family import did_you_mean
+from metarl.learning.advantages import AdvantageConfig
+from metarl.learning.first_order import AdamConfig
+from metarl.learning.policies import Activation
+from metarl.learning.trust_region import TrustRegionConfig
+from metarl.sampling.rollouts import ActionMode
 
 
 @dataclass(frozen=True, kw_only=True)

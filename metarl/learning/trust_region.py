@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from envs.errors import UserError
-from metarl.meta_gradients import Problem, UnrolledProblem
-from metarl.metrics import Stopwatch
-from metarl.policies import Params, flatten, unflatten
+from metarl.envs.errors import UserError
+from metarl.learning.meta_gradients import Problem, UnrolledProblem
+from metarl.learning.policies import Params, flatten, unflatten
+from metarl.learning.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, kw_only=True)

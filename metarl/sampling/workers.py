@@ -42,12 +42,13 @@ import torch
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from envs import TaskFamily, TaskVectorEnv, make_family
-from envs.errors import UserError
-from envs.vector import describe_progress
-from metarl.parallel import ChunkPool, slices
-from metarl.policies import MLPPolicy, Params
-from metarl.rollouts import (
+from metarl.envs import TaskFamily, TaskVectorEnv, make_family
+from metarl.envs.errors import UserError
+from metarl.envs.vector import describe_progress
+from metarl.learning.parallel import ChunkPool, slices
+from metarl.learning.policies import MLPPolicy, Params
+from metarl.learning.trajectories import Rollout
+from metarl.sampling.rollouts import (
     ActionMode,
     Address,
     Collector,
@@ -56,7 +57,6 @@ from metarl.rollouts import (
     clear_after_the_end,
     collect_into,
 )
-from metarl.trajectories import Rollout
 
 REPEATS = {"was killed": 2, "ended": 1, "hung": 1, "raised": 1}
 """How often a share is begun again in one collect, for each way a worker may fail."""

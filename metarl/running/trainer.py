@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from envs import make_family
-from metarl.algorithms import find_algorithm
-from metarl.checkpoints import versions
-from metarl.config import Config
-from metarl.first_order import Adam, Still
-from metarl.inner_loop import Adapted, InnerLoop, NonFiniteError, Query
-from metarl.meta_gradients import (
+from metarl.envs import make_family
+from metarl.learning.algorithms import find_algorithm
+from metarl.learning.first_order import Adam, Still
+from metarl.learning.inner_loop import Adapted, InnerLoop, NonFiniteError, Query
+from metarl.learning.meta_gradients import (
     DisplacementProblem,
     ImplicitProblem,
     Objective,
@@ -31,19 +29,22 @@ from metarl.meta_gradients import (
     annealed_weights,
     cosine,
 )
-from metarl.meta_policy import (
+from metarl.learning.objectives import clipped_ratio, likelihood_ratio
+from metarl.learning.parallel import ChunkPool, one_intraop_thread
+from metarl.learning.policies import GaussianMLP, Params
+from metarl.learning.trajectories import Rollout
+from metarl.learning.trust_region import TrustRegion
+from metarl.running.checkpoints import versions
+from metarl.running.config import Config
+from metarl.running.meta_policy import (
     MetaPolicy,
     make_adapter,
     policy_for,
     scaled_tasks,
 )
-from metarl.metrics import MetricsLog
-from metarl.objectives import clipped_ratio, likelihood_ratio
-from metarl.parallel import ChunkPool, one_intraop_thread
-from metarl.policies import GaussianMLP, Params
-from metarl.presets import check_combination, check_device
-from metarl.rollouts import Address
-from metarl.runs import (
+from metarl.running.metrics import MetricsLog
+from metarl.running.presets import check_combination, check_device
+from metarl.running.runs import (
     RunError,
     State,
     create_run,
@@ -53,10 +54,9 @@ from metarl.runs import (
     run_config,
     save_checkpoint,
 )
-from metarl.seeding import stream
-from metarl.trajectories import Rollout
-from metarl.trust_region import TrustRegion
-from metarl.workers import make_collector
+from metarl.sampling.rollouts import Address
+from metarl.sampling.seeding import stream
+from metarl.sampling.workers import make_collector
 
 SKIPPED_LIMIT = 10
 """Updates skipped in a row after which a run stops."""

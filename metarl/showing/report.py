@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metarl.checkpoints import machine, versions
-from metarl.videos import to_webm
+from metarl.running.checkpoints import machine, versions
+from metarl.showing.videos import to_webm
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;

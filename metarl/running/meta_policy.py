@@ -17,19 +17,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from envs import TaskFamily, make_family
-from envs.errors import UserError
-from metarl import checkpoints
-from metarl.adaptation import Adapter
-from metarl.algorithms import find_algorithm
-from metarl.checkpoints import CheckpointError
-from metarl.config import Config, PolicyConfig
-from metarl.inner_loop import InnerLoop
-from metarl.objectives import dice
-from metarl.parallel import ChunkPool, one_intraop_thread
-from metarl.policies import CategoricalMLP, GaussianMLP, MLPPolicy, Params
-from metarl.rollouts import ActionMode, Address, categories, collect_episodes, env_action
-from metarl.seeding import stream
+from metarl.envs import TaskFamily, make_family
+from metarl.envs.errors import UserError
+from metarl.learning.adaptation import Adapter
+from metarl.learning.algorithms import find_algorithm
+from metarl.learning.inner_loop import InnerLoop
+from metarl.learning.objectives import dice
+from metarl.learning.parallel import ChunkPool, one_intraop_thread
+from metarl.learning.policies import CategoricalMLP, GaussianMLP, MLPPolicy, Params
+from metarl.running import checkpoints
+from metarl.running.checkpoints import CheckpointError
+from metarl.running.config import Config, PolicyConfig
+from metarl.sampling.rollouts import ActionMode, Address, categories, collect_episodes, env_action
+from metarl.sampling.seeding import stream
 
 
 class Policy:

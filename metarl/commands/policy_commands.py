@@ -13,9 +13,9 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from envs.errors import UserError
-from envs.family import TaskFamily, make_family
-from metarl.config import default_workers
+from metarl.envs.errors import UserError
+from metarl.envs.family import TaskFamily, make_family
+from metarl.running.config import default_workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,9 +207,10 @@ def evaluate(command: Evaluate) -> int:
 
 def _evaluate(what: Sequence[str], out: Path | None, **options: Any) -> tuple[Any, list[Path]]:
     """Evaluate policies; leave the result and its pictures in the first one's folder, or out."""
-    from metarl import evaluation, plots
-    from metarl.checkpoints import write_atomically
-    from metarl.metrics import show_adaptation
+    from metarl.running import evaluation
+    from metarl.running.checkpoints import write_atomically
+    from metarl.running.metrics import show_adaptation
+    from metarl.showing import plots
 
     if not what:
         raise UserError("name a run folder, a policy file or a shipped policy to evaluate")
@@ -232,7 +233,7 @@ def _evaluate(what: Sequence[str], out: Path | None, **options: Any) -> tuple[An
 
 def adapt(command: Adapt) -> int:
     """Run `metarl adapt`."""
-    from metarl.meta_policy import load
+    from metarl.running.meta_policy import load
 
     what = _one(command.what)
     meta = load(what)
@@ -258,7 +259,7 @@ def adapt(command: Adapt) -> int:
 
 def plot(command: Plot) -> int:
     """Run `metarl plot`."""
-    from metarl.plots import plot_learning
+    from metarl.showing.plots import plot_learning
 
     if not command.what:
         raise UserError("name a run folder to plot")
@@ -287,7 +288,7 @@ def record(command: Record) -> int:
     for path in paths:
         video.save(path)
     if command.tensorboard:
-        from metarl.metrics import show_adaptation
+        from metarl.running.metrics import show_adaptation
 
         gif = {"video": paths[1].read_bytes()}
         show_adaptation(results_folder(what) / "video", [], gif)
@@ -307,8 +308,9 @@ def _film(
     speed: float = 1.0,
 ) -> Any:
     """Return a video of a meta-policy before and after adaptation, or of an adapted policy."""
-    from metarl import checkpoints, videos
-    from metarl.meta_policy import load, load_policy
+    from metarl.running import checkpoints
+    from metarl.running.meta_policy import load, load_policy
+    from metarl.showing import videos
 
     if Path(what).is_file() and checkpoints.load(Path(what))[1].get("kind") == "adapted":
         policy = load_policy(what)
@@ -334,10 +336,10 @@ def _film(
 
 def report(command: Report) -> int:
     """Run `metarl report`."""
-    from metarl.meta_policy import load
-    from metarl.metrics import read_metrics
-    from metarl.plots import plot_learning
-    from metarl.report import write_report
+    from metarl.running.meta_policy import load
+    from metarl.running.metrics import read_metrics
+    from metarl.showing.plots import plot_learning
+    from metarl.showing.report import write_report
 
     if not command.what:
         raise UserError("name a run folder, a policy file or a shipped policy to report on")

@@ -17,11 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from envs.errors import UserError
-from metarl.metrics import read_metrics
-from metarl.results import Curve, EvaluationResult
-from metarl.runs import but_seed, group_name, run_config
-from metarl.statistics import Floats
+from metarl.envs.errors import UserError
+from metarl.running.metrics import read_metrics
+from metarl.running.results import Curve, EvaluationResult
+from metarl.running.runs import but_seed, group_name, run_config
+from metarl.running.statistics import Floats
 
 _STYLES = [
     ("#0072B2", "o", "-"),

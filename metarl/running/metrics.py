@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,18 +27,6 @@ _TENSORBOARD = {
     "seconds_rollout": "time/seconds_rollout",
     "seconds_update": "time/seconds_update",
 }
-
-
-class Stopwatch:
-    """Seconds from lap to lap."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Return the seconds since the last lap, or the start."""
-        last, self._last = self._last, time.perf_counter()
-        return self._last - last
 
 
 def measured_time(name: str) -> bool:

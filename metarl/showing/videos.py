@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from envs import MujocoFamily, TaskFamily
-from envs.errors import UserError
-from metarl.meta_policy import Policy
+from metarl.envs import MujocoFamily, TaskFamily
+from metarl.envs.errors import UserError
+from metarl.running.meta_policy import Policy
 
 FPS = 25  # at most; slower families are shown at their own rate
 _LINE, _GAP = 30, 8  # pixels: height of a line of text above a panel, space between panels

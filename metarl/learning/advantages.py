@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from envs.errors import UserError
-from metarl.parallel import ChunkPool, slices
-from metarl.trajectories import Rollout
+from metarl.envs.errors import UserError
+from metarl.learning.parallel import ChunkPool, slices
+from metarl.learning.trajectories import Rollout
 
 _CHUNK = 2  # tasks; their features stay in cache
 

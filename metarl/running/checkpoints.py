@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from envs.errors import UserError
+from metarl.envs.errors import UserError
 
 FORMAT = 1
 DISTRIBUTION = "metarl-gradient"

@@ -19,11 +19,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from envs.errors import UserError
-from envs.family import did_you_mean, family_names, make_family, parse_options
-from metarl import policy_commands
-from metarl.config import Config, default_workers
-from metarl.presets import preset_config
+from metarl.commands import policy_commands
+from metarl.envs.errors import UserError
+from metarl.envs.family import did_you_mean, family_names, make_family, parse_options
+from metarl.running.config import Config, default_workers
+from metarl.running.presets import preset_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def _run(arguments: list[str]) -> int:
         print("\nmetarl COMMAND --help lists the options of a command.")
         return 0 if arguments else 2
     if name == "--version":
-        from metarl.checkpoints import DISTRIBUTION, versions
+        from metarl.running.checkpoints import DISTRIBUTION, versions
 
         print(f"metarl {versions()[DISTRIBUTION]}")
         return 0
@@ -178,7 +178,7 @@ def _starting_config(arguments: Sequence[str]) -> Config:
     """Return what the flags change: the resumed run's config, or the preset's for the family."""
     resume = _peek(arguments, "--resume")
     if resume is not None:
-        from metarl.runs import run_config
+        from metarl.running.runs import run_config
 
         return run_config(Path(resume))
     family = next((a for a in arguments[:1] if not a.startswith("-")), "")
@@ -221,7 +221,7 @@ class _Stop:
 def _train(command: Train) -> int:
     from tqdm import tqdm
 
-    from metarl.trainer import train
+    from metarl.running.trainer import train
 
     config = _with_options(command.config, command.family_options)
     if not config.family:
@@ -266,7 +266,7 @@ def _train(command: Train) -> int:
 
 
 def _check(command: Check) -> int:
-    from envs.checker import CHECKS, check_task_family
+    from metarl.envs.checker import CHECKS, check_task_family
 
     if not command.family:
         raise UserError("name a task family: metarl check FAMILY (metarl families lists them)")
@@ -285,7 +285,7 @@ def _check(command: Check) -> int:
 
 
 def _families(command: Families) -> int:
-    from envs.family import option_defaults
+    from metarl.envs.family import option_defaults
 
     for name in family_names():
         try:
@@ -302,7 +302,7 @@ def _families(command: Families) -> int:
 
 
 def _algorithms(command: Algorithms) -> int:
-    from metarl.algorithms import ALGORITHMS
+    from metarl.learning.algorithms import ALGORITHMS
 
     for row in ALGORITHMS.values():
         print(f"{row.name:<18}{row.description}\n{'':<18}{row.source}")
@@ -310,7 +310,7 @@ def _algorithms(command: Algorithms) -> int:
 
 
 def _benchmark(command: Benchmark) -> int:
-    from metarl.benchmark import benchmark, table
+    from metarl.running.benchmark import benchmark, table
 
     result = benchmark(_with_options(command.config, command.family_options), command.repeats)
     print(json.dumps(result, indent=2) if command.json else table(result))

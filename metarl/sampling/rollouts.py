@@ -18,12 +18,12 @@ import torch
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from envs import TaskFamily, TaskVectorEnv
-from envs.errors import UserError
-from metarl.parallel import ChunkPool, slices
-from metarl.policies import CategoricalMLP, MLPPolicy, Params
-from metarl.seeding import episode_seeds, stream
-from metarl.trajectories import Rollout
+from metarl.envs import TaskFamily, TaskVectorEnv
+from metarl.envs.errors import UserError
+from metarl.learning.parallel import ChunkPool, slices
+from metarl.learning.policies import CategoricalMLP, MLPPolicy, Params
+from metarl.learning.trajectories import Rollout
+from metarl.sampling.seeding import episode_seeds, stream
 
 ActionMode = Literal["clip", "scale"]
 

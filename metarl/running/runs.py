@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from envs.errors import UserError
-from metarl import checkpoints
-from metarl.checkpoints import CheckpointError, versions, write_atomically
-from metarl.config import Config
-from metarl.meta_policy import newest_checkpoint
-from metarl.policies import Params
-from metarl.trust_region import OuterState
+from metarl.envs.errors import UserError
+from metarl.learning.policies import Params
+from metarl.learning.trust_region import OuterState
+from metarl.running import checkpoints
+from metarl.running.checkpoints import CheckpointError, versions, write_atomically
+from metarl.running.config import Config
+from metarl.running.meta_policy import newest_checkpoint
 
 FREE = ("iterations", "threads", "workers", "worker_timeout")
 """Config keys that may change when a run is continued."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from envs.errors import UserError
-from metarl.meta_gradients import Evaluation, Problem, QueryProblem
-from metarl.metrics import Stopwatch
-from metarl.policies import Params, unflatten
-from metarl.trust_region import OuterState
+from metarl.envs.errors import UserError
+from metarl.learning.meta_gradients import Evaluation, Problem, QueryProblem
+from metarl.learning.policies import Params, unflatten
+from metarl.learning.stopwatch import Stopwatch
+from metarl.learning.trust_region import OuterState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarl.adaptation import Adapter
-from metarl.objectives import Batch, Loss, likelihood_ratio, mean_kl, score
-from metarl.parallel import ChunkPool, slices
-from metarl.policies import Dist, Params, flatten, stack
+from metarl.learning.adaptation import Adapter
+from metarl.learning.objectives import Batch, Loss, likelihood_ratio, mean_kl, score
+from metarl.learning.parallel import ChunkPool, slices
+from metarl.learning.policies import Dist, Params, flatten, stack
 
 Product = Callable[[Tensor], Tensor]
 

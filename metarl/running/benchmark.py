@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
-from envs import MujocoFamily
-from envs.errors import UserError
-from metarl.checkpoints import machine, versions
-from metarl.config import Config, available_threads
-from metarl.parallel import ChunkPool, one_intraop_thread
-from metarl.policies import MLPPolicy, Params, stack
-from metarl.rollouts import Address, env_action
-from metarl.trainer import Trainer
-from metarl.trajectories import Rollout
-from metarl.workers import make_collector
+from metarl.envs import MujocoFamily
+from metarl.envs.errors import UserError
+from metarl.learning.parallel import ChunkPool, one_intraop_thread
+from metarl.learning.policies import MLPPolicy, Params, stack
+from metarl.learning.trajectories import Rollout
+from metarl.running.checkpoints import machine, versions
+from metarl.running.config import Config, available_threads
+from metarl.running.trainer import Trainer
+from metarl.sampling.rollouts import Address, env_action
+from metarl.sampling.workers import make_collector
 
 
 def benchmark(config: Config, repeats: int = 3) -> dict[str, Any]:

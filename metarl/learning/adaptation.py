@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metarl.objectives import Batch, Loss
-from metarl.policies import Dist, MLPPolicy, Params, stack
+from metarl.learning.objectives import Batch, Loss
+from metarl.learning.policies import Dist, MLPPolicy, Params, stack
 
 StepSizes = dict[str, Tensor]
 """For each fast parameter [K, ...]: one entry an inner step, broadcast against the leaf."""

@@ -1,0 +1,1 @@
+"""Runs from config to results: presets, training, run folders, evaluation, benchmark."""

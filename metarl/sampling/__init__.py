@@ -1,0 +1,1 @@
+"""Where samples come from: random streams, rollouts, worker processes."""
