@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from metarl.running.config import Config
     from metarl.running.evaluation import evaluate
     from metarl.running.meta_policy import MetaPolicy, Policy, load, load_policy
-    from metarl.running.presets import preset_config
+    from metarl.running.presets import resolve
     from metarl.running.runs import RunError
     from metarl.running.trainer import train
 
@@ -34,7 +34,7 @@ _LAZY = {
     "evaluate": "evaluation",
     "load": "meta_policy",
     "load_policy": "meta_policy",
-    "preset_config": "presets",
+    "resolve": "presets",
     "train": "trainer",
 }
 
@@ -49,7 +49,7 @@ __all__ = [
     "evaluate",
     "load",
     "load_policy",
-    "preset_config",
+    "resolve",
     "train",
 ]
 

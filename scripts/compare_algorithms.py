@@ -64,7 +64,7 @@ class Arguments:
 
 
 def run_config(arguments: Arguments, name: str, seed: int) -> Config:
-    base = metarl.preset_config(arguments.preset, arguments.family, name)
+    base = metarl.resolve(arguments.preset, arguments.family, name)
     options = {**base.family_options, **parse_options(arguments.family_options)}
     base = dataclasses.replace(base, tasks=arguments.tasks or base.tasks, family_options=options)
     row = find_algorithm(name)

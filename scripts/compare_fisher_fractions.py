@@ -34,7 +34,7 @@ def main(arguments: Arguments) -> None:
     print("| --- | --- | --- | --- | --- |")
     for fraction in arguments.fractions:
         for seed in arguments.seeds:
-            base = metarl.preset_config("icml2017", "half-cheetah-dir")
+            base = metarl.resolve("icml2017", "half-cheetah-dir")
             config = dataclasses.replace(
                 base,
                 seed=seed,

@@ -14,7 +14,7 @@ import torch
 from conftest import double_params, random_batch
 from test_trainer import same_params, small, timeless
 
-from metarl import evaluate, load, preset_config, train
+from metarl import evaluate, load, resolve, train
 from metarl.envs.errors import UserError
 from metarl.learning.adaptation import Adapter
 from metarl.learning.algorithms import ALGORITHMS, find_algorithm
@@ -642,7 +642,7 @@ def test_cavias_gradient_matches_central_differences(small_policy, pool):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_trains_resumes_repeats_and_evaluates(tmp_path, name):
     def config(iterations, threads=1):
-        base = preset_config(None, "navigation-2d", name)
+        base = resolve(None, "navigation-2d", name)
         shared = small(iterations=iterations, threads=threads)
         values = {f: getattr(shared, f) for f in ("family_options", "tasks", "episodes")}
         policy = dataclasses.replace(base.policy, hidden=(8,))
@@ -679,7 +679,7 @@ def test_every_algorithm_trains_resumes_repeats_and_evaluates(tmp_path, name):
 
 
 def test_learned_step_sizes_are_used_in_evaluation(tmp_path):
-    base = preset_config(None, "navigation-2d", "meta-sgd")
+    base = resolve(None, "navigation-2d", "meta-sgd")
     shared = small()
     config = dataclasses.replace(
         base, iterations=2, tasks=4, episodes=4, threads=1,
@@ -695,7 +695,7 @@ def test_learned_step_sizes_are_used_in_evaluation(tmp_path):
 
 
 def test_an_oracle_sees_its_task(tmp_path):
-    base = preset_config(None, "navigation-2d", "oracle")
+    base = resolve(None, "navigation-2d", "oracle")
     config = dataclasses.replace(
         base, iterations=1, tasks=4, episodes=2, threads=1, family_options={"horizon": 12}
     )
@@ -733,7 +733,7 @@ def test_an_oracle_sees_its_task(tmp_path):
     ],
 )
 def test_what_does_not_combine_is_told(name, changes, message):
-    config = preset_config(None, "navigation-2d", name)
+    config = resolve(None, "navigation-2d", name)
 
     def trainer():
         parts = {
@@ -747,13 +747,13 @@ def test_what_does_not_combine_is_told(name, changes, message):
 
 
 def test_an_algorithms_defaults_go_before_the_presets():
-    config = preset_config("icml2017", "navigation-2d", "reptile")
+    config = resolve("icml2017", "navigation-2d", "reptile")
     assert config.inner.steps == 4
     assert config.inner.step_sizes == (0.5,)
     assert config.inner.test_step_sizes == (0.5, 0.25)
-    assert preset_config("icml2017", "navigation-2d", "promp").meta.inner_kl == 5e-4
+    assert resolve("icml2017", "navigation-2d", "promp").meta.inner_kl == 5e-4
     for name in ("anil", "cavia", "meta-sgd", "maml++"):
-        assert preset_config("icml2017", "navigation-2d", name).inner.test_step_sizes == ()
+        assert resolve("icml2017", "navigation-2d", name).inner.test_step_sizes == ()
 
 
 def test_rows_name_their_paper_and_are_found():

@@ -18,7 +18,7 @@ from metarl.learning.policies import stack
 from metarl.running.config import Config, InnerConfig, PolicyConfig
 from metarl.running.evaluation import grouped
 from metarl.running.meta_policy import MetaPolicy, policy_for, random_meta_policy
-from metarl.running.presets import preset_config, reference_step_sizes
+from metarl.running.presets import reference_step_sizes, resolve
 from metarl.running.results import Curve, EvaluationResult
 from metarl.sampling.rollouts import Address, Collector
 from metarl.showing.plots import plot_evaluation
@@ -319,7 +319,7 @@ def test_an_oracle_takes_no_step_and_is_sampled_afresh(tmp_path):
 
 def test_references_have_the_step_sizes_of_their_preset():
     def sizes(algorithm, family="half-cheetah-dir", **changes):
-        config = preset_config("icml2017", family, algorithm)
+        config = resolve("icml2017", family, algorithm)
         return reference_step_sizes(dataclasses.replace(config, **changes), algorithm)
 
     assert sizes("pretrained") == (0.2, 0.1)

@@ -9,27 +9,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {
-    "envs": [
-        "errors", "family", "vector", "gymnasium_family", "serial_batch", "mujoco_bodies",
-        "mujoco_vector", "traces", "checker", "ant", "classic_control", "half_cheetah", "hopper",
-        "humanoid", "meta_world", "navigation", "swimmer", "tabular", "walker2d",
-    ],
-    "learning": [
-        "stopwatch", "parallel", "trajectories", "policies", "advantages", "objectives",
-        "adaptation", "inner_loop", "meta_gradients", "trust_region", "first_order",
-        "algorithms",
-    ],
-    "sampling": ["seeding", "rollouts", "workers"],
-    "running": [
-        "config", "presets", "checkpoints", "metrics", "statistics", "results", "meta_policy",
-        "runs", "trainer", "evaluation", "benchmark",
-    ],
-    "showing": ["plots", "videos", "report"],
-    "commands": ["policy_commands", "cli"],
-}  # fmt: skip
+    "envs": """errors family vector gymnasium_family serial_batch mujoco_bodies mujoco_vector traces
+        checker ant classic_control half_cheetah hopper humanoid meta_world navigation swimmer
+        tabular walker2d""",
+    "learning": """stopwatch parallel trajectories policies advantages objectives adaptation
+        inner_loop meta_gradients trust_region first_order algorithms""",
+    "sampling": "seeding rollouts workers",
+    "running": """config presets checks checkpoints metrics statistics results meta_policy runs
+        trainer evaluation benchmark""",
+    "showing": "plots videos report",
+    "commands": "arguments listing training policy_commands cli",
+}
 """Rooms in their order, and the modules of each in theirs."""
 
-ORDER = [f"{room}.{module}" for room, modules in ROOMS.items() for module in modules]
+ORDER = [f"{room}.{module}" for room, modules in ROOMS.items() for module in modules.split()]
 
 
 def file_of(name: str) -> Path:

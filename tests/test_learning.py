@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from metarl import evaluate, preset_config, train
+from metarl import evaluate, resolve, train
 
 
 @pytest.mark.learning
 @pytest.mark.parametrize("algorithm", ["maml-trpo", "fomaml-trpo"])
 def test_navigation_learns_to_adapt_in_one_step(tmp_path, algorithm):
-    base = preset_config("icml2017", "navigation-2d")
+    base = resolve("icml2017", "navigation-2d")
     config = dataclasses.replace(
         base,
         algorithm=algorithm,
@@ -29,7 +29,7 @@ def test_navigation_learns_to_adapt_in_one_step(tmp_path, algorithm):
 
 @pytest.mark.learning
 def test_half_cheetah_learns_to_run_both_ways(tmp_path):
-    base = preset_config("icml2017", "half-cheetah-dir")
+    base = resolve("icml2017", "half-cheetah-dir")
     config = dataclasses.replace(
         base,
         seed=1,

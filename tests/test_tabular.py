@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from metarl import evaluate, preset_config
+from metarl import evaluate, resolve
 from metarl.envs import make_family
 from metarl.envs.errors import UserError
 from metarl.running.meta_policy import MetaPolicy, policy_for
@@ -146,7 +146,7 @@ def test_bad_actions_and_sizes_are_told():
 
 
 def test_evaluation_tells_the_optimum():
-    config = preset_config(None, "bandit")
+    config = resolve(None, "bandit")
     family = make_family("bandit")
     meta = MetaPolicy(policy_for(config, family).init(np.random.default_rng(0)), config)
     found = evaluate(meta, tasks=8, episodes=2, steps=1, threads=1)

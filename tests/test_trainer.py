@@ -18,7 +18,7 @@ import torch
 from conftest import CountingEnv, counting_family
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metarl import evaluate, load, preset_config, train
+from metarl import evaluate, load, resolve, train
 from metarl.envs import make_family
 from metarl.envs.errors import UserError
 from metarl.running.checkpoints import CheckpointError
@@ -332,7 +332,7 @@ def test_normalized_observations_and_discrete_actions_train_resume_and_load(
     tmp_path, family, options, algorithm
 ):
     def config(iterations):
-        base = preset_config(None, family, algorithm)
+        base = resolve(None, family, algorithm)
         policy = replace(base.policy, hidden=(8,), normalize=True)
         return replace(
             base, family_options=options, iterations=iterations, tasks=3, episodes=4, threads=1,

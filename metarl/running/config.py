@@ -53,7 +53,7 @@ class InnerConfig:
     """How one task adapts."""
 
     steps: int = 1
-    """Gradient steps a task in training, each on fresh episodes."""
+    """Gradient steps per task in training, each on fresh episodes."""
     step_sizes: tuple[float, ...] = (0.1,)
     """Size of each step; steps beyond those given repeat the last."""
     test_step_sizes: tuple[float, ...] = ()
@@ -109,7 +109,7 @@ class Config:
     family: Annotated[str, tyro.conf.Positional] = ""
     """Task family: a name that `metarl families` lists, or module:attribute of your own."""
     family_options: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
-    """Options of the family; --family.options on the command line."""
+    """Options of the family; --family-options on the command line."""
     preset: str | None = None
     """Preset that the other values start from: icml2017, promp2019 or pearl2019."""
     algorithm: str = "maml-trpo"
@@ -117,9 +117,9 @@ class Config:
     iterations: int = 100
     """Meta-iterations in all, those before a resume counted."""
     tasks: int = 40
-    """Tasks a meta-iteration."""
+    """Tasks per meta-iteration."""
     episodes: int = 20
-    """Episodes a task and inner step."""
+    """Episodes per task and inner step."""
     seed: int = 0
     """Seed of every random stream."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -173,6 +173,16 @@ class Config:
         for name, kind in parts.items():
             values[name] = _build(kind, values.get(name, {}), f"{name}.")
         return _build(Config, values, "")
+
+
+def config_keys(config: Config) -> list[str]:
+    """Return every key of a config, those of its sections as "inner.steps"."""
+    keys = []
+    for f in dataclasses.fields(config):
+        part = getattr(config, f.name)
+        inside = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
+        keys += [f"{f.name}.{g.name}" for g in inside] or [f.name]
+    return keys
 
 
 def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:

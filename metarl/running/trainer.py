@@ -35,6 +35,7 @@ from metarl.learning.policies import GaussianMLP, Params
 from metarl.learning.trajectories import Rollout
 from metarl.learning.trust_region import TrustRegion
 from metarl.running.checkpoints import versions
+from metarl.running.checks import check_combination, check_device
 from metarl.running.config import Config
 from metarl.running.meta_policy import (
     MetaPolicy,
@@ -43,7 +44,6 @@ from metarl.running.meta_policy import (
     scaled_tasks,
 )
 from metarl.running.metrics import MetricsLog
-from metarl.running.presets import check_combination, check_device
 from metarl.running.runs import (
     RunError,
     State,

@@ -1,0 +1,64 @@
+"""Words of a command line, before it is parsed as a whole."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Sequence
+
+
+def names_first(arguments: Sequence[str], kind: type) -> list[str]:
+    """Move the names that a command takes before its flags, where tyro looks for them."""
+    types = typing.get_type_hints(kind)
+    if "what" not in types:
+        return list(arguments)
+    names, flags = [], []
+    wanted: Callable[[str], bool] | None = None  # whether a word is the last flag's value
+    for word in arguments:
+        if word.startswith("--"):
+            key, equals, _ = word[2:].partition("=")
+            flag = types.get(key.replace("-", "_"), bool)
+            wanted = None
+            if not equals and typing.get_origin(flag) is tuple:
+                wanted = _is_number if float in typing.get_args(flag) else lambda x: "=" in x
+            elif not equals and flag is not bool:
+                wanted = _once()
+            flags.append(word)
+        elif word == "-h" or (wanted is not None and wanted(word)):
+            flags.append(word)
+        else:
+            names.append(word)
+    return names + flags
+
+
+def _once() -> Callable[[str], bool]:
+    left = iter([True])
+    return lambda word: next(left, False)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def peek(arguments: Sequence[str], flag: str) -> str | None:
+    """Return the value of a flag before the command line is parsed as a whole."""
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def said(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Return the keys whose flags are given, "inner.step_sizes" for `--inner.step-sizes 0.5`."""
+    flags = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word[:2] == "--"}
+    return [key for key in keys if key in flags or _negated(key) in flags]
+
+
+def _negated(key: str) -> str:
+    section, dot, name = key.rpartition(".")
+    return f"{section}{dot}no_{name}"

@@ -1,0 +1,75 @@
+"""The commands about families and algorithms: check, families, algorithms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from metarl.envs.checker import CHECKS, check_task_family
+from metarl.envs.errors import UserError
+from metarl.envs.family import family_names, make_family, option_defaults, parse_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Options of `metarl check`."""
+
+    family: Annotated[str, tyro.conf.Positional] = ""
+    """Task family: a name that `metarl families` lists, or module:attribute of your own."""
+    family_options: tuple[str, ...] = ()
+    """Options of the family, as name=value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Families:
+    """Options of `metarl families`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithms:
+    """Options of `metarl algorithms`."""
+
+
+def check(command: Check) -> int:
+    """Run `metarl check`."""
+    if not command.family:
+        raise UserError("name a task family: metarl check FAMILY (metarl families lists them)")
+    family = make_family(command.family, **parse_options(command.family_options))
+    print(f"{command.family}: {family.tasks.describe()}; horizon {family.horizon}")
+    findings = check_task_family(family)
+    names = list(CHECKS)
+    reached = names.index(findings[0].check) if findings else len(names)
+    for name in names[:reached]:
+        print(f"  ok     {name:<12} {CHECKS[name][0]}")
+    for finding in findings:
+        print(f"  FAULT  {finding.check:<12} {finding.message}")
+    if rest := names[reached + 1 :]:
+        print(f"  not reached: {', '.join(rest)}")
+    return 2 if findings else 0
+
+
+def families(command: Families) -> int:
+    """Run `metarl families`."""
+    for name in family_names():
+        try:
+            family = make_family(name)
+        except UserError as error:  # not installed, or a package's fault
+            print(f"{name}\n    error: {error}")
+            continue
+        tasks = f"{family.tasks.describe()}; horizon {family.horizon}"
+        print(f"{name}\n    {family.description}\n    tasks: {tasks}")
+        options = option_defaults(name)
+        print("    options: " + ", ".join(f"{k}={v}" for k, v in options.items()))
+    print("\nYour own: metarl check my_module:my_family, then train (see the README)")
+    return 0
+
+
+def algorithms(command: Algorithms) -> int:
+    """Run `metarl algorithms`."""
+    from metarl.learning.algorithms import ALGORITHMS
+
+    for row in ALGORITHMS.values():
+        print(f"{row.name:<18}{row.description}\n{'':<18}{row.source}")
+    return 0

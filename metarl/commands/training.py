@@ -1,0 +1,180 @@
+"""The commands that train: train, benchmark."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import tyro
+
+from metarl.commands.arguments import peek, said
+from metarl.envs.errors import UserError
+from metarl.envs.family import family_names, make_family, parse_options
+from metarl.running.config import Config, config_keys, default_workers
+from metarl.running.presets import resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Options of `metarl train`."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Run folder to make; by default runs/FAMILY-PRESET-ALGORITHM-SEED."""
+    resume: Path | None = None
+    """Run folder to continue up to --iterations; its other options hold and may be left out."""
+    family_options: tuple[str, ...] = ()
+    """Options of the family, as name=value (metarl families lists them)."""
+
+    @staticmethod
+    def starting(arguments: Sequence[str]) -> Train:
+        """Return what the flags change: a preset's values, or those of the run that goes on."""
+        folder = peek(arguments, "--resume")
+        if folder is not None:
+            from metarl.running.runs import run_config
+
+            return Train(config=run_config(Path(folder)))
+        return Train(config=_starting_config(arguments, preset=None, family=""))
+
+    def resolved(self, arguments: Sequence[str]) -> Train:
+        """Return the command with a config that follows from what was said."""
+        config = self.config if self.resume else _resolved(self.config, arguments)
+        config = _with_options(config, self.family_options)
+        return dataclasses.replace(self, config=config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """Options of `metarl benchmark`."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    repeats: int = 3
+    """Measured iterations, after one to warm up."""
+    json: bool = False
+    """Print one JSON object."""
+    family_options: tuple[str, ...] = ()
+    """Options of the family, as name=value."""
+
+    @staticmethod
+    def starting(arguments: Sequence[str]) -> Benchmark:
+        """Return what the flags change: a preset's values."""
+        config = _starting_config(arguments, preset="pearl2019", family="half-cheetah-dir")
+        return Benchmark(config=config)
+
+    def resolved(self, arguments: Sequence[str]) -> Benchmark:
+        """Return the command with a config that follows from what was said."""
+        config = _with_options(_resolved(self.config, arguments), self.family_options)
+        return dataclasses.replace(self, config=config)
+
+
+def _starting_config(arguments: Sequence[str], *, preset: str | None, family: str) -> Config:
+    family = next((a for a in arguments[:1] if not a.startswith("-")), family)
+    if family and family not in family_names() and ":" not in family:
+        make_family(family)  # raises, with the nearest name
+    algorithm = peek(arguments, "--algorithm") or "maml-trpo"
+    preset = peek(arguments, "--preset") or preset
+    return resolve(preset, family, algorithm, {"workers": default_workers()})
+
+
+def _resolved(parsed: Config, arguments: Sequence[str]) -> Config:
+    """Return the config of the values that were given, and what follows from them."""
+    free = [key for key in config_keys(parsed) if key not in ("family", "preset", "algorithm")]
+    values = {"workers": parsed.workers}
+    for key in said(arguments, free):
+        section, dot, name = key.rpartition(".")
+        values[key] = getattr(getattr(parsed, section) if dot else parsed, name)
+    return resolve(parsed.preset, parsed.family, parsed.algorithm, values)
+
+
+def _with_options(config: Config, texts: Sequence[str]) -> Config:
+    options = {**config.family_options, **parse_options(texts)}
+    return dataclasses.replace(config, family_options=options)
+
+
+class _Stop:
+    """Ctrl-C or SIGTERM: the first asks to stop after the iteration, the second leaves at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> _Stop:
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        print("\nstopping after this iteration; once more leaves at once", file=sys.stderr)
+
+
+def train(command: Train) -> int:
+    """Run `metarl train`."""
+    from tqdm import tqdm
+
+    from metarl.running import trainer
+
+    config = command.config
+    if not config.family:
+        raise UserError("name a task family: metarl train FAMILY (metarl families lists them)")
+    if command.resume is not None and command.out not in (None, command.resume):
+        raise UserError(f"--resume continues in {command.resume}; leave --out out")
+    name = config.family.replace(":", "-")
+    parts = (name, config.preset or "default", config.algorithm, str(config.seed))
+    folder = command.resume or command.out or Path("runs") / "-".join(parts)
+    bar: Any = None
+
+    def show(row: dict[str, Any]) -> None:
+        nonlocal bar
+        if bar is None:
+            first = row["iteration"] - 1
+            bar = tqdm(total=config.iterations, initial=first, unit="it", desc=name, smoothing=0.1)
+        returns = [f"{r:.1f}" if r is not None else "none" for r in row["returns"]]
+        bar.set_postfix_str(f"return {' -> '.join(returns)}", False)
+        if "skipped" in row:
+            bar.write(f"iteration {row['iteration']}: update skipped, {row['skipped']}")
+        bar.update()
+
+    print(f"{config.algorithm} on {config.family} in {folder}", file=sys.stderr)
+    with _Stop() as stop:
+        try:
+            meta = trainer.train(
+                config, folder, resume=command.resume is not None, progress=show, stop=stop
+            )
+        finally:
+            if bar is not None:
+                bar.close()
+    done = meta.record["iteration"]
+    if bar is None and stop.signal is None:
+        print(f"nothing to do: {folder} has its {done} iterations; give more with --iterations")
+        return 0
+    if done < config.iterations and stop.signal is not None:
+        print(f"stopped after iteration {done}; continue with: metarl train --resume {folder}")
+        return 128 + stop.signal
+    print(f"done: {done} iterations, {meta.record['env_steps']:,} env steps")
+    print(f"next: metarl evaluate {folder}")
+    return 0
+
+
+def benchmark(command: Benchmark) -> int:
+    """Run `metarl benchmark`."""
+    from metarl.running import benchmark as measuring
+
+    result = measuring.benchmark(command.config, command.repeats)
+    print(json.dumps(result, indent=2) if command.json else measuring.table(result))
+    return 0

@@ -1,0 +1,60 @@
+"""What goes together in a config, and what has no effect."""
+
+from __future__ import annotations
+
+import torch
+
+from metarl.envs.errors import UserError
+from metarl.learning.algorithms import find_algorithm
+from metarl.learning.objectives import dice, log_likelihood
+from metarl.running.config import Config
+from metarl.running.presets import resolve
+
+_ADAM = ("adam", "clipped")
+
+
+def check_combination(config: Config) -> None:
+    """Raise UserError where options do not go together, or have no effect."""
+    row = find_algorithm(config.algorithm)
+    base = resolve(config.preset, config.family, config.algorithm)
+    name, inner, meta = row.name, config.inner, config.meta
+    for section in ("adam", "trust_region"):
+        used = row.outer == "trust-region" if section == "trust_region" else row.outer in _ADAM
+        if not used and getattr(config, section) != getattr(base, section):
+            raise UserError(f"{section} has no effect with {name}, whose outer step is {row.outer}")
+    if config.adam.minibatches > 1:
+        if row.gradient != "unrolled":
+            raise UserError(f"adam.minibatches must be 1 with {name}, whose inner loop needs all")
+        if meta.credit:
+            raise UserError(
+                "adam.minibatches must be 1 with meta.credit, which is the whole batch's"
+            )
+    if inner.updates > 1 and row.inner_loss in (log_likelihood, dice):
+        raise UserError(
+            f"inner.updates is {inner.updates}, but {name} takes one step on each batch: its inner"
+            " loss is no likelihood ratio and has no lower bound on a fixed sample"
+        )
+    if row.inner_loss is not dice and inner.dice_decay != base.inner.dice_decay:
+        raise UserError(f"inner.dice_decay has no effect with {name}")
+    if row.gradient != "unrolled" and (meta.credit or meta.inner_kl):
+        raise UserError(f"meta.credit and meta.inner_kl have no effect with {name}")
+    if row.gradient == "implicit" and (inner.steps != 1 or not inner.proximal):
+        raise UserError(f"{name} needs inner.steps 1 and inner.proximal above 0")
+    if row.gradient == "displacement" and inner.steps < 1:
+        raise UserError(f"{name} needs inner.steps of at least 1, got {inner.steps}")
+    if meta.anneal and not row.annealed:
+        raise UserError(f"meta.anneal has no effect with {name}")
+    if meta.credit and not inner.steps:
+        raise UserError("meta.credit needs inner.steps of at least 1, got 0")
+    if config.policy.context != base.policy.context and row.fast != "context":
+        raise UserError(f"policy.context has no effect with {name}")
+    if row.name in ("pretrained", "oracle") and inner.steps:
+        raise UserError(f"{name} does not adapt in training: inner.steps must be 0")
+
+
+def check_device(device: str) -> None:
+    """Raise UserError unless torch has the device."""
+    if device != "cpu" and not device.startswith("cuda"):
+        raise UserError(f"device must be cpu or cuda, got {device!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} is not there: torch finds no GPU; use cpu")

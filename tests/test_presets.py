@@ -1,0 +1,107 @@
+"""What a user says, and the config that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from metarl import UserError, load, resolve
+from metarl.commands.cli import main
+from metarl.running.config import Config, config_keys
+from metarl.running.runs import run_config
+
+
+def inner(preset, family, algorithm="maml-trpo", **values):
+    overrides = {f"inner.{key}": value for key, value in values.items()}
+    return resolve(preset, family, algorithm, overrides).inner
+
+
+@pytest.mark.parametrize("family", ["half-cheetah-dir", "half-cheetah-vel", "navigation-2d"])
+def test_evaluation_of_the_paper_takes_the_step_size_of_training_then_half(family):
+    size = 0.5 if family == "navigation-2d" else 0.1
+    assert inner("icml2017", family).test_step_sizes == (size, size / 2)
+    assert inner("icml2017", family, step_sizes=(0.3,)).test_step_sizes == (0.3, 0.15)
+    given = inner("icml2017", family, step_sizes=(0.3,), test_step_sizes=(0.2,))
+    assert given.test_step_sizes == (0.2,)
+    # Several sizes, of one's own, learned or the algorithm's: evaluation repeats training.
+    assert inner("icml2017", family, step_sizes=(0.3, 0.2)).test_step_sizes == ()
+    for algorithm in ("anil", "cavia", "meta-sgd", "maml++"):
+        assert inner("icml2017", family, algorithm).test_step_sizes == (), algorithm
+    assert inner("promp2019", family).test_step_sizes == ()
+    assert inner(None, family).test_step_sizes == ()
+
+
+def test_the_proximal_strength_of_imaml_follows_its_step_size():
+    found = inner("icml2017", "half-cheetah-dir", "imaml")
+    assert (found.step_sizes, found.proximal) == ((0.05,), 10.0)
+    assert found.test_step_sizes == (0.05, 0.025)
+    found = inner("icml2017", "half-cheetah-dir", "imaml", step_sizes=(0.25,))
+    assert (found.step_sizes, found.proximal) == ((0.25,), 2.0)
+    found = inner("icml2017", "half-cheetah-dir", "imaml", proximal=2.0)
+    assert (found.step_sizes, found.proximal) == ((0.25,), 2.0)
+    assert found.test_step_sizes == (0.25, 0.125)
+    found = inner("icml2017", "half-cheetah-dir", "imaml", proximal=3.0, step_sizes=(0.2,))
+    assert (found.step_sizes, found.proximal) == ((0.2,), 3.0)
+
+
+def test_what_is_said_goes_before_the_algorithm_and_that_before_the_preset():
+    assert resolve("icml2017", "navigation-2d").policy.hidden == (100, 100)
+    assert resolve("icml2017", "half-cheetah-vel").iterations == 475
+    assert resolve(None, "navigation-2d", "promp").adam.clip == 0.3
+    said = {"adam.clip": 0.1, "policy.hidden": (8,), "iterations": 3}
+    config = resolve("icml2017", "half-cheetah-vel", "promp", said)
+    assert (config.adam.clip, config.policy.hidden, config.iterations) == (0.1, (8,), 3)
+    assert config.algorithm == "promp"
+    assert config.family_options == {"scale": "icml2017"}
+    assert resolve("icml2017", "navigation-2d").family_options == {}
+
+
+def test_unknown_keys_are_refused_by_name():
+    with pytest.raises(UserError, match=r"no config key 'inner.step_size'; did you mean 'inner.st"):
+        resolve(None, "navigation-2d", overrides={"inner.step_size": (0.1,)})
+    for key in ("inner", "nothing.steps", "seeed", "family.name"):
+        with pytest.raises(UserError, match="no config key"):
+            resolve(None, "navigation-2d", overrides={key: 1})
+    with pytest.raises(UserError, match=r"inner.step_sizes takes several values, such as \(0.1,\)"):
+        resolve(None, "navigation-2d", overrides={"inner.step_sizes": 0.1})
+
+
+def test_every_config_key_is_listed_once():
+    keys = config_keys(Config())
+    assert len(set(keys)) == len(keys)
+    flat = {
+        f"{name}.{key}" if dataclasses.is_dataclass(getattr(Config(), name)) else name
+        for name, part in Config().to_json().items()
+        for key in (part if isinstance(part, dict) and part else [""])
+    }
+    assert set(keys) == flat
+
+
+SMALL = ["--iterations", "1", "--tasks", "2", "--episodes", "2", "--policy.hidden", "4"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes", "test_sizes", "proximal"),
+    [
+        (["--inner.step-sizes", "0.3"], [0.3], [0.3, 0.15], 0.0),
+        (["--inner.step-sizes=0.3"], [0.3], [0.3, 0.15], 0.0),
+        (["--inner.test-step-sizes", "0.5", "0.25"], [0.5], [0.5, 0.25], 0.0),
+        (["--inner.step_sizes", "0.3", "--inner.test-step-sizes", "0.5", "0.25"],
+         [0.3], [0.5, 0.25], 0.0),
+        (["--algorithm", "imaml", "--inner.step-sizes", "0.25"], [0.25], [0.25, 0.125], 2.0),
+        (["--algorithm", "imaml"], [0.25], [0.25, 0.125], 2.0),
+    ],
+)  # fmt: skip
+def test_a_run_evaluates_with_what_was_said(flags, sizes, test_sizes, proximal, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["train", "navigation-2d", "--preset", "icml2017", *SMALL, "--out", str(out)]
+    assert main([*arguments, *flags]) == 0
+    stored = json.loads((out / "config.json").read_text())["config"]["inner"]
+    assert (stored["step_sizes"], stored["test_step_sizes"]) == (sizes, test_sizes)
+    assert stored["proximal"] == proximal
+    # A resumed run has the values of its folder.
+    assert main(["train", "--resume", str(out), "--iterations", "2"]) == 0
+    assert load(str(out)).config.inner == run_config(out).inner
+    assert list(run_config(out).inner.test_step_sizes) == test_sizes
