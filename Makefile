@@ -3,14 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/first
 
-.PHONY: install train test slow lint
+.PHONY: install dev train test slow lint
 
 install: .venv/installed
+dev: .venv/installed-dev
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e .
 	touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	touch .venv/installed $@
 
 # Half-cheetah learns to adapt to either direction in one step; stopped, it goes on where it was.
 train: install
@@ -19,12 +25,16 @@ train: install
 	  --policy.activation tanh --advantage.trace 0.95 --iterations 40 --seed 1 --out $(RUN); fi
 	$(BIN)/metarl evaluate $(RUN)
 
-test: install
+test: dev
 	$(BIN)/python -m pytest -m "not slow and not learning"
 
-slow: install
+slow: dev
 	$(BIN)/python -m pytest -m "slow or learning"
 
-lint: install
+# pyright sees the package as it is shipped, with envs inside.
+lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/typecheck && mkdir -p build/typecheck
+	cp -r metarl build/typecheck/metarl && cp -r envs build/typecheck/metarl/envs
+	$(BIN)/pyright
