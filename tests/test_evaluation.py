@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from metarl.envs.navigation import NavigationFamily, NavigationVectorEnv
 from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import stack
 from metarl.running.config import Config, InnerConfig, PolicyConfig
-from metarl.running.evaluation import grouped
+from metarl.running.evaluation import FACTORS, grouped
 from metarl.running.meta_policy import MetaPolicy, policy_for, random_meta_policy
 from metarl.running.presets import reference_step_sizes, resolve
 from metarl.running.results import Curve, EvaluationResult
@@ -328,6 +329,29 @@ def test_references_have_the_step_sizes_of_their_preset():
     assert sizes("pretrained", "navigation-2d") == ()  # the authors' are 0.5 for all rows
     own = InnerConfig(steps=0, test_step_sizes=(0.7,))
     assert sizes("pretrained", inner=own) == ()
+
+
+def test_step_sizes_are_tuned_on_validation_tasks_by_one_procedure():
+    # Each size's figure is what an evaluation with it gives on the validation tasks.
+    meta = navigator()
+    own = meta.config.inner.step_sizes[0]
+    found = evaluate(meta, tasks=8, episodes=5, steps=2, tune_step_sizes=True, threads=1)
+    tried = found.setting["tried_step_sizes"]
+    assert set(tried) == {"this policy", "random"}
+    for name, curve in (("this policy", found.curve), ("random", found.references["random"])):
+        assert [size for size, _ in tried[name]] == [own * factor for factor in FACTORS]
+        best = max(tried[name], key=lambda pair: -math.inf if pair[1] is None else pair[1])[0]
+        np.testing.assert_allclose(curve.step_sizes, [best, best / 2], rtol=1e-6)
+    for size, value in tried["this policy"][3:6]:
+        alone = evaluate(
+            meta, tasks=8, episodes=5, steps=1, step_sizes=[size], split="validation", threads=1
+        )
+        assert alone.curve.returns[1] == value
+    kept = evaluate(
+        meta, tasks=4, episodes=2, steps=1, step_sizes=[0.3], tune_step_sizes=True, threads=1
+    )
+    assert kept.curve.step_sizes == pytest.approx([0.3])
+    assert set(kept.setting["tried_step_sizes"]) == {"random"}
 
 
 def test_what_was_achieved_is_what_the_episodes_did():

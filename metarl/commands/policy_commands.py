@@ -37,6 +37,9 @@ class Evaluate:
     """The same for the random initialization; by default its preset's, or the policy's."""
     pretrained_step_sizes: tuple[float, ...] = ()
     """The same for a pretrained policy; by default its preset's, or its own."""
+    tune_step_sizes: bool = False
+    """Choose the size of the first step for each policy, references included, on validation tasks;
+    later steps take half of it."""
     seed: int = 0
     """Seed of episodes, and of drawn tasks."""
     deterministic: bool = False
@@ -184,6 +187,7 @@ def evaluate(command: Evaluate) -> int:
         step_sizes=command.step_sizes,
         random_step_sizes=command.random_step_sizes,
         pretrained_step_sizes=command.pretrained_step_sizes,
+        tune_step_sizes=command.tune_step_sizes,
         deterministic=command.deterministic,
         drawn=command.drawn,
         threads=command.threads,

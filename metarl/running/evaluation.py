@@ -19,6 +19,7 @@ import torch
 
 from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
+from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import NonFiniteError
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import MLPPolicy, Params
@@ -33,9 +34,13 @@ from metarl.sampling.rollouts import ActionMode, Address
 from metarl.sampling.workers import AnyCollector, make_collector
 
 What = MetaPolicy | str | Path
+Sizes = Sequence[float] | None
 
 PATHS = 6
 """Tasks whose paths are kept."""
+
+FACTORS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+"""Of the size of a training step: first steps among which `tune_step_sizes` chooses."""
 
 
 def grouped(what: Sequence[str | Path]) -> dict[str, dict[str, MetaPolicy]]:
@@ -135,6 +140,25 @@ class _Protocol:
             np.mean(success, axis=0) if self.family.tells_success else None,
         )
 
+    def tuned(self, members: Sequence[MetaPolicy]) -> dict[float, float]:
+        """Return the return after one step of each size that is tried, mean of tasks and seeds.
+
+        None are tried where the policy learned its sizes, or takes no step. A size whose step is
+        not finite has minus infinity.
+        """
+        config = members[0].config
+        row = find_algorithm(config.algorithm)
+        if row.learned_steps != "no" or row.name == "oracle":
+            return {}
+        found = {}
+        for factor in FACTORS:
+            size = factor * config.inner.step_sizes[0]
+            try:
+                found[size] = self.curve(members, [size]).returns[1]
+            except NonFiniteError:
+                found[size] = -math.inf
+        return found
+
     def _rollouts(
         self, policy: MetaPolicy, sizes: Sequence[float] | None, adapts: bool
     ) -> tuple[list[float], list[Rollout]]:
@@ -210,6 +234,7 @@ def evaluate(
     references: Mapping[str, What | Sequence[What]] | None = None,
     random_step_sizes: Sequence[float] | None = None,
     pretrained_step_sizes: Sequence[float] | None = None,
+    tune_step_sizes: bool = False,
     deterministic: bool = False,
     drawn: bool = False,
     split: Literal["test", "validation"] = "test",
@@ -232,6 +257,9 @@ def evaluate(
             policy's.
         pretrained_step_sizes: those of references of the algorithm pretrained; by default its
             preset's, or its own.
+        tune_step_sizes: choose the first step's size for each policy, references included, by the
+            return after it on as many validation tasks; later steps take half of it. Sizes that are
+            given, or that a policy learned, are kept.
         deterministic: act by the mean instead of a sample, in the returns only.
         drawn: draw the tasks at random, as the papers do, instead of covering the test split
             evenly, which tells the mean over the split with less chance.
@@ -267,35 +295,51 @@ def evaluate(
     start: list[MetaPolicy] = []
     if not any(m[0].config.algorithm == "random" for m in (members, *others.values())):
         start = [random_meta_policy(first, seed)]
-    address = Address(seed, split=split)
-    if split == "validation":
-        goals = family.tasks.sample(address.tasks(), tasks)
-    elif drawn:
-        goals = family.tasks.sample(address.tasks(), tasks, "test")
-    else:
-        goals = family.tasks.grid(tasks)
 
-    def sizes_of(reference: Config) -> Sequence[float] | None:
-        given = {"random": random_step_sizes, "pretrained": pretrained_step_sizes}
-        algorithm = reference.algorithm
-        return given.get(algorithm) or reference_step_sizes(reference, algorithm) or None
+    def tasks_of(part: Literal["test", "validation"]) -> tuple[Address, Floats]:
+        address = Address(seed, split=part)
+        if part == "validation":
+            return address, family.tasks.sample(address.tasks(), tasks)
+        if drawn:
+            return address, family.tasks.sample(address.tasks(), tasks, "test")
+        return address, family.tasks.grid(tasks)
 
+    tried: dict[str, dict[float, float]] = {}
+
+    def sizes_of(key: str, group: Sequence[MetaPolicy], given: Sizes, usual: Sizes) -> Sizes:
+        if given or not tune_step_sizes or not steps:
+            return given or usual or None
+        tried[key] = choosing.tuned(group)
+        if not tried[key]:
+            return None
+        best = max(tried[key], key=tried[key].__getitem__)
+        return (best, best / 2)
+
+    address, goals = tasks_of(split)
+    given = {"random": random_step_sizes, "pretrained": pretrained_step_sizes}
     with one_intraop_thread(), ChunkPool(threads or available_threads()) as pool:
         protocol = _Protocol(family, goals, episodes, steps, address, deterministic, pool, workers)
+        choosing = protocol
+        if tune_step_sizes:
+            where, others_goals = tasks_of("validation")
+            choosing = _Protocol(family, others_goals, episodes, 1, where, False, pool, workers)
         try:
-            own = protocol.curve(members, step_sizes)
-            results = {
-                key: protocol.curve(reference, sizes_of(reference[0].config))
-                for key, reference in others.items()
-            }
+            own = protocol.curve(members, sizes_of(name, members, step_sizes, None))
+            results = {}
+            for key, group in others.items():
+                algorithm = group[0].config.algorithm
+                usual = reference_step_sizes(group[0].config, algorithm)
+                sizes = sizes_of(key, group, given.get(algorithm), usual)
+                results[key] = protocol.curve(group, sizes)
             if start:
-                sizes = random_step_sizes or reference_step_sizes(config, "random") or step_sizes
-                curve = protocol.curve(start, sizes)
+                usual = reference_step_sizes(config, "random") or step_sizes
+                curve = protocol.curve(start, sizes_of("random", start, random_step_sizes, usual))
                 results["random"] = dataclasses.replace(curve, algorithm="random")
         except NonFiniteError as error:
             raise UserError(f"{family.name}: {error}") from error
         finally:
             protocol.close()
+            choosing.close()
 
     setting = {
         "family": config.family,
@@ -312,6 +356,10 @@ def evaluate(
         "drawn": drawn,
         "deterministic": deterministic,
         "trained": dict(first.record),
+        "tried_step_sizes": {
+            key: [[size, value if math.isfinite(value) else None] for size, value in sizes.items()]
+            for key, sizes in tried.items()
+        },
     }
     if (best := family.optimal_return(goals)) is not None:
         setting["optimal_returns"] = best.tolist()
