@@ -1,0 +1,275 @@
+"""Reproduce rows of the table in docs/results.md: train, choose, evaluate, write.
+
+    python scripts/reproduce.py navigation-2d-icml2017 --seeds 0 1 2 3 4 --jobs 2
+
+Each seed is a run of `metarl train` whose checkpoint is chosen on validation tasks; all seeds are
+evaluated on the same held-out tasks. Runs, choices and evaluations lie in --out: stopped anywhere,
+the same command goes on where it was. A row's figures are stored in docs/records/ROW.json, and the
+table in docs/results.md is written from these files alone; without a row, that is all it does.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import metarl
+from metarl.running.checkpoints import machine, versions, write_atomically
+from metarl.running.config import available_threads
+from metarl.running.metrics import read_metrics
+from metarl.running.results import EvaluationResult
+from metarl.running.statistics import interquartile_mean
+
+DOCS = Path(__file__).parents[1] / "docs"
+BEGIN, END = "<!-- records: written by scripts/reproduce.py -->", "<!-- end of records -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: what is trained, for how long, and what it stands beside."""
+
+    family: str
+    scale: str
+    env_steps: float
+    """Budget of each seed."""
+    published: Sequence[float | None] = (None, None, None)
+    """Returns after 1, 2 and 3 inner steps, of the scale's paper (FINN, PROMP) or another's."""
+    source: str = ""
+    flags: Sequence[str] = ()
+    """Further options of `metarl train`."""
+
+
+FINN, PROMP = "Finn et al. 2017", "Rothfuss et al. 2019"
+ROWS = {
+    "make-train": Row("half-cheetah-dir", "icml2017", 12.8e6, (293.2, 313.5, 315.7), FINN),
+    "half-cheetah-dir-icml2017": Row(
+        "half-cheetah-dir", "icml2017", 64e6, (293.2, 313.5, 315.7), FINN
+    ),
+    "half-cheetah-vel-icml2017": Row(
+        "half-cheetah-vel", "icml2017", 76e6, (-78.6, -66.6, -60.8), FINN
+    ),
+    "navigation-2d-icml2017": Row("navigation-2d", "icml2017", 8e6, (-11.7, -3.3, -3.2), FINN),
+    "half-cheetah-dir-promp2019": Row(
+        "half-cheetah-dir", "promp2019", 120e6, (310.0, None, 405.0), f"{PROMP}; learn2learn"
+    ),
+    "half-cheetah-vel-promp2019": Row(
+        "half-cheetah-vel", "promp2019", 80e6, (-31.1, None, None), PROMP
+    ),
+    "half-cheetah-dir-pearl2019": Row("half-cheetah-dir", "pearl2019", 40e6),
+    "half-cheetah-vel-pearl2019": Row("half-cheetah-vel", "pearl2019", 40e6),
+}
+
+
+@dataclass
+class Arguments:
+    """Reproduce rows of the table in docs/results.md: train, choose, evaluate, write."""
+
+    rows: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Names of rows; none writes the table from what is recorded."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the trainings."""
+    jobs: int = 1
+    """Trainings at a time; they share the processors."""
+    preset: str = "metarl2026"
+    """Preset of the trainings."""
+    env_steps: float | None = None
+    """Budget of each seed; by default the row's. Another one is not recorded in docs."""
+    last: int = 5
+    """Newest checkpoints among which one is chosen on validation tasks."""
+    out: Path = field(default_factory=lambda: Path("runs/reproduce"))
+    """Folder for runs, chosen policies and evaluations."""
+
+
+def flags_of(row: Row, arguments: Arguments) -> list[str]:
+    """Options of `metarl train` but for seed, threads and folder."""
+    scale = ["--family-options", f"scale={row.scale}"] if row.family != "navigation-2d" else []
+    base = metarl.resolve(arguments.preset, row.family)
+    horizon = metarl.envs.make_family(row.family, **dict(s.split("=") for s in scale[1:])).horizon
+    iteration = base.tasks * base.episodes * (base.inner.steps + 1) * horizon
+    count = round((arguments.env_steps or row.env_steps) / iteration)
+    keep = max(1, count // 20)
+    return [
+        row.family, "--preset", arguments.preset, *scale, "--iterations", str(count),
+        "--checkpoint-every", str(keep), *row.flags,
+    ]  # fmt: skip
+
+
+def train(row: Row, folder: Path, seed: int, arguments: Arguments) -> None:
+    """Train one seed, or go on with it."""
+    threads = max(1, available_threads() // arguments.jobs)
+    command = [sys.executable, "-m", "metarl", "train", "--threads", str(threads)]
+    if (folder / "config.json").exists():
+        command[4:4] = ["--resume", str(folder)]
+    else:
+        flags = flags_of(row, arguments)
+        command[4:4] = [*flags, "--seed", str(seed), "--out", str(folder)]
+    with open(folder.with_suffix(".log"), "a") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log)
+
+
+def choose(folder: Path, last: int) -> dict[str, Any]:
+    """Return the best of the newest checkpoints by its return on validation tasks."""
+    store = folder / "chosen.json"
+    if store.exists():
+        return json.loads(store.read_text())
+    found = []
+    for path in sorted((folder / "checkpoints").glob("*.safetensors"))[-last:]:
+        result = metarl.evaluate(path, steps=1, split="validation")
+        found.append({"checkpoint": str(path), "return": result.curve.returns[1]})
+    best = max(found, key=lambda one: one["return"]) | {"compared": found}
+    write_atomically(store, json.dumps(best, indent=2).encode())
+    return best
+
+
+def record(name: str, row: Row, folders: Sequence[Path], arguments: Arguments) -> dict[str, Any]:
+    """Evaluate the chosen checkpoints and return the row's figures."""
+    chosen = [choose(folder, arguments.last) for folder in folders]
+    policies = [metarl.load(one["checkpoint"]) for one in chosen]
+    even, drawn = (metarl.evaluate(policies, name=name, drawn=drawn) for drawn in (False, True))
+    metrics = [read_metrics(folder) for folder in folders]
+    middle = sorted(range(len(chosen)), key=lambda i: chosen[i]["return"])[(len(chosen) - 1) // 2]
+    return {
+        "row": name,
+        "command": " ".join(["metarl train", *flags_of(row, arguments), "--seed SEED"]),
+        "env_steps": metrics[0][-1]["env_steps"],
+        "core_minutes": [sum(m["seconds_processor"] for m in rows) / 60 for rows in metrics],
+        "seeds": list(arguments.seeds),
+        "chosen": [Path(one["checkpoint"]).stem for one in chosen],
+        "validation": [one["return"] for one in chosen],
+        "median_seed": arguments.seeds[middle],
+        "even": summary(even),
+        "drawn": summary(drawn),
+        "curves": [[r["return_post"] for r in rows] for rows in metrics],
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def summary(result: EvaluationResult) -> dict[str, Any]:
+    """Returns after 0 ... 3 steps: by seed, their interquartile mean, and the worst seed."""
+    scores = result.curve.per_seed  # [seeds, tasks, steps + 1]
+    by_seed = np.nanmean(scores, axis=1)
+    flat = scores.reshape(-1, scores.shape[-1])
+    return {
+        "step_sizes": result.curve.step_sizes,
+        "by_seed": by_seed.tolist(),
+        "interquartile_mean": interquartile_mean(flat).tolist(),
+        "worst": by_seed.min(axis=0).tolist(),
+        "random": {key: curve.returns for key, curve in result.references.items()},
+    }
+
+
+def draw(name: str, found: dict[str, Any], path: Path) -> None:
+    """Draw every seed's return after one step during training."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for i, (seed, curve) in enumerate(zip(found["seeds"], found["curves"], strict=True)):
+        steps = np.arange(1, len(curve) + 1) * found["env_steps"] / len(curve) / 1e6
+        axes.plot(steps, curve, color=f"C{i % 10}", linewidth=1.2, label=f"seed {seed}")
+    published = ROWS[name].published[0]
+    if published is not None:
+        axes.axhline(published, color="black", linestyle=":", linewidth=1, label="published")
+    axes.set_xlabel("env steps (millions)")
+    axes.set_ylabel("return after one inner step,\ntraining tasks")
+    axes.set_title(name)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, ncols=2, fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Return the table of all rows in Markdown."""
+    lines = [
+        "| row | env steps | seeds | before | 1 step | 2 steps | 3 steps | worst seed, 1 step"
+        " | published, 1 / 2 / 3 steps | core-minutes per seed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in records:
+        row = ROWS[one["row"]]
+        means = " | ".join(f"{x:.1f}" for x in one["even"]["interquartile_mean"])
+        published = " / ".join("none" if x is None else f"{x:g}" for x in row.published)
+        minutes = sum(one["core_minutes"]) / len(one["core_minutes"])
+        worst = one["even"]["worst"][1]
+        lines.append(
+            f"| `{one['row']}` | {one['env_steps'] / 1e6:.1f}M | {len(one['seeds'])} | {means}"
+            f" | {worst:.1f} | {published} {row.source and f'({row.source})'} | {minutes:.0f} |"
+        )
+    lines += ["", "Returns after one step by seed, and on tasks drawn as in the papers:", ""]
+    lines += [
+        "| row | by seed, evenly spread tasks | drawn tasks, 0 / 1 / 2 / 3 steps | step sizes |",
+        "| --- | --- | --- | --- |",
+    ]
+    for one in records:
+        by_seed = ", ".join(
+            f"{seed}: {scores[1]:.1f}"
+            for seed, scores in zip(one["seeds"], one["even"]["by_seed"], strict=True)
+        )
+        drawn = " / ".join(f"{x:.1f}" for x in one["drawn"]["interquartile_mean"])
+        sizes = ", ".join(f"{size:.3g}" for size in one["even"]["step_sizes"])
+        lines.append(f"| `{one['row']}` | {by_seed} | {drawn} | {sizes} |")
+    lines += ["", "Each row's command, machine and versions:", ""]
+    for one in records:
+        where = one["machine"]
+        made = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
+        lines += [
+            f"- `{one['command']}`; {where['processor']}, {where['cores']} cores"
+            f" ({where['torch_cpu']}); {made}"
+        ]
+    return "\n".join(lines)
+
+
+def write_docs(docs: Path = DOCS) -> str:
+    """Write the table of all records into docs/results.md and return the page."""
+    stored = [docs / "records" / f"{name}.json" for name in ROWS]
+    records = [json.loads(path.read_text()) for path in stored if path.exists()]
+    page = docs / "results.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    text = f"{before}{BEGIN}\n\n{table(records)}\n\n{END}{after}"
+    write_atomically(page, text.encode())
+    return text
+
+
+def main(arguments: Arguments) -> None:
+    for name in arguments.rows:
+        if name not in ROWS:
+            raise SystemExit(f"error: no row {name!r} (rows: {', '.join(ROWS)})")
+    for name in arguments.rows:
+        row = ROWS[name]
+        place = arguments.out / name
+        place.mkdir(parents=True, exist_ok=True)
+        folders = [place / f"seed-{seed}" for seed in arguments.seeds]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            trainings = [
+                pool.submit(train, row, folder, seed, arguments)
+                for folder, seed in zip(folders, arguments.seeds, strict=True)
+            ]
+            for training in trainings:
+                training.result()
+        found = record(name, row, folders, arguments)
+        text = json.dumps(found, indent=1).encode()
+        write_atomically(place / "record.json", text)
+        draw(name, found, place / "curves.png")
+        print(table([found]))
+        if arguments.env_steps is None:
+            (DOCS / "records").mkdir(exist_ok=True)
+            write_atomically(DOCS / "records" / f"{name}.json", text)
+            draw(name, found, DOCS / "records" / f"{name}.png")
+    if arguments.env_steps is None:
+        write_docs()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=Arguments.__doc__))
