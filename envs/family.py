@@ -54,6 +54,14 @@ class TaskDistribution(ABC):
     def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
         """Draw n tasks, [n, task_dim]. The test split of few tasks is drawn balanced."""
 
+    def stratified(self, rng: np.random.Generator, n: int) -> Tasks:
+        """Draw n training tasks that cover their distribution evenly, [n, task_dim].
+
+        Each alone is distributed as `sample` draws it. A distribution that has no such draw of its
+        own samples independently.
+        """
+        return self.sample(rng, n)
+
     @abstractmethod
     def grid(self, n: int, split: Split = "test") -> Tasks:
         """Return n tasks that cover a split evenly, [n, task_dim], the same at every call."""
@@ -118,6 +126,12 @@ class Uniform(TaskDistribution):
         low, high = self.bounds(split)
         return rng.uniform(low, high, (n, self.dim))
 
+    def stratified(self, rng: np.random.Generator, n: int) -> Tasks:
+        # A Latin hypercube (McKay et al. 1979): one task in each of n slices along every axis.
+        low, high = self.bounds("train")
+        slices = rng.permuted(np.tile(np.arange(n), (self.dim, 1)), axis=1).T
+        return low + (slices + rng.uniform(size=(n, self.dim))) / n * (high - low)
+
     def grid(self, n: int, split: Split = "test") -> Tasks:
         low, high = self.bounds(split)
         if self.dim == 1:
@@ -175,11 +189,11 @@ class Finite(TaskDistribution):
     def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
         values = self._values[split]
         if self.balanced or split == "test":
-            # Whole rounds of every task, then a random part of one more round.
-            whole = np.tile(np.arange(len(values)), n // len(values))
-            rest = rng.permutation(len(values))[: n % len(values)]
-            return values[np.concatenate([whole, rest])]
+            return _rounds(values, rng, n)
         return values[rng.integers(len(values), size=n)]
+
+    def stratified(self, rng: np.random.Generator, n: int) -> Tasks:
+        return _rounds(self._values["train"], rng, n)
 
     def grid(self, n: int, split: Split = "test") -> Tasks:
         values = self._values[split]
@@ -192,6 +206,13 @@ class Finite(TaskDistribution):
 
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         return self._values[split].min(0), self._values[split].max(0)
+
+
+def _rounds(values: Tasks, rng: np.random.Generator, n: int) -> Tasks:
+    """Return whole rounds of all values, then a random part of one more round."""
+    whole = np.tile(np.arange(len(values)), n // len(values))
+    rest = rng.permutation(len(values))[: n % len(values)]
+    return values[np.concatenate([whole, rest])]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,24 @@ def test_uniform_tasks_lie_in_their_box_and_fill_it():
     np.testing.assert_allclose(Uniform({"v": (0.0, 2.0)}).grid(4)[:, 0], [0.25, 0.75, 1.25, 1.75])
 
 
+def test_stratified_tasks_lie_one_in_each_slice_and_are_distributed_as_others():
+    box = Uniform({"x": (-1.0, 3.0), "y": (0.0, 1.0)})
+    tasks = box.stratified(rng(), 20)
+    low, high = box.bounds()
+    slices = np.floor((tasks - low) / (high - low) * 20)
+    for axis in slices.T:
+        assert sorted(axis) == list(range(20))
+    assert not np.array_equal(slices[:, 0], slices[:, 1])  # axes are permuted apart
+    many = np.concatenate([box.stratified(np.random.default_rng(i), 4) for i in range(2000)])
+    np.testing.assert_allclose(many.mean(0), [1.0, 0.5], atol=0.05)
+    np.testing.assert_allclose(many.var(0), [16 / 12, 1 / 12], rtol=0.05)
+    assert abs(np.corrcoef(many.T)[0, 1]) < 0.05
+    assert Finite(("side",), [[-1.0], [1.0]]).stratified(rng(), 40).sum() == 0.0
+    thirds = Finite(("n",), [[0.0], [1.0], [2.0]])
+    rest = [thirds.stratified(np.random.default_rng(i), 4)[-1, 0] for i in range(3000)]
+    np.testing.assert_allclose(np.bincount(np.int64(rest)) / 3000, 1 / 3, atol=0.04)
+
+
 def test_finite_test_tasks_are_balanced():
     directions = Finite(("direction",), [[-1.0], [1.0]])
     assert directions.sample(rng(), 40, "test").sum() == 0.0

@@ -226,6 +226,18 @@ def test_ten_skipped_updates_in_a_row_stop_the_run(tmp_path, monkeypatch):
     assert all(torch.isfinite(p).all() for p in state.params.values())
 
 
+def test_tasks_are_stratified_where_asked_for():
+    def goals(stratified: bool) -> np.ndarray:
+        rollouts: list = []
+        with Trainer(small(tasks=10, threads=1, stratified=stratified)) as trainer:
+            trainer.iterate(rollouts.extend)
+        return rollouts[0].tasks.numpy()
+
+    for axis in np.floor((goals(True) + 0.5) * 10).T:
+        assert sorted(axis) == list(range(10))
+    assert any(len(set(axis)) < 10 for axis in np.floor((goals(False) + 0.5) * 10).T)
+
+
 def test_a_diverging_family_is_counted_and_trains_on(monkeypatch):
     family = make_family("half-cheetah-dir", horizon=8)
     monkeypatch.setattr("metarl.running.trainer.make_family", lambda *_, **__: family)

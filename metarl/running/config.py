@@ -118,6 +118,8 @@ class Config:
     """Meta-iterations in all, those before a resume counted."""
     tasks: int = 40
     """Tasks per meta-iteration."""
+    stratified: bool = False
+    """Draw an iteration's tasks evenly over their distribution, instead of independently."""
     episodes: int = 20
     """Episodes per task and inner step."""
     seed: int = 0

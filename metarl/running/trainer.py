@@ -111,7 +111,9 @@ class Trainer:
         config, state = self.config, self.state
         start, processor = time.perf_counter(), time.process_time()
         address = Address(config.seed, state.iteration)
-        tasks = self.family.tasks.sample(address.tasks(), config.tasks)
+        distribution = self.family.tasks
+        draw = distribution.stratified if config.stratified else distribution.sample
+        tasks = draw(address.tasks(), config.tasks)
         rollouts: list[Rollout] = []
         seconds = {"rollout": 0.0}
         told = {"context": scaled_tasks(self.family, tasks)} if self.algorithm.told else {}
