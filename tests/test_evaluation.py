@@ -262,6 +262,15 @@ def test_a_task_whose_every_episode_diverged_is_left_out():
     assert told["per_task"][3] == [3.0, None]
 
 
+def test_a_diverged_task_is_no_tasks_best_in_the_interquartile_mean():
+    scores = np.arange(16.0).reshape(2, 8, 1)
+    scores[:, 0] = np.nan  # the worst task diverged with both seeds
+    told = EvaluationResult(Curve([0.1], scores, seeds=[0, 1]), {}).to_json()
+    # 1 ... 7 and 9 ... 15: three are cut at either end of fourteen.
+    assert told["iqm"] == [np.mean([4, 5, 6, 7, 9, 10, 11, 12])]
+    assert told["iqm_ci95"][0][0] < told["iqm"][0] < told["iqm_ci95"][0][1]
+
+
 def saved(folder, name: str, **changes) -> str:
     config = dataclasses.replace(navigator().config, **changes)
     inner = dataclasses.replace(config.inner, steps=0)
