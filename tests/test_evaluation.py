@@ -333,8 +333,15 @@ def test_references_have_the_step_sizes_of_their_preset():
 
     assert sizes("pretrained") == (0.2, 0.1)
     assert sizes("random") == (1.0, 0.5)
+    # On velocity the authors' evaluation takes others than on direction and ant.
+    assert sizes("pretrained", "half-cheetah-vel") == (0.02, 0.01)
+    assert sizes("random", "half-cheetah-vel") == (0.1, 0.05)
+    for family in ("ant-dir", "ant-vel"):
+        assert sizes("pretrained", family) == (0.2, 0.1)
+        assert sizes("random", family) == (1.0, 0.5)
     assert sizes("oracle") == ()
     assert sizes("pretrained", "navigation-2d") == ()  # the authors' are 0.5 for all rows
+    assert sizes("random", "walker2d-dir") == ()  # no task of theirs
     own = InnerConfig(steps=0, test_step_sizes=(0.7,))
     assert sizes("pretrained", inner=own) == ()
 

@@ -16,13 +16,13 @@ ROOMS = {
     ],
     "learning": [
         "stopwatch", "parallel", "trajectories", "policies", "advantages", "objectives",
-        "adaptation", "inner_loop", "meta_gradients", "trust_region", "first_order",
-        "algorithms",
+        "linear_solves", "adaptation", "inner_loop", "credit", "meta_gradients",
+        "trust_region", "first_order", "algorithms",
     ],
     "sampling": ["seeding", "rollouts", "workers"],
     "running": [
         "config", "presets", "checkpoints", "metrics", "statistics", "results", "meta_policy",
-        "runs", "trainer", "evaluation", "benchmark",
+        "runs", "iterations", "trainer", "evaluation", "benchmark",
     ],
     "showing": ["plots", "videos", "report"],
     "commands": ["policy_commands", "cli"],

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from metarl.learning.linear_solves import conjugate_gradient
 from metarl.learning.meta_gradients import Evaluation, UnrolledProblem
-from metarl.learning.trust_region import TrustRegion, TrustRegionConfig, conjugate_gradient
+from metarl.learning.trust_region import TrustRegion, TrustRegionConfig
 
 
 def spd(n: int, seed: int = 0) -> torch.Tensor:
@@ -50,7 +51,7 @@ class Quadratic(UnrolledProblem):
         return Evaluation(float(self.g @ x + 0.5 * x @ self.B @ x), float(0.5 * x @ self.F @ x))
 
     @contextmanager
-    def linearize(self, meta):
+    def linearize(self, meta, iterates):
         yield lambda v: self.F @ v
 
 

@@ -248,7 +248,12 @@ def _train(command: Train) -> int:
     with _Stop() as stop:
         try:
             meta = train(
-                config, folder, resume=command.resume is not None, progress=show, stop=stop
+                config,
+                folder,
+                resume=command.resume is not None,
+                progress=show,
+                stop=stop,
+                notice=lambda line: print(line, file=sys.stderr),
             )
         finally:
             if bar is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metarl.envs.errors import UserError
+from metarl.learning.linear_solves import conjugate_gradient
 from metarl.learning.meta_gradients import Problem, UnrolledProblem
 from metarl.learning.policies import Params, flatten, unflatten
 from metarl.learning.stopwatch import Stopwatch
@@ -46,35 +46,6 @@ class TrustRegionConfig:
             )
         if not 0.0 < self.backtrack < 1.0:
             raise UserError(f"trust_region.backtrack must be in (0, 1), got {self.backtrack}")
-
-
-def conjugate_gradient(
-    product: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float = 1e-10
-) -> tuple[Tensor, Tensor]:
-    """Return x with A x = b approximately, and b - A x; A symmetric and positive definite.
-
-    Hestenes & Stiefel 1952.
-
-    Args:
-        product: v -> A v.
-        b: [P]
-        iterations: at most so many products.
-        tolerance: stop where |residual|^2 falls below it.
-    """
-    x = torch.zeros_like(b)
-    residual, direction = b.clone(), b.clone()
-    squared = residual @ residual
-    for _ in range(iterations):
-        if squared <= tolerance:
-            break
-        image = product(direction)
-        step = squared / (direction @ image)
-        x = x + step * direction
-        residual = residual - step * image
-        new = residual @ residual
-        direction = residual + (new / squared) * direction
-        squared = new
-    return x, residual
 
 
 OuterState = dict[str, Tensor]
@@ -119,7 +90,7 @@ class TrustRegion:
         stats["seconds_gradient"] = watch.lap()
         if not stats["finite"] or stats["gradient_norm"] == 0.0:
             return meta, state, stats
-        with problem.linearize(meta) as fisher:
+        with problem.linearize(meta, problem.iterates) as fisher:
 
             def damped(v: Tensor) -> Tensor:
                 return fisher(v) + config.cg_damping * v
