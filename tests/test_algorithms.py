@@ -18,6 +18,7 @@ from metarl import evaluate, load, preset_config, train
 from metarl.envs.errors import UserError
 from metarl.learning.adaptation import Adapter
 from metarl.learning.algorithms import ALGORITHMS, find_algorithm
+from metarl.learning.credit import post_update_credit
 from metarl.learning.first_order import Adam, AdamConfig, shorten
 from metarl.learning.inner_loop import Adapted
 from metarl.learning.linear_solves import conjugate_gradient_each
@@ -113,6 +114,22 @@ def test_reptiles_gradient_is_the_displacement(pool):
         gradient, _ = problem.gradient(THETA)
         expected = (THETA["x"] - moved(steps * updates)).mean(0)
         torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_iterates_are_those_of_the_first_of_several_outer_steps(pool):
+    # Told what the inner loop found, Adam's first gradient takes it, and its second finds it anew.
+    adapter = Adapter(Point(), quadratic, (0.2,))
+    wrong = [{"x": 5.0 + moved(1)}]
+    told = DisplacementProblem(adapter, [SUPPORT], pool, iterates=wrong)
+    outer = Adam(AdamConfig(learning_rate=0.1, steps=2, max_kl=1e9))
+    found, _, _ = outer.step(told, THETA, outer.init(THETA))
+    first = (THETA["x"] - wrong[0]["x"]).mean(0)
+    x, m, v = THETA["x"], 0.1 * first, 0.001 * first**2
+    x = x - 0.1 * (m / 0.1) / ((v / 0.001).sqrt() + 1e-8)
+    second = 0.2 * times(A, x - GOAL).mean(0)
+    m, v = 0.9 * m + 0.1 * second, 0.999 * v + 0.001 * second**2
+    x = x - 0.1 * (m / (1 - 0.9**2)) / ((v / (1 - 0.999**2)).sqrt() + 1e-8)
+    torch.testing.assert_close(found["x"], x, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("strength", [0.5, 3.0])
@@ -349,23 +366,18 @@ def test_e_mamls_estimator_is_the_gradient_of_what_adaptation_earns(pool):
             old_log_prob=TABLE.log_prob(dist, every.action),
         )  # fmt: skip
 
-    def problem(paths, credit_of):
-        batches = [
-            joined([batch[c, path] for c, path in zip(scales, paths, strict=True)])
-            for batch in (support, query)
-        ]
-        rollout = path_rollout(credit_of, scales)
-        ones = torch.ones(len(scales), dtype=D)
-        found = Adapted([{}], {}, [rollout] * 2, batches, [ones] * 2)
-        return make_problem(row, config, 0, found, LOGITS, adapter, pool)
-
     estimate = {True: torch.zeros(4, dtype=D), False: torch.zeros(4, dtype=D)}
     for paths in itertools.product(PATHS, repeat=2):
-        made = problem(paths, paths)
+        pairs = list(zip(scales, paths, strict=True))
+        batches = [joined([batch[pair] for pair in pairs]) for batch in (support, query)]
+        found = Adapted([{}], {}, batches=batches, advantage_scales=[torch.ones(2, dtype=D)] * 2)
         credit = torch.zeros(2, dtype=D)
         for queries in itertools.product(PATHS, repeat=2):
-            both = [likely[c, p][q] for c, p, q in zip(scales, paths, queries, strict=True)]
-            credit += both[0] * both[1] * problem(paths, queries).objective.credit
+            found.rollouts[:] = [path_rollout(queries, scales)] * 2
+            both = [likely[pair][q] for pair, q in zip(pairs, queries, strict=True)]
+            credit += both[0] * both[1] * post_update_credit(found)
+        made = make_problem(row, config, 0, found, LOGITS, adapter, pool)
+        assert torch.equal(made.objective.credit, post_update_credit(found))
         for credited in (True, False):
             made.objective = Objective(credit=credit if credited else None)
             weight = float((chance[paths[0]] * chance[paths[1]]).detach())

@@ -235,11 +235,11 @@ def test_evaluate_is_the_loss_and_kl_of_policies_adapted_anew(small_policy, pool
     assert found.kl == pytest.approx(expected, rel=1e-12)
 
 
-def minibatch_problem(policy, pool, order, parts):
+def minibatch_problem(policy, pool, order, parts, proximal=0.0):
     """Two steps from `meta`, whose iterates on all samples the problem is told."""
     meta = double_params(policy)
     batches = [random_batch(policy, 3, 20, seed, ragged=False) for seed in range(3)]
-    adapter = Adapter(policy, log_likelihood, SIZES)
+    adapter = Adapter(policy, log_likelihood, SIZES, proximal=proximal)
     fast, slow, sizes = adapter.split(meta)
     found = adapter.adapt(stack(fast, 3), slow, sizes, batches[:-1], order=0)[1:]
     order_of = torch.randperm(20, generator=torch.Generator().manual_seed(0))
@@ -260,24 +260,26 @@ def test_minibatch_gradients_average_to_that_of_all_samples(small_policy, pool):
     torch.testing.assert_close(made.gradient(meta, 5)[0], gradients[1], rtol=0, atol=0)
 
 
-def test_minibatch_gradient_matches_central_differences(small_policy, pool):
+@pytest.mark.parametrize("proximal", [0.0, 1.5])
+def test_minibatch_gradient_matches_central_differences(small_policy, pool, proximal):
     # Away from the meta-parameters that sampled: minibatch steps plus what they lack there.
-    made, meta, found = minibatch_problem(small_policy, pool, 2, 3)
+    made, meta, found = minibatch_problem(small_policy, pool, 2, 3, proximal)
     samples = made.minibatches[1]
     *support, query = [batch.select(samples) for batch in made.batches]
     fast, slow, sizes = made.adapter.split(meta)
-    first = made.adapter.adapt(stack(fast, 3), slow, sizes, support[:1], order=0)[-1]
-    second = made.adapter.step(found[0], slow, sizes, support[1], 1, start=stack(fast, 3))
+    begin = stack(fast, 3)
+    first = made.adapter.step(begin, slow, sizes, support[0], 0, start=begin)
+    second = made.adapter.step(found[0], slow, sizes, support[1], 1, start=begin)
 
     def loss(theta):
-        params = stack(unflatten(theta, meta), 3)
+        params = start = stack(unflatten(theta, meta), 3)
         for k, (batch, end) in enumerate(zip(support, (first, second), strict=True)):
             leaves = {n: p.detach().clone().requires_grad_() for n, p in params.items()}
             slope = torch.autograd.grad(
                 losses(small_policy, leaves, batch).sum(), list(leaves.values())
             )
             params = {
-                n: p - SIZES[k] * g + (found[k][n] - end[n])
+                n: p - SIZES[k] * (g + proximal * (p - start[n])) + (found[k][n] - end[n])
                 for (n, p), g in zip(leaves.items(), slope, strict=True)
             }
         return float(ratios(small_policy, params, query).mean().detach())
