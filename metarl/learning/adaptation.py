@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,12 +22,10 @@ StepSizes = dict[str, Tensor]
 Fast = Literal["all", "head", "context"]
 Learned = Literal["no", "layer", "parameter"]
 
-X = TypeVar("X")
-
 _STEP = "step_size."  # prefix of learned step sizes among the meta-parameters
 
 
-def size_at(sizes: Sequence[X], k: int) -> X:
+def size_at(sizes: Tensor | Sequence[float], k: int) -> Any:
     """Return the size of step k: steps beyond those given repeat the last."""
     return sizes[min(k, len(sizes) - 1)]
 
