@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import double_params, random_batch
 from torch.distributions import Independent, Normal
 
-from metarl.learning.adaptation import adapt, step_size
+from metarl.learning.adaptation import Adapter, inner_step, size_at
+from metarl.learning.advantages import AdvantageConfig
+from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.objectives import likelihood_ratio, log_likelihood, mean_kl
 from metarl.learning.policies import stack
+from metarl.learning.trajectories import Rollout
 
 
 def constant_step_sizes(params, sizes):
@@ -22,15 +26,15 @@ def losses(policy, loss=log_likelihood):
 
 def test_zero_steps_are_the_identity(small_policy):
     params = stack(double_params(small_policy), 3)
-    iterates = adapt(
-        losses(small_policy),
-        params,
-        constant_step_sizes(params, [0.1]),
-        [],
-        order=2,
-    )
+    adapter = Adapter(small_policy, log_likelihood, (0.1,))
+    iterates = adapter.adapt(params, {}, constant_step_sizes(params, [0.1]), [], order=2)
     assert len(iterates) == 1
     assert iterates[0] is params
+
+
+def test_steps_beyond_the_sizes_given_repeat_the_last():
+    assert [size_at([0.3, 0.1], k) for k in range(4)] == [0.3, 0.1, 0.1, 0.1]
+    assert float(size_at(torch.tensor([0.5]), 7)) == 0.5
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -38,9 +42,9 @@ def test_each_task_takes_its_own_gradient_step_on_each_batch(small_policy, order
     params = double_params(small_policy)
     batches = [random_batch(small_policy, 3, 20, seed) for seed in range(3)]
     sizes = constant_step_sizes(params, [0.3, 0.1])
-    loss = losses(small_policy)
+    adapter = Adapter(small_policy, log_likelihood, (0.3, 0.1))
     leaves = {name: p.requires_grad_() for name, p in stack(params, 3).items()}
-    iterates = adapt(loss, leaves, sizes, batches, order=order)
+    iterates = adapter.adapt(leaves, {}, sizes, batches, order=order)
     for t in range(3):
         theta = {name: p.clone().requires_grad_() for name, p in params.items()}
         for k, batch in enumerate(batches):
@@ -65,12 +69,13 @@ def test_step_sizes_may_differ_by_layer_and_entry(small_policy):
     params = stack(double_params(small_policy), 2)
     batch = random_batch(small_policy, 2, 10, 0)
     loss = losses(small_policy)
-    unit = adapt(loss, params, constant_step_sizes(params, [1.0]), [batch], order=0)[1]
-    sizes = {name: torch.zeros(1, dtype=torch.float64) for name in params}
-    sizes["log_std"] = torch.tensor([[0.5, 0.0]], dtype=torch.float64)
-    moved = adapt(loss, params, sizes, [batch], order=0)[1]
+    ones = dict.fromkeys(params, torch.ones((), dtype=torch.float64))
+    unit = inner_step(loss, params, ones, batch, start=params, order=0)
+    sizes = dict.fromkeys(params, torch.zeros((), dtype=torch.float64))
+    sizes["log_std"] = torch.tensor([0.5, 0.0], dtype=torch.float64)
+    moved = inner_step(loss, params, sizes, batch, start=params, order=0)
     for name in params:
-        expected = params[name] + (unit[name] - params[name]) * step_size(sizes, name, 0)
+        expected = params[name] + (unit[name] - params[name]) * sizes[name]
         torch.testing.assert_close(moved[name], expected)
     assert torch.equal(moved["layer0.weight"], params["layer0.weight"])
 
@@ -130,3 +135,53 @@ def test_selected_samples_are_weighted_to_one_again(small_policy):
     assert torch.equal(part.action, batch.action[:, [0, 3, 15]])
     nothing = batch.select(torch.tensor([15]))
     assert torch.equal(nothing.weight, torch.zeros(2, 1, dtype=torch.float64))
+
+
+def whole_rollout(policy, tasks, seed):
+    """Two episodes a task of twelve steps each, as some other policy would have drawn them."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return torch.from_numpy(rng.standard_normal(shape))
+
+    grid = (tasks, 2, 12)
+    no = torch.zeros(grid[:2], dtype=torch.bool)
+    old = {"mean": draw(*grid, policy.action_dim), "log_std": 0.1 * draw(*grid, policy.action_dim)}
+    return Rollout(
+        tasks=draw(tasks, 1),
+        observation=draw(*grid, policy.observation_dim),
+        last_observation=draw(*grid[:2], policy.observation_dim),
+        action=draw(*grid, policy.action_dim),
+        behaviour=old,
+        reward=draw(*grid),
+        valid=torch.ones(grid, dtype=torch.bool),
+        terminated=no,
+        truncated=~no,
+        diverged=no,
+    )
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_proximal_pull_is_towards_the_initialization_at_every_step(small_policy, pool, updates):
+    # The live inner loop, and the one that is differentiated, against plain gradient descent.
+    adapter = Adapter(small_policy, likelihood_ratio, (0.3, 0.2), updates=updates, proximal=2.0)
+    rollouts = [whole_rollout(small_policy, 5, seed) for seed in range(3)]
+    meta = double_params(small_policy)
+    live = InnerLoop(adapter, AdvantageConfig(), pool).run(
+        lambda params, k: rollouts[k], meta, 5, steps=3, query="none"
+    )
+    fast, slow, sizes = adapter.split(meta)
+    start = {n: p.clone().requires_grad_() for n, p in stack(fast, 5).items()}
+    differentiated = adapter.adapt(start, slow, sizes, live.batches, order=2)
+    theta = stack(meta, 5)
+    for k, batch in enumerate(live.batches):
+        for _ in range(updates):
+            leaves = {n: p.detach().clone().requires_grad_() for n, p in theta.items()}
+            loss = losses(small_policy, likelihood_ratio)(leaves, batch).sum()
+            distance = sum((leaves[n] - meta[n]).square().sum() for n in leaves)
+            slope = torch.autograd.grad(loss + distance, list(leaves.values()))  # 2.0 / 2
+            size = (0.3, 0.2, 0.2)[k]
+            theta = {n: p - size * g for (n, p), g in zip(leaves.items(), slope, strict=True)}
+        for name, p in theta.items():
+            torch.testing.assert_close(live.iterates[k + 1][name], p, rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(differentiated[k + 1][name], p, rtol=1e-9, atol=1e-10)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -73,10 +75,7 @@ def loop_estimate(rollout: Rollout, config: AdvantageConfig) -> np.ndarray:
                 float(feature_row(rollout.observation[task, e, t].numpy(), t) @ weights)
                 for t in range(n)
             ]
-            after = 0.0
-            if config.bootstrap and not bool(rollout.terminated[task, e]) and n:
-                after = float(feature_row(rollout.last_observation[task, e].numpy(), n) @ weights)
-            values.append(after)
+            values.append(0.0)  # the horizon ends the task
             running = 0.0
             for t in reversed(range(n)):
                 reward = float(rollout.reward[task, e, t])
@@ -100,19 +99,24 @@ def feature_row(observation: np.ndarray, t: int) -> np.ndarray:
 @given(
     lengths=st.lists(st.integers(0, H), min_size=T * E, max_size=T * E),
     seed=st.integers(0, 100),
-    bootstrap=st.booleans(),
     terminated=st.booleans(),
     norm=st.booleans(),
 )
-def test_estimate_matches_loops_on_ragged_episodes(lengths, seed, bootstrap, terminated, norm):
+def test_estimate_matches_loops_on_ragged_episodes(lengths, seed, terminated, norm):
     rollout = make_rollout(np.array(lengths).reshape(T, E), seed, terminated)
-    config = AdvantageConfig(
-        discount=0.9, trace=0.8, bootstrap=bootstrap, normalize=norm, ridge=0.1
-    )
+    config = AdvantageConfig(discount=0.9, trace=0.8, normalize=norm, ridge=0.1)
     with ChunkPool(1) as pool:
-        found = estimate(rollout, config, pool)
+        found, scale = estimate(rollout, config, pool)
+        plain, one = estimate(rollout, dataclasses.replace(config, normalize=False), pool)
     assert not found[~rollout.valid].any()
     np.testing.assert_allclose(found.numpy(), loop_estimate(rollout, config), rtol=2e-5, atol=2e-5)
+    # The scale is the standard deviation that was divided by.
+    assert one.tolist() == [1.0] * T
+    for task in range(T):
+        seen = plain[task][rollout.valid[task]].double()
+        expected = float(seen.std(correction=0)) + 1e-8 if norm and len(seen) else 1.0
+        if len(seen) > 1:
+            assert float(scale[task]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_discounted_sum_matches_its_definition():
@@ -125,12 +129,8 @@ def test_discounted_sum_matches_its_definition():
 def test_gae_with_trace_one_is_the_return_less_the_value():
     rng = np.random.default_rng(1)
     reward, value = (torch.from_numpy(rng.standard_normal((5, H))) for _ in range(2))
-    valid = torch.ones(5, H, dtype=torch.bool)
-    bootstrap = torch.from_numpy(rng.standard_normal(5))
-    following = reward.clone()
-    following[:, -1] += 0.9 * bootstrap
-    found = gae(reward, value, bootstrap, valid, 0.9, 1.0)
-    torch.testing.assert_close(found, discounted_sum(following, 0.9) - value)
+    found = gae(reward, value, 0.9, 1.0)
+    torch.testing.assert_close(found, discounted_sum(reward, 0.9) - value)
 
 
 def test_baseline_is_the_ridge_solution_of_each_task():
@@ -166,17 +166,19 @@ def test_normalize_divides_by_the_standard_deviation():
     advantage = torch.from_numpy(5.0 + 3.0 * rng.standard_normal((2, 3, H)))
     valid = torch.ones(2, 3, H, dtype=torch.bool)
     valid[0, 1, 4:] = False
-    found = normalize(torch.where(valid, advantage, 0.0), valid)
+    found, scale = normalize(torch.where(valid, advantage, 0.0), valid)
     for task in range(2):
         seen = found[task][valid[task]]
         assert float(seen.mean()) == pytest.approx(0.0, abs=1e-12)
         assert float(seen.std(correction=0)) == pytest.approx(1.0, rel=1e-6)
+        before = advantage[task][valid[task]]
+        assert float(scale[task]) == pytest.approx(float(before.std(correction=0)), rel=1e-6)
 
 
 def test_a_task_of_no_valid_steps_has_no_advantages(pool):
     lengths = np.full((T, E), H)
     lengths[1] = 0
-    found = estimate(make_rollout(lengths), AdvantageConfig(), pool)
+    found, _ = estimate(make_rollout(lengths), AdvantageConfig(), pool)
     assert torch.isfinite(found).all()
     assert not found[1].any()
     assert found[0].any()

@@ -18,7 +18,10 @@ from metarl import evaluate, load, resolve, train
 from metarl.envs.errors import UserError
 from metarl.learning.adaptation import Adapter
 from metarl.learning.algorithms import ALGORITHMS, find_algorithm
+from metarl.learning.credit import post_update_credit
 from metarl.learning.first_order import Adam, AdamConfig, shorten
+from metarl.learning.inner_loop import Adapted
+from metarl.learning.linear_solves import conjugate_gradient_each
 from metarl.learning.meta_gradients import (
     DisplacementProblem,
     Evaluation,
@@ -27,7 +30,6 @@ from metarl.learning.meta_gradients import (
     UnrolledProblem,
     annealed_weights,
     cosine,
-    solve_each,
 )
 from metarl.learning.objectives import (
     Batch,
@@ -38,6 +40,8 @@ from metarl.learning.objectives import (
     mean_kl,
 )
 from metarl.learning.policies import flatten, stack
+from metarl.learning.trajectories import Rollout
+from metarl.running.iterations import make_problem
 from metarl.running.trainer import Trainer
 
 D = torch.float64
@@ -112,6 +116,22 @@ def test_reptiles_gradient_is_the_displacement(pool):
         torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
 
 
+def test_iterates_are_those_of_the_first_of_several_outer_steps(pool):
+    # Told what the inner loop found, Adam's first gradient takes it, and its second finds it anew.
+    adapter = Adapter(Point(), quadratic, (0.2,))
+    wrong = [{"x": 5.0 + moved(1)}]
+    told = DisplacementProblem(adapter, [SUPPORT], pool, iterates=wrong)
+    outer = Adam(AdamConfig(learning_rate=0.1, steps=2, max_kl=1e9))
+    found, _, _ = outer.step(told, THETA, outer.init(THETA))
+    first = (THETA["x"] - wrong[0]["x"]).mean(0)
+    x, m, v = THETA["x"], 0.1 * first, 0.001 * first**2
+    x = x - 0.1 * (m / 0.1) / ((v / 0.001).sqrt() + 1e-8)
+    second = 0.2 * times(A, x - GOAL).mean(0)
+    m, v = 0.9 * m + 0.1 * second, 0.999 * v + 0.001 * second**2
+    x = x - 0.1 * (m / (1 - 0.9**2)) / ((v / (1 - 0.999**2)).sqrt() + 1e-8)
+    torch.testing.assert_close(found["x"], x, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("strength", [0.5, 3.0])
 def test_imamls_gradient_is_the_exact_implicit_one(pool, strength):
     # argmin of loss + s/2 |x - theta|^2 is (A + s)^-1 (A g + s theta); its Jacobian s (A + s)^-1.
@@ -161,9 +181,9 @@ def test_imaml_detects_curvature_that_is_not_positive_or_hardly(pool, curvature)
     torch.testing.assert_close(gradient, times(B, slope).mean(0), rtol=1e-12, atol=1e-14)
 
 
-def test_solve_each_solves_every_tasks_own_system():
+def test_every_tasks_own_system_is_solved():
     b = draw(TASKS, DIM, seed=9)
-    x, residual, curved = solve_each(lambda v: times(A, v), b, 10)
+    x, residual, curved = conjugate_gradient_each(lambda v: times(A, v), b, 10)
     torch.testing.assert_close(x, torch.linalg.solve(A, b), rtol=1e-8, atol=1e-9)
     assert (residual < 1e-8).all()
     assert not curved.any()
@@ -285,47 +305,84 @@ def expected_return(logits):
     return total
 
 
-@pytest.mark.parametrize("episodes", [1, 2])
-def test_e_mamls_estimator_is_the_gradient_of_what_adaptation_earns(pool, episodes):
-    # grad E over support of J(theta'(support)), every support set listed.
-    size = 0.4
-    adapter = Adapter(TABLE, log_likelihood, (size,))
+def path_rollout(paths, scales):
+    """An episode a task; task t pays scales[t] times the reward."""
+    rewards = [[c * float(REWARD[0, a0]), c * float(REWARD[s1, a1])]
+               for (a0, s1, a1), c in zip(paths, scales, strict=True)]  # fmt: skip
+    empty = torch.zeros(len(paths), 1, STEPS, 1)
+    ended = torch.ones(len(paths), 1, dtype=torch.bool)
+    return Rollout(
+        tasks=torch.zeros(len(paths), 1, dtype=D), observation=empty,
+        last_observation=empty[:, :, 0], action=empty, behaviour={},
+        reward=torch.tensor(rewards, dtype=D).unsqueeze(1),
+        valid=torch.ones(len(paths), 1, STEPS, dtype=torch.bool), terminated=ended,
+        truncated=~ended, diverged=~ended,
+    )  # fmt: skip
 
-    def adapted(logits, paths):
-        score = torch.zeros((), dtype=D)
-        for a0, s1, a1 in paths:
-            log = logits.log_softmax(-1)
-            first, second = REWARD[0, a0], REWARD[s1, a1]
-            score = score + log[0, a0] * (first + second) + log[s1, a1] * second
-        (slope,) = torch.autograd.grad(score / (STEPS * len(paths)), logits, create_graph=True)
+
+def joined(batches):
+    """Batches of one task each as a batch of several."""
+    tensors = {
+        name: torch.cat([getattr(batch, name) for batch in batches])
+        for name in ("observation", "action", "advantage", "weight", "old_log_prob")
+    }
+    old = {"logits": torch.cat([batch.old["logits"] for batch in batches])}
+    return Batch(**tensors, old=old, episodes=batches[0].episodes)
+
+
+def test_e_mamls_estimator_is_the_gradient_of_what_adaptation_earns(pool):
+    # grad E over support of J(theta'(support)), every support set and query of two tasks listed;
+    # the credit, its baseline and its units are those that the trainer's problem has.
+    size, scales = 0.4, (1.0, -1.5)
+    adapter = Adapter(TABLE, log_likelihood, (size,))
+    row, config = find_algorithm("e-maml"), resolve(None, "navigation-2d", "e-maml")
+    assert config.meta.credit == 1.0
+
+    def adapted(logits, path, scale):
+        a0, s1, a1 = path
+        log = logits.log_softmax(-1)
+        first, second = scale * REWARD[0, a0], scale * REWARD[s1, a1]
+        score = log[0, a0] * (first + second) + log[s1, a1] * second
+        (slope,) = torch.autograd.grad(score / STEPS, logits, create_graph=True)
         return logits + size * slope
 
     logits = LOGITS["logits"].clone().requires_grad_()
     truth = torch.zeros((), dtype=D)
-    estimate = {True: torch.zeros(4, dtype=D), False: torch.zeros(4, dtype=D)}
-    everything = [1.0 / len(PATHS)] * len(PATHS)
-    for paths in itertools.product(PATHS, repeat=episodes):
-        chance = sum(path_log_prob(logits, path) for path in paths).exp()
-        after = adapted(logits, paths)
-        truth = truth + chance * expected_return(after)
-        # The package's estimator on this support set, the query expectation exact.
-        support = path_batch(paths, [1.0 / (STEPS * episodes)] * episodes)
-        query = path_batch(PATHS, everything)
+    chance = {path: path_log_prob(logits, path).exp() for path in PATHS}
+    likely, support, query = {}, {}, {}
+    for c, path in itertools.product(scales, PATHS):
+        after = adapted(logits, path, c)
+        truth = truth + chance[path] * c * expected_return(after) / len(scales)
         final = {"logits": after.detach()}
-        dist = TABLE.distribution(stack(final, 1), query.observation)
-        likely = torch.stack([path_log_prob(final["logits"], path).exp() for path in PATHS])
-        query = dataclasses.replace(
-            query,
-            old=dist,
-            old_log_prob=TABLE.log_prob(dist, query.action),
-            weight=likely.repeat_interleave(STEPS)[None],
-        )
-        earned = expected_return(final["logits"])[None]
+        likely[c, path] = {q: path_log_prob(final["logits"], q).exp() for q in PATHS}
+        one = path_batch([path], [1.0 / STEPS])
+        support[c, path] = dataclasses.replace(one, advantage=c * one.advantage)
+        # The query's own expectation is exact: every path, as likely as it is.
+        every = path_batch(PATHS, [1.0 / STEPS] * len(PATHS))
+        dist = TABLE.distribution(stack(final, 1), every.observation)
+        weight = torch.stack(list(likely[c, path].values())).repeat_interleave(STEPS)[None]
+        query[c, path] = dataclasses.replace(
+            every, advantage=c * every.advantage, old=dist, weight=weight / STEPS,
+            old_log_prob=TABLE.log_prob(dist, every.action),
+        )  # fmt: skip
+
+    estimate = {True: torch.zeros(4, dtype=D), False: torch.zeros(4, dtype=D)}
+    for paths in itertools.product(PATHS, repeat=2):
+        pairs = list(zip(scales, paths, strict=True))
+        batches = [joined([batch[pair] for pair in pairs]) for batch in (support, query)]
+        found = Adapted([{}], {}, batches=batches, advantage_scales=[torch.ones(2, dtype=D)] * 2)
+        credit = torch.zeros(2, dtype=D)
+        for queries in itertools.product(PATHS, repeat=2):
+            found.rollouts[:] = [path_rollout(queries, scales)] * 2
+            both = [likely[pair][q] for pair, q in zip(pairs, queries, strict=True)]
+            credit += both[0] * both[1] * post_update_credit(found)
+        made = make_problem(row, config, 0, found, LOGITS, adapter, pool)
+        assert torch.equal(made.objective.credit, post_update_credit(found))
         for credited in (True, False):
-            objective = Objective(credit=earned if credited else None)
-            problem = UnrolledProblem(adapter, [support, query], pool, objective)
-            estimate[credited] -= float(chance.detach()) * problem.gradient(LOGITS)[0]
-    (expected,) = torch.autograd.grad(truth, logits)
+            made.objective = Objective(credit=credit if credited else None)
+            weight = float((chance[paths[0]] * chance[paths[1]]).detach())
+            estimate[credited] -= weight * made.gradient(LOGITS)[0]
+    (expected,) = torch.autograd.grad(truth / STEPS, logits)  # a loss is a mean over steps
     torch.testing.assert_close(estimate[True], expected.flatten(), rtol=1e-10, atol=1e-12)
     assert not torch.allclose(estimate[False], expected.flatten(), rtol=1e-2, atol=1e-3)
 
@@ -459,7 +516,7 @@ def test_dice_leaves_out_steps_after_an_episodes_end():
 
 def test_whole_episodes_that_are_selected_stay_episodes():
     chosen = [PATHS[2], PATHS[0]]
-    part = path_batch(PATHS[:3], [1.0] * 3).select(torch.tensor([[4, 5], [0, 1]]))
+    part = path_batch(PATHS[:3], [1.0] * 3).select(torch.tensor([[[4, 5], [0, 1]]]))
 
     assert part.episodes == 2
     alone = path_batch(chosen, [1.0] * 2)
@@ -520,10 +577,12 @@ def test_inner_kl_is_that_of_the_pre_update_policies(small_policy, pool):
 class Slope:
     """A problem whose gradient is given."""
 
+    iterates = ()
+
     def __init__(self, *gradients):
         self.gradients = list(gradients)
 
-    def gradient(self, meta, epoch=0):
+    def gradient(self, meta, step=0, iterates=()):
         return self.gradients.pop(0), {"loss": 0.0}
 
 
@@ -542,15 +601,15 @@ def test_adam_follows_its_formula():
     assert stats["finite"]
 
 
-def test_epochs_end_at_a_kl_beyond_its_bound():
+def test_steps_end_at_a_kl_beyond_its_bound():
     class Moving(Slope):
-        def gradient(self, meta, epoch=0):
-            return torch.ones(DIM, dtype=D), {"loss": 0.0, "kl": 0.03 * epoch}
+        def gradient(self, meta, step=0, iterates=()):
+            return torch.ones(DIM, dtype=D), {"loss": 0.0, "kl": 0.03 * step}
 
     meta = {"x": draw(DIM, seed=1)}
-    outer = Adam(AdamConfig(epochs=5, max_kl=0.05))
+    outer = Adam(AdamConfig(steps=5, max_kl=0.05))
     _, state, stats = outer.step(Moving(), meta, outer.init(meta))
-    assert stats["epochs"] == 2  # from 0 and 0.03, not from 0.06
+    assert stats["outer_steps"] == 2  # from 0 and 0.03, not from 0.06
     assert float(state["steps"]) == 2
 
 
@@ -641,18 +700,19 @@ def test_cavias_gradient_matches_central_differences(small_policy, pool):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_trains_resumes_repeats_and_evaluates(tmp_path, name):
-    def config(iterations, threads=1):
+    def config(threads=1):
         base = resolve(None, "navigation-2d", name)
-        shared = small(iterations=iterations, threads=threads)
+        shared = small(iterations=4, threads=threads)
         values = {f: getattr(shared, f) for f in ("family_options", "tasks", "episodes")}
         policy = dataclasses.replace(base.policy, hidden=(8,))
-        return dataclasses.replace(
-            base, iterations=iterations, threads=threads, policy=policy, **values
-        )
+        return dataclasses.replace(base, iterations=4, threads=threads, policy=policy, **values)
 
-    whole = train(config(4), tmp_path / "whole")
-    train(config(2), tmp_path / "parts")
-    parts = train(config(4, threads=2), tmp_path / "parts", resume=True)
+    whole = train(config(), tmp_path / "whole")
+    # Interrupted: a run's schedule is that of its whole length.
+    done: list[dict] = []
+    train(config(), tmp_path / "parts", progress=done.append, stop=lambda: len(done) == 2)
+    parts = train(config(threads=2), tmp_path / "parts", resume=True)
+    assert len(done) == 2
     assert same_params(whole, parts)
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
     loaded = load(tmp_path / "whole")
@@ -660,7 +720,7 @@ def test_every_algorithm_trains_resumes_repeats_and_evaluates(tmp_path, name):
     result = evaluate(loaded, tasks=3, episodes=2, steps=2, threads=1)
     assert np.isfinite(result.curve.per_task).all()
     assert len(result.curve.step_sizes) == (0 if name == "oracle" else 2)  # it takes none
-    start = Trainer(config(4))
+    start = Trainer(config())
     initial = start.state.params
     start.close()
     still = all(torch.equal(initial[n], whole.params[n]) for n in initial)
@@ -669,7 +729,7 @@ def test_every_algorithm_trains_resumes_repeats_and_evaluates(tmp_path, name):
     # What has no surrogate says so, and not 0.
     assert (rows[0].get("surrogate_before") is None) == (name in ("reptile", "random"))
     samples = 4 * 5 * 4 * 12  # iterations x tasks x episodes x horizon, for one rollout
-    inner_steps = config(4).inner.steps
+    inner_steps = config().inner.steps
     rollouts = inner_steps if name == "reptile" else inner_steps + 1
     assert (inner_steps == 0) == (name in ("pretrained", "oracle"))
     # Reptile samples nothing with its last parameters: the return after is that of those before.
@@ -719,12 +779,18 @@ def test_an_oracle_sees_its_task(tmp_path):
         ("promp", {"trust_region": {"max_kl": 0.5}}, "trust_region has no effect with promp"),
         ("random", {"adam": {"learning_rate": 0.5}}, "adam has no effect with random"),
         ("imaml", {"adam": {"minibatches": 2}}, "minibatches must be 1 with imaml"),
-        ("promp", {"meta": {"credit": 1.0}}, "minibatches must be 1 with meta.credit"),
+        (
+            "promp",
+            {"meta": {"credit": 1.0}, "adam": {"minibatches": 2}},
+            "minibatches must be 1 with meta.credit",
+        ),
         ("maml-trpo", {"inner": {"updates": 2}}, "takes one step on each batch"),
         ("reptile", {"meta": {"inner_kl": 0.1}}, "no effect with reptile"),
         ("reptile", {"inner": {"steps": 0}}, "reptile needs inner.steps of at least 1"),
         ("imaml", {"inner": {"proximal": 0.0}}, "imaml needs inner.steps 1 and inner.proximal"),
-        ("maml-trpo", {"meta": {"anneal": 5}}, "meta.anneal has no effect"),
+        ("maml-trpo", {"meta": {"anneal_fraction": 0.5}}, "meta.anneal_fraction has no effect"),
+        ("maml++", {"meta": {"anneal_fraction": 1.5}}, "meta.anneal_fraction must be within"),
+        ("random", {"meta": {"cosine": True}}, "meta.cosine has no effect with random"),
         ("promp", {"inner": {"dice_decay": 0.5}}, "inner.dice_decay has no effect with promp"),
         ("dice-maml", {"inner": {"dice_decay": 1.5}}, "inner.dice_decay must be within"),
         ("maml-trpo", {"policy": {"context": 3}}, "policy.context has no effect"),

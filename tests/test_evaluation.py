@@ -263,6 +263,15 @@ def test_a_task_whose_every_episode_diverged_is_left_out():
     assert told["per_task"][3] == [3.0, None]
 
 
+def test_a_diverged_task_is_no_tasks_best_in_the_interquartile_mean():
+    scores = np.arange(16.0).reshape(2, 8, 1)
+    scores[:, 0] = np.nan  # the worst task diverged with both seeds
+    told = EvaluationResult(Curve([0.1], scores, seeds=[0, 1]), {}).to_json()
+    # 1 ... 7 and 9 ... 15: three are cut at either end of fourteen.
+    assert told["iqm"] == [np.mean([4, 5, 6, 7, 9, 10, 11, 12])]
+    assert told["iqm_ci95"][0][0] < told["iqm"][0] < told["iqm_ci95"][0][1]
+
+
 def saved(folder, name: str, **changes) -> str:
     config = dataclasses.replace(navigator().config, **changes)
     inner = dataclasses.replace(config.inner, steps=0)
@@ -325,8 +334,15 @@ def test_references_have_the_step_sizes_of_their_preset():
 
     assert sizes("pretrained") == (0.2, 0.1)
     assert sizes("random") == (1.0, 0.5)
+    # On velocity the authors' evaluation takes others than on direction and ant.
+    assert sizes("pretrained", "half-cheetah-vel") == (0.02, 0.01)
+    assert sizes("random", "half-cheetah-vel") == (0.1, 0.05)
+    for family in ("ant-dir", "ant-vel"):
+        assert sizes("pretrained", family) == (0.2, 0.1)
+        assert sizes("random", family) == (1.0, 0.5)
     assert sizes("oracle") == ()
     assert sizes("pretrained", "navigation-2d") == ()  # the authors' are 0.5 for all rows
+    assert sizes("random", "walker2d-dir") == ()  # no task of theirs
     own = InnerConfig(steps=0, test_step_sizes=(0.7,))
     assert sizes("pretrained", inner=own) == ()
 

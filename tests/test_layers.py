@@ -12,11 +12,11 @@ ROOMS = {
     "envs": """errors family vector gymnasium_family serial_batch mujoco_bodies mujoco_vector traces
         checker ant classic_control half_cheetah hopper humanoid meta_world navigation swimmer
         tabular walker2d""",
-    "learning": """stopwatch parallel trajectories policies advantages objectives adaptation
-        inner_loop meta_gradients trust_region first_order algorithms""",
+    "learning": """stopwatch parallel trajectories policies advantages objectives linear_solves
+        adaptation inner_loop credit meta_gradients trust_region first_order algorithms""",
     "sampling": "seeding rollouts workers",
     "running": """config presets checks checkpoints metrics statistics results meta_policy runs
-        trainer evaluation benchmark""",
+        iterations trainer evaluation benchmark""",
     "showing": "plots videos report",
     "commands": "arguments listing training policy_commands cli",
 }

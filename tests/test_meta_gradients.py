@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import double_params, random_batch
 
-from metarl.learning.adaptation import Adapter, adapt
+from metarl.learning.adaptation import Adapter, inner_step
 from metarl.learning.meta_gradients import UnrolledProblem
 from metarl.learning.objectives import Batch, likelihood_ratio, log_likelihood, mean_kl
 from metarl.learning.parallel import ChunkPool
@@ -36,6 +36,13 @@ def adapted(made, theta, support, order=0):
     """The last iterate of parameters that are not stacked."""
     fast, slow, sizes = made.adapter.split(theta)
     return made.adapter.adapt(stack(fast, made.tasks), slow, sizes, support, order=order)[-1]
+
+
+def iterates_of(made, theta):
+    """theta_1 ... theta_K on all samples."""
+    fast, slow, sizes = made.adapter.split(theta)
+    found = made.adapter.adapt(stack(fast, made.tasks), slow, sizes, made.batches[:-1], order=0)
+    return found[1:]
 
 
 def post_adaptation_loss(made: UnrolledProblem, theta: torch.Tensor, like) -> torch.Tensor:
@@ -108,10 +115,11 @@ def test_meta_gradient_of_a_quadratic_matches_its_closed_form(steps, order):
         miss = params["x"] - goal
         return 0.5 * torch.einsum("ti,tij,tj->t", miss, A, miss)
 
-    size = 0.2
-    sizes = {"x": torch.tensor([size], dtype=torch.float64)}
-    iterates = adapt(loss, {"x": theta.expand(3, 4)}, sizes, [None] * steps, order=order)
-    (gradient,) = torch.autograd.grad(loss(iterates[-1], None).mean(), theta)
+    size = torch.tensor(0.2, dtype=torch.float64)
+    params = start = {"x": theta.expand(3, 4)}
+    for _ in range(steps):
+        params = inner_step(loss, params, {"x": size}, None, start=start, order=order)
+    (gradient,) = torch.autograd.grad(loss(params, None).mean(), theta)
 
     shrink = torch.eye(4, dtype=torch.float64) - size * A
     power = torch.linalg.matrix_power(shrink, steps)
@@ -140,7 +148,6 @@ def test_fisher_product_matches_the_dense_hessian_of_the_kl(pool, steps):
         return (query.weight * policy.kl(fixed, distribution(theta))).sum(1).mean()
 
     hessian = torch.autograd.functional.hessian(kl, theta.detach())
-    made.gradient(meta)
     with made.linearize(meta) as product:
         columns = [product(e) for e in torch.eye(len(theta), dtype=torch.float64)]
     torch.testing.assert_close(torch.stack(columns), hessian, rtol=1e-9, atol=1e-11)
@@ -151,22 +158,37 @@ def test_fisher_samples_change_the_metric_and_not_the_point_it_is_taken_at(small
     # adapted parameters must still be those of all samples.
     meta = double_params(small_policy)
     full = problem(small_policy, pool, 1, order=2)
-    listed = problem(small_policy, pool, 1, order=2, fisher_samples=torch.arange(20))
-    part = problem(small_policy, pool, 1, order=1, fisher_samples=torch.arange(0, 20, 2))
+    listed = problem(
+        small_policy, pool, 1, order=2, fisher_samples=[torch.arange(20).expand(3, -1)] * 2
+    )
+    # Of each task others, and the support's whole.
+    some = torch.stack([torch.arange(start, 20, 3)[:6] for start in range(3)])
+    part = problem(small_policy, pool, 1, order=1, fisher_samples=[None, some])
     v = torch.linspace(-1, 1, len(flatten(meta)), dtype=torch.float64)
     results = []
     for made in (full, listed, part):
-        made.gradient(meta)
-        with made.linearize(meta) as product:
+        with made.linearize(meta, iterates_of(made, meta)) as product:
             results.append(product(v))
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
     # Order 1: J is that of the network at the adapted parameters, so the product on a part of
     # the query samples is that of a problem whose query holds just these.
-    chosen = part.batches[-1].select(torch.arange(0, 20, 2))
+    chosen = part.batches[-1].select(some)
     alone = UnrolledProblem(part.adapter, [*part.batches[:-1], chosen], pool, order=1)
-    alone.gradient(meta)
     with alone.linearize(meta) as product:
         torch.testing.assert_close(results[2], product(v), rtol=1e-10, atol=1e-12)
+
+
+def test_products_on_a_part_of_the_support_are_taken_at_the_iterates_of_all(small_policy, pool):
+    # Order 1: J is that of the network at the iterates, wherever they come from.
+    meta = double_params(small_policy)
+    whole = problem(small_policy, pool, 1, order=1)
+    some = torch.arange(0, 20, 2).expand(3, -1)
+    part = problem(small_policy, pool, 1, order=1, fisher_samples=[some, None])
+    v = torch.linspace(-1, 1, len(flatten(meta)), dtype=torch.float64)
+    with whole.linearize(meta) as expected, part.linearize(meta, iterates_of(part, meta)) as found:
+        torch.testing.assert_close(found(v), expected(v), rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="needs the 1 iterates"), part.linearize(meta):
+        pass
 
 
 def test_a_tasks_result_does_not_depend_on_the_other_tasks(small_policy, pool):
@@ -213,11 +235,11 @@ def test_evaluate_is_the_loss_and_kl_of_policies_adapted_anew(small_policy, pool
     assert found.kl == pytest.approx(expected, rel=1e-12)
 
 
-def minibatch_problem(policy, pool, order, parts):
+def minibatch_problem(policy, pool, order, parts, proximal=0.0):
     """Two steps from `meta`, whose iterates on all samples the problem is told."""
     meta = double_params(policy)
     batches = [random_batch(policy, 3, 20, seed, ragged=False) for seed in range(3)]
-    adapter = Adapter(policy, log_likelihood, SIZES)
+    adapter = Adapter(policy, log_likelihood, SIZES, proximal=proximal)
     fast, slow, sizes = adapter.split(meta)
     found = adapter.adapt(stack(fast, 3), slow, sizes, batches[:-1], order=0)[1:]
     order_of = torch.randperm(20, generator=torch.Generator().manual_seed(0))
@@ -231,39 +253,39 @@ def minibatch_problem(policy, pool, order, parts):
 def test_minibatch_gradients_average_to_that_of_all_samples(small_policy, pool):
     # At order 1 the gradient is linear in the query samples, whatever the support's minibatch.
     made, meta, _ = minibatch_problem(small_policy, pool, 1, 4)
-    gradients = torch.stack([made.gradient(meta, epoch)[0] for epoch in range(4)])
+    gradients = torch.stack([made.gradient(meta, step)[0] for step in range(4)])
     whole, _ = UnrolledProblem(made.adapter, made.batches, pool, order=1).gradient(meta)
     torch.testing.assert_close(gradients.mean(0), whole, rtol=1e-10, atol=1e-12)
     assert (gradients - whole).abs().max() > 1e-3
     torch.testing.assert_close(made.gradient(meta, 5)[0], gradients[1], rtol=0, atol=0)
 
 
-def test_minibatch_gradient_matches_central_differences(small_policy, pool):
+@pytest.mark.parametrize("proximal", [0.0, 1.5])
+def test_minibatch_gradient_matches_central_differences(small_policy, pool, proximal):
     # Away from the meta-parameters that sampled: minibatch steps plus what they lack there.
-    made, meta, found = minibatch_problem(small_policy, pool, 2, 3)
+    made, meta, found = minibatch_problem(small_policy, pool, 2, 3, proximal)
     samples = made.minibatches[1]
     *support, query = [batch.select(samples) for batch in made.batches]
     fast, slow, sizes = made.adapter.split(meta)
-    first = made.adapter.adapt(stack(fast, 3), slow, sizes, support[:1], order=0)[-1]
-    second = made.adapter.adapt(
-        found[0], slow, {n: s[1:] for n, s in sizes.items()}, support[1:], order=0
-    )[-1]
+    begin = stack(fast, 3)
+    first = made.adapter.step(begin, slow, sizes, support[0], 0, start=begin)
+    second = made.adapter.step(found[0], slow, sizes, support[1], 1, start=begin)
 
     def loss(theta):
-        params = stack(unflatten(theta, meta), 3)
+        params = start = stack(unflatten(theta, meta), 3)
         for k, (batch, end) in enumerate(zip(support, (first, second), strict=True)):
             leaves = {n: p.detach().clone().requires_grad_() for n, p in params.items()}
             slope = torch.autograd.grad(
                 losses(small_policy, leaves, batch).sum(), list(leaves.values())
             )
             params = {
-                n: p - SIZES[k] * g + (found[k][n] - end[n])
+                n: p - SIZES[k] * (g + proximal * (p - start[n])) + (found[k][n] - end[n])
                 for (n, p), g in zip(leaves.items(), slope, strict=True)
             }
         return float(ratios(small_policy, params, query).mean().detach())
 
     elsewhere = flatten(meta) + 0.03
-    gradient, stats = made.gradient(unflatten(elsewhere, meta), epoch=1)
+    gradient, stats = made.gradient(unflatten(elsewhere, meta), step=1)
     assert stats["loss"] == pytest.approx(loss(elsewhere), rel=1e-10)
     for i in range(0, len(elsewhere), 5):
         h = torch.zeros_like(elsewhere)

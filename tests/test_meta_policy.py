@@ -26,7 +26,7 @@ def test_adapting_by_hand_and_by_the_method_agree():
         env, meta.policy, meta.params, episodes=6, horizon=15, address=Address(4, split="test")
     )
     with ChunkPool(1) as pool:
-        advantage = estimate(rollout, meta.config.advantage, pool)
+        advantage, _ = estimate(rollout, meta.config.advantage, pool)
     theta = {name: p.clone().requires_grad_() for name, p in meta.params.items()}
     dist = meta.policy.distribution(theta, rollout.observation[0].flatten(0, 1))
     log_prob = meta.policy.log_prob(dist, rollout.action[0].flatten(0, 1))

@@ -24,6 +24,31 @@ def test_the_interquartile_mean_by_hand():
     np.testing.assert_allclose(interquartile_mean(both), stats.trim_mean(both, 0.25, axis=1))
 
 
+def test_the_interquartile_mean_leaves_out_what_is_not_known():
+    # The worst of 1 ... 8 diverged: of the seven others one is cut at either end.
+    values = np.array([np.nan, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    rng = np.random.default_rng(0)
+    assert interquartile_mean(rng.permutation(values)) == 5.0
+    rows = np.stack([values, np.arange(1.0, 9.0), np.full(8, np.nan)])
+    np.testing.assert_array_equal(interquartile_mean(rows), [5.0, 4.5, np.nan])
+    np.testing.assert_array_equal(interquartile_mean(rows.T, axis=0), [5.0, 4.5, np.nan])
+    scores = rng.standard_normal((3, 9))
+    gone = np.column_stack([scores, np.full(3, np.nan)])
+    assert interquartile_mean(gone.ravel()) == interquartile_mean(scores.ravel())
+
+
+def test_the_interval_over_seeds_leaves_out_what_is_not_known():
+    # Of 5 tasks one is not known: some resamples hold little else, a few nothing else.
+    scores = np.random.default_rng(1).standard_normal((6, 5))
+    scores[:, 2] = np.nan
+    low, high = interquartile_mean_interval(scores)
+    assert low < interquartile_mean(scores.ravel()) < high
+    without = interquartile_mean_interval(np.delete(scores, 2, axis=1))
+    assert (low, high) == pytest.approx(without, abs=0.15 * (high - low))
+    nothing = interquartile_mean_interval(np.full((5, 20), np.nan))
+    assert np.isnan(nothing).all()
+
+
 @pytest.mark.parametrize("tasks", [8, 40])
 def test_the_interval_is_scipys_at_the_expanded_level(tasks):
     values = np.random.default_rng(1).exponential(size=tasks)

@@ -154,7 +154,12 @@ def train(command: Train) -> int:
     with _Stop() as stop:
         try:
             meta = trainer.train(
-                config, folder, resume=command.resume is not None, progress=show, stop=stop
+                config,
+                folder,
+                resume=command.resume is not None,
+                progress=show,
+                stop=stop,
+                notice=lambda line: print(line, file=sys.stderr),
             )
         finally:
             if bar is not None:

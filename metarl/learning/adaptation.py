@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,9 +25,8 @@ Learned = Literal["no", "layer", "parameter"]
 _STEP = "step_size."  # prefix of learned step sizes among the meta-parameters
 
 
-def step_size(step_sizes: StepSizes, name: str, k: int) -> Tensor:
-    """Return the size of step k for a parameter; steps beyond those given repeat the last."""
-    sizes = step_sizes[name]
+def size_at(sizes: Tensor | Sequence[float], k: int) -> Any:
+    """Return the size of step k: steps beyond those given repeat the last."""
     return sizes[min(k, len(sizes) - 1)]
 
 
@@ -92,7 +91,7 @@ class Adapter:
         if self.learned != "no":
             learned = [p.view(len(p), -1) for n, p in meta.items() if n.startswith(_STEP)]
             sizes = torch.cat(learned, dim=1).mean(dim=1).tolist()
-        return [sizes[min(k, len(sizes) - 1)] for k in range(steps)]
+        return [size_at(sizes, k) for k in range(steps)]
 
     def _is_fast(self, name: str) -> bool:
         if self.fast == "head":
@@ -111,6 +110,29 @@ class Adapter:
             params["context"] = batch.context
         return self.policy.distribution(params, batch.observation)
 
+    def step(
+        self,
+        fast: Params,
+        slow: Params,
+        step_sizes: StepSizes,
+        batch: Batch,
+        k: int,
+        *,
+        start: Params,
+        order: int = 0,
+    ) -> Params:
+        """Return iterate k + 1 of the fast parameters from iterate k, stacked; see `inner_step`."""
+        return inner_step(
+            lambda theta, batch: self.inner_loss(theta, slow, batch),
+            fast,
+            {name: size_at(sizes, k) for name, sizes in step_sizes.items()},
+            batch,
+            start=start,
+            order=order,
+            updates=self.updates,
+            proximal=self.proximal,
+        )
+
     def adapt(
         self,
         fast: Params,
@@ -122,78 +144,78 @@ class Adapter:
         at: Sequence[Params] | None = None,
         shifts: Sequence[Params] | None = None,
     ) -> list[Params]:
-        """Return the iterates of the fast parameters, stacked; see `adapt`."""
-        return adapt(
-            lambda theta, batch: self.inner_loss(theta, slow, batch),
-            fast,
-            step_sizes,
-            batches,
-            order=order,
-            updates=self.updates,
-            proximal=self.proximal,
-            at=at,
-            shifts=shifts,
-        )
+        """Return the iterates theta_0 ... theta_K of K inner steps, each on a batch of its own.
+
+        Args:
+            fast: theta_0, stacked, [T, ...] each.
+            slow: the parameters that do not adapt.
+            step_sizes: see `StepSizes`.
+            batches: K batches; none gives the identity.
+            order: see `inner_step`.
+            at: values theta_1 ... theta_K to differentiate at. Batches that are a part of the
+                samples then give the derivative of the step, while its value stays that of all
+                samples.
+            shifts: constants added to theta_1 ... theta_K.
+        """
+        iterates = [fast]
+        for k, batch in enumerate(batches):
+            new = self.step(iterates[k], slow, step_sizes, batch, k, start=fast, order=order)
+            if shifts is not None:
+                new = {name: p + shifts[k][name] for name, p in new.items()}
+            if at is not None:
+                new = {name: at[k][name] + (p - p.detach()) for name, p in new.items()}
+            iterates.append(new)
+        return iterates
 
     def inner_loss(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
         """Return the inner loss of each task, [T]."""
         return self.loss(self.policy, self.distribution(fast, slow, batch), batch)
 
 
-def adapt(
+def inner_step(
     loss: Callable[[Params, Batch], Tensor],
     params: Params,
-    step_sizes: StepSizes,
-    batches: Sequence[Batch],
+    sizes: Params,
+    batch: Batch,
     *,
+    start: Params,
     order: int,
     updates: int = 1,
     proximal: float = 0.0,
-    at: Sequence[Params] | None = None,
-    shifts: Sequence[Params] | None = None,
-) -> list[Params]:
-    """Return the iterates theta_0 ... theta_K of K inner steps, each on a batch of its own.
+) -> Params:
+    """Return theta_{k+1} = theta_k - alpha grad L(theta_k), after `updates` such updates.
 
     Finn et al. 2017, eq. 1 (arXiv:1703.03400); with `proximal`, gradient descent on the inner
     problem of iMAML, Rajeswaran et al. 2019, eq. 3 (arXiv:1909.04630).
 
     Args:
         loss: (stacked parameters, batch) -> [T].
-        params: theta_0, stacked, [T, ...] each.
-        step_sizes: see `StepSizes`.
-        batches: K batches; none gives the identity.
+        params: theta_k, stacked, [T, ...] each.
+        sizes: alpha of each parameter, broadcast against it.
+        batch: samples of the T tasks.
+        start: theta_0, towards which `proximal` pulls, whatever the step.
         order: 2 keeps the graph through the gradient; 1 takes the gradient for a constant, so that
-            theta_K depends on theta_0 with the identity as its Jacobian; 0 keeps no graph at all.
-        updates: gradient steps on each batch; an iterate is what they end in.
+            theta_{k+1} depends on theta_k with the identity as its Jacobian; 0 keeps no graph.
+        updates: gradient updates on the batch.
         proximal: strength lambda of lambda / 2 |theta - theta_0|^2, added to the loss.
-        at: values theta_1 ... theta_K to differentiate at. Batches that are a part of the samples
-            then give the derivative of the step, while its value stays that of all samples.
-        shifts: constants added to theta_1 ... theta_K.
     """
-    iterates = [params]
-    for k, batch in enumerate(batches):
-        current = iterates[-1]
-        for _ in range(updates):
-            theta = current
-            if order < 2:
-                theta = {name: p.detach().requires_grad_() for name, p in theta.items()}
-            elif not all(p.requires_grad for p in theta.values()):  # a context that starts at zero
-                theta = current = {
-                    name: p if p.requires_grad else p.detach().requires_grad_()
-                    for name, p in theta.items()
-                }
-            slope = torch.autograd.grad(
-                loss(theta, batch).sum(), list(theta.values()), create_graph=order == 2
-            )
-            new = {}
-            for (name, p), g in zip(current.items(), slope, strict=True):
-                if proximal:
-                    g = g + proximal * (p - params[name])
-                new[name] = p - step_size(step_sizes, name, k) * g
-            current = new if order else {name: p.detach() for name, p in new.items()}
-        if shifts is not None:
-            current = {name: p + shifts[k][name] for name, p in current.items()}
-        if at is not None:
-            current = {name: at[k][name] + (p - p.detach()) for name, p in current.items()}
-        iterates.append(current)
-    return iterates
+    current = params
+    for _ in range(updates):
+        theta = current
+        if order < 2:
+            theta = {name: p.detach().requires_grad_() for name, p in theta.items()}
+        elif not all(p.requires_grad for p in theta.values()):  # a context that starts at zero
+            theta = current = {
+                name: p if p.requires_grad else p.detach().requires_grad_()
+                for name, p in theta.items()
+            }
+        slope = torch.autograd.grad(
+            loss(theta, batch).sum(), list(theta.values()), create_graph=order == 2
+        )
+        new = {}
+        for (name, p), g in zip(current.items(), slope, strict=True):
+            if proximal:
+                g = g + proximal * (p - start[name])
+            new[name] = p - sizes[name] * g
+        current = new if order else {name: p.detach() for name, p in new.items()}
+    return current

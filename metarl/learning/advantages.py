@@ -31,30 +31,21 @@ def discounted_sum(x: Tensor, factor: float) -> Tensor:
     return x @ torch.where(ahead >= 0, powers, 0.0)
 
 
-def at_last_step(bootstrap: Tensor, valid: Tensor) -> Tensor:
-    """Return [..., H], zero but for `bootstrap` [...] at the last valid step."""
-    last = valid & ~torch.nn.functional.pad(valid[..., 1:], (0, 1))
-    return torch.where(last, bootstrap[..., None], 0.0)
-
-
-def gae(
-    reward: Tensor, value: Tensor, bootstrap: Tensor, valid: Tensor, discount: float, trace: float
-) -> Tensor:
+def gae(reward: Tensor, value: Tensor, discount: float, trace: float) -> Tensor:
     """Generalized advantages, A[t] = sum_l (discount * trace)^l delta[t + l].
 
     Schulman et al. 2016, eq. 16 (arXiv:1506.02438), with
-    delta[t] = r[t] + discount V[t + 1] - V[t].
+    delta[t] = r[t] + discount V[t + 1] - V[t]. The horizon is the end of the task: no value follows
+    the last step.
 
     Args:
-        reward, value: [..., H], zero where not valid.
-        bootstrap: [...]; value of what follows the last step, 0 where the task ended with it.
-        valid: [..., H] bool; True for real steps, which come first.
+        reward, value: [..., H], zero where not valid; real steps come first.
         discount, trace: gamma and lambda.
 
     Returns:
         [..., H], zero where not valid.
     """
-    following = torch.nn.functional.pad(value[..., 1:], (0, 1)) + at_last_step(bootstrap, valid)
+    following = torch.nn.functional.pad(value[..., 1:], (0, 1))
     return discounted_sum(reward + discount * following - value, discount * trace)
 
 
@@ -111,8 +102,6 @@ class AdvantageConfig:
     """Ridge of the linear feature baseline."""
     normalize: bool = True
     """Scale each task's advantages to mean 0 and standard deviation 1."""
-    bootstrap: bool = False
-    """Value what follows the horizon by the baseline, where time is not part of the task."""
 
     def __post_init__(self) -> None:
         for name in ("discount", "trace"):
@@ -122,44 +111,46 @@ class AdvantageConfig:
             raise UserError(f"advantage.ridge must be positive, got {self.ridge}")
 
 
-def estimate(rollout: Rollout, config: AdvantageConfig, pool: ChunkPool) -> Tensor:
-    """Return the advantages of a rollout, [T, E, H] float32, zero where not valid.
+def estimate(rollout: Rollout, config: AdvantageConfig, pool: ChunkPool) -> tuple[Tensor, Tensor]:
+    """Return the advantages of a rollout, [T, E, H] float32, zero where not valid; and their scale.
 
     The baseline is fitted to each task's own discounted returns in this rollout. Advantages are
-    normalized over a task's valid steps, by the standard deviation.
+    normalized over a task's valid steps, by the standard deviation; what they were divided by is
+    their scale, [T] float64.
     """
     valid = rollout.valid
     reward = rollout.reward.double()
     returns = discounted_sum(reward, config.discount)
     steps = torch.arange(valid.shape[-1])
-    length, whole = valid.sum(-1), bool(valid.all())
-    unfinished = (~rollout.terminated & (length > 0)) if config.bootstrap else None
+    whole = bool(valid.all())
 
-    def values(chunk: slice) -> tuple[Tensor, Tensor]:
+    def values(chunk: slice) -> Tensor:
         x = features(rollout.observation[chunk], steps)
         if not whole:
             x *= valid[chunk].unsqueeze(-1)
         flat = x.flatten(1, 2)
         weights = fit_linear(flat, returns[chunk].flatten(1), config.ridge).unsqueeze(-1)
-        value = (flat @ weights).view_as(reward[chunk])
-        if unfinished is None:
-            return value, torch.zeros_like(value[..., 0])
-        after = features(rollout.last_observation[chunk], length[chunk]) @ weights
-        return value, torch.where(unfinished[chunk], after.squeeze(-1), 0.0)
+        return (flat @ weights).view_as(reward[chunk])
 
-    parts = pool.map(values, slices(len(valid), _CHUNK))
-    value = torch.cat([v for v, _ in parts])
-    bootstrap = torch.cat([b for _, b in parts])
-    advantage = gae(reward, value, bootstrap, valid, config.discount, config.trace)
+    value = torch.cat(pool.map(values, slices(len(valid), _CHUNK)))
+    advantage = gae(reward, value, config.discount, config.trace)
+    scale = torch.ones(len(valid), dtype=torch.float64)
     if config.normalize:
-        advantage = normalize(advantage, valid)
-    return advantage.float()
+        advantage, scale = normalize(advantage, valid)
+    return advantage.float(), scale
 
 
-def normalize(advantage: Tensor, valid: Tensor) -> Tensor:
-    """Shift and scale each task's valid advantages to mean 0, standard deviation 1; [T, E, H]."""
+def normalize(advantage: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and scale each task's valid advantages to mean 0, standard deviation 1.
+
+    Args:
+        advantage, valid: [T, E, H].
+
+    Returns:
+        [T, E, H], and what each task's were divided by, [T].
+    """
     count = valid.sum(dim=(1, 2), keepdim=True).clamp(min=1)
     mean = advantage.sum(dim=(1, 2), keepdim=True) / count
     centred = torch.where(valid, advantage - mean, 0.0)
-    std = (centred.square().sum(dim=(1, 2), keepdim=True) / count).sqrt()
-    return centred / (std + 1e-8)
+    scale = (centred.square().sum(dim=(1, 2), keepdim=True) / count).sqrt() + 1e-8
+    return centred / scale, scale.flatten()

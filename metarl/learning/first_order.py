@@ -1,4 +1,4 @@
-"""Outer steps by Adam: one on a plain gradient, or several epochs on a clipped objective."""
+"""Outer steps by Adam: one on a plain gradient, or several on a clipped objective."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ class AdamConfig:
 
     learning_rate: float = 1e-3
     """Adam's step size."""
-    epochs: int = 1
+    steps: int = 1
     """Gradient steps on one iteration's samples."""
     minibatches: int = 1
-    """Parts that the samples are split into; each step's gradient uses one, in turn."""
+    """Parts that the samples are split into; each step's gradient uses one, in turn: as many steps
+    as minibatches are one pass."""
     clip: float = 0.3
     """Likelihood ratios count up to 1 +- this, where the algorithm clips them."""
     max_kl: float = 0.05
-    """Mean KL from the sampling policies: beyond it further epochs are left out, and the whole step
+    """Mean KL from the sampling policies: beyond it further steps are left out, and the whole step
     is shortened until it is within."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "minibatches", "clip", "max_kl"):
+        for name in ("learning_rate", "steps", "minibatches", "clip", "max_kl"):
             if not getattr(self, name) > 0:
                 raise UserError(f"adam.{name} must be positive, got {getattr(self, name)}")
 
 
 class Adam:
-    """Kingma & Ba 2015 (arXiv:1412.6980) on a problem's gradient, for one or more epochs."""
+    """Kingma & Ba 2015 (arXiv:1412.6980) on a problem's gradient, for one or more steps."""
 
     def __init__(self, config: AdamConfig) -> None:
         self.config = config
@@ -54,26 +55,27 @@ class Adam:
     ) -> tuple[Params, OuterState, dict[str, Any]]:
         """Return new meta-parameters, moments and statistics; `rate` scales the step size.
 
-        A gradient that is not finite leaves both as they were, with `finite` False. Epochs end
-        before a step from where the KL is above its bound. Where the problem can tell, surrogate
+        A gradient that is not finite leaves both as they were, with `finite` False. Steps end
+        where the KL is above its bound. Where the problem can tell, surrogate
         and KL over all samples are measured afterwards, and a step beyond the bound is shortened:
         nothing else keeps Adam from leaving the region that the samples tell of.
         """
         watch = Stopwatch()
-        stats: dict[str, Any] = {"finite": True, "kl": math.nan, "epochs": 0}
+        stats: dict[str, Any] = {"finite": True, "kl": math.nan, "outer_steps": 0}
         new, moments = meta, state
-        for epoch in range(self.config.epochs):
-            gradient, found = problem.gradient(new, epoch)
+        for step in range(self.config.steps):
+            known = () if step else problem.iterates
+            gradient, found = problem.gradient(new, step, known)
             norm, loss = float(gradient.norm()), found.pop("loss", None)
             if not math.isfinite(norm) or (loss is not None and not math.isfinite(loss)):
                 return meta, state, {**stats, "finite": False, "gradient_norm": norm}
-            if found.pop("kl", 0.0) > self.config.max_kl and epoch:
+            if found.pop("kl", 0.0) > self.config.max_kl and step:
                 break
-            if epoch == 0:
+            if step == 0:
                 before = math.nan if loss is None else -loss
                 stats |= {"surrogate_before": before, "gradient_norm": norm, **found}
             new, moments = self._move(new, unflatten(gradient, meta), moments, rate)
-            stats["epochs"] = epoch + 1
+            stats["outer_steps"] = step + 1
         stats["seconds_gradient"] = watch.lap()
         stats["surrogate_after"], stats["line_search_steps"] = math.nan, 0
         if isinstance(problem, QueryProblem):
@@ -122,7 +124,7 @@ def shorten(
     return meta, problem.evaluate(meta), 0.0
 
 
-class Still:
+class NoUpdate:
     """No outer step: meta-parameters stay as they are."""
 
     def init(self, meta: Params) -> OuterState:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from metarl.envs.errors import UserError
 from metarl.learning.adaptation import Adapter, StepSizes
@@ -41,6 +42,8 @@ class Adapted:
     slow: Params
     rollouts: list[Rollout] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
+    advantage_scales: list[Tensor] = field(default_factory=list)
+    """What each batch's advantages were divided by, [T] each."""
 
 
 @dataclass(frozen=True)
@@ -77,25 +80,21 @@ class InnerLoop:
             adapted.rollouts.append(rollout)
             if k == steps and query == "rollout":
                 break
-            batch = self.prepare(rollout)
+            advantage, scale = estimate(rollout, self.advantage, self.pool)
+            batch = make_batch(self.adapter.policy, rollout, advantage)
             adapted.batches.append(batch)
+            adapted.advantage_scales.append(scale)
             if k < steps:
-                sizes = {name: s[min(k, len(s) - 1) :] for name, s in step_sizes.items()}
-                adapted.iterates.append(self._adapt(adapted.iterates[k], slow, sizes, batch, k))
+                adapted.iterates.append(self._step(adapted, step_sizes, batch, k))
         return adapted
 
-    def prepare(self, rollout: Rollout) -> Batch:
-        """Return a rollout's samples with their advantages."""
-        advantage = estimate(rollout, self.advantage, self.pool)
-        return make_batch(self.adapter.policy, rollout, advantage)
+    def _step(self, adapted: Adapted, step_sizes: StepSizes, batch: Batch, k: int) -> Params:
+        start, fast = adapted.iterates[0], adapted.iterates[k]
 
-    def _adapt(
-        self, fast: Params, slow: Params, step_sizes: StepSizes, batch: Batch, k: int
-    ) -> Params:
         def one(chunk: slice) -> Params:
-            theta = {name: p[chunk] for name, p in fast.items()}
+            first, theta = ({n: p[chunk] for n, p in params.items()} for params in (start, fast))
             part = batch.map(lambda x: x[chunk])
-            return self.adapter.adapt(theta, slow, step_sizes, [part], order=0)[-1]
+            return self.adapter.step(theta, adapted.slow, step_sizes, part, k, start=first)
 
         parts = self.pool.map(one, slices(len(batch.weight), _CHUNK))
         new = {name: torch.cat([part[name] for part in parts]) for name in fast}

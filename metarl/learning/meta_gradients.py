@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from metarl.learning.adaptation import Adapter
-from metarl.learning.objectives import Batch, Loss, likelihood_ratio, mean_kl, score
+from metarl.learning.linear_solves import Product, conjugate_gradient_each
+from metarl.learning.objectives import Batch, Loss, likelihood_ratio, log_ratio, mean_kl
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.policies import Dist, Params, flatten, stack
-
-Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Objective:
     inner_kl: float = 0.0
     """Weight of the KL from the pre-update policies that drew the support samples (ProMP)."""
     credit: Tensor | None = None
-    """[T]; what a task's support episodes earned afterwards, times the score of drawing them
+    """[T]; what a task's support episodes earned afterwards, to multiply the score of drawing them
     (E-MAML)."""
 
 
@@ -62,7 +61,7 @@ class Problem(ABC):
     pool: ChunkPool
     objective: Objective = field(default_factory=Objective)
     order: int = 2
-    sampled_with: Params | None = None
+    sampled_with: Params = field(default_factory=dict)
     """Meta-parameters that the samples were drawn with."""
     iterates: Sequence[Params] = ()
     """theta_1 ... theta_K that the inner loop found from `sampled_with`, stacked."""
@@ -78,22 +77,26 @@ class Problem(ABC):
         self._slices = slices(self.tasks, self.chunk)
 
     @abstractmethod
-    def gradient(self, meta: Params, epoch: int = 0) -> tuple[Tensor, dict[str, Any]]:
+    def gradient(
+        self, meta: Params, step: int = 0, iterates: Sequence[Params] = ()
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Return the flat meta-gradient [P], and statistics: mean `loss` and `kl` where known.
 
-        A problem with minibatches takes the samples of the epoch's.
+        Args:
+            meta: meta-parameters to take it at.
+            step: how many gradients were taken before on these samples; a problem with minibatches
+                takes them in turn.
+            iterates: theta_1 ... theta_K from `meta`, stacked, where they are known; where they are
+                not, or their graph is needed, they are found anew.
         """
 
     def _part(self, chunk: slice) -> list[Batch]:
         return [batch.map(lambda x: x[chunk]) for batch in self.batches]
 
-    def _found(self, meta: Params, chunk: slice) -> list[Params]:
-        """Return what the inner loop found from these meta-parameters, or nothing."""
-        if meta is not self.sampled_with:
-            return []
+    def _chunk_of(self, iterates: Sequence[Params], chunk: slice) -> list[Params]:
         return [
             {name: p[chunk].detach().to(self.device) for name, p in iterate.items()}
-            for iterate in self.iterates
+            for iterate in iterates
         ]
 
     def _leaves(self, meta: Params) -> Params:
@@ -137,7 +140,7 @@ class QueryProblem(Problem):
                 loss = loss + objective.inner_kl / last * mean_kl(policy, before, batch)
             if objective.credit is not None:
                 credit = objective.credit[chunk].to(self.device)
-                loss = loss - credit * score(policy, before, batch)
+                loss = loss - credit * log_ratio(policy, before, batch)
         return loss, dist
 
     def evaluate(self, meta: Params) -> Evaluation:
@@ -160,43 +163,38 @@ class QueryProblem(Problem):
 class UnrolledProblem(QueryProblem):
     """MAML's meta-objective (Finn et al. 2017, algorithm 3), differentiated through the steps."""
 
-    fisher_samples: Tensor | None = None
-    """Indices of the samples that Fisher products use, see `Batch.select`; None for all."""
+    fisher_samples: Sequence[Tensor | None] = ()
+    """For each batch the indices of the samples that Fisher products use, [T, ...], see
+    `Batch.select`; None for all of it, none for all of all. `linearize` then needs the iterates."""
     minibatches: Sequence[Tensor] = ()
-    """Indices of the samples that the gradient of each epoch uses; none for all of them, always.
-    `sampled_with` and `iterates` must be given."""
+    """Indices of the samples that the gradient of each step uses, in turn; none for all of them,
+    always. `sampled_with` and `iterates` must be given."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._iterates: list[list[Params]] = []
-
-    def gradient(self, meta: Params, epoch: int = 0) -> tuple[Tensor, dict[str, Any]]:
+    def gradient(
+        self, meta: Params, step: int = 0, iterates: Sequence[Params] = ()
+    ) -> tuple[Tensor, dict[str, Any]]:
         samples = None
         if self.minibatches:
-            samples = self.minibatches[epoch % len(self.minibatches)].to(self.device)
+            samples = self.minibatches[step % len(self.minibatches)].to(self.device)
 
-        def one(chunk: slice) -> tuple[Tensor, Tensor, list[Params]]:
+        def one(chunk: slice) -> tuple[Tensor, Tensor]:
             batches, shifts = self._part(chunk), None
             if samples is not None:
                 batches = [batch.select(samples) for batch in batches]
                 shifts = self._shifts(chunk, batches[:-1])
             theta = self._leaves(meta)
             tasks = len(batches[-1].weight)
-            iterates, slow = self._adapted(
-                theta, batches[:-1], tasks, order=self.order, shifts=shifts
-            )
-            loss, dist = self._loss(iterates, slow, batches, chunk)
+            found, slow = self._adapted(theta, batches[:-1], tasks, order=self.order, shifts=shifts)
+            loss, dist = self._loss(found, slow, batches, chunk)
             gradient = flat_gradient(loss.sum(), theta)
-            adapted = [{name: p.detach() for name, p in it.items()} for it in iterates[1:]]
             with torch.no_grad():
                 kl = mean_kl(self.adapter.policy, dist, batches[-1])
                 numbers = torch.stack([loss.sum(), kl.sum()]).cpu()
-            return gradient.cpu(), numbers, adapted
+            return gradient.cpu(), numbers
 
         parts = self.pool.map(one, self._slices)
-        self._iterates = [adapted for _, _, adapted in parts]
-        loss, kl = self._average([numbers for _, numbers, _ in parts]).tolist()
-        return self._average([g for g, _, _ in parts]), {"loss": loss, "kl": kl}
+        loss, kl = self._average([numbers for _, numbers in parts]).tolist()
+        return self._average([g for g, _ in parts]), {"loss": loss, "kl": kl}
 
     def _shifts(self, chunk: slice, support: Sequence[Batch]) -> list[Params]:
         """Return theta_k minus what the inner step gives on a minibatch, at `sampled_with`.
@@ -204,38 +202,45 @@ class UnrolledProblem(QueryProblem):
         Added to the steps on the minibatch it makes them those on all samples at these
         meta-parameters, and is a control variate at others.
         """
-        assert self.sampled_with is not None
-        found = self._found(self.sampled_with, chunk)
+        found = self._chunk_of(self.iterates, chunk)
         fast, slow, step_sizes = self.adapter.split(self._leaves(self.sampled_with))
         start = {name: p.detach() for name, p in stack(fast, len(support[0].weight)).items()}
-        shifts = []
+        before, shifts = start, []
         for k, batch in enumerate(support):
-            sizes = {name: s[min(k, len(s) - 1) :].detach() for name, s in step_sizes.items()}
-            end = self.adapter.adapt(start, slow, sizes, [batch], order=0)[-1]
+            end = self.adapter.step(before, slow, step_sizes, batch, k, start=start)
             shifts.append({name: found[k][name] - p for name, p in end.items()})
-            start = found[k]
+            before = found[k]
         return shifts
 
     @contextlib.contextmanager
-    def linearize(self, meta: Params) -> Iterator[Product]:
+    def linearize(self, meta: Params, iterates: Sequence[Params] = ()) -> Iterator[Product]:
         """Give the product v -> J' F J v, both [P]; its graph is kept while in use.
 
         With phi the adapted distributions' parameters on the query samples and w a dummy
         cotangent, J'w is built with a graph; then J v = d(J'w . v)/dw and J'(F J v) is one more
-        pass back. `gradient` must have been called at the same meta-parameters.
-        """
+        pass back.
 
-        def build(index: int) -> Product:
-            *support, query = self._part(self._slices[index])
-            if self.fisher_samples is not None:
-                samples = self.fisher_samples.to(self.device)
-                support = [batch.select(samples) for batch in support]
-                query = query.select(samples)
+        Args:
+            meta: meta-parameters to take it at.
+            iterates: theta_1 ... theta_K from `meta` on all samples, stacked. J is taken there,
+                whatever part of the samples it is made of.
+        """
+        steps = len(self.batches) - 1
+        if len(iterates) != steps and any(samples is not None for samples in self.fisher_samples):
+            raise ValueError(f"a part of the samples needs the {steps} iterates on all of them")
+
+        def build(chunk: slice) -> Product:
+            batches = self._part(chunk)
+            if self.fisher_samples:
+                batches = [
+                    batch if samples is None else batch.select(samples[chunk].to(self.device))
+                    for batch, samples in zip(batches, self.fisher_samples, strict=True)
+                ]
+            *support, query = batches
             theta = self._leaves(meta)
-            iterates, slow = self._adapted(
-                theta, support, len(query.weight), order=self.order, at=self._iterates[index]
-            )
-            dist = self.adapter.distribution(iterates[-1], slow, query)
+            at = self._chunk_of(iterates, chunk) or None
+            found, slow = self._adapted(theta, support, len(query.weight), order=self.order, at=at)
+            dist = self.adapter.distribution(found[-1], slow, query)
             names = list(dist)
             phi = [dist[name] for name in names]
             fixed = {name: x.detach() for name, x in dist.items()}
@@ -251,7 +256,7 @@ class UnrolledProblem(QueryProblem):
 
             return product
 
-        products = self.pool.map(build, range(len(self._slices)))
+        products = self.pool.map(build, self._slices)
 
         def apply(v: Tensor) -> Tensor:
             return self._average(self.pool.map(lambda product: product(v), products))
@@ -269,9 +274,11 @@ class DisplacementProblem(Problem):
     All batches are support: nothing is sampled with theta_K.
     """
 
-    def gradient(self, meta: Params, epoch: int = 0) -> tuple[Tensor, dict[str, Any]]:
+    def gradient(
+        self, meta: Params, step: int = 0, iterates: Sequence[Params] = ()
+    ) -> tuple[Tensor, dict[str, Any]]:
         def one(chunk: slice) -> Tensor:
-            batches, found = self._part(chunk), self._found(meta, chunk)
+            batches, found = self._part(chunk), self._chunk_of(iterates, chunk)
             tasks = len(batches[-1].weight)
             fast, slow, step_sizes = self.adapter.split(self._leaves(meta))
             start = {name: p.detach() for name, p in stack(fast, tasks).items()}
@@ -303,7 +310,9 @@ class ImplicitProblem(QueryProblem):
     worst_residual: float = 1.0
     """Of the inner problem's stationarity, as a share of the pull, for a task to count."""
 
-    def gradient(self, meta: Params, epoch: int = 0) -> tuple[Tensor, dict[str, Any]]:
+    def gradient(
+        self, meta: Params, step: int = 0, iterates: Sequence[Params] = ()
+    ) -> tuple[Tensor, dict[str, Any]]:
         strength = self.adapter.proximal
 
         def one(chunk: slice) -> tuple[Tensor, Tensor]:
@@ -311,7 +320,7 @@ class ImplicitProblem(QueryProblem):
             tasks = len(query.weight)
             fast, slow, step_sizes = self.adapter.split(self._leaves(meta))
             start = {name: p.detach() for name, p in stack(fast, tasks).items()}
-            found = self._found(meta, chunk)
+            found = self._chunk_of(iterates, chunk)
             if not found:
                 found = self.adapter.adapt(start, slow, step_sizes, [support], order=0)
             theta = {name: p.detach().requires_grad_() for name, p in found[-1].items()}
@@ -327,16 +336,18 @@ class ImplicitProblem(QueryProblem):
                 image = torch.autograd.grad(slope, list(theta.values()), vs, retain_graph=True)
                 return v + rows(image) / strength
 
-            x, residual, curved = solve_each(product, b, self.iterations, self.least_curvature)
+            x, residual, curved = conjugate_gradient_each(
+                product, b, self.iterations, self.least_curvature
+            )
             x = torch.where(curved.unsqueeze(1), b, x)
             pull = rows([strength * (theta[n] - start[n]) for n in theta])
             stationary = (rows(slope) + pull).norm(dim=1) / pull.norm(dim=1).clamp(min=1e-12)
             unsolved = stationary > self.worst_residual
             x = torch.where(unsolved.unsqueeze(1), 0.0, x)
             parts = x.sum(0).split([p[0].numel() for p in theta.values()])
-            found = dict(zip(theta, parts, strict=True))
+            solved = dict(zip(theta, parts, strict=True))
             gradient = torch.cat(
-                [found.get(n, torch.zeros_like(p).reshape(-1)) for n, p in meta.items()]
+                [solved.get(n, torch.zeros_like(p).reshape(-1)) for n, p in meta.items()]
             )
             sums = [n.sum() for n in (residual, stationary, curved, unsolved)]
             return gradient.detach().cpu(), torch.stack(
@@ -344,8 +355,8 @@ class ImplicitProblem(QueryProblem):
             ).cpu()
 
         parts = self.pool.map(one, self._slices)
-        found = self._average([n for _, n in parts]).tolist()
-        loss, residual, stationary, curved, unsolved = found
+        means = self._average([n for _, n in parts]).tolist()
+        loss, residual, stationary, curved, unsolved = means
         stats = {
             "loss": loss,
             "implicit_residual": residual,
@@ -354,45 +365,6 @@ class ImplicitProblem(QueryProblem):
             "unsolved": unsolved,
         }
         return self._average([g for g, _ in parts]), stats
-
-
-def solve_each(
-    product: Product, b: Tensor, iterations: int, least_curvature: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve A_t x_t = b_t for every task by conjugate gradient.
-
-    Args:
-        product: [T, P] -> [T, P], each row by its own symmetric A_t.
-        b: [T, P]
-        iterations: at most so many products.
-        least_curvature: of a direction d, d . A d / d . d.
-
-    Returns:
-        x [T, P]; relative residuals |b - A x| / |b| [T]; and whether a direction of curvature no
-        more than the least was met [T], where the row stops.
-    """
-    x = torch.zeros_like(b)
-    residual, direction = b.clone(), b.clone()
-    squared = (residual * residual).sum(1, keepdim=True)
-    scale = squared.clamp(min=1e-30)
-    curved = torch.zeros_like(squared, dtype=torch.bool)
-    for _ in range(iterations):
-        image = product(direction)
-        curvature = (direction * image).sum(1, keepdim=True)
-        live = squared > 1e-20 * scale
-        least = least_curvature * (direction * direction).sum(1, keepdim=True)
-        curved = curved | (live & (curvature <= least))
-        live = live & ~curved
-        if not live.any():
-            break
-        step = torch.where(live, squared / torch.where(live, curvature, 1.0), 0.0)
-        x = x + step * direction
-        residual = residual - step * image
-        new = (residual * residual).sum(1, keepdim=True)
-        ratio = torch.where(live, new / squared.clamp(min=1e-30), 0.0)
-        direction = torch.where(live, residual + ratio * direction, direction)
-        squared = torch.where(live, new, squared)
-    return x, (squared / scale).sqrt().squeeze(1), curved.squeeze(1)
 
 
 def rows(tensors: Sequence[Tensor]) -> Tensor:

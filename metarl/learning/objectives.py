@@ -48,12 +48,13 @@ class Batch:
         """Return some of the samples of every task, weights summing to 1 again.
 
         Args:
-            samples: indices [N'], whose order in time is lost, or those of whole episodes
-                [episodes', horizon].
+            samples: indices of single samples, whose order in time is lost, [N'] for all tasks
+                alike or [T, N'] for each; or those of whole episodes, [T, episodes', horizon].
         """
-        episodes = len(samples) if samples.ndim == 2 else 0
-        per_sample = replace(self, context=None)
-        part = per_sample.map(lambda x: x.index_select(1, samples.flatten()))
+        episodes = samples.shape[1] if samples.ndim == 3 else 0
+        each = samples.flatten(1) if samples.ndim > 1 else samples.expand(len(self.weight), -1)
+        task = torch.arange(len(each), device=each.device).unsqueeze(1)
+        part = replace(self, context=None).map(lambda x: x[task, each])
         total = part.weight.sum(dim=1, keepdim=True)
         weight = part.weight / total.clamp(min=torch.finfo(total.dtype).tiny)
         return replace(part, weight=weight, context=self.context, episodes=episodes)
@@ -143,10 +144,13 @@ def dice(policy: MLPPolicy, dist: Dist, batch: Batch, *, decay: float = 1.0) -> 
     return -(batch.weight * batch.advantage * box.flatten(1)).sum(dim=1)
 
 
-def score(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
-    """Sum of the log-densities of all of a task's valid actions, [T]."""
-    log_prob = policy.log_prob(dist, batch.action)
-    return torch.where(batch.weight > 0, log_prob, 0.0).sum(dim=1)
+def log_ratio(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
+    """Log-likelihood ratio of all of a task's valid actions to the policy that drew them, [T].
+
+    It is 0 there, and its gradient is the score of the task's samples.
+    """
+    ratio = policy.log_prob(dist, batch.action) - batch.old_log_prob
+    return torch.where(batch.weight > 0, ratio, 0.0).sum(dim=1)
 
 
 def mean_kl(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:

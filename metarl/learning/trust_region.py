@@ -1,9 +1,8 @@
-"""TRPO's step: natural gradient by conjugate gradient, then a backtracking line search."""
+"""TRPO's step: natural gradient by conjugate gradient, then a line search."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from metarl.envs.errors import UserError
-from metarl.learning.meta_gradients import Problem, UnrolledProblem
+from metarl.learning.linear_solves import conjugate_gradient
+from metarl.learning.meta_gradients import Evaluation, Problem, UnrolledProblem
 from metarl.learning.policies import Params, flatten, unflatten
 from metarl.learning.stopwatch import Stopwatch
 
@@ -30,6 +30,9 @@ class TrustRegionConfig:
     """Step lengths tried before the update is given up."""
     backtrack: float = 0.8
     """Factor between one step length and the next."""
+    growth_steps: int = 0
+    """Longer steps tried, where the first is accepted with its KL well below the bound; 0 keeps to
+    that step."""
     fisher_fraction: float = 0.1
     """Fraction of the samples that Fisher products use, but no fewer than 200 a task; the gradient
     and the line search always use all."""
@@ -38,6 +41,10 @@ class TrustRegionConfig:
         for name in ("max_kl", "cg_iterations", "line_search_steps"):
             if not getattr(self, name) > 0:
                 raise UserError(f"trust_region.{name} must be positive, got {getattr(self, name)}")
+        if self.growth_steps < 0:
+            raise UserError(
+                f"trust_region.growth_steps must not be negative, got {self.growth_steps}"
+            )
         if not self.cg_damping >= 0.0:
             raise UserError(f"trust_region.cg_damping must not be negative, got {self.cg_damping}")
         if not 0.0 < self.fisher_fraction <= 1.0:
@@ -48,34 +55,7 @@ class TrustRegionConfig:
             raise UserError(f"trust_region.backtrack must be in (0, 1), got {self.backtrack}")
 
 
-def conjugate_gradient(
-    product: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float = 1e-10
-) -> tuple[Tensor, Tensor]:
-    """Return x with A x = b approximately, and b - A x; A symmetric and positive definite.
-
-    Hestenes & Stiefel 1952.
-
-    Args:
-        product: v -> A v.
-        b: [P]
-        iterations: at most so many products.
-        tolerance: stop where |residual|^2 falls below it.
-    """
-    x = torch.zeros_like(b)
-    residual, direction = b.clone(), b.clone()
-    squared = residual @ residual
-    for _ in range(iterations):
-        if squared <= tolerance:
-            break
-        image = product(direction)
-        step = squared / (direction @ image)
-        x = x + step * direction
-        residual = residual - step * image
-        new = residual @ residual
-        direction = residual + (new / squared) * direction
-        squared = new
-    return x, residual
-
+_AIM = 0.9  # of the KL bound, for a step that grows
 
 OuterState = dict[str, Tensor]
 """What an outer optimizer keeps from step to step; a part of every checkpoint."""
@@ -97,9 +77,11 @@ class TrustRegion:
         """Return new meta-parameters, the state and statistics; `rate` scales the KL bound.
 
         Along the natural gradient, the longest step tried that improves the surrogate within the
-        KL bound is taken, both measured over all samples. Where none does, or the gradient is not
-        finite, the meta-parameters come back as they were, with `line_search_steps` 0 and
-        `finite` telling which.
+        KL bound is taken, both measured over all samples. With `growth_steps` a first step that the
+        bound would let go further goes on for as long as the surrogate improves: `step_scale` is
+        how far, in units of the first step. Where no step improves, or the gradient is not finite,
+        the meta-parameters come back as they were, with `line_search_steps` 0 and `finite` telling
+        which.
         """
         config = self.config
         watch = Stopwatch()
@@ -119,7 +101,7 @@ class TrustRegion:
         stats["seconds_gradient"] = watch.lap()
         if not stats["finite"] or stats["gradient_norm"] == 0.0:
             return meta, state, stats
-        with problem.linearize(meta) as fisher:
+        with problem.linearize(meta, problem.iterates) as fisher:
 
             def damped(v: Tensor) -> Tensor:
                 return fisher(v) + config.cg_damping * v
@@ -131,13 +113,42 @@ class TrustRegion:
             stats["finite"] = math.isfinite(curvature)
             return meta, state, stats
         full = math.sqrt(2.0 * max_kl / curvature) * direction
-        theta = flatten(meta)
-        for i in range(config.line_search_steps):
-            candidate = unflatten(theta + config.backtrack**i * full, meta)
-            after = problem.evaluate(candidate)
-            if after.loss < before and after.kl <= max_kl:
-                stats.update(surrogate_after=-after.loss, kl=after.kl, line_search_steps=i + 1)
-                meta = candidate
-                break
+        scale, after, tried = self._line_search(problem, meta, full, before, max_kl)
+        if scale:
+            stats.update(surrogate_after=-after.loss, kl=after.kl, line_search_steps=tried)
+            meta = _moved(meta, full, scale)
+        if config.growth_steps:
+            stats["step_scale"] = scale
         stats["seconds_line_search"] = watch.lap()
         return meta, state, stats
+
+    def _line_search(
+        self, problem: UnrolledProblem, meta: Params, full: Tensor, before: float, max_kl: float
+    ) -> tuple[float, Evaluation, int]:
+        """Return the length to go, in units of the first step; its evaluation; and steps tried."""
+        config = self.config
+        scale, after = 1.0, problem.evaluate(_moved(meta, full, 1.0))
+        tried = 1
+        while not (after.loss < before and after.kl <= max_kl):
+            if tried == config.line_search_steps:
+                return 0.0, after, 0
+            scale = config.backtrack**tried
+            after = problem.evaluate(_moved(meta, full, scale))
+            tried += 1
+        for _ in range(config.growth_steps if tried == 1 else 0):
+            # The KL grows about with the square of the step: aim below the bound, and no further
+            # than twice as far, since the surrogate is known where it was sampled.
+            room = math.sqrt(_AIM * max_kl / after.kl) if after.kl > 0.0 else 2.0
+            if room < 1.0 / config.backtrack:
+                break
+            longer = min(room, 2.0) * scale
+            found = problem.evaluate(_moved(meta, full, longer))
+            tried += 1
+            if not (found.loss < after.loss and found.kl <= max_kl):
+                break
+            scale, after = longer, found
+        return scale, after, tried
+
+
+def _moved(meta: Params, step: Tensor, scale: float) -> Params:
+    return unflatten(flatten(meta) + scale * step, meta)

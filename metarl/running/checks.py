@@ -42,8 +42,10 @@ def check_combination(config: Config) -> None:
         raise UserError(f"{name} needs inner.steps 1 and inner.proximal above 0")
     if row.gradient == "displacement" and inner.steps < 1:
         raise UserError(f"{name} needs inner.steps of at least 1, got {inner.steps}")
-    if meta.anneal and not row.annealed:
-        raise UserError(f"meta.anneal has no effect with {name}")
+    if meta.anneal_fraction and not row.annealed:
+        raise UserError(f"meta.anneal_fraction has no effect with {name}")
+    if meta.cosine and row.outer == "none":
+        raise UserError(f"meta.cosine has no effect with {name}, which takes no outer step")
     if meta.credit and not inner.steps:
         raise UserError("meta.credit needs inner.steps of at least 1, got 0")
     if config.policy.context != base.policy.context and row.fast != "context":

@@ -90,16 +90,20 @@ class MetaConfig:
     """Weight of what pre-update sampling earns for the post-update return (E-MAML)."""
     inner_kl: float = 0.0
     """Weight of the KL from the pre-update policies that drew the support samples (ProMP)."""
-    anneal: int = 0
-    """Iterations over which multi-step loss and first order give way (MAML++)."""
-    decay: int = 0
-    """Iterations over which the outer step falls to zero along a cosine; 0 keeps it."""
+    anneal_fraction: float = 0.0
+    """Part of the run over which multi-step loss and first order give way (MAML++)."""
+    cosine: bool = False
+    """Let the outer step fall along a cosine, to zero at the end of the run (MAML++)."""
 
     def __post_init__(self) -> None:
-        for name in ("credit", "inner_kl", "anneal", "decay"):
+        for name in ("credit", "inner_kl"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"meta.{name} must not be negative, got {value}")
+        if not 0.0 <= self.anneal_fraction <= 1.0:
+            raise UserError(
+                f"meta.anneal_fraction must be within [0, 1], got {self.anneal_fraction}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +175,7 @@ class Config:
             "trust_region": TrustRegionConfig,
             "adam": AdamConfig,
         }
-        values = dict(data)
+        values = _renamed(data)
         for name, kind in parts.items():
             values[name] = _build(kind, values.get(name, {}), f"{name}.")
         return _build(Config, values, "")
@@ -185,6 +189,22 @@ def config_keys(config: Config) -> list[str]:
         inside = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
         keys += [f"{f.name}.{g.name}" for g in inside] or [f.name]
     return keys
+
+
+def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored config's values by the keys of today."""
+    values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+    adam, meta = values.get("adam", {}), values.get("meta", {})
+    if "epochs" in adam:
+        adam["steps"] = adam.pop("epochs")
+    if "anneal" in meta:  # iterations, as those of `decay`
+        total = values.get("iterations", Config.iterations)
+        meta["anneal_fraction"] = min(meta.pop("anneal") / total, 1.0)
+    if "decay" in meta:
+        meta["cosine"] = meta.pop("decay") > 0
+    # It did next to nothing: what it was to add had been fitted to be 0 at the horizon.
+    values.get("advantage", {}).pop("bootstrap", None)
+    return values
 
 
 def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:

@@ -25,9 +25,14 @@ class Preset:
     """The family's scale, where it has one."""
     halved_in_evaluation: bool = False
     """Evaluation takes a first step as in training, then half of it."""
-    references: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Step sizes that reference algorithms are evaluated with; a family's own go before them."""
+    references: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    """Step sizes that reference algorithms are evaluated with, by family; there are none for a
+    family that the paper does not have."""
 
+
+# The authors' evaluation takes other sizes on velocity than elsewhere; on navigation the policy's.
+_ICML_REFERENCES = {"pretrained": (0.2, 0.1), "random": (1.0, 0.5)}
+_ICML_VELOCITY_REFERENCES = {"pretrained": (0.02, 0.01), "random": (0.1, 0.05)}
 
 # Common to all: discount 0.99, trace 1, 40 tasks of 20 episodes, 10 iterations of conjugate
 # gradient with damping 1e-5, a line search of 15 steps by 0.8; they are the defaults.
@@ -48,7 +53,12 @@ PRESETS = {
         },
         scale="icml2017",
         halved_in_evaluation=True,
-        references={"pretrained": (0.2, 0.1), "random": (1.0, 0.5)},
+        references={
+            "half-cheetah-dir": _ICML_REFERENCES,
+            "half-cheetah-vel": _ICML_VELOCITY_REFERENCES,
+            "ant-dir": _ICML_REFERENCES,
+            "ant-vel": _ICML_REFERENCES,
+        },
     ),
     "promp2019": Preset(
         "Rothfuss et al. 2019, arXiv:1810.06784, and its code (MAML-TRPO)",
@@ -162,6 +172,6 @@ def reference_step_sizes(config: Config, algorithm: str) -> tuple[float, ...]:
         return ()
     preset = PRESETS[config.preset]
     usual = resolve(config.preset, config.family).inner.test_step_sizes
-    same = config.inner.test_step_sizes == usual
-    own = "inner.step_sizes" in preset.families.get(config.family, {})
-    return preset.references.get(algorithm, ()) if same and not own else ()
+    if config.inner.test_step_sizes != usual:
+        return ()
+    return preset.references.get(config.family, {}).get(algorithm, ())

@@ -23,11 +23,16 @@ and the largest of n values, and those enclose a median only 1 - 2^(1-n) of the 
 def interquartile_mean(values: Floats, axis: int = -1) -> Floats:
     """Return the mean of the middle half; a quarter, rounded down, is cut at either end.
 
-    Agarwal et al. 2021 (arXiv:2108.13264): as robust as a median, as stable as a mean.
+    Agarwal et al. 2021 (arXiv:2108.13264): as robust as a median, as stable as a mean. NaN, such
+    as the return of a task whose every episode diverged, is left out; of nothing else it is NaN.
     """
-    ordered = np.sort(values, axis=axis)
-    count = values.shape[axis]
-    return ordered.take(range(count // 4, count - count // 4), axis=axis).mean(axis=axis)
+    ordered = np.sort(np.moveaxis(values, axis, -1), axis=-1)  # NaN goes last
+    known = np.isfinite(ordered).sum(axis=-1, keepdims=True)
+    rank = np.arange(ordered.shape[-1])
+    middle = (rank >= known // 4) & (rank < known - known // 4)
+    count = middle.sum(axis=-1)
+    total = np.where(middle, ordered, 0.0).sum(axis=-1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _mean(samples: Floats) -> Floats:
@@ -64,7 +69,8 @@ def interquartile_mean_interval(scores: Floats, *, level: float = 0.95) -> tuple
 
     Seeds and tasks are both resampled, each as a whole: a seed is one trained policy, good or bad
     at all tasks at once, so that its scores are no independent runs of the tasks. Few seeds tell
-    little of how seeds differ: with 3 of them, simulated intervals cover 0.87 of the time.
+    little of how seeds differ: with 3 of them, simulated intervals cover 0.87 of the time. Scores
+    that are NaN are left out, and resamples that hold nothing else.
     """
     seeds, tasks = scores.shape
     if seeds < 2 or tasks < 2:
@@ -73,5 +79,8 @@ def interquartile_mean_interval(scores: Floats, *, level: float = 0.95) -> tuple
     rows = rng.integers(seeds, size=(RESAMPLES, seeds, 1))
     columns = rng.integers(tasks, size=(RESAMPLES, 1, tasks))
     means = interquartile_mean(scores[rows, columns].reshape(RESAMPLES, -1))
-    low, high = np.quantile(means, (0.5 - level / 2.0, 0.5 + level / 2.0))
+    known = means[np.isfinite(means)]
+    if not len(known):
+        return math.nan, math.nan
+    low, high = np.quantile(known, (0.5 - level / 2.0, 0.5 + level / 2.0))
     return float(low), float(high)

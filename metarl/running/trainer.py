@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from metarl.envs import make_family
 from metarl.learning.algorithms import find_algorithm
-from metarl.learning.first_order import Adam, Still
-from metarl.learning.inner_loop import Adapted, InnerLoop, NonFiniteError, Query
-from metarl.learning.meta_gradients import (
-    DisplacementProblem,
-    ImplicitProblem,
-    Objective,
-    Problem,
-    UnrolledProblem,
-    annealed_weights,
-    cosine,
-)
-from metarl.learning.objectives import clipped_ratio, likelihood_ratio
+from metarl.learning.inner_loop import InnerLoop, NonFiniteError, Query
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
-from metarl.learning.policies import GaussianMLP, Params
+from metarl.learning.policies import Params
 from metarl.learning.trajectories import Rollout
-from metarl.learning.trust_region import TrustRegion
 from metarl.running.checkpoints import versions
 from metarl.running.checks import check_combination, check_device
 from metarl.running.config import Config
+from metarl.running.iterations import (
+    make_outer,
+    make_problem,
+    rollout_metrics,
+    schedule,
+    schedule_change,
+)
 from metarl.running.meta_policy import (
     MetaPolicy,
     make_adapter,
@@ -62,10 +55,6 @@ SKIPPED_LIMIT = 10
 """Updates skipped in a row after which a run stops."""
 
 
-FISHER_SAMPLES = 200
-"""Samples a task that Fisher products use at least."""
-
-
 class Trainer:
     """One run's environments, threads and state. Close it, or use it as a context manager."""
 
@@ -78,7 +67,7 @@ class Trainer:
         check_device(config.device)
         adapter = make_adapter(config, self.policy)
         params = adapter.init(self.policy.init(stream(config.seed, 0, "init")))
-        self._outer = make_outer(config)
+        self._outer = make_outer(self.algorithm, config)
         self.state = State(params, self._outer.init(params))
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(one_intraop_thread())
@@ -108,7 +97,7 @@ class Trainer:
         Args:
             watch: is shown the iteration's rollouts, support first.
         """
-        config, state = self.config, self.state
+        row, config, state = self.algorithm, self.config, self.state
         start, processor = time.perf_counter(), time.process_time()
         address = Address(config.seed, state.iteration)
         distribution = self.family.tasks
@@ -116,7 +105,7 @@ class Trainer:
         tasks = draw(address.tasks(), config.tasks)
         rollouts: list[Rollout] = []
         seconds = {"rollout": 0.0}
-        told = {"context": scaled_tasks(self.family, tasks)} if self.algorithm.told else {}
+        told = {"context": scaled_tasks(self.family, tasks)} if row.told else {}
 
         def sample(params: Params, k: int) -> Rollout:
             begin = time.perf_counter()
@@ -128,15 +117,16 @@ class Trainer:
 
         stats: dict[str, Any] = {"finite": False}
         params, outer = state.params, state.outer
-        query: Query = "none" if self.algorithm.gradient == "displacement" else "batch"
+        query: Query = "none" if row.gradient == "displacement" else "batch"
         try:
             adapted = self.inner_loop.run(
                 sample, state.params, config.tasks, steps=config.inner.steps, query=query
             )
             seconds["adapt"] = time.perf_counter() - start - seconds["rollout"]
-            problem = self._problem(adapted)
-            decay = config.meta.decay
-            rate = cosine(state.iteration / decay) if decay else 1.0
+            problem = make_problem(
+                row, config, state.iteration, adapted, params, self.inner_loop.adapter, self.pool
+            )
+            rate = schedule(row, config, state.iteration).rate
             params, outer, stats = self._outer.step(problem, params, outer, rate)
         except NonFiniteError as error:
             stats["skipped"] = str(error)
@@ -154,21 +144,11 @@ class Trainer:
         if watch is not None:
             watch(rollouts)
         total = time.perf_counter() - start
-        returns = [float(rollout.mean_returns().nanmean()) for rollout in rollouts]
-        # Reptile samples nothing with its last parameters: what counts are those before.
-        planned = config.inner.steps + (query == "batch")
-        adapted_all = len(returns) == planned and (query == "batch" or planned > 1)
         return {
             "iteration": state.iteration,
             "env_steps": state.env_steps,
-            "return_pre": returns[0],
-            "return_post": returns[-1] if adapted_all else math.nan,
-            "gain": returns[-1] - returns[0] if adapted_all else math.nan,
-            "returns": [r if math.isfinite(r) else None for r in returns],
-            "episode_length": float(rollouts[-1].valid.sum(-1).double().mean()),
-            "diverged_episodes": sum(int(rollout.diverged.sum()) for rollout in rollouts),
+            **rollout_metrics(row, config, self.policy, state.params, rollouts),
             "skipped_updates": state.skipped_updates,
-            **self._spread(rollouts[-1]),
             **stats,
             **{f"seconds_{name}": value for name, value in seconds.items()},
             "seconds_update": total - seconds["rollout"],
@@ -176,79 +156,6 @@ class Trainer:
             "seconds_processor": time.process_time() - processor,
             "env_steps_per_second": sum(rollout.env_steps for rollout in rollouts) / total,
         }
-
-    def _spread(self, rollout: Rollout) -> dict[str, float]:
-        entropy = self.policy.entropy(rollout.behaviour)[rollout.valid].mean()
-        std = math.nan
-        if isinstance(self.policy, GaussianMLP):
-            floor = math.log(self.policy.min_std)
-            std = float(self.state.params["log_std"].clamp(min=floor).exp().mean())
-        return {"policy_std": std, "policy_entropy": float(entropy)}
-
-    def _problem(self, adapted: Adapted) -> Problem:
-        config, row, iteration = self.config, self.algorithm, self.state.iteration
-        # A GPU takes all tasks at once; a processor's cache a few.
-        chunk = 4 if config.device == "cpu" else config.tasks
-        common: dict[str, Any] = {
-            "chunk": chunk,
-            "device": config.device,
-            "sampled_with": self.state.params,
-            "iterates": adapted.iterates[1:],
-        }
-        batches, adapter = adapted.batches, self.inner_loop.adapter
-        if row.gradient == "displacement":
-            return DisplacementProblem(adapter, batches, self.pool, **common)
-        outer_loss = likelihood_ratio
-        if row.outer == "clipped":
-            outer_loss = partial(clipped_ratio, clip=config.adam.clip)
-        if row.gradient == "implicit":
-            objective = Objective(outer_loss)
-            return ImplicitProblem(adapter, batches, self.pool, objective, **common)
-        progress = iteration / config.meta.anneal if config.meta.anneal else 1.0
-        objective = Objective(
-            outer_loss,
-            step_weights=annealed_weights(config.inner.steps, progress) if row.annealed else (),
-            inner_kl=config.meta.inner_kl,
-            credit=self._credit(adapted) if config.meta.credit else None,
-        )
-        count = batches[-1].weight.shape[1]
-        used = max(round(config.trust_region.fisher_fraction * count), FISHER_SAMPLES)
-        samples = None
-        if used < count:
-            rng = stream(config.seed, iteration, "fisher")
-            if row.whole_episodes:
-                whole = torch.arange(count).view(config.episodes, -1)
-                few = math.ceil(used / whole.shape[1])
-                samples = whole[torch.from_numpy(rng.permutation(config.episodes)[:few])]
-            else:
-                samples = torch.from_numpy(rng.permutation(count)[:used]).sort().values
-        minibatches: list[Tensor] = []
-        if row.outer != "trust-region" and config.adam.minibatches > 1:
-            rng = stream(config.seed, iteration, "minibatches")
-            shuffled = torch.from_numpy(rng.permutation(count))
-            parts = shuffled.tensor_split(min(config.adam.minibatches, count))
-            minibatches = [part.sort().values for part in parts]
-        order = 1 if row.annealed and progress < 1.0 else row.order
-        return UnrolledProblem(
-            adapter,
-            batches,
-            self.pool,
-            objective,
-            order=order,
-            fisher_samples=samples,
-            minibatches=minibatches,
-            **common,
-        )
-
-    def _credit(self, adapted: Adapted) -> Tensor:
-        """Return what each task's support episodes earned afterwards, [T].
-
-        The post-update return, scaled to mean 0 and standard deviation 1 over tasks, a sample of
-        the support's.
-        """
-        earned = adapted.rollouts[-1].mean_returns().nan_to_num()
-        scaled = (earned - earned.mean()) / (earned.std() + 1e-8)
-        return (self.config.meta.credit * scaled * adapted.batches[0].weight.amax(1)).float()
 
     def meta_policy(self) -> MetaPolicy:
         """Return the present meta-parameters as a policy to evaluate, adapt or save."""
@@ -261,14 +168,6 @@ class Trainer:
         return MetaPolicy(dict(state.params), self.config, record)
 
 
-def make_outer(config: Config) -> TrustRegion | Adam | Still:
-    """Return a config's outer optimizer."""
-    row = find_algorithm(config.algorithm)
-    if row.outer == "none":
-        return Still()
-    return TrustRegion(config.trust_region) if row.outer == "trust-region" else Adam(config.adam)
-
-
 def train(
     config: Config,
     out: str | Path,
@@ -276,6 +175,7 @@ def train(
     resume: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    notice: Callable[[str], object] = warnings.warn,
 ) -> MetaPolicy:
     """Train in a run folder and return the meta-policy.
 
@@ -285,6 +185,7 @@ def train(
         resume: go on from the newest checkpoint.
         progress: is given each iteration's metrics.
         stop: asked after each iteration, which is saved by then.
+        notice: is given a line where a resumed run's new length changes its schedules.
 
     Raises:
         RunError: the folder exists, is in use or is not a run; or ten updates in a row were
@@ -313,6 +214,10 @@ def train(
         )
     with locked(folder), Trainer(config) as trainer:
         trainer.state = load_state(folder, config, trainer.state)
+        iteration = trainer.state.iteration
+        change = schedule_change(trainer.algorithm, config, stored.iterations, iteration)
+        if change is not None:
+            notice(change)
         return _train(trainer, folder, progress, stop)
 
 

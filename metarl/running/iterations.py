@@ -1,0 +1,232 @@
+"""What one meta-iteration optimizes, and what it records; functions of the algorithm's row, the
+config, the iteration and its samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metarl.learning.adaptation import Adapter
+from metarl.learning.algorithms import Algorithm
+from metarl.learning.credit import post_update_credit
+from metarl.learning.first_order import Adam, NoUpdate
+from metarl.learning.inner_loop import Adapted
+from metarl.learning.meta_gradients import (
+    DisplacementProblem,
+    ImplicitProblem,
+    Objective,
+    Problem,
+    UnrolledProblem,
+    annealed_weights,
+    cosine,
+)
+from metarl.learning.objectives import Batch, Loss, clipped_ratio, likelihood_ratio
+from metarl.learning.parallel import ChunkPool
+from metarl.learning.policies import GaussianMLP, MLPPolicy, Params
+from metarl.learning.trajectories import Rollout
+from metarl.learning.trust_region import TrustRegion
+from metarl.running.config import Config
+from metarl.sampling.seeding import stream
+
+FISHER_SAMPLES = 200
+"""Valid samples of a task that Fisher products use at least, where it has them."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What changes from iteration to iteration of a run."""
+
+    rate: float
+    """Share of the outer step's size."""
+    order: int
+    """Order of the meta-gradient through the inner steps."""
+    step_weights: tuple[float, ...]
+    """Weights of the losses of iterates 1 ... K; none: the last alone."""
+
+
+def schedule(row: Algorithm, config: Config, iteration: int) -> Schedule:
+    """Return what holds in an iteration, counted from 0, of a run of `config.iterations`."""
+    progress = iteration / config.iterations
+    fraction = config.meta.anneal_fraction
+    annealed = progress / fraction if fraction else 1.0
+    return Schedule(
+        rate=cosine(progress) if config.meta.cosine else 1.0,
+        order=1 if row.annealed and annealed < 1.0 else row.order,
+        step_weights=annealed_weights(config.inner.steps, annealed) if row.annealed else (),
+    )
+
+
+def schedule_change(row: Algorithm, config: Config, planned: int, iteration: int) -> str | None:
+    """Say in one line what becomes of a run's schedules when its end is another than was planned.
+
+    Args:
+        row: the algorithm's.
+        config: as the run goes on.
+        planned: iterations that it was to have in all.
+        iteration: how many it has had.
+
+    Returns:
+        None, where nothing depends on the run's length.
+    """
+    total = config.iterations
+    parts = []
+    if config.meta.cosine:
+        before, now = (cosine(iteration / end) for end in (planned, total))
+        parts.append(
+            f"the outer step goes on at {now:.2f} of its size, not {before:.2f}, and is zero at"
+            f" iteration {total}"
+        )
+    if row.annealed and config.meta.anneal_fraction:
+        ends = [math.ceil(config.meta.anneal_fraction * end) for end in (planned, total)]
+        parts.append(
+            f"multi-step loss and first order last until iteration {ends[1]}, not {ends[0]}"
+        )
+    if planned == total or not parts:
+        return None
+    return f"{total} iterations instead of {planned}: {'; '.join(parts)}"
+
+
+def make_problem(
+    row: Algorithm,
+    config: Config,
+    iteration: int,
+    adapted: Adapted,
+    params: Params,
+    adapter: Adapter,
+    pool: ChunkPool,
+) -> Problem:
+    """Return what the outer step of an iteration is to solve.
+
+    Args:
+        row: the config's algorithm.
+        config: of the run.
+        iteration: counted from 0.
+        adapted: what the inner loop sampled and found.
+        params: the meta-parameters it started from.
+        adapter: how tasks adapt.
+        pool: threads to share the work.
+    """
+    common: dict[str, Any] = {
+        # A GPU takes all tasks at once; a processor's cache a few.
+        "chunk": 4 if config.device == "cpu" else config.tasks,
+        "device": config.device,
+        "sampled_with": params,
+        "iterates": adapted.iterates[1:],
+    }
+    batches = adapted.batches
+    if row.gradient == "displacement":
+        return DisplacementProblem(adapter, batches, pool, **common)
+    outer_loss: Loss = likelihood_ratio
+    if row.outer == "clipped":
+        outer_loss = partial(clipped_ratio, clip=config.adam.clip)
+    if row.gradient == "implicit":
+        return ImplicitProblem(adapter, batches, pool, Objective(outer_loss), **common)
+    now = schedule(row, config, iteration)
+    credit = config.meta.credit * post_update_credit(adapted) if config.meta.credit else None
+    objective = Objective(
+        outer_loss, step_weights=now.step_weights, inner_kl=config.meta.inner_kl, credit=credit
+    )
+    trust_region = row.outer == "trust-region"
+    return UnrolledProblem(
+        adapter,
+        batches,
+        pool,
+        objective,
+        order=now.order,
+        fisher_samples=fisher_samples(row, config, iteration, batches) if trust_region else (),
+        minibatches=() if trust_region else minibatches(config, iteration, batches),
+        **common,
+    )
+
+
+def fisher_samples(
+    row: Algorithm, config: Config, iteration: int, batches: Sequence[Batch]
+) -> list[Tensor | None]:
+    """Return for each batch the samples that Fisher products use, as `Batch.select` takes them.
+
+    Of every task they are at least the config's fraction of its valid samples, and no fewer than
+    `FISHER_SAMPLES` or all; samples that are not valid only fill rows, after all valid ones. None
+    stands for a whole batch. An algorithm that needs whole episodes gets whole episodes.
+    """
+    chosen: list[Tensor | None] = []
+    for batch in batches:
+        valid = batch.weight > 0
+        tasks, samples = valid.shape
+        rng = stream(config.seed, iteration, "fisher")  # the same order for every batch
+        units = config.episodes if row.whole_episodes else samples
+        order = torch.from_numpy(rng.permutation(units))
+        known = valid.sum(dim=1)
+        needed = (config.trust_region.fisher_fraction * known.double()).round().long()
+        needed = needed.clamp(min=FISHER_SAMPLES).minimum(known)
+        if row.whole_episodes:
+            steps = valid.view(tasks, units, -1).sum(dim=2)[:, order]
+            place = (steps == 0).long().argsort(dim=1, stable=True)
+            seen = steps.gather(1, place).cumsum(dim=1)
+            count = min(int((seen < needed.unsqueeze(1)).sum(dim=1).max()) + 1, units)
+            horizon = samples // units
+            first = order[place[:, :count]] * horizon
+            some = first.unsqueeze(2) + torch.arange(horizon)
+        else:
+            count = max(int(needed.max()), 1)
+            place = (~valid[:, order]).long().argsort(dim=1, stable=True)
+            some = order[place[:, :count]].sort(dim=1).values
+        chosen.append(None if some[0].numel() >= samples else some)
+    return chosen
+
+
+def minibatches(config: Config, iteration: int, batches: Sequence[Batch]) -> list[Tensor]:
+    """Return the samples of each minibatch; none where there is but one."""
+    if config.adam.minibatches == 1:
+        return []
+    samples = batches[-1].weight.shape[1]
+    rng = stream(config.seed, iteration, "minibatches")
+    shuffled = torch.from_numpy(rng.permutation(samples))
+    parts = shuffled.tensor_split(min(config.adam.minibatches, samples))
+    return [part.sort().values for part in parts]
+
+
+def make_outer(row: Algorithm, config: Config) -> TrustRegion | Adam | NoUpdate:
+    """Return an algorithm's outer optimizer."""
+    if row.outer == "none":
+        return NoUpdate()
+    return TrustRegion(config.trust_region) if row.outer == "trust-region" else Adam(config.adam)
+
+
+def rollout_metrics(
+    row: Algorithm, config: Config, policy: MLPPolicy, params: Params, rollouts: Sequence[Rollout]
+) -> dict[str, Any]:
+    """Return what an iteration's rollouts, support first, tell: returns and how actions spread.
+
+    Args:
+        row: the config's algorithm.
+        config: of the run.
+        policy: that sampled.
+        params: meta-parameters after the update.
+        rollouts: fewer than planned where the iteration broke off.
+    """
+    returns = [float(rollout.mean_returns().nanmean()) for rollout in rollouts]
+    # Reptile samples nothing with its last parameters: what counts are those before.
+    query = row.gradient != "displacement"
+    planned = config.inner.steps + query
+    adapted_all = len(returns) == planned and (query or planned > 1)
+    last = rollouts[-1]
+    std = math.nan
+    if isinstance(policy, GaussianMLP):
+        floor = math.log(policy.min_std)
+        std = float(params["log_std"].clamp(min=floor).exp().mean())
+    return {
+        "return_pre": returns[0],
+        "return_post": returns[-1] if adapted_all else math.nan,
+        "gain": returns[-1] - returns[0] if adapted_all else math.nan,
+        "returns": [r if math.isfinite(r) else None for r in returns],
+        "episode_length": float(last.valid.sum(-1).double().mean()),
+        "diverged_episodes": sum(int(rollout.diverged.sum()) for rollout in rollouts),
+        "policy_std": std,
+        "policy_entropy": float(policy.entropy(last.behaviour)[last.valid].mean()),
+    }

@@ -1,0 +1,452 @@
+"""What each algorithm's iteration optimizes: a table by hand against what the trainer builds."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_batch
+from test_trainer import same_params, small, timeless
+
+from metarl import resolve, train
+from metarl.commands.cli import main
+from metarl.learning.algorithms import ALGORITHMS, find_algorithm
+from metarl.learning.credit import leave_one_out, post_update_credit
+from metarl.learning.first_order import Adam, NoUpdate
+from metarl.learning.inner_loop import Adapted
+from metarl.learning.meta_gradients import DisplacementProblem, ImplicitProblem, UnrolledProblem
+from metarl.learning.objectives import dice, likelihood_ratio, log_likelihood
+from metarl.learning.policies import GaussianMLP
+from metarl.learning.trajectories import Rollout
+from metarl.learning.trust_region import TrustRegion
+from metarl.running.config import Config
+from metarl.running.iterations import fisher_samples, minibatches, schedule, schedule_change
+from metarl.running.trainer import Trainer
+
+# The table ----------------------------------------------------------------------------------------
+
+ITERATIONS = 100
+MOMENTS = (0, 15, 50, 99)
+"""Start, the middle of MAML++'s annealing, the middle and the end of a run."""
+
+
+def ratio_loss(ratio, advantage):
+    return -ratio * advantage
+
+
+def clipped_loss(ratio, advantage, clip=0.3):
+    return max(-ratio * advantage, -min(max(ratio, 1 - clip), 1 + clip) * advantage)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What an algorithm's iterations are, by its paper and the defaults of its row."""
+
+    problem: type = UnrolledProblem
+    outer: type = TrustRegion
+    adam: dict[str, float] = dataclasses.field(default_factory=dict)
+    inner: Any = log_likelihood
+    loss: Any = ratio_loss
+    order: tuple[int, ...] = (2, 2, 2, 2)
+    weights: tuple[tuple[float, ...], ...] = ((), (), (), ())
+    rate: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    inner_kl: float = 0.0
+    credit: bool = False
+    batches: int = 2
+    fast: str = "all"
+    learned: str = "no"
+    updates: int = 1
+    proximal: float = 0.0
+    step_sizes: tuple[float, ...] = (0.1,)
+    context: int = 0
+
+
+REINFORCE = {"learning_rate": 3e-3, "steps": 1, "minibatches": 1}
+FIVE_STEPS = {"learning_rate": 1e-3, "steps": 5, "minibatches": 1, "clip": 0.3}
+TABLE = {
+    "maml-trpo": Row(),
+    "maml-reinforce": Row(outer=Adam, adam=REINFORCE),
+    "maml-ppo": Row(outer=Adam, adam=FIVE_STEPS, loss=clipped_loss),
+    "fomaml-trpo": Row(order=(1, 1, 1, 1)),
+    "fomaml-reinforce": Row(order=(1, 1, 1, 1), outer=Adam, adam=REINFORCE),
+    "reptile": Row(
+        problem=DisplacementProblem, outer=Adam, adam=REINFORCE, inner=likelihood_ratio, batches=4
+    ),
+    "e-maml": Row(credit=True),
+    "promp": Row(
+        outer=Adam, adam=FIVE_STEPS, inner=likelihood_ratio, loss=clipped_loss, inner_kl=5e-4
+    ),
+    "dice-maml": Row(inner=partial(dice, decay=0.8)),
+    "imaml": Row(
+        problem=ImplicitProblem, outer=Adam, adam=REINFORCE, inner=likelihood_ratio, updates=8,
+        proximal=10.0, step_sizes=(0.05,),
+    ),
+    "maml++": Row(
+        outer=Adam, adam=REINFORCE, batches=3, learned="layer", order=(1, 1, 2, 2),
+        # Over the first 30 iterations from equal parts to the last alone.
+        weights=((0.5, 0.5), (0.25, 0.75), (0.0, 1.0), (0.0, 1.0)),
+        rate=(1.0, 0.5 + 0.5 * math.cos(0.15 * math.pi), 0.5, 0.5 - 0.5 * math.cos(0.01 * math.pi)),
+    ),
+    "meta-sgd": Row(learned="parameter"),
+    "anil": Row(fast="head", step_sizes=(0.5,)),
+    "cavia": Row(fast="context", step_sizes=(10.0,), context=8),
+    "pretrained": Row(batches=1),
+    "oracle": Row(batches=1, context=2),
+    "random": Row(outer=NoUpdate),
+}  # fmt: skip
+
+
+class Recorder:
+    """Takes the place of an outer optimizer, and keeps what it was to solve."""
+
+    def step(self, problem, meta, state, rate=1.0):
+        self.problem, self.meta, self.rate = problem, meta, rate
+        return meta, state, {"finite": True}
+
+
+def built(config: Config, iteration: int) -> tuple[Recorder, list[Rollout]]:
+    """What the trainer hands to the outer optimizer in an iteration."""
+    recorder, rollouts = Recorder(), []
+    with Trainer(config) as trainer:
+        trainer.state.iteration = iteration
+        trainer._outer = recorder
+        trainer.iterate(rollouts.extend)
+    return recorder, rollouts
+
+
+def table_config(name: str, **changes) -> Config:
+    base = resolve(None, "navigation-2d", name)
+    values = {"family_options": {"horizon": 12}, "tasks": 8, "episodes": 30, "threads": 1}
+    policy = dataclasses.replace(base.policy, hidden=(8,))
+    return dataclasses.replace(base, iterations=ITERATIONS, policy=policy, **{**values, **changes})
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_iterations_problem_is_the_algorithms(name):
+    row, config = TABLE[name], table_config(name)
+    outer = Trainer(config)
+    outer.close()
+    assert type(outer._outer) is row.outer
+    if row.outer is Adam:
+        assert {key: getattr(outer._outer.config, key) for key in row.adam} == row.adam
+        assert outer._outer.config is config.adam
+    if row.outer is TrustRegion:
+        assert outer._outer.config is config.trust_region
+    for i, iteration in enumerate(MOMENTS):
+        found, rollouts = built(config, iteration)
+        problem = found.problem
+        assert type(problem) is row.problem
+        assert found.rate == pytest.approx(row.rate[i], abs=1e-12)
+        assert len(problem.batches) == row.batches
+        check_adapter(row, problem)
+        assert problem.sampled_with is found.meta
+        assert len(problem.iterates) == row.batches - (row.problem is not DisplacementProblem)
+        if row.problem is DisplacementProblem:
+            continue
+        check_loss(row, problem)
+        if row.problem is ImplicitProblem:
+            continue
+        assert problem.order == row.order[i]
+        assert problem.objective.step_weights == pytest.approx(row.weights[i])
+        assert problem.objective.inner_kl == row.inner_kl
+        assert (problem.objective.credit is not None) == row.credit
+        if row.credit:
+            earned = rollouts[-1].mean_returns()
+            beyond = earned - leave_one_out(rollouts[-1].tasks, earned)
+            assert torch.equal(problem.objective.credit > 0, beyond > 0)
+        assert not problem.minibatches
+        # Of 360 samples 200, or episodes of 12 with as many that are valid.
+        shapes = [samples.shape for samples in problem.fisher_samples]
+        if name == "dice-maml":
+            assert all(
+                tasks == 8 and 17 <= few < 30 and steps == 12 for tasks, few, steps in shapes
+            )
+        else:
+            assert shapes == ([(8, 200)] * row.batches if row.outer is TrustRegion else [])
+
+
+def check_adapter(row: Row, problem) -> None:
+    adapter, batch = problem.adapter, problem.batches[0]
+    assert (adapter.fast, adapter.learned) == (row.fast, row.learned)
+    assert (adapter.updates, adapter.proximal) == (row.updates, row.proximal)
+    assert adapter.step_sizes == row.step_sizes
+    assert adapter.policy.context_dim == row.context
+    assert (batch.context is not None) == (row.context > 0)
+    # The loss and its first two derivatives along a line, at the policy that sampled.
+    found, expected = (
+        line_derivatives(adapter.policy, loss, batch) for loss in (adapter.loss, row.inner)
+    )
+    torch.testing.assert_close(found, expected)
+    assert all(
+        not torch.allclose(line_derivatives(adapter.policy, other, batch), expected)
+        for other in (log_likelihood, likelihood_ratio, partial(dice, decay=0.8), dice)
+        if other is not row.inner and getattr(other, "func", 0) is not getattr(row.inner, "func", 1)
+    )
+
+
+def line_derivatives(policy, loss, batch):
+    x = torch.zeros((), requires_grad=True)
+    old = {name: value.detach() for name, value in batch.old.items()}
+    dist = {"mean": old["mean"] + x * torch.cos(100 * old["mean"]), "log_std": old["log_std"] + x}
+    value = loss(policy, dist, batch).sum()
+    (first,) = torch.autograd.grad(value, x, create_graph=True)
+    (second,) = torch.autograd.grad(first, x)
+    return torch.stack([value.detach(), first.detach(), second])
+
+
+def check_loss(row: Row, problem) -> None:
+    """The outer loss of single samples, some of their ratios beyond the clip."""
+    policy, batch = problem.adapter.policy, problem.batches[-1].map(lambda x: x[:1])
+    dist = {name: x + 0.3 for name, x in batch.old.items()}
+    ratio = (policy.log_prob(dist, batch.action) - batch.old_log_prob).exp()[0].tolist()
+    assert min(ratio) < 0.7
+    assert max(ratio) > 1.3
+    samples = zip(batch.weight[0].tolist(), ratio, batch.advantage[0].tolist(), strict=True)
+    expected = sum(w * row.loss(r, a) for w, r, a in samples)
+    found = problem.objective.outer_loss(policy, dist, batch)
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_clip_of_ones_own_reaches_the_objective():
+    config = table_config("maml-ppo")
+    config = dataclasses.replace(config, adam=dataclasses.replace(config.adam, clip=0.1))
+    found, _ = built(config, 0)
+    check_loss(Row(loss=partial(clipped_loss, clip=0.1)), found.problem)
+
+
+def test_minibatches_share_out_the_samples():
+    config = table_config("maml-ppo")
+    config = dataclasses.replace(config, adam=dataclasses.replace(config.adam, minibatches=7))
+    found, _ = built(config, 3)
+    parts = found.problem.minibatches
+    assert [len(part) for part in parts] == [52] * 3 + [51] * 4
+    assert torch.cat(list(parts)).sort().values.tolist() == list(range(360))
+    again = minibatches(config, 3, found.problem.batches)
+    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+    assert not torch.equal(parts[0], minibatches(config, 4, found.problem.batches)[0])
+
+
+# Fisher samples -----------------------------------------------------------------------------------
+
+POLICY = GaussianMLP(observation_dim=2, action_dim=1, hidden=(3,))
+EPISODES, HORIZON = 20, 50
+
+
+def ragged(lengths: list[int]):
+    """A batch whose task t has episodes of lengths[t] steps; 1000 samples a task."""
+    batch = random_batch(POLICY, len(lengths), EPISODES * HORIZON, 0, ragged=False)
+    steps = torch.arange(HORIZON).repeat(EPISODES)
+    valid = (steps < torch.tensor(lengths).unsqueeze(1)).double()
+    return dataclasses.replace(
+        batch, weight=valid / valid.sum(1, keepdim=True).clamp(min=1), episodes=EPISODES
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "least"),
+    [
+        # Of 1000, 500, 160, 20 and no valid samples: a tenth, or 200, or all there are.
+        ("maml-trpo", [50, 25, 8, 1, 0], [200, 200, 160, 20, 0]),
+        # Ten episodes of 20 steps; the others are chosen as many.
+        ("dice-maml", [50, 25, 20, 0], [500, 250, 200, 0]),
+    ],
+)
+def test_fisher_samples_are_counted_where_they_are_valid(name, lengths, least):
+    config, batch = table_config(name, episodes=EPISODES), ragged(lengths)
+    (some,) = fisher_samples(find_algorithm(name), config, 0, [batch])
+    chosen = batch.select(some)
+    assert (chosen.weight > 0).sum(dim=1).tolist() == least
+    for indices in some.flatten(1):
+        assert len(indices.unique()) == len(indices)
+    assert chosen.episodes == (10 if name == "dice-maml" else 0)
+    if name == "dice-maml":
+        first = some[:, :, :1]
+        assert torch.equal(some, first + torch.arange(HORIZON))
+        assert not (first % HORIZON).any()
+
+
+def test_whole_episodes_that_diverged_are_chosen_last():
+    row, config = find_algorithm("dice-maml"), table_config("dice-maml", episodes=EPISODES)
+    batch = ragged([50, 50])
+    valid = torch.ones(2, EPISODES, HORIZON, dtype=torch.float64)
+    valid[0, ::2] = 0.0
+    flat = valid.flatten(1)
+    batch = dataclasses.replace(batch, weight=flat / flat.sum(1, keepdim=True))
+    (some,) = fisher_samples(row, config, 0, [batch])
+    assert some.shape == (2, 4, HORIZON)
+    assert (batch.select(some).weight > 0).all()
+
+
+def test_a_fraction_of_fisher_samples_is_one_of_valid_samples():
+    base = table_config("maml-trpo", episodes=EPISODES)
+    config = dataclasses.replace(
+        base, trust_region=dataclasses.replace(base.trust_region, fisher_fraction=0.6)
+    )
+    row = find_algorithm("maml-trpo")
+    support, query = ragged([25, 20]), ragged([50, 30])
+    some = fisher_samples(row, config, 0, [support, query])
+    counts = [
+        (batch.select(samples).weight > 0).sum(dim=1).tolist()
+        for batch, samples in zip((support, query), some, strict=True)
+    ]
+    # Rows are as long as the longest needs; the others are filled with further valid samples.
+    assert counts == [[300, 300], [600, 600]]
+    assert fisher_samples(row, config, 0, [ragged([3, 50])])[0].shape == (2, 600)
+    whole = fisher_samples(
+        row,
+        dataclasses.replace(
+            base, trust_region=dataclasses.replace(base.trust_region, fisher_fraction=1.0)
+        ),
+        0,
+        [ragged([50, 3])],
+    )
+    assert whole == [None]
+
+
+# Credit -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tasks", "dim"), [(20, 1), (40, 2), (7, 1), (40, 12)])
+def test_a_task_is_predicted_from_the_others_alone(tasks, dim):
+    rng = np.random.default_rng(tasks)
+    goals = 5.0 + rng.standard_normal((tasks, dim))
+    values = 3.0 - goals[:, 0] ** 2 + rng.standard_normal(tasks)
+    found = leave_one_out(torch.from_numpy(goals), torch.from_numpy(values)).numpy()
+    for t in range(tasks):
+        others = np.arange(tasks) != t
+        expected = values[others].mean()
+        if tasks >= 4 * (1 + 2 * dim):  # enough for a regression
+            x = np.hstack([np.ones((tasks, 1)), goals, goals**2])
+            expected = x[t] @ np.linalg.lstsq(x[others], values[others], rcond=None)[0]
+        assert found[t] == pytest.approx(expected, rel=1e-8)
+
+
+def test_a_direction_is_predicted_by_the_others_of_its_side():
+    goals = torch.tensor([-1.0, 1.0] * 8, dtype=torch.float64).unsqueeze(1)
+    values = torch.arange(16, dtype=torch.float64)
+    found = leave_one_out(goals, values)
+    for t in range(16):
+        side = [float(v) for i, v in enumerate(values) if i != t and i % 2 == t % 2]
+        assert float(found[t]) == pytest.approx(np.mean(side))
+    # A side that a task has for itself tells nothing of it.
+    goals[:, 0] = 1.0
+    goals[0] = -1.0
+    assert float(leave_one_out(goals, values)[0]) == pytest.approx(np.arange(1, 16).mean())
+    assert leave_one_out(goals[:1], values[:1]).tolist() == [0.0]
+
+
+def credited(returns, lengths, diverged=(), scale=2.0) -> torch.Tensor:
+    """Credit of tasks of two query episodes each, whose rewards are equal over their lengths."""
+    tasks = len(returns)
+    length = torch.tensor(lengths)
+    valid = torch.arange(6) < length.unsqueeze(2)
+    gone = torch.zeros(tasks, 2, dtype=torch.bool)
+    for t in diverged:
+        gone[t] = True
+    valid = valid & ~gone.unsqueeze(2)
+    reward = torch.tensor(returns).unsqueeze(2) / length.unsqueeze(2) * valid
+    empty = torch.zeros(tasks, 2, 6, 1)
+    after = Rollout(
+        tasks=torch.zeros(tasks, 0, dtype=torch.float64), observation=empty,
+        last_observation=empty[:, :, 0], action=empty, behaviour={}, reward=reward, valid=valid,
+        terminated=~gone, truncated=gone, diverged=gone,
+    )  # fmt: skip
+    batch = random_batch(POLICY, tasks, 12, 0)
+    scales = torch.full((tasks,), scale, dtype=torch.float64)
+    return post_update_credit(
+        Adapted([], {}, rollouts=[after, after], batches=[batch], advantage_scales=[scales, scales])
+    )
+
+
+def test_credit_is_the_surplus_in_units_of_the_query_loss():
+    # Mean returns 2, 5, 8; the others' means 6.5, 5, 3.5; mean lengths 3, 4, 5; scale 2.
+    found = credited([[1.0, 3.0], [5.0, 5.0], [7.0, 9.0]], [[2, 4], [3, 5], [6, 4]])
+    assert found.tolist() == pytest.approx([-4.5 / 6.0, 0.0, 4.5 / 10.0])
+
+
+def test_a_diverged_task_is_credited_nothing_and_changes_no_others_credit():
+    returns = [[-9.0, -7.0], [-6.0, -4.0], [-1.0, -3.0], [-1.0, -1.0]]
+    lengths = [[3, 3], [4, 4], [5, 5], [6, 6]]
+    found = credited(returns, lengths, diverged=(1,))
+    alone = credited([returns[i] for i in (0, 2, 3)], [lengths[i] for i in (0, 2, 3)])
+    assert found[1] == 0.0
+    assert found[[0, 2, 3]].tolist() == pytest.approx(alone.tolist())
+    assert found[0] < 0 < found[3]
+
+
+# Schedules ----------------------------------------------------------------------------------------
+
+
+def test_a_schedule_is_that_of_the_whole_run():
+    row = find_algorithm("maml++")
+    for total in (10, 100, 501):
+        config = dataclasses.replace(table_config("maml++"), iterations=total)
+        rates = [schedule(row, config, i).rate for i in range(total)]
+        assert rates[0] == 1.0
+        assert all(a > b > 0.0 for a, b in itertools.pairwise(rates))
+        assert schedule(row, config, total).rate == 0.0
+        assert rates[total // 2] == pytest.approx(0.5, abs=1.6 / total)
+        orders = [schedule(row, config, i).order for i in range(total)]
+        assert orders.count(1) == math.ceil(0.3 * total)
+        assert orders == sorted(orders)
+
+
+def test_a_resumed_longer_run_says_what_becomes_of_its_schedules(tmp_path, capsys):
+    def config(iterations, name="maml++"):
+        base, shared = resolve(None, "navigation-2d", name), small(threads=1)
+        values = {f: getattr(shared, f) for f in ("family_options", "tasks", "episodes", "policy")}
+        return dataclasses.replace(base, iterations=iterations, **values)
+
+    row = find_algorithm("maml++")
+    assert schedule_change(row, config(200), 200, 100) is None
+    expected = (
+        "200 iterations instead of 100: the outer step goes on at 0.50 of its size, not 0.00, and"
+        " is zero at iteration 200; multi-step loss and first order last until iteration 60, not 30"
+    )
+    assert schedule_change(row, config(200), 100, 100) == expected
+    assert schedule_change(find_algorithm("maml-trpo"), config(200, "maml-trpo"), 100, 9) is None
+
+    train(config(2), tmp_path / "run")
+    seen: list[str] = []
+    train(config(4), tmp_path / "run", resume=True, notice=seen.append)
+    assert len(seen) == 1
+    assert seen[0].startswith("4 iterations instead of 2: the outer step goes on at 0.50")
+    # To the same end it says nothing, and is the run that was never interrupted.
+    rows: list[dict] = []
+    whole = train(config(4), tmp_path / "whole")
+    train(config(4), tmp_path / "parts", progress=rows.append, stop=lambda: len(rows) == 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parts = train(config(4), tmp_path / "parts", resume=True)
+    assert same_params(whole, parts)
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "parts"), "--iterations", "5"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "instead of" in line]
+    assert len(said) == 1
+    assert said[0].startswith("5 iterations instead of 4: the outer step goes on at 0.10")
+
+
+def test_keys_of_older_runs_are_read():
+    new = resolve(None, "navigation-2d", "maml++")
+    old = json.loads(json.dumps(new.to_json()))
+    old["meta"] = {"credit": 0.0, "inner_kl": 0.0, "anneal": 30, "decay": 500}
+    old["adam"]["epochs"] = old["adam"].pop("steps")
+    old["advantage"]["bootstrap"] = False
+    assert Config.from_json(old) == new
+    plain = resolve(None, "navigation-2d", "promp")
+    old = json.loads(json.dumps(plain.to_json()))
+    old["meta"] = {"inner_kl": 5e-4, "anneal": 0, "decay": 0}
+    old["adam"] = {**old["adam"], "minibatches": 5}
+    found = Config.from_json(old)
+    assert found.meta == plain.meta
+    assert found.adam == dataclasses.replace(plain.adam, minibatches=5)
