@@ -352,22 +352,23 @@ def test_step_sizes_are_tuned_on_validation_tasks_by_one_procedure():
     meta = navigator()
     own = meta.config.inner.step_sizes[0]
     found = evaluate(meta, tasks=8, episodes=5, steps=2, tune_step_sizes=True, threads=1)
-    tried = found.setting["tried_step_sizes"]
+    tried = found.setting["tried_step_factors"]
     assert set(tried) == {"this policy", "random"}
     for name, curve in (("this policy", found.curve), ("random", found.references["random"])):
-        assert [size for size, _ in tried[name]] == [own * factor for factor in FACTORS]
+        assert [factor for factor, _ in tried[name]] == list(FACTORS)
         best = max(tried[name], key=lambda pair: -math.inf if pair[1] is None else pair[1])[0]
-        np.testing.assert_allclose(curve.step_sizes, [best, best / 2], rtol=1e-6)
-    for size, value in tried["this policy"][3:6]:
+        np.testing.assert_allclose(curve.step_sizes, [best * own, best * own / 2], rtol=1e-6)
+    for factor, value in tried["this policy"][3:6]:
+        sizes = [factor * own]
         alone = evaluate(
-            meta, tasks=8, episodes=5, steps=1, step_sizes=[size], split="validation", threads=1
+            meta, tasks=8, episodes=5, steps=1, step_sizes=sizes, split="validation", threads=1
         )
         assert alone.curve.returns[1] == value
     kept = evaluate(
         meta, tasks=4, episodes=2, steps=1, step_sizes=[0.3], tune_step_sizes=True, threads=1
     )
     assert kept.curve.step_sizes == pytest.approx([0.3])
-    assert set(kept.setting["tried_step_sizes"]) == {"random"}
+    assert set(kept.setting["tried_step_factors"]) == {"random"}
 
 
 def test_what_was_achieved_is_what_the_episodes_did():

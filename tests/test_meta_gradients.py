@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from conftest import double_params, random_batch
 
 from metarl.learning.adaptation import Adapter, inner_step
-from metarl.learning.meta_gradients import UnrolledProblem
+from metarl.learning.meta_gradients import UnrolledProblem, agreement
 from metarl.learning.objectives import Batch, likelihood_ratio, log_likelihood, mean_kl
 from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import CategoricalMLP, GaussianMLP, flatten, stack, unflatten
@@ -341,3 +342,18 @@ def adapted_logits_value(made, meta, support, query):
     with torch.enable_grad():
         params = adapted(made, meta, [support])
     return made.adapter.policy.distribution(params, query.observation)["logits"].detach()
+
+
+def test_agreement_is_the_share_of_signal_in_a_mean_gradient():
+    rng = torch.Generator().manual_seed(0)
+    signal = torch.randn(500, generator=rng)
+    sizes = [4] * 40 + [2]
+    for noise in (0.0, 1.0, 3.0):
+        found = []
+        for _ in range(20):
+            each = [signal + noise * torch.randn(size, 500, generator=rng) for size in sizes]
+            mean = torch.cat(each).mean(0)
+            found.append(agreement([x.sum(0) for x in each], sizes, mean))
+        expected = 1.0 / (1.0 + noise**2 / sum(sizes))
+        assert sum(found) / 20 == pytest.approx(expected, abs=0.01)
+    assert math.isnan(agreement([signal], [4], signal / 4))

@@ -202,3 +202,11 @@ def test_no_gradient_moves_the_statistics():
     params = {n: p.requires_grad_() for n, p in policy.init(np.random.default_rng(0)).items()}
     policy.distribution(params, torch.randn(5, 3))["mean"].sum().backward()
     assert all((p.grad is None) == n.startswith(("norm", "log")) for n, p in params.items())
+
+
+def test_the_last_layer_starts_scaled():
+    policy = GaussianMLP(observation_dim=3, action_dim=2, hidden=(4,))
+    full = policy.init(np.random.default_rng(0))
+    small = dataclasses.replace(policy, output_scale=0.1).init(np.random.default_rng(0))
+    assert torch.equal(full["layer0.weight"], small["layer0.weight"])
+    assert torch.allclose(0.1 * full["layer1.weight"], small["layer1.weight"])

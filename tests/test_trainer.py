@@ -103,6 +103,26 @@ def test_the_same_run_at_any_number_of_threads(tmp_path, name):
     assert not same_params(runs[0], other)
 
 
+def test_the_inner_step_is_fitted_to_a_kl_and_kept_with_the_policy(tmp_path):
+    def config(**changes):
+        return small(inner=InnerConfig(kl=0.3), **changes)
+
+    whole = train(config(), tmp_path / "whole")
+    rows = read_metrics(tmp_path / "whole")
+    assert all(row["inner_kl"] == pytest.approx(0.3, rel=0.1) for row in rows)
+    assert len({row["step_size"] for row in rows}) > 1
+    train(config(iterations=2), tmp_path / "parts")
+    parts = train(config(threads=1), tmp_path / "parts", resume=True)
+    assert same_params(whole, parts)
+    size = rows[-1]["step_size"]
+    result = evaluate(load(tmp_path / "whole"), tasks=2, episodes=2, steps=2, threads=1)
+    assert result.curve.step_sizes == [pytest.approx(size)] * 2
+    fixed = evaluate(whole, tasks=2, episodes=2, steps=2, threads=1, step_sizes=[size])
+    assert np.allclose(result.curve.per_task, fixed.curve.per_task)
+    with pytest.raises(UserError, match=r"inner\.kl"):
+        train(config(algorithm="meta-sgd"), tmp_path / "learned")
+
+
 def test_stop_ends_after_an_iteration_that_is_saved(tmp_path):
     rows: list[dict] = []
     meta = train(small(), tmp_path / "run", progress=rows.append, stop=lambda: len(rows) == 2)

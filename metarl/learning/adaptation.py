@@ -23,6 +23,7 @@ Fast = Literal["all", "head", "context"]
 Learned = Literal["no", "layer", "parameter"]
 
 _STEP = "step_size."  # prefix of learned step sizes among the meta-parameters
+FACTOR = "step_factor"  # of all step sizes, where it is fitted
 
 
 def size_at(sizes: Tensor | Sequence[float], k: int) -> Any:
@@ -49,6 +50,8 @@ class Adapter:
     """Gradient steps on each batch."""
     proximal: float = 0.0
     """Strength of the pull towards the initialization."""
+    fitted: bool = False
+    """Whether the meta-parameters hold a factor of the step sizes, which no gradient moves."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each meta-parameter: the policy's, and learned step sizes."""
@@ -63,6 +66,8 @@ class Adapter:
             if self.fast == "context":
                 more = (self.policy.context_dim,) if self.learned == "parameter" else ()
                 shapes[_STEP + "context"] = (count, *more)
+        if self.fitted:
+            shapes[FACTOR] = (1,)
         return shapes
 
     def init(self, params: Params) -> Params:
@@ -72,22 +77,28 @@ class Adapter:
             if name.startswith(_STEP):
                 sizes = torch.tensor(self.step_sizes, dtype=next(iter(params.values())).dtype)
                 meta[name] = sizes.view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
+            elif name == FACTOR:
+                meta[name] = torch.ones(shape)
         return meta
 
     def split(self, meta: Params) -> tuple[Params, Params, StepSizes]:
         """Return the parameters that adapt, those that do not, and the step sizes."""
-        params = {name: p for name, p in meta.items() if not name.startswith(_STEP)}
+        params = {n: p for n, p in meta.items() if not (n.startswith(_STEP) or n == FACTOR)}
         fast = {name: p for name, p in params.items() if self._is_fast(name)}
         slow = {name: p for name, p in params.items() if not self._is_fast(name)}
         like = next(iter(params.values()))
         if self.fast == "context":
             fast["context"] = like.new_zeros(self.policy.context_dim)
         given = like.new_tensor(self.step_sizes)
+        if self.fitted:
+            given = given * meta[FACTOR].detach()
         return fast, slow, {name: meta.get(_STEP + name, given) for name in fast}
 
     def mean_step_sizes(self, meta: Params, steps: int) -> list[float]:
-        """Return the size of each of `steps` steps: as given, or the mean of those learned."""
+        """Return the size of each of `steps` steps: given, fitted, or the mean of those learned."""
         sizes = list(self.step_sizes)
+        if self.fitted:
+            sizes = [float(meta[FACTOR]) * size for size in sizes]
         if self.learned != "no":
             learned = [p.view(len(p), -1) for n, p in meta.items() if n.startswith(_STEP)]
             sizes = torch.cat(learned, dim=1).mean(dim=1).tolist()

@@ -5,6 +5,7 @@ The trainer, evaluation and `MetaPolicy.adapt` all go through it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor
 
 from metarl.envs.errors import UserError
-from metarl.learning.adaptation import Adapter, StepSizes
+from metarl.learning.adaptation import FACTOR, Adapter, StepSizes
 from metarl.learning.advantages import AdvantageConfig, estimate
-from metarl.learning.objectives import Batch, make_batch
+from metarl.learning.objectives import Batch, make_batch, mean_kl
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.policies import Params, stack
 from metarl.learning.trajectories import Rollout
 
 _CHUNK = 4  # tasks
+_FITS = 8  # rounds of fitting the factor of the step sizes to a KL
+_NEAR = 0.05  # relative error of the factor that is left
 
 Sampler = Callable[[Params, int], Rollout]
 """(stacked parameters, inner step) -> episodes sampled with them"""
@@ -40,6 +43,10 @@ class Adapted:
     iterates: list[Params]
     """Fast parameters, stacked."""
     slow: Params
+    meta: Params
+    """Meta-parameters adapted from: those given, or with the fitted factor of the step sizes."""
+    inner_kl: float = math.nan
+    """Mean KL of the first step over tasks, on the samples that it was made from."""
     rollouts: list[Rollout] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
     advantage_scales: list[Tensor] = field(default_factory=list)
@@ -55,7 +62,14 @@ class InnerLoop:
     pool: ChunkPool
 
     def run(
-        self, sample: Sampler, meta: Params, tasks: int, *, steps: int, query: Query
+        self,
+        sample: Sampler,
+        meta: Params,
+        tasks: int,
+        *,
+        steps: int,
+        query: Query,
+        kl: float = 0.0,
     ) -> Adapted:
         """Adapt meta-parameters to `tasks` tasks by `steps` steps, each on episodes of its own.
 
@@ -66,12 +80,14 @@ class InnerLoop:
             steps: K.
             query: after the last step, "none" samples nothing more, "rollout" samples episodes
                 with theta_K, and "batch" estimates their advantages too.
+            kl: fit the factor of the step sizes, so that the first step moves the policies by this
+                mean KL; 0 leaves it.
 
         Raises:
             NonFiniteError: something sampled, or an adapted parameter, is not a finite number.
         """
         fast, slow, step_sizes = self.adapter.split(meta)
-        adapted = Adapted([stack(fast, tasks)], slow)
+        adapted = Adapted([stack(fast, tasks)], slow, meta)
         for k in range(steps + 1):
             if k == steps and query == "none":
                 break
@@ -85,8 +101,29 @@ class InnerLoop:
             adapted.batches.append(batch)
             adapted.advantage_scales.append(scale)
             if k < steps:
-                adapted.iterates.append(self._step(adapted, step_sizes, batch, k))
+                new = self._step(adapted, step_sizes, batch, k)
+                if not k and query != "rollout":
+                    adapted.inner_kl = self._mean_kl(new, slow, batch)
+                    for _ in range(_FITS if kl else 0):
+                        factor = _rescale(adapted.inner_kl, kl)
+                        if factor == 1.0:
+                            break
+                        adapted.meta = {**adapted.meta, FACTOR: factor * adapted.meta[FACTOR]}
+                        step_sizes = self.adapter.split(adapted.meta)[2]
+                        new = self._step(adapted, step_sizes, batch, k)
+                        adapted.inner_kl = self._mean_kl(new, slow, batch)
+                adapted.iterates.append(new)
         return adapted
+
+    def _mean_kl(self, fast: Params, slow: Params, batch: Batch) -> float:
+        def one(chunk: slice) -> Tensor:
+            part = batch.map(lambda x: x[chunk])
+            theta = {name: p[chunk] for name, p in fast.items()}
+            with torch.no_grad():
+                dist = self.adapter.distribution(theta, slow, part)
+                return mean_kl(self.adapter.policy, dist, part)
+
+        return float(torch.cat(self.pool.map(one, slices(len(batch.weight), _CHUNK))).mean())
 
     def _step(self, adapted: Adapted, step_sizes: StepSizes, batch: Batch, k: int) -> Params:
         start, fast = adapted.iterates[0], adapted.iterates[k]
@@ -102,6 +139,17 @@ class InnerLoop:
             if not torch.isfinite(p).all():
                 raise NonFiniteError(f"parameter {name} is not finite after inner step {k + 1}")
         return new
+
+
+def _rescale(found: float, wanted: float) -> float:
+    """Return the factor of a step that takes its KL to what is wanted; 1 where it is near.
+
+    A KL grows with the square of the step, nearly: no more than a factor of 2 at a time is trusted.
+    """
+    if found == 0.0:
+        return 1.0
+    ratio = math.sqrt(wanted / found) if math.isfinite(found) else 0.5
+    return 1.0 if abs(ratio - 1.0) < _NEAR else min(max(ratio, 0.5), 2.0)
 
 
 def _check_finite(rollout: Rollout) -> None:

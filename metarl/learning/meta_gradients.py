@@ -194,7 +194,10 @@ class UnrolledProblem(QueryProblem):
 
         parts = self.pool.map(one, self._slices)
         loss, kl = self._average([numbers for _, numbers in parts]).tolist()
-        return self._average([g for g, _ in parts]), {"loss": loss, "kl": kl}
+        gradients = [g for g, _ in parts]
+        mean = self._average(gradients)
+        found = agreement(gradients, [s.stop - s.start for s in self._slices], mean)
+        return mean, {"loss": loss, "kl": kl, "gradient_agreement": found}
 
     def _shifts(self, chunk: slice, support: Sequence[Batch]) -> list[Params]:
         """Return theta_k minus what the inner step gives on a minibatch, at `sampled_with`.
@@ -388,6 +391,26 @@ def flat_gradient(
             for g, p in zip(grads, leaves.values(), strict=True)
         ]
     )
+
+
+def agreement(parts: Sequence[Tensor], sizes: Sequence[int], mean: Tensor) -> float:
+    """Return the share of a mean gradient's square that is signal, 1 - noise / |mean|^2.
+
+    It is about the cosine of the gradients of two such samples: 0 or less, all is noise; 1, none.
+    The noise is the variance of the mean, from the spread of its parts.
+
+    Args:
+        parts: sums of the gradients of `sizes` tasks each.
+        mean: over all tasks.
+    """
+    count = len(parts)
+    if count < 2:
+        return math.nan
+    pairs = zip(parts, sizes, strict=True)
+    spread = sum(float((part - size * mean).square().sum()) for part, size in pairs)
+    noise = spread * count / (count - 1) / sum(sizes) ** 2
+    square = float(mean.square().sum())
+    return 1.0 - noise / square if square else math.nan
 
 
 def sum_in_order(parts: Sequence[Tensor]) -> Tensor:

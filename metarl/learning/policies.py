@@ -76,6 +76,8 @@ class MLPPolicy(ABC):
     activation: Activation = "tanh"
     context_dim: int = 0
     normalize: bool = False
+    output_scale: float = 1.0
+    """Factor of the last layer's initial weights."""
 
     output: ClassVar[str]
     """The parameter of the distribution that the network gives."""
@@ -108,12 +110,17 @@ class MLPPolicy(ABC):
         return shapes
 
     def init(self, rng: np.random.Generator) -> Params:
-        """Draw Xavier-uniform weights (Glorot & Bengio 2010, eq. 16), zero biases; float32."""
+        """Draw Xavier-uniform weights (Glorot & Bengio 2010, eq. 16), zero biases; float32.
+
+        Those of the last layer are multiplied by `output_scale`.
+        """
+        last = f"layer{self.layers - 1}.weight"
         params: Params = {}
         for name, shape in self.shapes().items():
             if name.endswith("weight"):
                 bound = math.sqrt(6.0 / sum(shape))
                 values = rng.uniform(-bound, bound, shape)
+                values *= self.output_scale if name == last else 1.0
             else:
                 values = np.full(shape, self.initial(name))
             params[name] = torch.from_numpy(values.astype(np.float32))

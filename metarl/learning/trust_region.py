@@ -96,6 +96,7 @@ class TrustRegion:
             "kl": 0.0,
             "line_search_steps": 0,
             "gradient_norm": float(gradient.norm()),
+            "gradient_agreement": found.get("gradient_agreement", math.nan),
             "finite": bool(torch.isfinite(gradient).all()) and math.isfinite(before),
         }
         stats["seconds_gradient"] = watch.lap()

@@ -42,6 +42,8 @@ def check_combination(config: Config) -> None:
         raise UserError(f"{name} needs inner.steps 1 and inner.proximal above 0")
     if row.gradient == "displacement" and inner.steps < 1:
         raise UserError(f"{name} needs inner.steps of at least 1, got {inner.steps}")
+    if inner.kl and (row.learned_steps != "no" or row.gradient == "implicit"):
+        raise UserError(f"inner.kl must be 0 with {name}, which does not take the sizes as given")
     if meta.anneal_fraction and not row.annealed:
         raise UserError(f"meta.anneal_fraction has no effect with {name}")
     if meta.cosine and row.outer == "none":

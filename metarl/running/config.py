@@ -38,13 +38,16 @@ class PolicyConfig:
     """How actions fit the environment's bounds: cut to them, or [-1, 1] mapped onto them first."""
     normalize: bool = False
     """Scale observations by their running mean and standard deviation."""
+    output_scale: float = 1.0
+    """Factor of the last layer's initial weights. Small, actions start near zero, within their
+    bounds, and all seeds start alike."""
 
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.hidden):
             raise UserError(f"policy.hidden sizes must be at least 1, got {self.hidden}")
         if self.context < 1:
             raise UserError(f"policy.context must be at least 1, got {self.context}")
-        for name in ("initial_std", "min_std"):
+        for name in ("initial_std", "min_std", "output_scale"):
             _positive(f"policy.{name}", getattr(self, name))
 
 
@@ -60,6 +63,9 @@ class InnerConfig:
     """Size of each step in evaluation; none: those of training, or those learned."""
     updates: int = 1
     """Gradient steps on each batch of episodes; more than one need likelihood ratios."""
+    kl: float = 0.0
+    """Mean KL over tasks that the first step of training moves policies by: each iteration fits
+    a factor of `step_sizes` to it, which the policy keeps; 0 takes `step_sizes` as they are."""
     proximal: float = 0.0
     """Strength of the pull towards the initialization (iMAML's lambda)."""
     dice_decay: float = 1.0
@@ -71,8 +77,10 @@ class InnerConfig:
             raise UserError(f"inner.steps must not be negative, got {self.steps}")
         if self.updates < 1:
             raise UserError(f"inner.updates must be at least 1, got {self.updates}")
-        if not (math.isfinite(self.proximal) and self.proximal >= 0.0):
-            raise UserError(f"inner.proximal must not be negative, got {self.proximal}")
+        for name in ("kl", "proximal"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0.0):
+                raise UserError(f"inner.{name} must not be negative, got {value}")
         if not 0.0 <= self.dice_decay <= 1.0:
             raise UserError(f"inner.dice_decay must be within [0, 1], got {self.dice_decay}")
         if not self.step_sizes:
@@ -115,7 +123,7 @@ class Config:
     family_options: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Options of the family; --family-options on the command line."""
     preset: str | None = None
-    """Preset that the other values start from: icml2017, promp2019 or pearl2019."""
+    """Preset that the other values start from: metarl2026, icml2017, promp2019 or pearl2019."""
     algorithm: str = "maml-trpo"
     """Meta-learning algorithm (metarl algorithms lists them)."""
     iterations: int = 100

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -34,13 +34,14 @@ from metarl.sampling.rollouts import ActionMode, Address
 from metarl.sampling.workers import AnyCollector, make_collector
 
 What = MetaPolicy | str | Path
-Sizes = Sequence[float] | None
+Sizes = Sequence[float] | Callable[[MetaPolicy], Sequence[float]] | None
+"""Of the inner steps: given, or by policy; none takes the policy's own."""
 
 PATHS = 6
 """Tasks whose paths are kept."""
 
 FACTORS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
-"""Of the size of a training step: first steps among which `tune_step_sizes` chooses."""
+"""Of a policy's own step in training: sizes among which `tune_step_sizes` chooses."""
 
 
 def grouped(what: Sequence[str | Path]) -> dict[str, dict[str, MetaPolicy]]:
@@ -110,14 +111,15 @@ class _Protocol:
             )  # fmt: skip
         return self.collectors[key]
 
-    def curve(self, members: Sequence[MetaPolicy], sizes: Sequence[float] | None) -> Curve:
+    def curve(self, members: Sequence[MetaPolicy], sizes: Sizes) -> Curve:
         """Return the curve of a policy's seeds; an oracle takes no step."""
         names = self.family.achieved
         adapts = members[0].config.algorithm != "oracle"
         scores, success, achieved, paths = [], [], [], {}
         used: list[float] = []
         for i, member in enumerate(members):
-            sizes_of_one, rollouts = self._rollouts(member, sizes, adapts)
+            given = sizes(member) if callable(sizes) else sizes
+            sizes_of_one, rollouts = self._rollouts(member, given, adapts)
             if i == 0:
                 used = sizes_of_one
                 if len(names) == 2:
@@ -141,23 +143,21 @@ class _Protocol:
         )
 
     def tuned(self, members: Sequence[MetaPolicy]) -> dict[float, float]:
-        """Return the return after one step of each size that is tried, mean of tasks and seeds.
+        """Return the return after one step, mean of tasks and seeds, by the factor of its size.
 
-        None are tried where the policy learned its sizes, or takes no step. A size whose step is
+        None are tried where the policy learned its sizes, or takes no step. A factor whose step is
         not finite has minus infinity.
         """
-        config = members[0].config
-        row = find_algorithm(config.algorithm)
+        row = find_algorithm(members[0].config.algorithm)
         if row.learned_steps != "no" or row.name == "oracle":
             return {}
-        found = {}
+        returns = {}
         for factor in FACTORS:
-            size = factor * config.inner.step_sizes[0]
             try:
-                found[size] = self.curve(members, [size]).returns[1]
+                returns[factor] = self.curve(members, _scaled(factor)).returns[1]
             except NonFiniteError:
-                found[size] = -math.inf
-        return found
+                returns[factor] = -math.inf
+        return returns
 
     def _rollouts(
         self, policy: MetaPolicy, sizes: Sequence[float] | None, adapts: bool
@@ -191,6 +191,16 @@ class _Protocol:
                 for k, fast in enumerate(iterates)
             ]
         return loop.adapter.mean_step_sizes(meta, self.steps) if adapts else [], rollouts
+
+
+def _scaled(factor: float) -> Callable[[MetaPolicy], Sequence[float]]:
+    """Return the sizes of a policy's steps: a factor of its own in training, then half of that."""
+
+    def sizes(policy: MetaPolicy) -> Sequence[float]:
+        first = factor * policy.training_step_sizes[0]
+        return (first, first / 2)
+
+    return sizes
 
 
 def _mean(rollout: Rollout, key: str) -> Floats:
@@ -313,7 +323,7 @@ def evaluate(
         if not tried[key]:
             return None
         best = max(tried[key], key=tried[key].__getitem__)
-        return (best, best / 2)
+        return _scaled(best)
 
     address, goals = tasks_of(split)
     given = {"random": random_step_sizes, "pretrained": pretrained_step_sizes}
@@ -356,9 +366,9 @@ def evaluate(
         "drawn": drawn,
         "deterministic": deterministic,
         "trained": dict(first.record),
-        "tried_step_sizes": {
-            key: [[size, value if math.isfinite(value) else None] for size, value in sizes.items()]
-            for key, sizes in tried.items()
+        "tried_step_factors": {
+            key: [[f, value if math.isfinite(value) else None] for f, value in returns.items()]
+            for key, returns in tried.items()
         },
     }
     if (best := family.optimal_return(goals)) is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metarl.envs import TaskFamily, make_family
 from metarl.envs.errors import UserError
-from metarl.learning.adaptation import Adapter
+from metarl.learning.adaptation import FACTOR, Adapter
 from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.objectives import dice
@@ -156,9 +156,15 @@ class MetaPolicy:
         adapter = make_adapter(self.config, self.policy)
         params = dict(self.params)
         if given:
-            adapter = dataclasses.replace(adapter, step_sizes=given, learned="no")
+            adapter = dataclasses.replace(adapter, step_sizes=given, learned="no", fitted=False)
             params = {name: params[name] for name in adapter.shapes()}
         return InnerLoop(adapter, self.config.advantage, pool), params
+
+    @property
+    def training_step_sizes(self) -> tuple[float, ...]:
+        """Sizes of its inner steps in training, those fitted to a KL included; learned ones not."""
+        factor = float(self.params[FACTOR]) if FACTOR in self.params else 1.0
+        return tuple(factor * size for size in self.config.inner.step_sizes)
 
     def context(self, tasks: NDArray) -> Params:
         """Return what the policy is told of tasks [T, task_dim], as an entry of its parameters."""
@@ -267,6 +273,7 @@ def make_adapter(config: Config, policy: MLPPolicy) -> Adapter:
         learned=row.learned_steps,
         updates=config.inner.updates,
         proximal=config.inner.proximal,
+        fitted=config.inner.kl > 0.0,
     )
 
 
@@ -285,6 +292,7 @@ def make_policy(
         "hidden": chosen.hidden,
         "activation": chosen.activation,
         "normalize": chosen.normalize,
+        "output_scale": chosen.output_scale,
     }
     found = categories(actions)
     if found is None:

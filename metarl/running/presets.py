@@ -37,6 +37,20 @@ _ICML_VELOCITY_REFERENCES = {"pretrained": (0.02, 0.01), "random": (0.1, 0.05)}
 # Common to all: discount 0.99, trace 1, 40 tasks of 20 episodes, 10 iterations of conjugate
 # gradient with damping 1e-5, a line search of 15 steps by 0.8; they are the defaults.
 PRESETS = {
+    "metarl2026": Preset(
+        "this package: what learns from every seed (docs/results.md)",
+        {
+            "tasks": 20,
+            "stratified": True,
+            "policy.normalize": True,
+            "policy.output_scale": 0.1,
+            "inner.step_sizes": (0.1, 0.05),
+            "inner.kl": 0.5,
+            "advantage.trace": 0.95,
+            "trust_region.max_kl": 0.05,
+        },
+        scale="icml2017",
+    ),
     "icml2017": Preset(
         "Finn et al. 2017, arXiv:1703.03400, and its code (rllab)",
         {
@@ -145,6 +159,8 @@ def _replaced(config: Config, values: Mapping[str, Any]) -> Config:
 def _derived(config: Config, row: Algorithm, said: Mapping[str, Any]) -> dict[str, Any]:
     """Return what follows from a config's other values, but for what was given."""
     sizes, derived = config.inner.step_sizes, {}
+    if "inner.kl" not in said and (row.learned_steps != "no" or row.gradient == "implicit"):
+        derived["inner.kl"] = 0.0  # their sizes are learned, or those of the proximal problem
     if row.gradient == "implicit" and "inner.proximal" not in said:
         # A pull of 1 / size lets a task go as far as a step of that size would; updates of half
         # the size then halve what is left of the way.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import time
 import warnings
@@ -116,12 +117,22 @@ class Trainer:
             return rollout
 
         stats: dict[str, Any] = {"finite": False}
+        inner: dict[str, Any] = {"inner_kl": math.nan, "step_size": math.nan}
         params, outer = state.params, state.outer
         query: Query = "none" if row.gradient == "displacement" else "batch"
         try:
             adapted = self.inner_loop.run(
-                sample, state.params, config.tasks, steps=config.inner.steps, query=query
+                sample,
+                state.params,
+                config.tasks,
+                steps=config.inner.steps,
+                query=query,
+                kl=config.inner.kl,
             )
+            params = adapted.meta
+            if config.inner.steps:
+                size = self.inner_loop.adapter.mean_step_sizes(params, 1)[0]
+                inner = {"inner_kl": adapted.inner_kl, "step_size": size}
             seconds["adapt"] = time.perf_counter() - start - seconds["rollout"]
             problem = make_problem(
                 row, config, state.iteration, adapted, params, self.inner_loop.adapter, self.pool
@@ -149,6 +160,7 @@ class Trainer:
             "env_steps": state.env_steps,
             **rollout_metrics(row, config, self.policy, state.params, rollouts),
             "skipped_updates": state.skipped_updates,
+            **inner,
             **stats,
             **{f"seconds_{name}": value for name, value in seconds.items()},
             "seconds_update": total - seconds["rollout"],
