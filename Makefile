@@ -21,8 +21,7 @@ dev: .venv/installed-dev
 # Half-cheetah learns to adapt to either direction in one step; stopped, it goes on where it was.
 train: install
 	if [ -e $(RUN) ]; then $(BIN)/metarl train --resume $(RUN); else \
-	$(BIN)/metarl train half-cheetah-dir --preset icml2017 --policy.hidden 64 64 \
-	  --policy.activation tanh --advantage.trace 0.95 --iterations 40 --seed 1 --out $(RUN); fi
+	$(BIN)/metarl train half-cheetah-dir --preset metarl2026 --iterations 40 --out $(RUN); fi
 	$(BIN)/metarl evaluate $(RUN)
 
 test: dev

@@ -52,7 +52,7 @@ class Row:
 
 FINN, PROMP = "Finn et al. 2017", "Rothfuss et al. 2019"
 ROWS = {
-    "make-train": Row("half-cheetah-dir", "icml2017", 12.8e6, (293.2, 313.5, 315.7), FINN),
+    "make-train": Row("half-cheetah-dir", "icml2017", 6.4e6, (293.2, 313.5, 315.7), FINN),
     "half-cheetah-dir-icml2017": Row(
         "half-cheetah-dir", "icml2017", 64e6, (293.2, 313.5, 315.7), FINN
     ),
