@@ -30,9 +30,12 @@ class AdamConfig:
     max_kl: float = 0.05
     """Mean KL from the sampling policies: beyond it further epochs are left out, and the whole step
     is shortened until it is within."""
+    max_norm: float = 10.0
+    """Longer gradients are scaled to this norm before they enter Adam's moments, which one huge
+    gradient would spoil for hundreds of steps."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "minibatches", "clip", "max_kl"):
+        for name in ("learning_rate", "epochs", "minibatches", "clip", "max_kl", "max_norm"):
             if not getattr(self, name) > 0:
                 raise UserError(f"adam.{name} must be positive, got {getattr(self, name)}")
 
@@ -54,13 +57,16 @@ class Adam:
     ) -> tuple[Params, OuterState, dict[str, Any]]:
         """Return new meta-parameters, moments and statistics; `rate` scales the step size.
 
-        A gradient that is not finite leaves both as they were, with `finite` False. Epochs end
+        A gradient that is not finite leaves both as they were, with `finite` False; one longer than
+        `max_norm` is scaled to it, and counted. Epochs end
         before a step from where the KL is above its bound. Where the problem can tell, surrogate
         and KL over all samples are measured afterwards, and a step beyond the bound is shortened:
         nothing else keeps Adam from leaving the region that the samples tell of.
         """
         watch = Stopwatch()
-        stats: dict[str, Any] = {"finite": True, "kl": math.nan, "epochs": 0}
+        stats: dict[str, Any] = {
+            "finite": True, "kl": math.nan, "epochs": 0, "bounded_gradients": 0,
+        }  # fmt: skip
         new, moments = meta, state
         for epoch in range(self.config.epochs):
             gradient, found = problem.gradient(new, epoch)
@@ -72,6 +78,9 @@ class Adam:
             if epoch == 0:
                 before = math.nan if loss is None else -loss
                 stats |= {"surrogate_before": before, "gradient_norm": norm, **found}
+            if norm > self.config.max_norm:
+                gradient = gradient * (self.config.max_norm / norm)
+                stats["bounded_gradients"] += 1
             new, moments = self._move(new, unflatten(gradient, meta), moments, rate)
             stats["epochs"] = epoch + 1
         stats["seconds_gradient"] = watch.lap()
