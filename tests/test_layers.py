@@ -21,11 +21,11 @@ ROOMS = {
     ],
     "sampling": ["seeding", "rollouts", "workers"],
     "running": [
-        "config", "presets", "files", "checkpoints", "metrics", "statistics", "results", "meta_policy",
-        "runs", "trainer", "evaluation", "benchmark",
+        "config", "presets", "files", "checkpoints", "metrics", "statistics", "results",
+        "meta_policy", "runs", "trainer", "evaluation", "benchmark",
     ],
     "showing": ["plots", "videos", "report"],
-    "commands": ["errors", "policy_commands", "cli"],
+    "commands": ["interrupts", "errors", "policy_commands", "cli"],
 }  # fmt: skip
 """Rooms in their order, and the modules of each in theirs."""
 

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the user can mend it, 130 Ctrl-C, 143 SIGTERM, 1 anything 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -19,7 +20,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from metarl.commands import policy_commands
+from metarl.commands import errors, policy_commands
+from metarl.commands.interrupts import interruptible
 from metarl.envs.errors import UserError
 from metarl.envs.family import did_you_mean, family_names, make_family, parse_options
 from metarl.running.config import Config, default_workers
@@ -35,6 +37,8 @@ class Train:
     """Run folder to make; by default runs/FAMILY-PRESET-ALGORITHM-SEED."""
     resume: Path | None = None
     """Run folder to continue up to --iterations; its other options hold and may be left out."""
+    start: Annotated[int | None, tyro.conf.arg(name="from")] = None
+    """With --resume: iteration of the checkpoint to go on from, by default the newest."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value (metarl families lists them)."""
 
@@ -75,19 +79,7 @@ class Benchmark:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return _run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return errors.exit_code(lambda: _run(arguments))
 
 
 def _run(arguments: list[str]) -> int:
@@ -117,14 +109,13 @@ def _run(arguments: list[str]) -> int:
         family = next((a for a in rest[:1] if a[:1] != "-"), family)
         config = preset_config(preset, family, _peek(rest, "--algorithm") or "maml-trpo")
         default = Benchmark(config=dataclasses.replace(config, workers=default_workers()))
-    command = tyro.cli(
-        kind,
-        args=rest,
-        default=default,
-        prog=f"metarl {name}",
-        description=kind.__doc__,
+    command = errors.parse(
+        tyro.cli, kind, rest, default=default, prog=f"metarl {name}", description=kind.__doc__
     )
-    return function(command)
+    for module in IMPORTS.get(name, ()):
+        importlib.import_module(f"metarl.{module}")
+    with interruptible():
+        return function(command)
 
 
 def _names_first(arguments: Sequence[str], kind: type) -> list[str]:
@@ -228,6 +219,8 @@ def _train(command: Train) -> int:
         raise UserError("name a task family: metarl train FAMILY (metarl families lists them)")
     if command.resume is not None and command.out not in (None, command.resume):
         raise UserError(f"--resume continues in {command.resume}; leave --out out")
+    if command.resume is None and command.start is not None:
+        raise UserError(f"--from {command.start} needs the run: --resume FOLDER")
     name = config.family.replace(":", "-")
     parts = (name, config.preset or "default", config.algorithm, str(config.seed))
     folder = command.resume or command.out or Path("runs") / "-".join(parts)
@@ -248,7 +241,12 @@ def _train(command: Train) -> int:
     with _Stop() as stop:
         try:
             meta = train(
-                config, folder, resume=command.resume is not None, progress=show, stop=stop
+                config,
+                folder,
+                resume=command.resume is not None,
+                progress=show,
+                stop=stop,
+                start=command.start,
             )
         finally:
             if bar is not None:
@@ -316,6 +314,17 @@ def _benchmark(command: Benchmark) -> int:
     print(json.dumps(result, indent=2) if command.json else table(result))
     return 0
 
+
+IMPORTS = {
+    "train": ("running.trainer",),
+    "evaluate": ("running.evaluation", "showing.plots"),
+    "adapt": ("running.meta_policy",),
+    "plot": ("showing.plots",),
+    "record": ("showing.videos",),
+    "report": ("running.evaluation", "showing.report"),
+    "benchmark": ("running.benchmark",),
+}
+"""What commands import first, while Ctrl-C ends the process at once: see `interrupts`."""
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "train": (Train, _train),
