@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/first
 
-.PHONY: install train test slow lint
+.PHONY: install train test slow lint matrix
 
 install: .venv/installed
 
@@ -28,3 +28,7 @@ slow: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Numerically strict tests once more, as other processors would run them.
+matrix: install
+	PYTHON=$(BIN)/python scripts/matrix.sh

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import errno
 import json
-import logging
 import os
 import random
 import re
@@ -20,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import counting_family
@@ -34,7 +32,7 @@ from metarl.learning.first_order import Adam, AdamConfig
 from metarl.running import checkpoints
 from metarl.running.checkpoints import CheckpointError
 from metarl.running.config import PolicyConfig
-from metarl.running.meta_policy import checkpoint_path, checkpoints_of, newest_checkpoint
+from metarl.running.meta_policy import checkpoints_of, newest_checkpoint
 from metarl.running.metrics import read_metrics
 from metarl.running.runs import RunError
 from metarl.running.trainer import Trainer
@@ -92,7 +90,7 @@ def whole(tmp_path_factory) -> Path:
 def same_runs(a: Path, b: Path) -> bool:
     names = {path.name for path in b.iterdir()}
     assert names == {path.name for path in a.iterdir()} - names_of_events(a) | names_of_events(b)
-    hidden = [path for path in b.rglob(".*")]
+    hidden = list(b.rglob(".*"))
     return not hidden and timeless(a) == timeless(b) and same_params(load(a), load(b))
 
 
@@ -515,7 +513,7 @@ def test_of_two_processes_on_a_folder_one_is_refused(tmp_path, whole, resume):
         finally:
             os._exit(1)
     os.read(ours, 1)
-    with pytest.raises(RunError, match="another process is training|exists; continue it"):
+    with pytest.raises(RunError, match=r"another process is training|exists; continue it"):
         train(replace(TINY, iterations=3), folder, resume=resume)
     os.write(go, b"xxx")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -664,7 +662,7 @@ def test_a_simulation_that_diverges_leaves_the_others_as_they_are(monkeypatch):
         pytest.param("kill step", "was killed", marks=pytest.mark.slow),
         pytest.param("hang step", "hung", marks=pytest.mark.slow),
         pytest.param("shape step", "shape", marks=pytest.mark.slow),
-        pytest.param("nan step", "finite", marks=pytest.mark.slow),
+        pytest.param("nan step", "10 updates in a row were skipped", marks=pytest.mark.slow),
         ("raise step", "ArithmeticError: the fault"),
     ],
 )
@@ -673,10 +671,10 @@ def test_a_worker_that_goes_on_failing_ends_the_command(tmp_path, monkeypatch, c
     (tmp_path / "faults").write_text(f"always {fault}")
     arguments = ["train", "worker_envs:always_faulty", "--family-options", "faults=faults"]
     small = ["--tasks", "2", "--episodes", "2", "--workers", "2", "--worker-timeout", "1"]
-    code = run(*arguments, *small, "--iterations", "1", "--out", "run")
+    code = run(*arguments, *small, "--iterations", "10", "--out", "run")
     err = capsys.readouterr().err
     assert (code, "error: " in err, told in err) == (2, True, True)
-    assert not (tmp_path / "run").exists()
+    assert load("run").record["iteration"] == 9 if "nan" in fault else not Path("run").exists()
 
 
 # The command line ---------------------------------------------------------------------------------
@@ -722,12 +720,12 @@ def test_the_table_of_faults_is_that_of_the_tests():
     named = [name for row in rows for name in re.findall(r"`(\w+)::(\w+)`", row[-1])]
     assert all(len(row) == 4 and all(row) and "::" in row[-1] for row in rows)
     for module, name in named:
-        assert name in tests_in(module), f"{module} has no {name}"
-    here = tests_in("test_faults") - {"test_the_table_of_faults_is_that_of_the_tests"}
+        assert name in names_of_tests(module), f"{module} has no {name}"
+    here = names_of_tests("test_faults") - {"test_the_table_of_faults_is_that_of_the_tests"}
     assert here == {name for module, name in named if module == "test_faults"}
 
 
-def tests_in(module: str) -> set[str]:
+def names_of_tests(module: str) -> set[str]:
     tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text())
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     return {node.name for node in functions if node.name.startswith("test_")}

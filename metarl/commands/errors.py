@@ -109,13 +109,16 @@ def _one_line(box: str, known: list[str]) -> str:
     from metarl.envs.family import did_you_mean
 
     text = re.sub(r"\x1b\[[\d;]*m", "", box)
-    lines = [line.strip("│╭╮╰╯| ") for line in text.splitlines()]
-    said: list[str] = []
-    for line in lines:
-        if line.strip("─-") == "" and said:
-            break
-        if line and "─" not in line:
-            said.append(line)
+    sections: list[list[str]] = [[]]
+    for line in text.splitlines():
+        inner = line.strip("│ ")
+        if inner.strip("─-"):
+            sections[-1].append(inner)
+        else:
+            sections.append([])
+    # In a frame the title is in the frame; without, where output is no UTF-8, it is a section.
+    framed = text.startswith("╭")
+    said = sections[0][1:] if framed else sections[min(1, len(sections) - 1)]
     line = " ".join(said)
     if match := re.fullmatch(r"Unrecognized (?:options|arguments): (.*)", line):
         words = match[1].split(", ")
