@@ -15,7 +15,6 @@ from metarl.learning.objectives import Batch
 from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import GaussianMLP, Params
 
-
 STRICT = ("rollouts", "serial_batch", "meta_gradients", "advantages", "policies", "trust_region")
 
 
