@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/first
 
-.PHONY: install dev train test slow lint
+.PHONY: install dev train test slow lint matrix
 
 install: .venv/installed
 dev: .venv/installed-dev
@@ -37,3 +37,7 @@ lint: dev
 	rm -rf build/typecheck && mkdir -p build/typecheck
 	cp -r metarl build/typecheck/metarl && cp -r envs build/typecheck/metarl/envs
 	$(BIN)/pyright
+
+# Numerically strict tests once more, as other processors would run them.
+matrix: dev
+	PYTHON=$(BIN)/python scripts/matrix.sh

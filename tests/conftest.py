@@ -15,6 +15,15 @@ from metarl.learning.objectives import Batch
 from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import GaussianMLP, Params
 
+STRICT = ("rollouts", "serial_batch", "meta_gradients", "advantages", "policies", "trust_region")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what compares numbers to their last bits or nearly: see scripts/matrix.sh."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in STRICT or "bit_for_bit" in item.name:
+            item.add_marker(pytest.mark.strict)
+
 
 @pytest.fixture(autouse=True)
 def _one_intraop_thread() -> Iterator[None]:

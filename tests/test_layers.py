@@ -15,10 +15,10 @@ ROOMS = {
     "learning": """stopwatch parallel trajectories policies advantages objectives linear_solves
         adaptation inner_loop credit meta_gradients trust_region first_order algorithms""",
     "sampling": "seeding rollouts workers",
-    "running": """config presets checks checkpoints metrics statistics results meta_policy runs
-        iterations trainer evaluation benchmark""",
+    "running": """config presets checks files checkpoints metrics statistics results meta_policy
+        runs iterations trainer evaluation benchmark""",
     "showing": "plots videos report",
-    "commands": "arguments listing training policy_commands cli",
+    "commands": "interrupts errors arguments listing training policy_commands cli",
 }
 """Rooms in their order, and the modules of each in theirs."""
 

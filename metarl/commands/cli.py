@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from metarl.commands import errors
+from metarl.commands.interrupts import interruptible
 from metarl.envs.errors import UserError
 from metarl.envs.family import did_you_mean
 
@@ -33,23 +35,22 @@ COMMANDS = {
 }
 """Of each command: its module, which has a class of its options and a function, and its help."""
 
+IMPORTS = {
+    "train": ("running.trainer",),
+    "evaluate": ("running.evaluation", "showing.plots"),
+    "adapt": ("running.meta_policy",),
+    "plot": ("showing.plots",),
+    "record": ("showing.videos",),
+    "report": ("running.evaluation", "showing.report"),
+    "benchmark": ("running.benchmark",),
+}
+"""What commands import first, while Ctrl-C ends the process at once: see `interrupts`."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return _run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return errors.exit_code(lambda: _run(arguments))
 
 
 def _run(arguments: list[str]) -> int:
@@ -76,10 +77,14 @@ def _run(arguments: list[str]) -> int:
     kind, function = command_of(name)
     rest = names_first(arguments[1:], kind)
     default: Any = kind.starting(rest) if hasattr(kind, "starting") else tyro.MISSING_NONPROP
-    command = tyro.cli(
-        kind, args=rest, default=default, prog=f"metarl {name}", description=COMMANDS[name][1]
+    text = COMMANDS[name][1]
+    command = errors.parse(
+        tyro.cli, kind, rest, default=default, prog=f"metarl {name}", description=text
     )
-    return function(command.resolved(rest) if hasattr(command, "resolved") else command)
+    for module in IMPORTS.get(name, ()):
+        importlib.import_module(f"metarl.{module}")
+    with interruptible():
+        return function(command.resolved(rest) if hasattr(command, "resolved") else command)
 
 
 def command_of(name: str) -> tuple[Any, Callable[[Any], int]]:

@@ -212,7 +212,7 @@ def evaluate(command: Evaluate) -> int:
 def _evaluate(what: Sequence[str], out: Path | None, **options: Any) -> tuple[Any, list[Path]]:
     """Evaluate policies; leave the result and its pictures in the first one's folder, or out."""
     from metarl.running import evaluation
-    from metarl.running.checkpoints import write_atomically
+    from metarl.running.files import write_atomically
     from metarl.running.metrics import show_adaptation
     from metarl.showing import plots
 

@@ -31,6 +31,8 @@ class Train:
     """Run folder to make; by default runs/FAMILY-PRESET-ALGORITHM-SEED."""
     resume: Path | None = None
     """Run folder to continue up to --iterations; its other options hold and may be left out."""
+    start: Annotated[int | None, tyro.conf.arg(name="from")] = None
+    """With --resume: iteration of the checkpoint to go on from, by default the newest."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value (metarl families lists them)."""
 
@@ -134,6 +136,8 @@ def train(command: Train) -> int:
         raise UserError("name a task family: metarl train FAMILY (metarl families lists them)")
     if command.resume is not None and command.out not in (None, command.resume):
         raise UserError(f"--resume continues in {command.resume}; leave --out out")
+    if command.resume is None and command.start is not None:
+        raise UserError(f"--from {command.start} needs the run: --resume FOLDER")
     name = config.family.replace(":", "-")
     parts = (name, config.preset or "default", config.algorithm, str(config.seed))
     folder = command.resume or command.out or Path("runs") / "-".join(parts)
@@ -160,6 +164,7 @@ def train(command: Train) -> int:
                 progress=show,
                 stop=stop,
                 notice=lambda line: print(line, file=sys.stderr),
+                start=command.start,
             )
         finally:
             if bar is not None:

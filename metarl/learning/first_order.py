@@ -31,9 +31,12 @@ class AdamConfig:
     max_kl: float = 0.05
     """Mean KL from the sampling policies: beyond it further steps are left out, and the whole step
     is shortened until it is within."""
+    max_norm: float = 10.0
+    """Longer gradients are scaled to this norm before they enter Adam's moments, which one huge
+    gradient would spoil for hundreds of steps."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "steps", "minibatches", "clip", "max_kl"):
+        for name in ("learning_rate", "steps", "minibatches", "clip", "max_kl", "max_norm"):
             if not getattr(self, name) > 0:
                 raise UserError(f"adam.{name} must be positive, got {getattr(self, name)}")
 
@@ -55,13 +58,16 @@ class Adam:
     ) -> tuple[Params, OuterState, dict[str, Any]]:
         """Return new meta-parameters, moments and statistics; `rate` scales the step size.
 
-        A gradient that is not finite leaves both as they were, with `finite` False. Steps end
-        where the KL is above its bound. Where the problem can tell, surrogate
-        and KL over all samples are measured afterwards, and a step beyond the bound is shortened:
-        nothing else keeps Adam from leaving the region that the samples tell of.
+        A gradient that is not finite leaves both as they were, with `finite` False; one longer than
+        `max_norm` is scaled to it, and counted. Steps end where the KL is above its bound. Where
+        the problem can tell, surrogate and KL over all samples are measured afterwards, and a step
+        beyond the bound is shortened: nothing else keeps Adam from leaving the region that the
+        samples tell of.
         """
         watch = Stopwatch()
-        stats: dict[str, Any] = {"finite": True, "kl": math.nan, "outer_steps": 0}
+        stats: dict[str, Any] = {
+            "finite": True, "kl": math.nan, "outer_steps": 0, "bounded_gradients": 0,
+        }  # fmt: skip
         new, moments = meta, state
         for step in range(self.config.steps):
             known = () if step else problem.iterates
@@ -74,6 +80,9 @@ class Adam:
             if step == 0:
                 before = math.nan if loss is None else -loss
                 stats |= {"surrogate_before": before, "gradient_norm": norm, **found}
+            if norm > self.config.max_norm:
+                gradient = gradient * (self.config.max_norm / norm)
+                stats["bounded_gradients"] += 1
             new, moments = self._move(new, unflatten(gradient, meta), moments, rate)
             stats["outer_steps"] = step + 1
         stats["seconds_gradient"] = watch.lap()

@@ -1,4 +1,4 @@
-"""Files of tensors: written aside, fsynced and renamed; hashed, and read without running code.
+"""Files of tensors: written whole or not at all; hashed, and read without running code.
 
 The format is safetensors. Its header carries a JSON text and the SHA-256 of that text and of every
 tensor's name, type, shape and bytes: a file cut short or altered anywhere is refused.
@@ -6,10 +6,12 @@ tensor's name, type, shape and bytes: a file cut short or altered anywhere is re
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +22,8 @@ import torch
 from torch import Tensor
 
 from metarl.envs.errors import UserError
+from metarl.running.config import Config
+from metarl.running.files import write_atomically
 
 FORMAT = 1
 DISTRIBUTION = "metarl-gradient"
@@ -59,12 +63,40 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if _digest(tensors, text) != digest:
         raise CheckpointError(f"{path} is damaged: its content does not have its checksum")
     metadata = json.loads(text)
-    if metadata["format"] > FORMAT:
+    found = metadata.get("format") if isinstance(metadata, dict) else None
+    if type(found) is not int or found < 1:
+        raise CheckpointError(f"{path} has format {found!r}, which no version of metarl writes")
+    if found > FORMAT:
         raise CheckpointError(
-            f"{path} has format {metadata['format']}, this version reads up to {FORMAT};"
-            " update metarl"
+            f"{path} has format {found}, this version reads up to {FORMAT}; update metarl"
         )
     return tensors, metadata
+
+
+def config_of(path: Path, metadata: Mapping[str, Any]) -> Config:
+    """Return the config in a file's metadata.
+
+    Raises:
+        CheckpointError: it is missing, or none that this version takes.
+    """
+    try:
+        return Config.from_json(metadata["config"])
+    except KeyError as error:
+        raise CheckpointError(f"{path} holds no config") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} holds a config that cannot be used: {error}") from error
+
+
+def count_of(path: Path, metadata: Mapping[str, Any], name: str) -> int:
+    """Return a whole number, 0 or more, in a file's metadata.
+
+    Raises:
+        CheckpointError: it is missing or something else.
+    """
+    value = metadata.get(name, "missing")
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"{path}: {name} must be a whole number, 0 or more, is {value!r}")
+    return value
 
 
 def in_shapes(
@@ -73,7 +105,7 @@ def in_shapes(
     """Return the tensors in the order of these names; files keep no order, and sums depend on it.
 
     Raises:
-        CheckpointError: their names or shapes are others.
+        CheckpointError: their names, shapes or types are others, or a number is not finite.
     """
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != dict(shapes):
@@ -82,25 +114,12 @@ def in_shapes(
             f"{path} is of another network: {odd} is {found.get(odd, 'missing')},"
             f" expected {shapes.get(odd, 'none')}"
         )
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, expected torch.float32")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name} holds a number that is not finite")
     return {name: tensors[name] for name in shapes}
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file aside, fsync and rename it: a crash leaves the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def versions() -> dict[str, str]:
@@ -114,14 +133,45 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def machine() -> dict[str, Any]:
-    """Return what timings depend on."""
+    """Return what timings depend on; all but the number of cores changes results' last bits too."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "system": platform.system(),
         "torch_cpu": torch.backends.cpu.get_cpu_capability(),
+        "thread_library": _thread_library(),
+        "blas_settings": " ".join(f"{k}={os.environ[k]}" for k in _BLAS if k in os.environ),
     }
+
+
+_BLAS = (
+    "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OPENBLAS_CORETYPE", "NPY_DISABLE_CPU_FEATURES",
+)  # fmt: skip
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return where what results depend on differs: "torch 2.12.0 (now 2.13.0)".
+
+    Args:
+        before: `versions` and `machine` as a file of a run keeps them.
+        now: the same of here.
+    """
+    return [
+        f"{name} {part[name]} (now {now[kind].get(name, 'unknown')})"
+        for kind in ("versions", "machine")
+        if isinstance(part := before.get(kind), Mapping)
+        for name in part
+        if name != "cores" and part[name] != now[kind].get(name, "unknown")
+    ]
+
+
+def _thread_library() -> str:
+    info = torch.__config__.parallel_info()
+    backend = re.search(r"ATen parallel backend: (.+)", info)
+    parts = re.findall(r"^(OpenMP \d+|Intel.* Math Kernel Library Version [\w.]+)", info, re.M)
+    return ", ".join([*(backend.groups() if backend else []), *parts])
 
 
 def _processor() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from metarl.learning.objectives import dice
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import CategoricalMLP, GaussianMLP, MLPPolicy, Params
 from metarl.running import checkpoints
-from metarl.running.checkpoints import CheckpointError
+from metarl.running.checkpoints import CheckpointError, config_of
 from metarl.running.config import Config, PolicyConfig
 from metarl.sampling.rollouts import ActionMode, Address, categories, collect_episodes, env_action
 from metarl.sampling.seeding import stream
@@ -340,16 +341,37 @@ def shipped() -> list[str]:
     )
 
 
+def checkpoint_path(run: Path, iteration: int) -> Path:
+    """Return where a run keeps the checkpoint of an iteration."""
+    return run / "checkpoints" / f"{iteration:06d}.safetensors"
+
+
+def checkpoints_of(run: Path) -> dict[int, Path]:
+    """Return a run folder's checkpoints by their iterations, in order."""
+    found = (run / "checkpoints").glob("*.safetensors")
+    return dict(sorted((int(path.stem), path) for path in found if path.stem.isdecimal()))
+
+
 def newest_checkpoint(run: Path) -> Path:
     """Return a run folder's newest checkpoint.
 
     Raises:
         CheckpointError: there is none.
     """
-    found = sorted((run / "checkpoints").glob("[0-9]*.safetensors"))
+    found = checkpoints_of(run)
     if not found:
         raise CheckpointError(f"{run} holds no checkpoint yet")
-    return found[-1]
+    return found[max(found)]
+
+
+def newest_good(run: Path, before: int, use: Callable[[Path], Any]) -> int | None:
+    """Return the newest iteration before another whose checkpoint is used without complaint."""
+    for iteration, path in sorted(checkpoints_of(run).items(), reverse=True):
+        if iteration < before:
+            with contextlib.suppress(CheckpointError):
+                use(path)
+                return iteration
+    return None
 
 
 def load(what: str | Path) -> MetaPolicy:
@@ -360,8 +382,16 @@ def load(what: str | Path) -> MetaPolicy:
     """
     path = Path(what)
     if path.is_dir():
-        path = newest_checkpoint(path)
-    elif not path.exists():
+        newest = newest_checkpoint(path)
+        try:
+            return load(newest)
+        except CheckpointError as error:
+            older = newest_good(path, int(newest.stem), load)
+            if older is None:
+                raise
+            good = checkpoint_path(path, older)
+            raise CheckpointError(f"{error}; the newest good one is {good}") from error
+    if not path.exists():
         names = shipped()
         if str(what) not in names:
             close = difflib.get_close_matches(str(what), names, n=1)
@@ -380,7 +410,9 @@ def load(what: str | Path) -> MetaPolicy:
             f"{path} is a policy adapted to one task, no initialization: metarl record shows it,"
             " metarl.load_policy reads it"
         )
-    config = Config.from_json(metadata["config"])
+    if metadata.get("kind") not in ("policy", "checkpoint"):
+        raise CheckpointError(f"{path} holds no policy but {metadata.get('kind')!r}")
+    config = config_of(path, metadata)
     params = {n.removeprefix("meta."): t for n, t in tensors.items() if not n.startswith("outer.")}
     record = {k: metadata[k] for k in ("iteration", "env_steps", "versions") if k in metadata}
     if "layer0.weight" not in params:
@@ -399,7 +431,7 @@ def load_policy(path: str | Path) -> Policy:
     tensors, metadata = checkpoints.load(path)
     if metadata.get("kind") != "adapted":
         raise CheckpointError(f"{path} is an initialization: metarl adapt makes a policy of it")
-    config = Config.from_json(metadata["config"])
+    config = config_of(path, metadata)
     meta = MetaPolicy(tensors, config)
     shapes = meta.policy.shapes()
     if meta.policy.context_dim:

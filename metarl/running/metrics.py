@@ -1,13 +1,28 @@
-"""What a run records: `metrics.jsonl`, and TensorBoard events derived from it."""
+"""What a run records: `metrics.jsonl`, and TensorBoard events derived from it.
+
+`metrics.jsonl` only grows, by a line an iteration that is on the disk before its checkpoint is. A
+resumed run cuts off what came after its checkpoint. A line that is no row of metrics is named, the
+file as it was is kept beside, and the other rows stay. Events are made anew from the rows; where
+they cannot be written, that is said once and training goes on.
+"""
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from metarl.running.files import GrowingFile, set_aside, write_atomically
+
+_log = logging.getLogger(__name__)
 
 # TensorBoard names in the style of stable-baselines3; the x-axis is env steps.
 _TENSORBOARD = {
@@ -23,6 +38,7 @@ _TENSORBOARD = {
     "gradient_agreement": "train/gradient_agreement",
     "inner_kl": "train/inner_kl",
     "step_size": "train/step_size",
+    "bounded_gradients": "train/bounded_gradients",
     "policy_std": "train/std",
     "skipped_updates": "train/skipped_updates",
     "env_steps_per_second": "time/fps",
@@ -30,6 +46,9 @@ _TENSORBOARD = {
     "seconds_rollout": "time/seconds_rollout",
     "seconds_update": "time/seconds_update",
 }
+
+_NEEDED = ("iteration", "env_steps", "return_pre", "return_post", "seconds_iteration")
+"""Numbers that a row is drawn by, null where there is none."""
 
 
 def measured_time(name: str) -> bool:
@@ -41,53 +60,53 @@ class MetricsLog:
     """Appends one JSON object an iteration; resumed, it forgets what came after a checkpoint."""
 
     def __init__(self, folder: Path, iteration: int = 0, text: str = "") -> None:
-        # Imported here: it takes seconds, and only training needs it.
-        from torch.utils.tensorboard.writer import SummaryWriter
-
         path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(folder) if row["iteration"] <= iteration]
-        path.write_text("".join(_line(row) for row in kept))
-        for events in folder.glob("events.out.tfevents.*"):
-            events.unlink()
-        self._file = open(path, "a")  # noqa: SIM115  (closed by close)
-        self._board = SummaryWriter(str(folder))
-        self._board.add_text("config", f"```json\n{text}\n```", 0)
-        self._show_hyperparameters(json.loads(text) if text else {})
-        for row in kept:
-            self._show(row)
+        content = _read(path)
+        kept = [line for line in content.rows if line.row["iteration"] <= iteration]
+        self._recover(path, content, kept, iteration)
+        self._file = GrowingFile(path)
+        self._events = Events(folder)
+        self._events.add_config(text)
+        for line in kept:
+            self._show(line.row)
+
+    def _recover(
+        self, path: Path, content: _Content, kept: Sequence[_Line], iteration: int
+    ) -> None:
+        """Leave the kept rows in the file, and what else it held beside it."""
+        forgotten = len(content.rows) - len(kept)
+        if content.damage or forgotten > 1:  # one row may come before its checkpoint
+            aside = set_aside(path, content.data)
+            write_atomically(path, b"".join(_line(line.row) for line in kept))
+            told = content.damage or [f"{forgotten} rows come after iteration {iteration}"]
+            _log.warning("%s: %s; the file as it was is kept as %s", path, "; ".join(told), aside)
+        elif content.data:
+            file = GrowingFile(path)
+            file.cut(kept[-1].end if kept else 0)
+            if kept and not content.data[: kept[-1].end].endswith(b"\n"):
+                file.append(b"\n")
+            file.close()
+        there = {line.row["iteration"] for line in kept}
+        if missing := [i for i in range(1, iteration + 1) if i not in there]:
+            _log.warning("%s has no row of iteration %s", path, _ranges(missing))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Record an iteration; numbers that are not finite are written as null."""
-        self._file.write(_line(row))
-        self._file.flush()
+        """Record an iteration; numbers that are not finite are written as null.
+
+        Raises:
+            OSError: it cannot be written; then no part of it is.
+        """
+        self._file.append(_line(row))
         self._show(row)
 
     def _show(self, row: dict[str, Any]) -> None:
-        for name, tag in _TENSORBOARD.items():
-            if row.get(name) is not None:
-                self._board.add_scalar(tag, row[name], row["env_steps"])
-
-    def _show_hyperparameters(self, config: dict[str, Any]) -> None:
-        # In this run's own file; SummaryWriter.add_hparams would make another run of them.
-        from torch.utils.tensorboard.summary import hparams
-
-        flat = {}
-        for key, value in config.items():
-            parts = value if isinstance(value, dict) else {"": value}
-            flat |= {f"{key}.{name}".rstrip("."): part for name, part in parts.items()}
-        plain = {
-            key: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for key, value in flat.items()
-        }
-        if plain and self._board.file_writer is not None:
-            shown = {_TENSORBOARD[name]: 0.0 for name in ("return_pre", "return_post", "gain")}
-            for summary in hparams(plain, shown):
-                self._board.file_writer.add_summary(summary)
+        shown = {tag: row[name] for name, tag in _TENSORBOARD.items() if row.get(name) is not None}
+        self._events.add_scalars(shown, row["env_steps"])
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Close the files."""
         self._file.close()
-        self._board.close()
+        self._events.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -101,6 +120,103 @@ class MetricsLog:
         self.close()
 
 
+class Events:
+    """A TensorBoard run in a folder, in place of what it held; a fault is told once, not raised.
+
+    Events are written as they come, by no thread that could fail on its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file: GrowingFile | None = None
+        self._folder = folder
+        with self._told_once():
+            # Imported where it is needed: it takes seconds, and only training needs it.
+            from tensorboard.compat.proto.event_pb2 import (
+                Event,  # pyright: ignore[reportAttributeAccessIssue]
+            )
+
+            folder.mkdir(parents=True, exist_ok=True)
+            for events in folder.glob("events.out.tfevents.*"):
+                events.unlink()
+            self._file = GrowingFile(folder / f"events.out.tfevents.{int(time.time())}.metarl")
+            self._write(Event(file_version="brain.Event:2", wall_time=time.time()))
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Add numbers by their tags."""
+        from tensorboard.compat.proto.summary_pb2 import (
+            Summary,  # pyright: ignore[reportAttributeAccessIssue]
+        )
+
+        self.add(
+            Summary(value=[Summary.Value(tag=t, simple_value=v) for t, v in values.items()]), step
+        )
+
+    def add_image(self, tag: str, data: bytes) -> None:
+        """Add a PNG, or a GIF for a video."""
+        from tensorboard.compat.proto.summary_pb2 import (
+            Summary,  # pyright: ignore[reportAttributeAccessIssue]
+        )
+
+        image = Summary.Image(encoded_image_string=data, colorspace=3)
+        self.add(Summary(value=[Summary.Value(tag=tag, image=image)]), 0)
+
+    def add_config(self, text: str) -> None:
+        """Add a config, JSON, as text and as hyper-parameters."""
+        # In this run's own file; torch's SummaryWriter.add_hparams would make another run of them.
+        from torch.utils.tensorboard import summary
+
+        self.add(summary.text("config", f"```json\n{text}\n```"), 0)
+        flat = {}
+        for key, value in (json.loads(text) if text else {}).items():
+            parts = value if isinstance(value, dict) else {"": value}
+            flat |= {f"{key}.{name}".rstrip("."): part for name, part in parts.items()}
+        plain = {
+            key: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for key, value in flat.items()
+        }
+        if plain:
+            shown = {_TENSORBOARD[name]: 0.0 for name in ("return_pre", "return_post", "gain")}
+            for part in summary.hparams(plain, shown):
+                self.add(part, 0)
+
+    def add(self, summary: Any, step: int) -> None:
+        """Add a summary."""
+        with self._told_once():
+            from tensorboard.compat.proto.event_pb2 import (
+                Event,  # pyright: ignore[reportAttributeAccessIssue]
+            )
+
+            self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _write(self, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        if self._file is not None:
+            RecordWriter(self).write(event.SerializeToString())
+
+    def write(self, record: bytes) -> None:
+        """Append a record; for RecordWriter."""
+        if self._file is not None:
+            self._file.append(record, durably=False)
+
+    @contextlib.contextmanager
+    def _told_once(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            _log.warning(
+                "%s: %s; TensorBoard shows no more of %s, all else goes on",
+                error.filename, error.strerror, self._folder,
+            )  # fmt: skip
+            self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
 def show_adaptation(folder: Path, returns: Sequence[float], images: Mapping[str, bytes]) -> None:
     """Put an adaptation curve into TensorBoard, as a run of its own in the folder.
 
@@ -108,39 +224,102 @@ def show_adaptation(folder: Path, returns: Sequence[float], images: Mapping[str,
         returns: after 0 ... K inner steps, the x-axis.
         images: PNG, or GIF for a video (torch's add_video needs another package), by name.
     """
-    from tensorboard.compat.proto.summary_pb2 import (
-        Summary,  # pyright: ignore[reportAttributeAccessIssue]
-    )
-    from torch.utils.tensorboard.writer import FileWriter
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for events in folder.glob("events.out.tfevents.*"):
-        events.unlink()
-    writer = FileWriter(str(folder))
+    events = Events(folder)
     for k, value in enumerate(returns):
-        scalar = Summary.Value(tag="adaptation/return_after_steps", simple_value=value)
-        writer.add_summary(Summary(value=[scalar]), k)
+        events.add_scalars({"adaptation/return_after_steps": value}, k)
     for name, data in images.items():
-        image = Summary.Image(encoded_image_string=data, colorspace=3)
-        value = Summary.Value(tag=f"adaptation/{name}", image=image)
-        writer.add_summary(Summary(value=[value]), 0)
-    writer.close()
+        events.add_image(f"adaptation/{name}", data)
+    events.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics; a last line cut short by a crash is left out."""
-    rows = []
+    """Return the rows of a run's metrics.
+
+    A last line cut short by a crash is left out; so is a damaged one, with a warning.
+    """
     path = folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    content = _read(path)
+    if content.damage:
+        _log.warning("%s: %s", path, "; ".join(content.damage))
+    return [line.row for line in content.rows]
+
+
+@dataclass(frozen=True)
+class _Line:
+    row: dict[str, Any]
+    number: int
+    end: int
+    """Bytes of the file up to its end."""
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What is in a file of metrics."""
+
+    data: bytes
+    rows: list[_Line]
+    damage: list[str]
+
+
+def _read(path: Path) -> _Content:
+    data = path.read_bytes() if path.exists() else b""
+    rows: list[_Line] = []
+    damage = {}
+    end = 0
+    for number, text in enumerate(data.splitlines(keepends=True), 1):
+        end += len(text)
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+            row = json.loads(text)
+            _check(row)
+        except ValueError as error:
+            if end < len(data) or text.endswith(b"\n"):  # no last line that a crash cut short
+                damage[number] = str(error) if type(error) is ValueError else "no JSON"
+        else:
+            rows.append(_Line(row, number, end))
+    kept = _increasing(rows)
+    for line in rows:
+        if line not in kept:
+            damage[line.number] = f"iteration {line.row['iteration']} out of order"
+    texts = [f"line {number} is damaged ({why})" for number, why in sorted(damage.items())]
+    return _Content(data, kept, texts)
 
 
-def _line(row: dict[str, Any]) -> str:
+def _check(row: Any) -> None:
+    """Raise ValueError unless this can be a row."""
+    if not isinstance(row, dict):
+        raise ValueError("no JSON object")
+    for name in _NEEDED:
+        value = row.get(name, "missing")
+        if isinstance(value, bool | str | list | dict):
+            raise ValueError(f"{name} is {value}")
+    if type(row["iteration"]) is not int or type(row["env_steps"]) is not int:
+        raise ValueError("iteration and env_steps must be whole numbers")
+
+
+def _increasing(lines: Sequence[_Line]) -> list[_Line]:
+    """Return the most lines whose iterations increase: one wrong number costs one line."""
+    ends: list[int] = []  # of the chains of 1, 2, ... lines, the smallest last iteration
+    chains: list[list[_Line]] = []
+    for line in lines:
+        at = bisect.bisect_left(ends, line.row["iteration"])
+        chain = [*(chains[at - 1] if at else []), line]
+        ends[at : at + 1], chains[at : at + 1] = [line.row["iteration"]], [chain]
+    return chains[-1] if chains else []
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return "2, 5-7" of 2, 5, 6, 7."""
+    texts: list[str] = []
+    for i in numbers:
+        first = i
+        if texts and int(texts[-1].split("-")[-1]) == i - 1:
+            first = int(texts.pop().split("-")[0])
+        texts.append(f"{first}-{i}" if first < i else str(i))
+    return ", ".join(texts)
+
+
+def _line(row: dict[str, Any]) -> bytes:
     finite = {
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
     }
-    return json.dumps(finite) + "\n"
+    return (json.dumps(finite) + "\n").encode()

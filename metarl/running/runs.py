@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,20 @@ from metarl.envs.errors import UserError
 from metarl.learning.policies import Params
 from metarl.learning.trust_region import OuterState
 from metarl.running import checkpoints
-from metarl.running.checkpoints import CheckpointError, versions, write_atomically
+from metarl.running.checkpoints import (
+    CheckpointError,
+    changes,
+    config_of,
+    count_of,
+    machine,
+    versions,
+)
 from metarl.running.config import Config
-from metarl.running.meta_policy import newest_checkpoint
+from metarl.running.files import set_aside, sweep, write_atomically
+from metarl.running.meta_policy import checkpoint_path, checkpoints_of, newest_good
+from metarl.running.metrics import read_metrics
+
+_log = logging.getLogger(__name__)
 
 FREE = ("iterations", "threads", "workers", "worker_timeout")
 """Config keys that may change when a run is continued."""
@@ -40,35 +52,68 @@ class State:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Callable[[], None]]:
     """Hold a run folder; a second process is refused for as long as this one lives.
+
+    Returns:
+        what raises RunError once the folder is no longer at its place.
 
     Raises:
         RunError: another process holds it.
     """
-    with open(folder / "lock", "a") as file:
+    path = folder / "lock"
+    with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise RunError(
                 f"another process is training in {folder}; wait for it, or choose another --out"
             ) from error
-        yield
+        except OSError as error:
+            raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(path)) from error
+
+        def check() -> None:
+            if not (path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno()))):
+                raise RunError(
+                    f"{folder} was moved or deleted while it was trained in; where it is now, go on"
+                    " with: metarl train --resume FOLDER"
+                )
+
+        check()  # it may have been replaced before it was locked
+        for inner in (folder, folder / "checkpoints"):
+            sweep(inner)
+        yield check
+
+
+def check_free(folder: Path) -> None:
+    """Raise RunError unless a run can begin in a folder.
+
+    It must not exist, be empty, or hold what a run that was killed before its first checkpoint
+    leaves behind.
+    """
+    if not folder.exists():
+        return
+    left = {"lock", "config.json", "checkpoints"}
+    if (
+        not folder.is_dir()
+        or any(path.name not in left for path in folder.iterdir() if path.name[0] != ".")
+        or checkpoints_of(folder)
+    ):
+        raise RunError(
+            f"{folder} exists; continue it with --resume {folder}, or choose another --out"
+        )
 
 
 def create_run(folder: Path, config: Config) -> None:
     """Make a run folder with its `config.json`.
 
     Raises:
-        RunError: the folder exists and is not empty.
+        RunError: the folder holds something else.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(
-            f"{folder} exists; continue it with --resume {folder}, or choose another --out"
-        )
-    (folder / "checkpoints").mkdir(parents=True)
-    text = json.dumps({"config": config.to_json(), "versions": versions()}, indent=2)
-    write_atomically(folder / "config.json", text.encode())
+    check_free(folder)
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    data = {"config": config.to_json(), "versions": versions(), "machine": machine()}
+    write_atomically(folder / "config.json", json.dumps(data, indent=2).encode())
 
 
 def run_config(folder: Path) -> Config:
@@ -79,10 +124,10 @@ def run_config(folder: Path) -> Config:
         UserError: its config is not one this version takes.
     """
     try:
-        data = json.loads((folder / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        data = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
         raise RunError(f"{folder} is not a run folder: it has no readable config.json") from error
-    return Config.from_json(data)
+    return config_of(folder / "config.json", data if isinstance(data, dict) else {})
 
 
 def save_checkpoint(folder: Path, config: Config, state: State) -> None:
@@ -91,24 +136,69 @@ def save_checkpoint(folder: Path, config: Config, state: State) -> None:
     tensors |= {f"outer.{name}": p for name, p in state.outer.items()}
     counters = {k: v for k, v in vars(state).items() if k not in ("params", "outer")}
     metadata = {
-        "kind": "checkpoint", "config": config.to_json(), "versions": versions(), **counters,
+        "kind": "checkpoint", "config": config.to_json(), "versions": versions(),
+        "machine": machine(), **counters,
     }  # fmt: skip
-    where = folder / "checkpoints"
-    checkpoints.save(where / f"{state.iteration:06d}.safetensors", tensors, metadata)
+    checkpoints.save(checkpoint_path(folder, state.iteration), tensors, metadata)
     before = state.iteration - 1
     if before % config.checkpoint_every:
-        (where / f"{before:06d}.safetensors").unlink(missing_ok=True)
+        checkpoint_path(folder, before).unlink(missing_ok=True)
 
 
-def load_state(folder: Path, config: Config, like: State) -> State:
-    """Return the newest checkpoint's state, of the names and shapes of another.
+def load_state(folder: Path, config: Config, like: State, start: int | None = None) -> State:
+    """Return a checkpoint's state, of the names and shapes of another.
+
+    A run that was killed before its first checkpoint begins as it would have: with `like`. What
+    differs from where the run began, and changes its last bits, is told in a line.
+
+    Args:
+        start: the checkpoint's iteration; by default the newest. Later ones are set aside.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it is another run's or network's.
+        CheckpointError: there is none, it is damaged, or it is another run's or network's; the
+            message names the newest that can be used.
     """
-    path = newest_checkpoint(folder)
+    found = checkpoints_of(folder)
+    if start is not None and start not in found:
+        there = ", ".join(map(str, found)) or "none"
+        raise CheckpointError(f"{folder} holds no checkpoint of iteration {start} (there: {there})")
+    if not found:
+        if read_metrics(folder):
+            raise CheckpointError(
+                f"{folder} holds metrics but no checkpoint: put its checkpoints back, or start a"
+                " new run"
+            )
+        return like
+    chosen = max(found) if start is None else start
+    try:
+        state, metadata = _load_state(found[chosen], config, like)
+    except CheckpointError as error:
+        older = newest_good(folder, chosen, lambda path: _load_state(path, config, like))
+        if older is None:
+            raise
+        raise CheckpointError(
+            f"{error}; go on from the newest good one with: metarl train --resume {folder}"
+            f" --from {older}"
+        ) from error
+    for later in sorted(found, reverse=True):
+        if later > chosen:
+            set_aside(found[later], found[later].read_bytes())
+            found[later].unlink()
+    here = {"versions": versions(), "machine": machine()}
+    began = json.loads((folder / "config.json").read_text())
+    if changed := changes(began, here) or changes(metadata, here):
+        _log.warning(
+            "%s began with %s: from here on it agrees with a run there in distribution, not in"
+            " every bit", folder, ", ".join(changed),
+        )  # fmt: skip
+    return state
+
+
+def _load_state(path: Path, config: Config, like: State) -> tuple[State, dict[str, Any]]:
     tensors, metadata = checkpoints.load(path)
-    stored = Config.from_json(metadata["config"])
+    if metadata.get("kind") != "checkpoint":
+        raise CheckpointError(f"{path} is no checkpoint of a run but {metadata.get('kind')!r}")
+    stored = config_of(path, metadata)
     if replace(stored, **{k: getattr(config, k) for k in FREE}) != config:
         other = differences(stored, config)[0]
         raise CheckpointError(f"{path} is of another run: {other}")
@@ -120,8 +210,13 @@ def load_state(folder: Path, config: Config, like: State) -> State:
         )
         for part, kept in (("meta.", like.params), ("outer.", like.outer))
     )
-    counters = {k: metadata[k] for k in State.__dataclass_fields__ if k in metadata}
-    return State(params, outer, **counters)
+    names = State.__dataclass_fields__.keys() - {"params", "outer"}
+    counters = {name: count_of(path, metadata, name) for name in sorted(names)}
+    if counters["iteration"] != int(path.stem):
+        raise CheckpointError(
+            f"{path} is of iteration {counters['iteration']}, which is not its name"
+        )
+    return State(params, outer, **counters), metadata
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -33,6 +33,7 @@ from metarl.running.iterations import (
 )
 from metarl.running.meta_policy import (
     MetaPolicy,
+    checkpoints_of,
     make_adapter,
     policy_for,
     scaled_tasks,
@@ -41,6 +42,7 @@ from metarl.running.metrics import MetricsLog
 from metarl.running.runs import (
     RunError,
     State,
+    check_free,
     create_run,
     differences,
     load_state,
@@ -187,6 +189,7 @@ def train(
     resume: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    start: int | None = None,
     notice: Callable[[str], object] = warnings.warn,
 ) -> MetaPolicy:
     """Train in a run folder and return the meta-policy.
@@ -194,28 +197,33 @@ def train(
     Args:
         config: what to train; `iterations` is the total, also of a resumed run.
         out: the run folder; a new one, or with `resume` the one to continue.
-        resume: go on from the newest checkpoint.
+        resume: go on from a checkpoint.
         progress: is given each iteration's metrics.
         stop: asked after each iteration, which is saved by then.
+        start: with `resume`, the checkpoint's iteration; by default the newest.
         notice: is given a line where a resumed run's new length changes its schedules.
 
     Raises:
-        RunError: the folder exists, is in use or is not a run; or ten updates in a row were
-            skipped.
+        RunError: the folder exists, is in use, is not a run or was moved; or ten updates in a row
+            were skipped.
         CheckpointError: the checkpoint to resume from cannot be used.
         UserError: the config or the family is at fault.
+        OSError: a file cannot be written; what was saved before is whole.
     """
     folder = Path(out)
     if not resume:
+        check_free(folder)
         # Faults of the config and the family show before the folder is made.
         with Trainer(config) as trainer:
-            create_run(folder, config)
+            folder.mkdir(parents=True, exist_ok=True)
             try:
-                with locked(folder):
+                with locked(folder) as check:
+                    create_run(folder, config)
                     save_checkpoint(folder, config, trainer.state)
-                    return _train(trainer, folder, progress, stop)
-            except Exception:
-                if not trainer.state.iteration:  # nothing was learned that could be continued
+                    return _train(trainer, folder, progress, stop, check)
+            except Exception as error:
+                # Nothing was learned that could be continued; another process may have been first.
+                if not trainer.state.iteration and not isinstance(error, RunError):
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
     stored = run_config(folder)
@@ -224,13 +232,15 @@ def train(
             f"{folder} was trained with other options: {differences(stored, config)[0]};"
             " leave that option out, or start a new run"
         )
-    with locked(folder), Trainer(config) as trainer:
-        trainer.state = load_state(folder, config, trainer.state)
+    with locked(folder) as check, Trainer(config) as trainer:
+        trainer.state = load_state(folder, config, trainer.state, start)
         iteration = trainer.state.iteration
+        if not iteration:  # it may have been killed before its first checkpoint
+            save_checkpoint(folder, config, trainer.state)
         change = schedule_change(trainer.algorithm, config, stored.iterations, iteration)
         if change is not None:
             notice(change)
-        return _train(trainer, folder, progress, stop)
+        return _train(trainer, folder, progress, stop, check)
 
 
 def _train(
@@ -238,19 +248,26 @@ def _train(
     folder: Path,
     progress: Callable[[dict[str, Any]], None] | None,
     stop: Callable[[], bool],
+    check: Callable[[], None],
 ) -> MetaPolicy:
     config, state = trainer.config, trainer.state
-    with MetricsLog(folder, state.iteration, json.dumps(config.to_json(), indent=2)) as log:
-        while state.iteration < config.iterations and not stop():
-            row = trainer.iterate()
-            if state.skipped_in_a_row >= SKIPPED_LIMIT:
-                raise RunError(
-                    f"{SKIPPED_LIMIT} updates in a row were skipped; the last because"
-                    f" {row['skipped']}. The last good checkpoint is in {folder}"
-                )
-            log.write(row)
-            # After the metrics: a crash in between repeats the iteration, and its row.
-            save_checkpoint(folder, config, state)
-            if progress is not None:
-                progress(row)
+    try:
+        with MetricsLog(folder, state.iteration, json.dumps(config.to_json(), indent=2)) as log:
+            while state.iteration < config.iterations and not stop():
+                row = trainer.iterate()
+                check()
+                if state.skipped_in_a_row >= SKIPPED_LIMIT:
+                    raise RunError(
+                        f"{SKIPPED_LIMIT} updates in a row were skipped; the last because"
+                        f" {row['skipped']}. The last good checkpoint is in {folder}"
+                    )
+                log.write(row)
+                # After the metrics: a crash in between repeats the iteration, and its row.
+                save_checkpoint(folder, config, state)
+                if progress is not None:
+                    progress(row)
+    except OSError as error:
+        if checkpoints_of(folder):
+            error.add_note(f"then go on with: metarl train --resume {folder}")
+        raise
     return trainer.meta_policy()

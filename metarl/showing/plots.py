@@ -6,6 +6,7 @@ in grey.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from metarl.envs.errors import UserError
+from metarl.running.files import write_atomically
 from metarl.running.metrics import read_metrics
 from metarl.running.results import Curve, EvaluationResult
 from metarl.running.runs import but_seed, group_name, run_config
@@ -60,8 +62,10 @@ def _save(figure: Figure, path: Path) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
     with mpl.rc_context({"svg.hashsalt": "metarl"}):
-        figure.savefig(paths[0], dpi=150)
-        figure.savefig(paths[1], metadata={"Date": None})
+        for file, options in zip(paths, ({"dpi": 150}, {"metadata": {"Date": None}}), strict=True):
+            picture = io.BytesIO()
+            figure.savefig(picture, format=file.suffix[1:], **options)
+            write_atomically(file, picture.getvalue())
     return paths
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metarl.running.checkpoints import machine, versions
+from metarl.running.files import write_atomically
 from metarl.showing.videos import to_webm
 
 _STYLE = """
@@ -86,7 +87,7 @@ def write_report(
         + "\n".join(parts)
         + "</body></html>\n"
     )
-    out.write_text(page, encoding="utf-8")
+    write_atomically(out, page.encode())
 
 
 def _data(kind: str, data: bytes) -> str:

@@ -7,6 +7,7 @@ of its own, since a process that failed with one cannot try the other.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from metarl.envs import MujocoFamily, TaskFamily
 from metarl.envs.errors import UserError
+from metarl.running.files import write_atomically
 from metarl.running.meta_policy import Policy
 
 FPS = 25  # at most; slower families are shown at their own rate
@@ -51,14 +53,19 @@ class Video:
             images = [
                 Image.fromarray(f).quantize(64, dither=Image.Dither.NONE) for f in self.frames
             ]
+            data = io.BytesIO()
             images[0].save(
-                path, "gif", save_all=True, append_images=images[1:], loop=0,
+                data, "gif", save_all=True, append_images=images[1:], loop=0,
                 duration=round(1000.0 / self.fps),
             )  # fmt: skip
+            write_atomically(path, data.getvalue())
             return
         height, width = self.frames.shape[1:3]
         raw = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {self.fps} -i -"
-        _ffmpeg([*raw.split(), *_CODECS[path.suffix], str(path)], self.frames.tobytes())
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / path.name
+            _ffmpeg([*raw.split(), *_CODECS[path.suffix], str(made)], self.frames.tobytes())
+            write_atomically(path, made.read_bytes())
 
 
 _H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart"]

@@ -1,0 +1,138 @@
+"""How commands fail: one line that says what is wrong and what to do, and an exit code.
+
+2: whoever runs the command can mend it. 130: Ctrl-C. What is a fault of the program raises, with
+its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from metarl.envs.errors import UserError
+
+_ROOM = "make room there, or choose another place"
+_RIGHTS = "choose a place that may be written to, or change its rights"
+_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.ENOENT: "is its folder still there?",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.EISDIR: "a folder stands where a file is needed",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Return a command's exit code; tell its error in a line."""
+    try:
+        return command()
+    except UserError as error:
+        return _told(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        notes = [_REMEDIES.get(error.errno or 0, ""), *getattr(error, "__notes__", ())]
+        return _told("; ".join([f"{error.filename}: {error.strerror}", *filter(None, notes)]))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _told(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def parse(parser: Callable[..., Any], kind: Any, arguments: list[str], **options: Any) -> Any:
+    """Return what tyro.cli makes of a command line; what it refuses is a UserError of one line.
+
+    tyro's boxes are read, since its hooks for errors are private: a text of another form still
+    ends as one line, only less well put.
+    """
+    box = io.StringIO()
+    helped = not {"-h", "--help"}.isdisjoint(arguments)
+    try:
+        with contextlib.redirect_stderr(box), _unwrapped(helped):
+            return parser(kind, args=arguments, **options)
+    except SystemExit as error:
+        if not error.code:
+            raise
+    help_command = f"{options['prog']} --help"
+    known: list[str] = []
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
+        parser(kind, args=["--help"], **options)
+    known = sorted(set(re.findall(r"(?<!\S)--[a-z][\w.-]*", page.getvalue())))
+    raise UserError(f"{_one_line(box.getvalue(), known)} ({help_command} lists the options)")
+
+
+@contextlib.contextmanager
+def _unwrapped(helped: bool) -> Iterator[None]:
+    """Let tyro write long lines, unless it is help that it writes."""
+    before = os.environ.get("COLUMNS")
+    if not helped:
+        os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = before
+
+
+_PATTERNS: Mapping[str, str] = {
+    r"Error parsing (\S+): invalid literal for int\(\) with base 10: '(.*)'":
+        "{0} must be a whole number, got {1!r}",
+    r"Error parsing (\S+): could not convert string to float: '(.*)'":
+        "{0} must be a number, got {1!r}",
+    r"Error parsing (\S+): Could not find valid parse for arguments: \[(.*)\]":
+        "{0} cannot be made of {1}; several values stand apart, as in 0.1 0.05",
+    r"Missing value for argument '(\S+)'.*": "{0} needs a value",
+    r"Error parsing (\S+): (.*)": "{0}: {1}",
+}  # fmt: skip
+
+
+def _one_line(box: str, known: list[str]) -> str:
+    """Return what a box of tyro's says above its first rule."""
+    from metarl.envs.family import did_you_mean
+
+    text = re.sub(r"\x1b\[[\d;]*m", "", box)
+    sections: list[list[str]] = [[]]
+    for line in text.splitlines():
+        inner = line.strip("│ ")
+        if inner.strip("─-"):
+            sections[-1].append(inner)
+        else:
+            sections.append([])
+    # In a frame the title is in the frame; without, where output is no UTF-8, it is a section.
+    framed = text.startswith("╭")
+    said = sections[0][1:] if framed else sections[min(1, len(sections) - 1)]
+    line = " ".join(said)
+    if match := re.fullmatch(r"Unrecognized (?:options|arguments): (.*)", line):
+        words = match[1].split(", ")
+        option = next((word for word in words if word.startswith("-")), None)
+        if option is None:
+            return f"{words[0]!r} is not expected here"
+        name = option.partition("=")[0]
+        return f"no option {name!r}{did_you_mean(name, known)}"
+    pattern = r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)\."
+    if match := re.fullmatch(pattern, line):
+        value, option, choices = match.groups()
+        names = re.findall(r"'([^']*)'", choices)
+        return f"{option} must be one of {', '.join(names)}, got {value!r}"
+    for pattern, message in _PATTERNS.items():
+        if match := re.fullmatch(pattern, line):
+            return message.format(*match.groups())
+    return line or "the command line cannot be read"

@@ -1,0 +1,45 @@
+"""Ctrl-C: one line and exit code 130 from the first import on.
+
+Imported before all else, and so without anything heavy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+
+def is_the_program() -> bool:
+    """Whether this process is the command `metarl`, or `python -m metarl`, not a user's script."""
+    return os.path.basename(sys.argv[0]) == "metarl" or sys.orig_argv[1:3] == ["-m", "metarl"]
+
+
+def end_at_once() -> None:
+    """From here on Ctrl-C ends the process in a line.
+
+    For imports: there is nothing to clean up yet, and a KeyboardInterrupt within an import comes
+    out as some other error, or not at all. The same where the interpreter shuts down.
+    """
+    signal.signal(signal.SIGINT, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, Ctrl-C raises KeyboardInterrupt, so that what was begun is cleaned up."""
+    if signal.getsignal(signal.SIGINT) is not _end:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        end_at_once()

@@ -1,0 +1,97 @@
+"""Files that must not be lost: written whole or not at all, or grown by whole pieces.
+
+Whatever the operating system refuses, a full disk for instance, is an OSError that carries the
+path of the file that was meant. `commands.errors` makes a line of it, with the remedy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Give the path to an OSError: one of a write or an fsync has none of its own."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file aside, fsync and rename it: a crash leaves the old file or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with named(path):
+        try:
+            file = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            try:
+                _write(file, data)
+                os.fsync(file)
+            finally:
+                os.close(file)
+            os.replace(aside, path)
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `write_atomically` left aside where it was killed. No one may be writing."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, data: bytes) -> Path:
+    """Keep data beside a file that they were in, under a name that is still free."""
+    names = (path.with_name(f"{path.name}.set-aside-{i}") for i in range(1, 10_000))
+    kept = next(name for name in names if not name.exists())
+    write_atomically(kept, data)
+    return kept
+
+
+class GrowingFile:
+    """A file that grows by whole pieces: one that cannot be written leaves no part of itself."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with named(path):
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def append(self, data: bytes, *, durably: bool = True) -> None:
+        """Write a piece; with `durably`, wait until it is on the disk."""
+        end = os.fstat(self._file).st_size
+        with named(self._path):
+            try:
+                _write(self._file, data)
+                if durably:
+                    os.fsync(self._file)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file, end)
+                raise
+
+    def cut(self, size: int) -> None:
+        """Let the file end after its first `size` bytes."""
+        with named(self._path):
+            os.ftruncate(self._file, size)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def _write(file: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(file, left) :]
