@@ -10,16 +10,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = {
     "envs": [
-        "errors", "family", "vector", "gymnasium_family", "serial_batch", "mujoco_bodies",
-        "mujoco_vector", "traces", "checker", "ant", "classic_control", "half_cheetah", "hopper",
-        "humanoid", "meta_world", "navigation", "swimmer", "tabular", "walker2d",
+        "errors", "family", "vector", "gymnasium_family", "processes", "serial_batch",
+        "mujoco_bodies", "mujoco_vector", "traces", "environment_checks", "task_checks", "checker",
+        "ant", "classic_control", "half_cheetah", "hopper", "humanoid", "meta_world", "navigation",
+        "swimmer", "tabular", "walker2d",
     ],
     "learning": [
         "stopwatch", "parallel", "trajectories", "policies", "advantages", "objectives",
         "adaptation", "inner_loop", "meta_gradients", "trust_region", "first_order",
         "algorithms",
     ],
-    "sampling": ["seeding", "rollouts", "workers"],
+    "sampling": ["seeding", "rollouts", "worker_process", "workers"],
     "running": [
         "config", "presets", "checkpoints", "metrics", "statistics", "results", "meta_policy",
         "runs", "trainer", "evaluation", "benchmark",

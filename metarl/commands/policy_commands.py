@@ -312,6 +312,7 @@ def _film(
     from metarl.running.meta_policy import load, load_policy
     from metarl.showing import videos
 
+    videos.prepare()
     if Path(what).is_file() and checkpoints.load(Path(what))[1].get("kind") == "adapted":
         policy = load_policy(what)
         family = make_family(policy.config.family, **policy.config.family_options)
