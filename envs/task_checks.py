@@ -104,7 +104,7 @@ def _why_equal(family: TaskFamily, tasks: Tasks) -> str:
                 " must leave alone what set_task has set"
             )
     env = family.make_bare()
-    known = set(vars(env.unwrapped))
+    known = set(dir(env.unwrapped))
     family.put(env, tasks[0])
     for made in sorted(set(vars(env.unwrapped)) - known):
         return (

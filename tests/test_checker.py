@@ -461,7 +461,7 @@ def test_a_broken_family_is_told_its_fault(fault, monkeypatch):
     first, *more = check_task_family(family(**changes))
     assert re.match(message, str(first)), first
     assert first.severity == ("warning" if fault in WARNINGS else "fault")
-    assert {found.check for found in more} <= {"seeding", "pickling", "worker"}, more
+    assert {found.check for found in more} <= {"seeding", "dependence", "pickling", "worker"}
 
 
 def test_all_that_can_be_told_is_told_in_one_run():

@@ -16,14 +16,14 @@ ROOMS = {
         "swimmer", "tabular", "walker2d",
     ],
     "learning": [
-        "stopwatch", "parallel", "trajectories", "policies", "advantages", "objectives",
+        "stopwatch", "parallel", "trajectories", "encoders", "policies", "advantages", "objectives",
         "adaptation", "inner_loop", "meta_gradients", "trust_region", "first_order",
         "algorithms",
     ],
     "sampling": ["seeding", "rollouts", "worker_process", "workers"],
     "running": [
-        "config", "presets", "checkpoints", "metrics", "statistics", "results", "meta_policy",
-        "runs", "trainer", "evaluation", "benchmark",
+        "config", "presets", "checkpoints", "metrics", "statistics", "results", "memory",
+        "meta_policy", "runs", "trainer", "evaluation", "benchmark",
     ],
     "showing": ["plots", "videos", "report"],
     "commands": ["policy_commands", "cli"],

@@ -24,6 +24,7 @@ from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import MLPPolicy, Params
 from metarl.learning.trajectories import Rollout
 from metarl.running.config import Config, available_threads
+from metarl.running.memory import check_memory, need
 from metarl.running.meta_policy import MetaPolicy, load, random_meta_policy
 from metarl.running.presets import reference_step_sizes
 from metarl.running.results import REFERENCES, Curve, EvaluationResult
@@ -98,6 +99,12 @@ class _Protocol:
     def _collector(self, policy: MLPPolicy, config: Config) -> AnyCollector:
         key = policy, config.policy.action
         if key not in self.collectors:
+            needed = need(
+                policy, tasks=len(self.goals), episodes=self.episodes, horizon=self.family.horizon,
+                rollouts=self.steps + 1, workers=0 if self.family.parallel else self.workers,
+                record=len(self.family.achieved), chunks=self.pool.threads,
+            )  # fmt: skip
+            check_memory(needed, self.family.name)
             self.collectors[key] = make_collector(
                 self.family, policy, len(self.goals), self.episodes, self.pool, key[1],
                 workers=self.workers, timeout=config.worker_timeout,

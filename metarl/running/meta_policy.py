@@ -19,8 +19,10 @@ from torch import Tensor
 
 from metarl.envs import TaskFamily, make_family
 from metarl.envs.errors import UserError
+from metarl.envs.gymnasium_family import is_image
 from metarl.learning.adaptation import Adapter
 from metarl.learning.algorithms import find_algorithm
+from metarl.learning.encoders import ENCODERS, make_encoder
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.objectives import dice
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
@@ -63,18 +65,20 @@ class Policy:
         """Return the action as the environment takes it: one, or n of them.
 
         Args:
-            observation: one, [observation_dim], or a batch [n, observation_dim].
+            observation: one, [*observation_shape], or a batch [n, *observation_shape].
             deterministic: the most likely action instead of a sample.
         """
-        seen = np.asarray(observation, np.float32)
-        if seen.ndim not in (1, 2) or seen.shape[-1] != self.policy.observation_dim:
+        shape = list(self.policy.observation_shape)
+        seen = np.asarray(observation, self.policy.observation_dtype)
+        one = seen.ndim == len(shape)
+        if seen.ndim - len(shape) not in (0, 1) or list(seen.shape[-len(shape) :]) != shape:
+            numbers = ", ".join(map(str, shape))
             raise UserError(
-                f"observations must be [{self.policy.observation_dim}] or"
-                f" [n, {self.policy.observation_dim}], got {list(seen.shape)}"
+                f"observations must be [{numbers}] or [n, {numbers}], got {list(seen.shape)}"
             )
         if not np.isfinite(seen).all():
             raise UserError(f"observations must be finite, got {seen[~np.isfinite(seen)][0]}")
-        batch = torch.from_numpy(np.atleast_2d(seen))
+        batch = torch.from_numpy(seen[None] if one else seen)
         with torch.inference_mode():
             dist = self.policy.distribution(self.params, batch)
             if deterministic:
@@ -83,7 +87,7 @@ class Policy:
                 noise = self.policy.noise(self._rng, len(batch))
                 action = self.policy.sample(dist, torch.from_numpy(noise))
         acts = env_action(action.numpy(), self._space, self._mode)
-        return acts[0] if seen.ndim == 1 else acts
+        return acts[0] if one else acts
 
     def play(
         self,
@@ -135,14 +139,15 @@ class MetaPolicy:
 
     @cached_property
     def policy(self) -> MLPPolicy:
-        """The network; a Gaussian's sizes are read off the parameters."""
-        if "log_std" not in self.params:
+        """The network; the sizes of a Gaussian that reads vectors are read off the parameters."""
+        images = any(p.dim() == 4 for p in self.params.values())
+        if "log_std" not in self.params or images:
             return policy_for(self.config, self.family)
         told = find_algorithm(self.config.algorithm).told
         context = context_dim(self.config, self.family.tasks.dim if told else 0)
         observation = self.params["layer0.weight"].shape[0] - context
         actions = gym.spaces.Box(-1.0, 1.0, self.params["log_std"].shape)
-        return make_policy(self.config, observation, actions, context)
+        return make_policy(self.config, (observation,), actions, context)
 
     def inner_loop(
         self, pool: ChunkPool, step_sizes: Sequence[float] | None = None
@@ -271,17 +276,28 @@ def make_adapter(config: Config, policy: MLPPolicy) -> Adapter:
 
 
 def make_policy(
-    config: Config, observation_dim: int, actions: gym.Space, context: int = 0
+    config: Config, observation_shape: tuple[int, ...], actions: gym.Space, context: int = 0
 ) -> MLPPolicy:
     """Return a config's network for an environment's observations and action space.
+
+    Observations that are no vectors are images.
 
     Raises:
         UserError: no policy acts in such a space, or options have no effect in it.
     """
     chosen, base = config.policy, PolicyConfig()
+    encoder = None
+    if len(observation_shape) > 1:
+        encoder = make_encoder(chosen.network, observation_shape)
+    elif chosen.network in ENCODERS:
+        raise UserError(
+            f"policy.network {chosen.network} reads images, and observations are"
+            f" {observation_shape[0]} numbers: leave it out"
+        )
     common: dict[str, Any] = {
         "context_dim": context,
-        "observation_dim": observation_dim,
+        "observation_dim": observation_shape[0] if encoder is None else encoder.features,
+        "encoder": encoder,
         "hidden": chosen.hidden,
         "activation": chosen.activation,
         "normalize": chosen.normalize,
@@ -306,10 +322,13 @@ def policy_for(config: Config, family: TaskFamily) -> MLPPolicy:
     env = family.make()
     try:
         observation, action = env.observation_space, env.action_space
-        if observation.shape is None or len(observation.shape) != 1:
-            raise UserError(f"{family.name}: observations must be a flat Box, got {observation}")
+        if observation.shape is None or not (len(observation.shape) == 1 or is_image(observation)):
+            raise UserError(
+                f"{family.name}: observations must be a flat Box or a uint8 image, got"
+                f" {observation}"
+            )
         context = context_dim(config, family.tasks.dim)
-        return make_policy(config, observation.shape[0], action, context)
+        return make_policy(config, observation.shape, action, context)
     finally:
         env.close()
 

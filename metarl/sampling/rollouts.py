@@ -113,12 +113,13 @@ class Memory:
         record: Sequence[str] = (),
         allocate: Allocate = _zeros,
     ) -> None:
-        def zeros(*shape: int, dtype: type = np.float32) -> NDArray:
+        def zeros(*shape: int, dtype: type[np.generic] = np.float32) -> NDArray:
             return allocate(shape, np.dtype(dtype))
 
         grid = (tasks, episodes, horizon)
-        self.observation = zeros(*grid, policy.observation_dim)
-        self.last_observation = zeros(*grid[:2], policy.observation_dim)
+        seen = policy.observation_shape, policy.observation_dtype
+        self.observation = zeros(*grid, *seen[0], dtype=seen[1])
+        self.last_observation = zeros(*grid[:2], *seen[0], dtype=seen[1])
         self.action = zeros(*grid, policy.action_size)
         self.output = zeros(*grid, policy.output_dim)
         self.reward = zeros(*grid)
@@ -299,10 +300,10 @@ def check_spaces(env: TaskVectorEnv | gym.Env, policy: MLPPolicy, name: str) -> 
     observation = env.single_observation_space if vector else env.observation_space
     action = env.single_action_space if vector else env.action_space
     box = isinstance(observation, gym.spaces.Box)
-    if not box or observation.shape != (policy.observation_dim,):
+    if not box or observation.shape != policy.observation_shape:
         raise UserError(
             f"{name}: observations are {observation}, but the policy is made for a Box of shape"
-            f" ({policy.observation_dim},)"
+            f" {policy.observation_shape}"
         )
     if isinstance(policy, CategoricalMLP):
         if categories(action) != policy.categories:
