@@ -206,9 +206,9 @@ def test_adaptation_on_images_gains(tmp_path):
     # Only what it earns tells the task: before the step both sides pay 0 on average, the best is 6.
     config = preset_config(None, "image_envs:corridor")
     inner = dataclasses.replace(config.inner, step_sizes=(0.5,))
-    policy = PolicyConfig(hidden=(32,), activation="relu")
+    policy = PolicyConfig(hidden=(16,), activation="relu")
     config = dataclasses.replace(
-        config, tasks=8, episodes=10, iterations=15, inner=inner, policy=policy
+        config, tasks=4, episodes=10, iterations=12, inner=inner, policy=policy
     )
     meta = metarl.train(config, tmp_path / "run")
     gain, low, _ = metarl.evaluate(meta, tasks=10, episodes=10, steps=1).curve.gain()

@@ -16,14 +16,15 @@ ROOMS = {
         "swimmer", "tabular", "walker2d",
     ],
     "learning": [
-        "stopwatch", "parallel", "trajectories", "encoders", "policies", "advantages", "objectives",
-        "adaptation", "inner_loop", "meta_gradients", "trust_region", "first_order",
+        "stopwatch", "parallel", "trajectories", "encoders", "policies", "modules", "advantages",
+        "objectives", "adaptation", "inner_loop", "meta_gradients", "trust_region", "first_order",
         "algorithms",
     ],
     "sampling": ["seeding", "rollouts", "worker_process", "workers"],
     "running": [
         "config", "presets", "checkpoints", "metrics", "statistics", "results", "memory",
-        "meta_policy", "runs", "trainer", "evaluation", "benchmark",
+        "meta_policy", "online", "runs", "trainer", "evaluation", "export",
+        "benchmark",
     ],
     "showing": ["plots", "videos", "report"],
     "commands": ["policy_commands", "cli"],

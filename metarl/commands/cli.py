@@ -321,6 +321,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "train": (Train, _train),
     "evaluate": (policy_commands.Evaluate, policy_commands.evaluate),
     "adapt": (policy_commands.Adapt, policy_commands.adapt),
+    "export": (policy_commands.Export, policy_commands.export),
     "plot": (policy_commands.Plot, policy_commands.plot),
     "record": (policy_commands.Record, policy_commands.record),
     "report": (policy_commands.Report, policy_commands.report),

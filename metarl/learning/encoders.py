@@ -101,7 +101,7 @@ def _convolution(name: str, outputs: int, inputs: int, kernel: int) -> Shapes:
     return {f"{name}.weight": (outputs, inputs, kernel, kernel), f"{name}.bias": (outputs,)}
 
 
-_NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
+NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
 
 
 @dataclass(frozen=True)
@@ -122,21 +122,21 @@ class NatureCNN(Encoder):
         """Numbers that each convolution gives."""
         _, height, width = image_size(self.shape)
         sizes = []
-        for channels, kernel, stride in _NATURE:
+        for channels, kernel, stride in NATURE:
             height, width = ((size - kernel) // stride + 1 for size in (height, width))
             sizes.append(channels * height * width)
         return sizes
 
     def shapes(self) -> Shapes:
         shapes, inputs = {}, image_size(self.shape)[0]
-        for i, (outputs, kernel, _) in enumerate(_NATURE):
+        for i, (outputs, kernel, _) in enumerate(NATURE):
             shapes |= _convolution(f"conv{i}", outputs, inputs, kernel)
             inputs = outputs
         return shapes
 
     def encode(self, params: dict[str, Tensor], image: Tensor) -> Tensor:
         x = channels_first(image, self.shape)
-        for i, (_, _, stride) in enumerate(_NATURE):
+        for i, (_, _, stride) in enumerate(NATURE):
             x = convolve(x, params[f"conv{i}.weight"], params[f"conv{i}.bias"], stride).relu()
         return x.flatten(-3)
 

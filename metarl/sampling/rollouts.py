@@ -74,6 +74,22 @@ def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
     return np.clip(action, space.low, space.high).astype(space.dtype, copy=False)
 
 
+def policy_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray[np.float32]:
+    """Return what a policy would have drawn for an action of the environment's, [action_size].
+
+    The inverse of `env_action`, up to what that cuts.
+    """
+    if isinstance(space, gym.spaces.Box):
+        taken = np.asarray(action, np.float64)
+        if mode == "scale":
+            with np.errstate(invalid="ignore"):
+                middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
+                taken = np.where(np.isfinite(half), (taken - middle) / half, taken)
+        return taken.astype(np.float32)
+    start = getattr(space, "start", 0)
+    return np.atleast_1d(np.asarray(action) - start).astype(np.float32)
+
+
 def categories(space: gym.Space) -> tuple[int, ...] | None:
     """Return the number of categories of each component of an action, None for a flat Box.
 
