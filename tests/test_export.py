@@ -21,6 +21,9 @@ from metarl.running.export import export
 from metarl.running.meta_policy import MetaPolicy, Policy, load, load_policy, make_policy
 from metarl.sampling.rollouts import Address, collect_episodes, env_action, policy_action
 
+# torch's own, of TorchScript's age.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
 RECORD = {"task": None, "steps": 0, "episodes": 0, "seed": 0}
 
 
@@ -39,7 +42,9 @@ def made(space, shape=(3,), context=0, **options) -> Policy:
     return Policy(policy, params, space, 10, config, RECORD)
 
 
-BOX = gym.spaces.Box(np.array([-0.5, -np.inf, 0.0]), np.array([2.0, np.inf, 1.0]), dtype=np.float32)
+BOX = gym.spaces.Box(
+    np.array([-0.5, -np.inf, 0.0], np.float32), np.array([2.0, np.inf, 1.0], np.float32)
+)
 IMAGE = (8, 14, 3)
 CASES = {
     "clip": made(BOX),

@@ -41,6 +41,11 @@ class Evaluate:
     """Seed of episodes, and of drawn tasks."""
     deterministic: bool = False
     """Take returns with the mean action instead of a sampled one."""
+    from_scratch: bool = False
+    """Show training from scratch on each task beside it, by clipped policy gradients: with the env
+    steps of adaptation, and with ten times as many."""
+    scratch_learning_rate: float = 3e-3
+    """Learning rate of that training."""
     drawn: bool = False
     """Draw the tasks at random, as the papers do, instead of covering the test split evenly."""
     threads: int | None = None
@@ -209,6 +214,8 @@ def evaluate(command: Evaluate) -> int:
         pretrained_step_sizes=command.pretrained_step_sizes,
         deterministic=command.deterministic,
         drawn=command.drawn,
+        from_scratch=command.from_scratch,
+        scratch_learning_rate=command.scratch_learning_rate,
         threads=command.threads,
         workers=command.workers,
     )

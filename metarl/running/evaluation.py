@@ -29,11 +29,20 @@ from metarl.running.meta_policy import MetaPolicy, load, random_meta_policy
 from metarl.running.presets import reference_step_sizes
 from metarl.running.results import REFERENCES, Curve, EvaluationResult
 from metarl.running.runs import but_seed, group_name
+from metarl.running.scratch import (
+    LEARNING_RATE,
+    ScratchTrainer,
+    scratch_policy,
+    train_from_scratch,
+)
 from metarl.running.statistics import Floats
 from metarl.sampling.rollouts import ActionMode, Address
 from metarl.sampling.workers import AnyCollector, make_collector
 
 What = MetaPolicy | str | Path
+
+TIMES = 10
+"""Env steps of the longer training from scratch, as a multiple of those of adaptation."""
 
 PATHS = 6
 """Tasks whose paths are kept."""
@@ -142,6 +151,21 @@ class _Protocol:
             np.mean(success, axis=0) if self.family.tells_success else None,
         )
 
+    def scratch(self, config: Config, learning_rate: float) -> dict[str, Curve]:
+        """Return what training from scratch earns with the env steps of k inner steps, and with
+        ten times as many, by name."""
+        policy = scratch_policy(config, self.family)
+        trainer = ScratchTrainer(policy, len(self.goals), self.address.seed, learning_rate)
+        returns = train_from_scratch(
+            trainer, self._collector(policy, config), self.goals, config, self.pool, self.address,
+            TIMES * self.steps,
+        )  # fmt: skip
+        curves = {}
+        for name, times in (("from scratch", 1), (f"from scratch, {TIMES} x steps", TIMES)):
+            column = returns[None, :, : times * self.steps + 1 : times]
+            curves[name] = Curve([], column, "from-scratch", [self.address.seed])
+        return curves
+
     def _rollouts(
         self, policy: MetaPolicy, sizes: Sequence[float] | None, adapts: bool
     ) -> tuple[list[float], list[Rollout]]:
@@ -222,6 +246,8 @@ def evaluate(
     split: Literal["test", "validation"] = "test",
     threads: int | None = None,
     workers: int = 0,
+    from_scratch: bool = False,
+    scratch_learning_rate: float = LEARNING_RATE,
     name: str = "this policy",
 ) -> EvaluationResult:
     """Return a meta-policy's returns after 0 ... `steps` inner steps on held-out tasks.
@@ -245,6 +271,9 @@ def evaluate(
         split: "validation" draws other tasks and episodes, for choosing between policies.
         threads: for physics and updates; results do not depend on it.
         workers: processes for environments without a native backend; 0 steps them in this one.
+        from_scratch: show what training from scratch on each task earns with the same env steps,
+            and with ten times as many.
+        scratch_learning_rate: of that training.
         name: what the policy is called in tables and pictures.
 
     Raises:
@@ -257,6 +286,8 @@ def evaluate(
     for key, value, least in (*least_values, ("seed", seed, 0), ("workers", workers, 0)):
         if value < least:
             raise UserError(f"{key} must be at least {least}, got {value}")
+    if not (math.isfinite(scratch_learning_rate) and scratch_learning_rate > 0.0):
+        raise UserError(f"scratch_learning_rate must be positive, got {scratch_learning_rate}")
     for size in (*(step_sizes or ()), *(random_step_sizes or ()), *(pretrained_step_sizes or ())):
         if not (math.isfinite(size) and size > 0.0):
             raise UserError(f"step sizes must be positive, got {size}")
@@ -299,6 +330,8 @@ def evaluate(
                 sizes = random_step_sizes or reference_step_sizes(config, "random") or step_sizes
                 curve = protocol.curve(start, sizes)
                 results["random"] = dataclasses.replace(curve, algorithm="random")
+            if from_scratch and steps:
+                results |= protocol.scratch(config, scratch_learning_rate)
         except NonFiniteError as error:
             raise UserError(f"{family.name}: {error}") from error
         finally:

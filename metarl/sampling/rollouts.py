@@ -69,8 +69,9 @@ def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
         return action.astype(space.dtype)
     assert isinstance(space, gym.spaces.Box)
     if mode == "scale":
-        middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
-        action = np.where(np.isfinite(half), middle + half * action, action)
+        with np.errstate(invalid="ignore"):  # infinite bounds, whose actions stay as they are
+            middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
+            action = np.where(np.isfinite(half), middle + half * action, action)
     return np.clip(action, space.low, space.high).astype(space.dtype, copy=False)
 
 
