@@ -18,7 +18,8 @@ from metarl.learning.encoders import NatureCNN
 from metarl.learning.parallel import ChunkPool
 from metarl.running.config import Config, PolicyConfig
 from metarl.running.export import export
-from metarl.running.meta_policy import MetaPolicy, Policy, load, load_policy, make_policy
+from metarl.running.meta_policy import MetaPolicy, load, load_policy, make_policy
+from metarl.running.policy import Policy
 from metarl.sampling.rollouts import Address, collect_episodes, env_action, policy_action
 
 # torch's own, of TorchScript's age.

@@ -23,7 +23,7 @@ ROOMS = {
     "sampling": ["seeding", "rollouts", "worker_process", "workers"],
     "running": [
         "config", "presets", "checkpoints", "metrics", "statistics", "results", "memory",
-        "meta_policy", "online", "runs", "trainer", "scratch", "evaluation", "export",
+        "policy", "online", "meta_policy", "runs", "trainer", "scratch", "evaluation", "export",
         "benchmark",
     ],
     "showing": ["plots", "videos", "report"],

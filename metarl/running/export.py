@@ -16,7 +16,7 @@ from torch import nn
 
 from metarl.envs.errors import UserError
 from metarl.running.checkpoints import write_atomically
-from metarl.running.meta_policy import Policy
+from metarl.running.policy import Policy
 
 Format = Literal["torchscript", "onnx"]
 SUFFIXES = {"torchscript": ".pt", "onnx": ".onnx"}

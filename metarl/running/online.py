@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
-from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import InnerLoop
-from metarl.learning.parallel import ChunkPool, one_intraop_thread
+from metarl.learning.parallel import one_intraop_thread
 from metarl.learning.policies import Params, stack
 from metarl.learning.trajectories import Rollout
-from metarl.running.meta_policy import MetaPolicy, Policy
+from metarl.running.config import Config
+from metarl.running.policy import Policy
 from metarl.sampling.rollouts import Memory, policy_action
 
 
@@ -51,23 +50,30 @@ class OnlineAdapter:
 
     def __init__(
         self,
-        meta: MetaPolicy,
+        loop: InnerLoop,
+        params: Params,
         action_space: gym.Space,
-        *,
+        horizon: int,
+        config: Config,
         seed: int = 0,
-        step_sizes: Sequence[float] | None = None,
     ) -> None:
-        if find_algorithm(meta.config.algorithm).told:
-            raise UserError("an oracle is told its task and does not adapt")
-        self._meta, self._space, self._seed, self._sizes = meta, action_space, seed, step_sizes
-        self._pool = ChunkPool(1)
-        loop, params = meta.inner_loop(self._pool, step_sizes)
-        self._loop: InnerLoop = loop
+        """Make an adapter; `MetaPolicy.adapter` does so for its user.
+
+        Args:
+            loop: how to adapt.
+            params: meta-parameters to adapt from.
+            action_space: of the environment that is acted in.
+            horizon: steps after which an episode is cut.
+            config: of the training behind it.
+            seed: of the actions.
+        """
+        self._loop, self._network = loop, loop.adapter.policy
+        self._space, self._horizon, self._config, self._seed = action_space, horizon, config, seed
         fast, self._slow, self._step_sizes = loop.adapter.split(params)
         self._fast = stack(fast, 1)
         self._steps = self._seen = 0
         self._episodes: list[_Episode] = []
-        self._drawn: tuple[NDArray, NDArray] | None = None  # action of the environment's, raw one
+        self._drawn: tuple[NDArray, NDArray] | None = None  # the environment's action, the raw one
         self._policy = self._made()
 
     @property
@@ -106,7 +112,7 @@ class OnlineAdapter:
         Raises:
             UserError: something is not finite or has another shape.
         """
-        policy = self._meta.policy
+        policy = self._network
         seen = np.asarray(observation, policy.observation_dtype)
         if seen.shape != policy.observation_shape:
             raise UserError(
@@ -118,7 +124,7 @@ class OnlineAdapter:
         if self._drawn is not None and np.array_equal(self._drawn[0], taken):
             raw = self._drawn[1]
         else:
-            raw = policy_action(taken, self._space, self._meta.config.policy.action)
+            raw = policy_action(taken, self._space, self._config.policy.action)
         if raw.shape != (policy.action_size,) or not np.isfinite(raw).all():
             raise UserError(f"action {action} is none of {self._space}")
         self._drawn = None
@@ -131,7 +137,7 @@ class OnlineAdapter:
         if next_observation is not None:
             episode.last = np.asarray(next_observation, policy.observation_dtype)
         episode.terminated = bool(terminated)
-        full = len(episode.reward) >= self._meta.family.horizon
+        full = len(episode.reward) >= self._horizon
         episode.over = bool(terminated or truncated or full)
 
     def adapted(self) -> Policy:
@@ -156,15 +162,13 @@ class OnlineAdapter:
         return self._loop.adapter.params(self._fast, self._slow, 1)
 
     def _made(self) -> Policy:
-        meta = self._meta
         params = {name: p[0].detach().clone() for name, p in self._params().items()}
         record = {"task": None, "steps": self._steps, "episodes": self._seen, "seed": self._seed}
-        horizon = meta.family.horizon
-        return Policy(meta.policy, params, self._space, horizon, meta.config, record)
+        return Policy(self._network, params, self._space, self._horizon, self._config, record)
 
     def _rollout(self) -> Rollout:
         """Return the transitions as episodes of one task, with what the policy gave at each."""
-        policy, params = self._meta.policy, self._params()
+        policy, params = self._network, self._params()
         longest = max(len(episode.reward) for episode in self._episodes)
         memory = Memory(policy, 1, len(self._episodes), longest)
         for e, episode in enumerate(self._episodes):

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from metarl.envs import MujocoFamily, TaskFamily
 from metarl.envs.errors import UserError
-from metarl.running.meta_policy import Policy
+from metarl.running.policy import Policy
 
 FPS = 25  # at most; slower families are shown at their own rate
 _LINE, _GAP = 30, 8  # pixels: height of a line of text above a panel, space between panels
