@@ -321,6 +321,15 @@ def make_family(name: str, **options: Any) -> TaskFamily:
     return dataclasses.replace(family, source=(name, dict(options)))
 
 
+def import_source(name: str) -> None:
+    """Import what a family's name stands for, as `make_family` does, and make nothing of it.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    _find(name)
+
+
 def option_defaults(name: str) -> dict[str, Any]:
     """Return the options that a family's name takes and their defaults, {} if it is not known."""
     factory = _find(name)

@@ -7,16 +7,22 @@ How a task reaches the environment is one of four ways, or several together:
   of the task makes a new environment, which goes on with the random numbers of the old one;
 - `reward`, a vectorised function that pays by the task while the environment stays as it is;
 - none of them: the environment's own `set_task(task)`, or its attribute `task`.
+
+Observations become flat vectors, but for an image alone (uint8, [height, width] or with channels),
+which stays as it is. A pickled family brings the registration of its Gymnasium id along, which
+another process may not know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
@@ -31,7 +37,31 @@ from metarl.envs.vector import (
     describe_progress,
 )
 
+_FLATTENABLE = (
+    gym.spaces.Box,
+    gym.spaces.Discrete,
+    gym.spaces.MultiDiscrete,
+    gym.spaces.MultiBinary,
+)
+
 Reward = Callable[[NDArray, NDArray, NDArray, Mapping[str, NDArray], Floats], NDArray]
+
+
+def is_image(space: gym.Space) -> bool:
+    """Whether observations are one image: uint8, [height, width] or with channels."""
+    return (
+        isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
+    )
+
+
+def _leaves(space: gym.Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Give the components of a space that are no Dict or Tuple, each with the names to it."""
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        named = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
+        for name, inner in named:
+            yield from _leaves(inner, (*path, str(name)))
+    else:
+        yield path, space
 
 
 class TaskEnv(gym.Wrapper):
@@ -217,15 +247,70 @@ class GymnasiumFamily(TaskFamily):
         if self.keywords and self.set_task is not None:
             raise UserError(f"{self.name}: give set_task or keywords=True, not both")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_spec": self._spec()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        spec = state.pop("_spec")
+        vars(self).update(state)
+        if spec is not None and spec.id not in gym.registry:
+            gym.registry[spec.id] = spec
+
+    def _spec(self) -> EnvSpec | None:
+        """Return the registration of the id, None where there is none that could be sent."""
+        spec = gym.registry.get(self.env) if isinstance(self.env, str) else None
+        try:
+            pickle.dumps(spec)
+        except Exception:  # an entry point made by hand; a process that needs it must import it
+            return None
+        return spec
+
     def example_task(self) -> Floats:
         """Return a training task, the same at every call."""
         return self.tasks.grid(1, "train")[0]
 
     def make_bare(self, render_mode: str | None = None, task: Floats | None = None) -> gym.Env:
-        """Return the environment cut at the horizon, with flat observations.
+        """Return the environment cut at the horizon, with flat observations or an image.
 
         A task matters with `keywords` only; a task is else put in by `put`.
         """
+        env = self.make_raw(render_mode, task)
+        space = env.observation_space
+        if is_image(space) or (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
+            return env
+        for path, leaf in _leaves(space):
+            if not isinstance(leaf, _FLATTENABLE):
+                raise UserError(f"{self.name}: {self._cannot_flatten(path, leaf, space)}")
+        return gym.wrappers.FlattenObservation(env)
+
+    def _cannot_flatten(self, path: tuple[str, ...], leaf: gym.Space, space: gym.Space) -> str:
+        """Say which component is no number, and write the wrapper that leaves it out."""
+        kind = f"a {type(leaf).__name__}"
+        if not path or not isinstance(space, gym.spaces.Dict):
+            return (
+                f"observations must be numbers (Box, Discrete, MultiDiscrete, MultiBinary, or a"
+                f" Dict or Tuple of those), got {kind}: encode them in the environment, or by"
+                " gym.wrappers.TransformObservation(env, function, space)"
+            )
+        kept = [
+            name
+            for name, inner in space.items()
+            if all(isinstance(other, _FLATTENABLE) for _, other in _leaves(inner))
+        ]
+        make = f'gym.make("{self.env}", render_mode=render_mode)'
+        if not isinstance(self.env, str):
+            make = f"{getattr(self.env, '__name__', 'make')}(render_mode=render_mode)"
+        return (
+            f"the component {'.'.join(path)!r} of the observation is {kind}, which is no number:"
+            " leave it out, or encode it, by a wrapper, and name the function as env:\n\n"
+            "    def make_env(render_mode=None):\n"
+            f"        env = {make}\n"
+            f"        return gym.wrappers.FilterObservation(env, {kept})\n"
+        )
+
+    def make_raw(self, render_mode: str | None = None, task: Floats | None = None) -> gym.Env:
+        """Return the environment cut at the horizon, with the observations that it gives."""
         options = dict(self.env_options)
         if self.keywords:
             task = self.example_task() if task is None else task
@@ -242,14 +327,22 @@ class GymnasiumFamily(TaskFamily):
                         f"{self.name}: env must return a gymnasium.Env, got {type(env).__name__}"
                     )
                 env = gym.wrappers.TimeLimit(env, self.horizon)
+        except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
+            raise UserError(
+                f"{self.name}: {str(error).removesuffix('.')}: import the package that registers"
+                f" {self.env} in the file that makes the family, or write env='package:Name-v0'"
+            ) from error
         except gym.error.Error as error:
             raise UserError(f"{self.name}: {error}") from error
         except TypeError as error:
             if not options or "argument" not in str(error):
                 raise
             given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+            hint = ""
+            if "render_mode" in options and "render_mode" in str(error):
+                hint = "; to be filmed, it must take render_mode=None and hand it on"
             raise UserError(
-                f"{self.name}: {self.env} cannot be made with {given}: {error}"
+                f"{self.name}: {self.env} cannot be made with {given}: {error}{hint}"
             ) from error
         if not (
             self.set_task
@@ -263,14 +356,6 @@ class GymnasiumFamily(TaskFamily):
                 " set_task, keywords=True or reward, or the environment a method set_task(task)"
                 " or an attribute task"
             )
-        space = env.observation_space
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            if not space.is_np_flattenable:
-                raise UserError(
-                    f"{self.name}: observations must be a Box, Discrete, MultiDiscrete,"
-                    f" MultiBinary, or a Dict or Tuple of those, got {space}"
-                )
-            env = gym.wrappers.FlattenObservation(env)
         return env
 
     def put(self, env: gym.Env, task: Floats) -> None:

@@ -1,7 +1,9 @@
-"""Episodes of random actions, played and compared; what `check_task_family` stands on."""
+"""Episodes played and compared, and words for what is seen; what `check_task_family` stands on."""
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +11,17 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
 
+from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily, Tasks
 
 EPISODES = 2  # of each task
+LONGEST = 500  # steps of an episode that is compared
+
+
+class Doubt(str):
+    """A message about what a few episodes cannot prove."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,57 @@ def random_actions(space: gym.Space, steps: int, seed: int = 0) -> list[Any]:
     return [space.sample() for _ in range(steps)]
 
 
+def held_actions(space: gym.Space, steps: int, seed: int = 0) -> list[Any]:
+    """Return actions drawn from a space, each held for ten steps."""
+    drawn = random_actions(space, -(-steps // 10), seed)
+    return [drawn[t // 10] for t in range(steps)]
+
+
+def lowest_actions(space: gym.Space, steps: int, seed: int = 0) -> list[Any]:
+    """Return the least action of a space, always."""
+    return [_corner(space, random_actions(space, 1)[0], 0.0)] * steps
+
+
+def highest_actions(space: gym.Space, steps: int, seed: int = 0) -> list[Any]:
+    """Return the greatest action of a space, always."""
+    return [_corner(space, random_actions(space, 1)[0], 1.0)] * steps
+
+
+def extreme_actions(space: gym.Space, steps: int, seed: int = 0) -> list[Any]:
+    """Return corners of a space drawn at random, each held for five steps."""
+    rng = np.random.default_rng(seed)
+    like = random_actions(space, 1)[0]
+    corners = [_corner(space, like, rng.integers(2, size=np.shape(like))) for _ in range(steps)]
+    return [corners[t // 5] for t in range(steps)]
+
+
+def _corner(space: gym.Space, like: Any, high: Any) -> Any:
+    """Return the action that is greatest where `high` is 1, else least; +-1 where unbounded."""
+    if isinstance(space, gym.spaces.Box):
+        least = np.where(np.isfinite(space.low), space.low, -1.0)
+        most = np.where(np.isfinite(space.high), space.high, 1.0)
+        return np.where(high, most, least).astype(space.dtype)
+    start = getattr(space, "start", 0)
+    count = space.nvec if isinstance(space, gym.spaces.MultiDiscrete) else getattr(space, "n", 2)
+    if isinstance(space, gym.spaces.MultiBinary):
+        start, count = 0, 2
+    action = np.where(high, start + np.asarray(count) - 1, start)
+    return action.astype(np.asarray(like).dtype) if np.ndim(like) else type(like)(action)
+
+
+Behaviour = Callable[[gym.Space, int, int], list[Any]]
+"""(action space, steps, seed) -> actions"""
+
+BEHAVIOURS: dict[str, Behaviour] = {
+    "random": random_actions,
+    "random held": held_actions,
+    "constantly lowest": lowest_actions,
+    "constantly highest": highest_actions,
+    "extreme": extreme_actions,
+}
+"""Ways of acting, by what they are called."""
+
+
 def play(
     env: gym.Env, seed: int, actions: Sequence[Any], after_reset: Callable[[], None] = lambda: None
 ) -> Trace:
@@ -67,20 +127,23 @@ def play(
     return Trace(observations, rewards, bool(terminated), bool(truncated))
 
 
-def play_together(family: TaskFamily, tasks: Tasks) -> list[list[Trace]]:
-    """Play the episodes of each task in one vector environment.
+def play_together(
+    family: TaskFamily, tasks: Tasks, behaviour: Behaviour = random_actions
+) -> list[list[Trace]]:
+    """Play the episodes of each task in one vector environment, of `LONGEST` steps at most.
 
-    Episode e of every task has seed e, and the actions of `random_actions` with seed e.
+    Episode e of every task has seed e, and the actions of `behaviour` with seed e.
     """
     env = family.make_vec(len(tasks), EPISODES, autoreset_mode=AutoresetMode.DISABLED)
     env.set_tasks(tasks)
     seeds = list(range(EPISODES)) * len(tasks)
-    columns = [random_actions(env.single_action_space, family.horizon, seed) for seed in seeds]
+    steps = min(family.horizon, LONGEST)
+    columns = [behaviour(env.single_action_space, steps, seed) for seed in seeds]
     observation, _ = env.reset(seed=seeds)
     observations = [[row.copy()] for row in observation]
     rewards: list[list[float]] = [[] for _ in seeds]
     terminated = truncated = np.zeros(env.num_envs, np.bool_)
-    for t in range(family.horizon):
+    for t in range(steps):
         active = np.flatnonzero(~(terminated | truncated))
         if not len(active):
             break
@@ -109,3 +172,27 @@ def first_difference(
 def all_equal(traces: Sequence[Sequence[Trace]]) -> bool:
     """Whether every task's episodes equal those of the first task."""
     return first_difference([traces[0]] * len(traces), traces) is None
+
+
+def example_tasks(family: TaskFamily) -> Tasks:
+    """Return four training tasks, the same at every call."""
+    drawn = family.tasks.sample(np.random.default_rng(0), 2)
+    return np.concatenate([family.tasks.grid(2, "train"), drawn])
+
+
+def named_task(family: TaskFamily, task: NDArray) -> str:
+    """Return "velocity=1.5" for a task."""
+    pairs = [f"{n}={x:g}" for n, x in zip(family.tasks.names, task, strict=True)]
+    return ", ".join(pairs[:4]) + (", …" if len(pairs) > 4 else "")
+
+
+def raised(error: Exception) -> str:
+    """Say what was raised and where, in the nearest file that is no library's."""
+    if isinstance(error, UserError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    installed = ("-packages", os.path.dirname(os.__file__), os.path.dirname(__file__))
+    own = [f for f in frames if not any(place in f.filename for place in installed)]
+    frame = (own or frames)[-1]
+    where = f"{os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}"
+    return f"{type(error).__name__}: {error} ({where})"

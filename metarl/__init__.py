@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from metarl.running.checkpoints import CheckpointError
     from metarl.running.config import Config
     from metarl.running.evaluation import evaluate
-    from metarl.running.meta_policy import MetaPolicy, Policy, load, load_policy
+    from metarl.running.meta_policy import MetaPolicy, load, load_policy
+    from metarl.running.policy import Policy
     from metarl.running.presets import resolve
     from metarl.running.runs import RunError
     from metarl.running.trainer import train
@@ -34,7 +35,7 @@ _LAZY = {
     "CheckpointError": "checkpoints",
     "Config": "config",
     "MetaPolicy": "meta_policy",
-    "Policy": "meta_policy",
+    "Policy": "policy",
     "RunError": "runs",
     "evaluate": "evaluation",
     "load": "meta_policy",

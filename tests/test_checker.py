@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -56,11 +57,6 @@ def put(env, task):
 
 def pay(observation, action, next_observation, info, task):
     return -np.abs(next_observation[:, 0] - task[:, 0]) + task[:, 1]
-
-
-@pytest.mark.parametrize("changes", [{}, {"set_task": put}, {"reward": pay}])
-def test_a_sound_family_passes(changes):
-    assert check_task_family(family(**changes)) == []
 
 
 @pytest.mark.parametrize("name", family_names())
@@ -179,7 +175,75 @@ class Pixels(Point):
     observation_space = gym.spaces.Box(0, 255, (4, 4, 3), np.uint8)
 
     def observe(self):
-        return np.zeros((4, 4, 3), np.uint8)
+        return np.full((4, 4, 3), int(100 * abs(self.x)), np.uint8)
+
+
+class Flat(gym.ObservationWrapper):
+    """As minigrid's FlatObsWrapper: a vector of bytes out of an image."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(0, 255, (48,), np.uint8)
+
+    def observation(self, observation):
+        return observation.reshape(-1)
+
+    def set_task(self, task):
+        self.unwrapped.task = task
+
+
+class PaysFloats(gym.RewardWrapper):
+    """Mends what its inner environment gets wrong."""
+
+    def reward(self, reward):
+        return float(reward[0])
+
+    def set_task(self, task):
+        self.unwrapped.task = task
+
+
+def flat_pixels():
+    return Flat(Pixels())
+
+
+def paid_in_floats():
+    return PaysFloats(RewardInAnArray())
+
+
+class SaysItsMission(Point):
+    """As minigrid's environments: a part of the observation is text."""
+
+    observation_space = gym.spaces.Dict(
+        {"x": Point.observation_space, "mission": gym.spaces.Text(20)}
+    )
+
+    def observe(self):
+        return {"x": super().observe(), "mission": "go"}
+
+
+class FarLimit(Point):
+    """As highway-env's speed limit: the task matters only where full thrust leads."""
+
+    def step(self, action):
+        self.x += 0.1 * action[0]
+        reward = -float(self.task[0]) if self.x > 1.5 else 0.0
+        return self.observe(), reward, False, False, {}
+
+
+class BeyondReach(FarLimit):
+    def step(self, action):
+        self.x = min(self.x, 1.0)
+        return super().step(action)
+
+
+class TwoFaults(Point):
+    """Not seeded, and its episodes leave the observation's bounds."""
+
+    observation_space = gym.spaces.Box(-0.15, 0.15, (1,), np.float32)
+
+    def step(self, action):
+        self.x += np.random.normal()  # noqa: NPY002
+        return super().step(action)
 
 
 class Grows(Point):
@@ -229,11 +293,37 @@ def needs_the_main_program(env, task):
     env.task = task * main_program["more"]
 
 
+def put_what_the_main_program_needs(env, task):
+    if multiprocessing.parent_process() is not None:
+        raise KeyError("not here")
+    env.task = task
+
+
 main_program = {"scale": 0.0}  # and a worker has only this
 
 
 def put_what_the_main_program_says(env, task):
     env.task = task * main_program["scale"]
+
+
+ONE = Uniform({"goal": (-1.0, 1.0)})
+SOUND = {
+    "its own attribute": {},
+    "set_task": {"set_task": put},
+    "a reward": {"reward": pay},
+    "an image": {"env": Pixels},
+    "a vector made of an image": {"env": flat_pixels},
+    "a wrapper mends the reward": {"env": paid_in_floats},
+    "only full thrust shows the task": {"env": FarLimit, "tasks": ONE},
+    "registered by an import": {"env": "RegisteredHere-v0"},
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_a_sound_family_passes(name, monkeypatch):
+    spec = gym.envs.registration.EnvSpec("RegisteredHere-v0", entry_point=Point)
+    monkeypatch.setitem(gym.registry, spec.id, spec)
+    assert check_task_family(family(**SOUND[name])) == []
 
 
 BROKEN = {
@@ -265,7 +355,12 @@ BROKEN = {
         {"env": Raises},
         r"environment: KeyError: 'speed' \(test_checker.py:\d+, in step\)",
     ),
-    "pixels": ({"env": Pixels}, r"spaces: observations hold an image, Box\(0, 255"),
+    "text": (
+        {"env": SaysItsMission},
+        r"spaces: point: the component 'mission' of the observation is a Text, which is no number:"
+        r" leave it out, (?s:.*)SaysItsMission\(render_mode=render_mode\)\n"
+        r" .*FilterObservation\(env, \['x'\]\)",
+    ),
     "spaces that differ": (
         {"env": Grows, "keywords": True, "tasks": Uniform({"size": (1.0, 4.0)})},
         "spaces: every task must have the same observation_space, got Box.* and Box",
@@ -319,11 +414,15 @@ BROKEN = {
         {"set_task": misspell, "env": "Pendulum-v1"},
         "dependence: .* set_task makes a new attribute 'tsk', which the environment does not read",
     ),
-    "forgotten": ({"set_task": forget}, "dependence: .* nothing in step depends on what set_task"),
+    "forgotten": (
+        {"set_task": forget},
+        "dependence: .* something in step must depend on what set_task sets; if",
+    ),
     "unpaid": ({"reward": unpaid}, "dependence: .* what reward does must depend on the task"),
     "a component": (
         {"reward": lambda o, a, n, i, task: -np.abs(n[:, 0] - task[:, 0])},
-        "dependence: bonus changes neither observations nor rewards, from 0 to 1",
+        "dependence: bonus changed neither observations nor rewards, from 0 to 1, under random, .*"
+        "constantly highest and extreme actions",
     ),
     "lambda": (
         {"set_task": lambda env, task: put(env, task)},
@@ -339,21 +438,43 @@ BROKEN = {
     ),
     "registered here": (
         {"env": "RegisteredHere-v0"},
-        "worker: in a worker process, point: Environment `RegisteredHere` doesn't exist",
+        "worker: in a worker process, point: Environment `RegisteredHere` doesn't exist: import the"
+        " package that registers RegisteredHere-v0",
+    ),
+    "out of reach": (
+        {"env": BeyondReach, "tasks": ONE},
+        "dependence: observations and rewards were the same for every task under random, .*"
+        "if the task matters only where none of these leads, all is well",
     ),
 }
+WARNINGS = ("forgotten", "unpaid", "a component", "out of reach")
 
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_family_is_told_its_fault(fault, monkeypatch):
     monkeypatch.setitem(main_program, "scale", 1.0)
     monkeypatch.setitem(main_program, "more", 1.0)
-    spec = gym.envs.registration.EnvSpec("RegisteredHere-v0", entry_point=Point)
+    # An entry point that cannot be sent to a worker.
+    spec = gym.envs.registration.EnvSpec("RegisteredHere-v0", entry_point=lambda: Point())
     monkeypatch.setitem(gym.registry, spec.id, spec)
     changes, message = BROKEN[fault]
-    findings = check_task_family(family(**changes))
-    assert len(findings) == 1
-    assert re.match(message, str(findings[0])), findings[0]
+    first, *more = check_task_family(family(**changes))
+    assert re.match(message, str(first)), first
+    assert first.severity == ("warning" if fault in WARNINGS else "fault")
+    assert {found.check for found in more} <= {"seeding", "dependence", "pickling", "worker"}
+
+
+def test_all_that_can_be_told_is_told_in_one_run():
+    goals = Uniform({"goal": (0.0, 1.0), "bonus": (0.0, 1.0)})
+    broken = family(env=TwoFaults, tasks=goals, set_task=lambda env, task: put(env, task))
+    found = [str(finding) for finding in check_task_family(broken)]
+    for told, start in zip(found, ("episodes: ", "seeding: ", "pickling: set_task"), strict=True):
+        assert told.startswith(start)
+
+
+def test_the_worker_is_reached_whatever_came_before():
+    found = check_task_family(family(env=Unseeded, set_task=put_what_the_main_program_needs))
+    assert [finding.check for finding in found] == ["seeding", "worker"]
 
 
 def test_what_is_no_family_is_refused():
@@ -391,7 +512,7 @@ def test_the_command_lists_what_was_checked(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "FAULT  dependence" in out
     assert "horizon 9" in out
-    assert "not reached: pickling, worker" in out
+    assert out.count("  ok ") == 9  # the others, the worker's too
     assert main(["check", "checked_family:famly"]) == 2
     assert "did you mean 'family'" in capsys.readouterr().err
 

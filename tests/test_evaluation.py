@@ -9,18 +9,20 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import random_batch
 
 from metarl import evaluate
 from metarl.envs import family_names, make_family
 from metarl.envs.errors import UserError
 from metarl.envs.navigation import NavigationFamily, NavigationVectorEnv
 from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import stack
+from metarl.learning.policies import GaussianMLP, stack
 from metarl.running.config import Config, InnerConfig, PolicyConfig
 from metarl.running.evaluation import FACTORS, grouped
 from metarl.running.meta_policy import MetaPolicy, policy_for, random_meta_policy
 from metarl.running.presets import reference_step_sizes, resolve
 from metarl.running.results import Curve, EvaluationResult
+from metarl.running.scratch import ScratchTrainer
 from metarl.sampling.rollouts import Address, Collector
 from metarl.showing.plots import plot_evaluation
 
@@ -406,3 +408,68 @@ def test_families_tell_what_they_say_is_achieved(name):
         info = env.step(env.action_space.sample())[-1]
         assert all(info[key].shape == (1,) for key in family.achieved.values())
         env.close()
+
+
+# Baselines ----------------------------------------------------------------------------------------
+
+
+def test_the_verdict_says_what_meta_training_earned():
+    rng = np.random.default_rng(0)
+    hard = 10.0 * rng.standard_normal(20)  # tasks differ more than policies do: only pairs tell
+
+    def curve(gain, algorithm="maml-trpo"):
+        noise = 0.1 * rng.standard_normal(20)
+        return Curve([0.1], np.stack([hard, hard + gain + noise], 1)[None], algorithm)
+
+    def said(own, **others):
+        references = {"random": curve(3.0, "random"), **others}
+        return EvaluationResult(curve(own), references).verdict()
+
+    assert "random initialization gains +3.0; meta-training adds +2.0 [+1.9, +2.1]" in said(5.0)
+    assert "what meta-training adds to that cannot be told from zero" in said(3.0)
+    scratch = {"from scratch": curve(-1.0, "from-scratch")}
+    assert "it earns +6.0 [+5.9, +6.1] more than training from scratch." in said(5.0, **scratch)
+
+
+def test_training_from_scratch_is_adam_on_the_clipped_ratio_of_each_task_alone():
+    # Three tasks train together as each alone does, by torch's Adam on the same batch.
+    policy = GaussianMLP(observation_dim=3, action_dim=2, hidden=(4,))
+    batch = random_batch(policy, 5, 30, seed=1).map(lambda x: x.float())
+    trainer = ScratchTrainer(policy, 5, seed=3, learning_rate=0.01)
+    start = trainer.params
+    with ChunkPool(2) as pool:
+        trainer.update(batch, pool)
+    for t in range(5):
+        leaves = {n: p[t].clone().requires_grad_() for n, p in start.items()}
+        adam = torch.optim.Adam(leaves.values(), 0.01)
+        one = batch.map(lambda x, t=t: x[t])
+        for _ in range(10):
+            dist = policy.distribution(leaves, one.observation)
+            ratio = (policy.log_prob(dist, one.action) - one.old_log_prob).exp()
+            a = one.advantage
+            loss = -(one.weight * torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)).sum()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        for name, p in leaves.items():
+            assert torch.allclose(trainer.params[name][t], p, atol=1e-5), name
+            assert not torch.equal(p, start[name][t])
+
+
+def test_from_scratch_stands_beside_the_policy_with_one_and_ten_times_the_steps():
+    meta = navigator()
+    options = {"tasks": 6, "episodes": 4, "steps": 2, "threads": 1}
+    plain = evaluate(meta, **options)
+    found = evaluate(meta, **options, from_scratch=True)
+    assert found.curve.per_seed.tolist() == plain.curve.per_seed.tolist()
+    short, long = (found.references[f"from scratch{x}"].per_task for x in ("", ", 10 x steps"))
+    assert short.shape == long.shape == (6, 3)
+    assert short[:, 0].tolist() == long[:, 0].tolist()  # both start from the same policies
+    assert not np.array_equal(short[:, 1], long[:, 1])
+    assert np.mean(long[:, 2] - long[:, 0]) > 0.0  # twenty batches teach something
+    assert "from scratch, 10 x steps" in found.table()
+    assert list(found.rows)[1:] == ["random", "from scratch", "from scratch, 10 x steps"]
+    again = evaluate(meta, **{**options, "threads": 2}, from_scratch=True)
+    assert again.references["from scratch"].per_seed.tolist() == short[None].tolist()
+    with pytest.raises(UserError, match="scratch_learning_rate must be positive, got 0"):
+        evaluate(meta, scratch_learning_rate=0.0)

@@ -9,14 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {
-    "envs": """errors family vector gymnasium_family serial_batch mujoco_bodies mujoco_vector traces
-        checker ant classic_control half_cheetah hopper humanoid meta_world navigation swimmer
-        tabular walker2d""",
-    "learning": """stopwatch parallel trajectories policies advantages objectives linear_solves
-        adaptation inner_loop credit meta_gradients trust_region first_order algorithms""",
-    "sampling": "seeding rollouts workers",
-    "running": """config presets checks files checkpoints metrics statistics results meta_policy
-        runs iterations trainer evaluation benchmark""",
+    "envs": """errors family vector gymnasium_family processes serial_batch mujoco_bodies
+        mujoco_vector traces environment_checks task_checks checker ant classic_control half_cheetah
+        hopper humanoid meta_world navigation swimmer tabular walker2d""",
+    "learning": """stopwatch parallel trajectories encoders policies modules advantages objectives
+        linear_solves adaptation inner_loop credit meta_gradients trust_region first_order
+        algorithms""",
+    "sampling": "seeding rollouts worker_process workers",
+    "running": """config presets checks files checkpoints metrics statistics results memory policy
+        online meta_policy runs iterations trainer scratch evaluation export benchmark""",
     "showing": "plots videos report",
     "commands": "interrupts errors arguments listing training policy_commands cli",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 
+import gymnasium as gym
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from PIL import Image
 from test_evaluation import navigator
 
 import metarl
-from metarl.envs import make_family
+from metarl.envs import GymnasiumFamily, Uniform, make_family
 from metarl.envs.errors import UserError
 from metarl.running.checkpoints import CheckpointError
+from metarl.running.config import Config, PolicyConfig
+from metarl.running.meta_policy import Policy, policy_for
 from metarl.showing import videos
 
 GOAL = np.array([0.3, -0.2])
@@ -194,3 +197,46 @@ def test_adapted_policies_that_see_a_context_keep_it(algorithm, tmp_path):
     assert np.abs(again.params["context"].numpy()).max() > 0.0
     seen = np.array([0.1, 0.2])
     assert np.array_equal(again.act(seen, deterministic=True), policy.act(seen, deterministic=True))
+
+
+class Draws(gym.Env):
+    """As gymnasium-robotics': MuJoCo draws, and nothing about the environment tells so."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    observation_space = action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+    task = np.zeros(1)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+    def render(self):
+        if "MUJOCO_GL" not in os.environ:
+            raise RuntimeError("no OpenGL context")
+        return np.zeros((64, 64, 3), np.uint8)
+
+
+def test_gl_is_chosen_for_whatever_draws(monkeypatch):
+    tasks = Uniform({"x": (0.0, 1.0)})
+    family = GymnasiumFamily(name="draws", env=Draws, tasks=tasks, horizon=3)
+    config = Config(policy=PolicyConfig(hidden=(4,)))
+    network = policy_for(config, family)
+    params = network.init(np.random.default_rng(0))
+    record = {"task": None, "steps": 0, "episodes": 0, "seed": 0}
+    policy = Policy(network, params, Draws.action_space, 3, config, record)
+    for name in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(videos, "_draws", lambda name: name == "osmesa")
+    assert len(videos.record({"it": policy}, family, np.zeros(1)).frames) == 9
+    assert os.environ.pop("MUJOCO_GL") == "osmesa"
+    assert os.environ.pop("SDL_VIDEODRIVER") == "dummy"
+    monkeypatch.setattr(videos, "_draws", lambda name: False)
+    with pytest.raises(UserError, match=r"neither EGL nor OSMesa draws .* no OpenGL context"):
+        videos.record({"it": policy}, family, np.zeros(1))
+    os.environ.pop("SDL_VIDEODRIVER")

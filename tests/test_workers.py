@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ import metarl.sampling.workers
 from metarl.commands.cli import main
 from metarl.envs import TaskFamily, make_family
 from metarl.envs.errors import UserError
+from metarl.envs.processes import pack, unpack
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError
 from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import GaussianMLP, Params
@@ -402,3 +404,55 @@ def test_the_benchmark_compares_workers_with_one_process_and_async_vector_env(ca
     rates = [result[f"{name}_env_steps_per_second"] for name in ("one_process", "workers")]
     assert result["workers_to_one_process"] == pytest.approx(rates[1] / rates[0])
     assert result["workers_to_async_vector_env"] > 0.0
+
+
+# Programs that a worker cannot read ---------------------------------------------------------------
+
+
+def test_a_program_from_standard_input_is_told_what_to_do():
+    program = """
+from conftest import counting_family
+from metarl.envs.errors import UserError
+from metarl.envs.processes import pack
+try:
+    pack(counting_family())
+except UserError as error:
+    print(error)
+"""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=program,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(tests)},
+    )
+    assert done.stdout.startswith("worker processes cannot read a program that came from <stdin>:")
+    assert "use workers=0" in done.stdout
+    assert "the family into a module" in done.stdout
+
+
+def test_a_family_brings_its_registration_or_its_import(tmp_path, monkeypatch):
+    module = """
+import gymnasium as gym
+from metarl.envs import GymnasiumFamily, Uniform
+if "Late-v0" not in gym.registry:
+    gym.register("Late-v0", entry_point={entry})
+family = GymnasiumFamily(name="late", env="Late-v0", keywords=True, horizon=5,
+    tasks=Uniform({{"g": (5.0, 15.0)}}))
+"""
+    stock = "gymnasium.envs.classic_control.pendulum:PendulumEnv"
+    entries = {"text": repr(stock), "lambda": f"lambda **k: gym.envs.registration.load_env_creator"
+               f"({stock!r})(**k)"}  # fmt: skip
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for kind, entry in entries.items():
+        (tmp_path / f"late_{kind}.py").write_text(module.format(entry=entry))
+        parcel = pack(make_family(f"late_{kind}:family"))
+        if kind == "text":
+            parcel = dataclasses.replace(parcel, source=None)  # the registration alone
+        # What another process knows.
+        monkeypatch.delitem(gym.registry, "Late-v0")
+        monkeypatch.delitem(sys.modules, f"late_{kind}")
+        unpack(parcel).make().close()
+        gym.registry.pop("Late-v0")

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("training", "Meta-train a policy on a task family."),
     "evaluate": ("policy_commands", "Measure how well meta-policies adapt to held-out tasks."),
     "adapt": ("policy_commands", "Adapt a meta-policy to one task; save an ordinary policy."),
+    "export": ("policy_commands", "Write a policy as a TorchScript or ONNX file."),
     "plot": ("policy_commands", "Draw learning curves of runs, before and after adaptation."),
     "record": (
         "policy_commands",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from metarl.envs.checker import CHECKS, check_task_family
+from metarl.envs.checker import CHECKS, checks
 from metarl.envs.errors import UserError
 from metarl.envs.family import family_names, make_family, option_defaults, parse_options
 
@@ -38,16 +38,16 @@ def check(command: Check) -> int:
         raise UserError("name a task family: metarl check FAMILY (metarl families lists them)")
     family = make_family(command.family, **parse_options(command.family_options))
     print(f"{command.family}: {family.tasks.describe()}; horizon {family.horizon}")
-    findings = check_task_family(family)
-    names = list(CHECKS)
-    reached = names.index(findings[0].check) if findings else len(names)
-    for name in names[:reached]:
-        print(f"  ok     {name:<12} {CHECKS[name][0]}")
-    for finding in findings:
-        print(f"  FAULT  {finding.check:<12} {finding.message}")
-    if rest := names[reached + 1 :]:
-        print(f"  not reached: {', '.join(rest)}")
-    return 2 if findings else 0
+    labels = {"fault": "FAULT", "warning": "warn"}
+    faults = 0
+    for checked in checks(family):
+        said = [(labels[found.severity], found.message) for found in checked.findings]
+        if checked.left_out is not None:
+            said = [("-", f"left out for the fault of {checked.left_out}")]
+        for label, message in said or [("ok", CHECKS[checked.name].words)]:
+            print(f"  {label:<6} {checked.name:<12} {message}", flush=True)
+        faults += any(found.severity == "fault" for found in checked.findings)
+    return 2 if faults else 0
 
 
 def families(command: Families) -> int:

@@ -1,4 +1,4 @@
-"""The commands about trained policies: evaluate, adapt, plot, record, report."""
+"""The commands about trained policies: evaluate, adapt, export, plot, record, report."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ class Evaluate:
     """Seed of episodes, and of drawn tasks."""
     deterministic: bool = False
     """Take returns with the mean action instead of a sampled one."""
+    from_scratch: bool = False
+    """Show training from scratch on each task beside it, by clipped policy gradients: with the env
+    steps of adaptation, and with ten times as many."""
+    scratch_learning_rate: float = 3e-3
+    """Learning rate of that training."""
     drawn: bool = False
     """Draw the tasks at random, as the papers do, instead of covering the test split evenly."""
     threads: int | None = None
@@ -119,6 +124,29 @@ class Record:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a policy to a file that other programs run (TorchScript or ONNX)."""
+
+    what: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """A policy file that `metarl adapt` wrote; or a run folder, a policy file or the name of a
+    shipped policy, exported as it is or, with --task, adapted first."""
+    format: Literal["torchscript", "onnx"] = "torchscript"
+    """onnx needs the package onnx (the extra `onnx`)."""
+    task: tuple[str, ...] = ()
+    """Task to adapt an initialization to, as component=value for each component."""
+    steps: int = 1
+    """Inner steps."""
+    episodes: int = 20
+    """Episodes for each inner step."""
+    step_sizes: tuple[float, ...] = ()
+    """Size of each inner step, the last repeated; by default the policy's own."""
+    seed: int = 0
+    """Seed of the episodes."""
+    out: Path | None = None
+    """File to write; by default the policy's name with .pt or .onnx."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Write one HTML page about a run: returns, pictures, a video, config and versions."""
 
@@ -190,6 +218,8 @@ def evaluate(command: Evaluate) -> int:
         tune_step_sizes=command.tune_step_sizes,
         deterministic=command.deterministic,
         drawn=command.drawn,
+        from_scratch=command.from_scratch,
+        scratch_learning_rate=command.scratch_learning_rate,
         threads=command.threads,
         workers=command.workers,
     )
@@ -261,6 +291,46 @@ def adapt(command: Adapt) -> int:
     return 0
 
 
+def export(command: Export) -> int:
+    """Run `metarl export`."""
+    from metarl.running import checkpoints
+    from metarl.running.export import CHECKED, SUFFIXES
+    from metarl.running.export import export as write
+    from metarl.running.meta_policy import load, load_policy
+
+    what = _one(command.what)
+    adapted = Path(what).is_file() and checkpoints.load(Path(what))[1].get("kind") == "adapted"
+    if adapted:
+        if command.task:
+            raise UserError(f"{what} is adapted already: leave --task out")
+        policy = load_policy(what)
+        family = make_family(policy.config.family, **policy.config.family_options)
+    else:
+        meta = load(what)
+        family = meta.family
+        task = parse_task(family, command.task) if command.task else family.tasks.grid(1)[0]
+        policy = meta.adapt(
+            task,
+            steps=command.steps if command.task else 0,
+            episodes=command.episodes,
+            seed=command.seed,
+            step_sizes=command.step_sizes or None,
+        )
+    with contextlib.closing(family.make()) as env:
+        space = env.observation_space
+    source = Path(what)
+    folder = source if source.is_dir() else source.parent
+    out = command.out or (folder / source.stem).with_suffix(SUFFIXES[command.format])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    gap = write(policy, out, command.format, space)
+    seen = " x ".join(map(str, policy.policy.observation_shape))
+    print(
+        f"{out}: observations [n, {seen}] to the most likely actions;"
+        f" equal to the policy's on {CHECKED} observations, to {gap:.1g}"
+    )
+    return 0
+
+
 def plot(command: Plot) -> int:
     """Run `metarl plot`."""
     from metarl.showing.plots import plot_learning
@@ -316,6 +386,7 @@ def _film(
     from metarl.running.meta_policy import load, load_policy
     from metarl.showing import videos
 
+    videos.prepare()
     if Path(what).is_file() and checkpoints.load(Path(what))[1].get("kind") == "adapted":
         policy = load_policy(what)
         family = make_family(policy.config.family, **policy.config.family_options)

@@ -12,12 +12,14 @@ from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.trajectories import Rollout
 
 _CHUNK = 2  # tasks; their features stay in cache
+_BLOCK = 1024  # steps whose discounts are one matrix
 
 
 def discounted_sum(x: Tensor, factor: float) -> Tensor:
     """Discounted sum of what is to come, y[t] = sum_l factor^l x[t + l].
 
-    An episode fills the front of its row and zeros follow, so the sum needs no mask.
+    An episode fills the front of its row and zeros follow, so the sum needs no mask. Long rows are
+    summed block by block from the end, in memory that grows with H and not with its square.
 
     Args:
         x: [..., H]
@@ -25,6 +27,14 @@ def discounted_sum(x: Tensor, factor: float) -> Tensor:
     Returns:
         [..., H]
     """
+    if x.shape[-1] > _BLOCK:
+        parts, rest = [], torch.zeros_like(x[..., :1])
+        for part in reversed(x.split(_BLOCK, dim=-1)):
+            left = torch.arange(part.shape[-1], 0, -1, device=x.device)  # steps to the block's end
+            powers = torch.as_tensor(factor, dtype=x.dtype, device=x.device) ** left
+            parts.append(discounted_sum(part, factor) + powers * rest)
+            rest = parts[-1][..., :1]
+        return torch.cat(parts[::-1], dim=-1)
     steps = torch.arange(x.shape[-1], device=x.device)
     ahead = steps[:, None] - steps[None, :]  # how far row s lies ahead of column t
     powers = torch.as_tensor(factor, dtype=x.dtype, device=x.device) ** ahead.clamp(min=0)
@@ -58,6 +68,26 @@ def features(observation: Tensor, time: Tensor) -> Tensor:
     o = observation.clamp(-10.0, 10.0).double()
     t = (time.double() / 100.0).expand(o.shape[:-1])
     return torch.cat([o, o * o, torch.stack([t, t**2, t**3, torch.ones_like(t)], dim=-1)], dim=-1)
+
+
+_COARSE = 6  # places each way of what the baseline sees of an image
+
+
+def seen(observation: Tensor, rank: int) -> Tensor:
+    """Return what the baseline sees of observations: [..., o] of vectors, a coarse copy of images.
+
+    An image of bytes, [..., *rank axes], becomes its means over at most 6 x 6 places (a third axis
+    is averaged over, be it channels or a side), scaled to [0, 1].
+    """
+    if rank == 1:
+        return observation
+    images = observation.flatten(0, -rank - 1).float() / 255.0
+    if rank == 3:
+        axis = 1 if images.shape[1] < images.shape[3] else 3
+        images = images.mean(axis)
+    height, width = (min(_COARSE, n) for n in images.shape[1:])
+    coarse = torch.nn.functional.adaptive_avg_pool2d(images.unsqueeze(1), (height, width))
+    return coarse.flatten(1).unflatten(0, observation.shape[:-rank])
 
 
 def fit_linear(x: Tensor, y: Tensor, ridge: float = 1e-5) -> Tensor:
@@ -123,9 +153,10 @@ def estimate(rollout: Rollout, config: AdvantageConfig, pool: ChunkPool) -> tupl
     returns = discounted_sum(reward, config.discount)
     steps = torch.arange(valid.shape[-1])
     whole = bool(valid.all())
+    rank = rollout.observation.dim() - 3
 
     def values(chunk: slice) -> Tensor:
-        x = features(rollout.observation[chunk], steps)
+        x = features(seen(rollout.observation[chunk], rank), steps)
         if not whole:
             x *= valid[chunk].unsqueeze(-1)
         flat = x.flatten(1, 2)

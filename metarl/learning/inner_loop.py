@@ -87,7 +87,8 @@ class InnerLoop:
             NonFiniteError: something sampled, or an adapted parameter, is not a finite number.
         """
         fast, slow, step_sizes = self.adapter.split(meta)
-        adapted = Adapted([stack(fast, tasks)], slow, meta)
+        start = stack(fast, tasks)
+        adapted = Adapted([start], slow, meta)
         for k in range(steps + 1):
             if k == steps and query == "none":
                 break
@@ -96,12 +97,11 @@ class InnerLoop:
             adapted.rollouts.append(rollout)
             if k == steps and query == "rollout":
                 break
-            advantage, scale = estimate(rollout, self.advantage, self.pool)
-            batch = make_batch(self.adapter.policy, rollout, advantage)
+            batch, scale = self.prepare(rollout)
             adapted.batches.append(batch)
             adapted.advantage_scales.append(scale)
             if k < steps:
-                new = self._step(adapted, step_sizes, batch, k)
+                new = self.step(adapted.iterates[k], slow, step_sizes, batch, k, start=start)
                 if not k and query != "rollout":
                     adapted.inner_kl = self._mean_kl(new, slow, batch)
                     for _ in range(_FITS if kl else 0):
@@ -110,10 +110,15 @@ class InnerLoop:
                             break
                         adapted.meta = {**adapted.meta, FACTOR: factor * adapted.meta[FACTOR]}
                         step_sizes = self.adapter.split(adapted.meta)[2]
-                        new = self._step(adapted, step_sizes, batch, k)
+                        new = self.step(start, slow, step_sizes, batch, 0, start=start)
                         adapted.inner_kl = self._mean_kl(new, slow, batch)
                 adapted.iterates.append(new)
         return adapted
+
+    def prepare(self, rollout: Rollout) -> tuple[Batch, Tensor]:
+        """Return a rollout's samples with their advantages, and what these were divided by, [T]."""
+        advantage, scale = estimate(rollout, self.advantage, self.pool)
+        return make_batch(self.adapter.policy, rollout, advantage), scale
 
     def _mean_kl(self, fast: Params, slow: Params, batch: Batch) -> float:
         def one(chunk: slice) -> Tensor:
@@ -125,13 +130,34 @@ class InnerLoop:
 
         return float(torch.cat(self.pool.map(one, slices(len(batch.weight), _CHUNK))).mean())
 
-    def _step(self, adapted: Adapted, step_sizes: StepSizes, batch: Batch, k: int) -> Params:
-        start, fast = adapted.iterates[0], adapted.iterates[k]
+    def step(
+        self,
+        fast: Params,
+        slow: Params,
+        step_sizes: StepSizes,
+        batch: Batch,
+        k: int,
+        *,
+        start: Params,
+    ) -> Params:
+        """Return the fast parameters after inner step k, stacked.
+
+        Args:
+            fast: before it, stacked.
+            slow: what does not adapt.
+            step_sizes: of all steps.
+            batch: the task's samples, [T, N, ...].
+            k: counted from 0.
+            start: the fast parameters before step 0, stacked, which a proximal term pulls to.
+
+        Raises:
+            NonFiniteError: one of them is not a finite number.
+        """
 
         def one(chunk: slice) -> Params:
             first, theta = ({n: p[chunk] for n, p in params.items()} for params in (start, fast))
             part = batch.map(lambda x: x[chunk])
-            return self.adapter.step(theta, adapted.slow, step_sizes, part, k, start=first)
+            return self.adapter.step(theta, slow, step_sizes, part, k, start=first)
 
         parts = self.pool.map(one, slices(len(batch.weight), _CHUNK))
         new = {name: torch.cat([part[name] for part in parts]) for name in fast}

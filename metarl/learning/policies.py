@@ -18,6 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metarl.envs.errors import UserError
+from metarl.learning.encoders import Encoder
+
 Params = dict[str, Tensor]
 Dist = dict[str, Tensor]
 """Parameters of a distribution, [..., samples, size] each."""
@@ -68,16 +71,21 @@ class MLPPolicy(ABC):
 
     With a `context_dim`, an entry `context` of the parameters, [context_dim] or
     [tasks, context_dim], is a further input at every step. With `normalize`, observations are
-    scaled by entries `norm.*`, which no gradient moves: `track_observations` does.
+    scaled by entries `norm.*`, which no gradient moves: `track_observations` does. With an
+    `encoder`, observations are images of bytes, [..., *encoder.shape], and the MLP reads what it
+    makes of them.
     """
 
     observation_dim: int
+    """Of what the MLP reads: the encoder's features, where there is one."""
     hidden: tuple[int, ...] = (64, 64)
     activation: Activation = "tanh"
     context_dim: int = 0
     normalize: bool = False
     output_scale: float = 1.0
     """Factor of the last layer's initial weights."""
+
+    encoder: Encoder | None = None
 
     output: ClassVar[str]
     """The parameter of the distribution that the network gives."""
@@ -92,15 +100,35 @@ class MLPPolicy(ABC):
     def action_size(self) -> int:
         """Size of an action as a vector."""
 
+    def __post_init__(self) -> None:
+        if self.encoder is not None and self.normalize:
+            raise UserError("policy.normalize has no effect on images, which are scaled to [0, 1]")
+
+    @property
+    def observation_shape(self) -> tuple[int, ...]:
+        """Shape of one observation."""
+        return (self.observation_dim,) if self.encoder is None else self.encoder.shape
+
+    @property
+    def observation_dtype(self) -> type[np.generic]:
+        """What observations are held as."""
+        return np.float32 if self.encoder is None else np.uint8
+
     @property
     def layers(self) -> int:
         """Number of affine layers."""
         return len(self.hidden) + 1
 
+    @property
+    def activations(self) -> int:
+        """Numbers that a forward pass makes of one observation."""
+        images = 0 if self.encoder is None else self.encoder.activations
+        return images + self.observation_dim + 2 * sum(self.hidden) + self.output_dim
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each parameter."""
         sizes = (self.observation_dim + self.context_dim, *self.hidden, self.output_dim)
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes = {} if self.encoder is None else self.encoder.shapes()
         for i in range(self.layers):
             shapes[f"layer{i}.weight"] = (sizes[i], sizes[i + 1])
             shapes[f"layer{i}.bias"] = (sizes[i + 1],)
@@ -112,13 +140,14 @@ class MLPPolicy(ABC):
     def init(self, rng: np.random.Generator) -> Params:
         """Draw Xavier-uniform weights (Glorot & Bengio 2010, eq. 16), zero biases; float32.
 
-        Those of the last layer are multiplied by `output_scale`.
+        Of a convolution's [out, in, k, k] each of the k x k places is an input and an output. Those
+        of the last layer are multiplied by `output_scale`.
         """
         last = f"layer{self.layers - 1}.weight"
         params: Params = {}
         for name, shape in self.shapes().items():
             if name.endswith("weight"):
-                bound = math.sqrt(6.0 / sum(shape))
+                bound = math.sqrt(6.0 / (sum(shape[:2]) * math.prod(shape[2:])))
                 values = rng.uniform(-bound, bound, shape)
                 values *= self.output_scale if name == last else 1.0
             else:
@@ -135,9 +164,11 @@ class MLPPolicy(ABC):
 
         Args:
             params: leaves [...] or [tasks, ...]; some may be stacked and others not.
-            observation: [samples, observation_dim], or [tasks, samples, observation_dim].
+            observation: [samples, *observation_shape], or [tasks, samples, *observation_shape].
         """
         x = observation
+        if self.encoder is not None:
+            x = self.encoder.encode(params, x)
         if self.normalize:
             mean, var = (params[f"norm.{n}"].detach().unsqueeze(-2) for n in ("mean", "var"))
             x = ((x - mean) / (var + 1e-8).sqrt()).clamp(-CLIP, CLIP)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -19,10 +19,17 @@ from metarl.learning.policies import Activation
 from metarl.learning.trust_region import TrustRegionConfig
 from metarl.sampling.rollouts import ActionMode
 
+Network = Literal["auto", "mlp", "nature", "impala"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
     """The policy: an MLP gives a Gaussian's mean, or the logits of Discrete actions."""
+
+    network: Network = "auto"
+    """What reads observations: of images (uint8) a convolutional network goes before the MLP, the
+    Nature CNN or a small IMPALA network; auto: none for vectors, nature for images of 36 pixels
+    or more each way, impala for smaller ones."""
 
     hidden: tuple[int, ...] = (64, 64)
     """Sizes of the hidden layers."""

@@ -25,10 +25,17 @@ from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import MLPPolicy, Params
 from metarl.learning.trajectories import Rollout
 from metarl.running.config import Config, available_threads
+from metarl.running.memory import check_memory, need
 from metarl.running.meta_policy import MetaPolicy, load, random_meta_policy
 from metarl.running.presets import reference_step_sizes
 from metarl.running.results import REFERENCES, Curve, EvaluationResult
 from metarl.running.runs import but_seed, group_name
+from metarl.running.scratch import (
+    LEARNING_RATE,
+    ScratchTrainer,
+    scratch_policy,
+    train_from_scratch,
+)
 from metarl.running.statistics import Floats
 from metarl.sampling.rollouts import ActionMode, Address
 from metarl.sampling.workers import AnyCollector, make_collector
@@ -36,6 +43,9 @@ from metarl.sampling.workers import AnyCollector, make_collector
 What = MetaPolicy | str | Path
 Sizes = Sequence[float] | Callable[[MetaPolicy], Sequence[float]] | None
 """Of the inner steps: given, or by policy; none takes the policy's own."""
+
+TIMES = 10
+"""Env steps of the longer training from scratch, as a multiple of those of adaptation."""
 
 PATHS = 6
 """Tasks whose paths are kept."""
@@ -104,6 +114,12 @@ class _Protocol:
     def _collector(self, policy: MLPPolicy, config: Config) -> AnyCollector:
         key = policy, config.policy.action
         if key not in self.collectors:
+            needed = need(
+                policy, tasks=len(self.goals), episodes=self.episodes, horizon=self.family.horizon,
+                rollouts=self.steps + 1, workers=0 if self.family.parallel else self.workers,
+                record=len(self.family.achieved), chunks=self.pool.threads,
+            )  # fmt: skip
+            check_memory(needed, self.family.name)
             self.collectors[key] = make_collector(
                 self.family, policy, len(self.goals), self.episodes, self.pool, key[1],
                 workers=self.workers, timeout=config.worker_timeout,
@@ -158,6 +174,21 @@ class _Protocol:
             except NonFiniteError:
                 returns[factor] = -math.inf
         return returns
+
+    def scratch(self, config: Config, learning_rate: float) -> dict[str, Curve]:
+        """Return what training from scratch earns with the env steps of k inner steps, and with
+        ten times as many, by name."""
+        policy = scratch_policy(config, self.family)
+        trainer = ScratchTrainer(policy, len(self.goals), self.address.seed, learning_rate)
+        returns = train_from_scratch(
+            trainer, self._collector(policy, config), self.goals, config, self.pool, self.address,
+            TIMES * self.steps,
+        )  # fmt: skip
+        curves = {}
+        for name, times in (("from scratch", 1), (f"from scratch, {TIMES} x steps", TIMES)):
+            column = returns[None, :, : times * self.steps + 1 : times]
+            curves[name] = Curve([], column, "from-scratch", [self.address.seed])
+        return curves
 
     def _rollouts(
         self, policy: MetaPolicy, sizes: Sequence[float] | None, adapts: bool
@@ -250,6 +281,8 @@ def evaluate(
     split: Literal["test", "validation"] = "test",
     threads: int | None = None,
     workers: int = 0,
+    from_scratch: bool = False,
+    scratch_learning_rate: float = LEARNING_RATE,
     name: str = "this policy",
 ) -> EvaluationResult:
     """Return a meta-policy's returns after 0 ... `steps` inner steps on held-out tasks.
@@ -276,6 +309,9 @@ def evaluate(
         split: "validation" draws other tasks and episodes, for choosing between policies.
         threads: for physics and updates; results do not depend on it.
         workers: processes for environments without a native backend; 0 steps them in this one.
+        from_scratch: show what training from scratch on each task earns with the same env steps,
+            and with ten times as many.
+        scratch_learning_rate: of that training.
         name: what the policy is called in tables and pictures.
 
     Raises:
@@ -288,6 +324,8 @@ def evaluate(
     for key, value, least in (*least_values, ("seed", seed, 0), ("workers", workers, 0)):
         if value < least:
             raise UserError(f"{key} must be at least {least}, got {value}")
+    if not (math.isfinite(scratch_learning_rate) and scratch_learning_rate > 0.0):
+        raise UserError(f"scratch_learning_rate must be positive, got {scratch_learning_rate}")
     for size in (*(step_sizes or ()), *(random_step_sizes or ()), *(pretrained_step_sizes or ())):
         if not (math.isfinite(size) and size > 0.0):
             raise UserError(f"step sizes must be positive, got {size}")
@@ -345,6 +383,8 @@ def evaluate(
                 usual = reference_step_sizes(config, "random") or step_sizes
                 curve = protocol.curve(start, sizes_of("random", start, random_step_sizes, usual))
                 results["random"] = dataclasses.replace(curve, algorithm="random")
+            if from_scratch and steps:
+                results |= protocol.scratch(config, scratch_learning_rate)
         except NonFiniteError as error:
             raise UserError(f"{family.name}: {error}") from error
         finally:

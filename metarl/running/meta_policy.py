@@ -20,8 +20,10 @@ from torch import Tensor
 
 from metarl.envs import TaskFamily, make_family
 from metarl.envs.errors import UserError
+from metarl.envs.gymnasium_family import is_image
 from metarl.learning.adaptation import FACTOR, Adapter
 from metarl.learning.algorithms import find_algorithm
+from metarl.learning.encoders import ENCODERS, make_encoder
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.objectives import dice
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
@@ -29,95 +31,10 @@ from metarl.learning.policies import CategoricalMLP, GaussianMLP, MLPPolicy, Par
 from metarl.running import checkpoints
 from metarl.running.checkpoints import CheckpointError, config_of
 from metarl.running.config import Config, PolicyConfig
-from metarl.sampling.rollouts import ActionMode, Address, categories, collect_episodes, env_action
+from metarl.running.online import OnlineAdapter
+from metarl.running.policy import Policy
+from metarl.sampling.rollouts import Address, categories, collect_episodes
 from metarl.sampling.seeding import stream
-
-
-class Policy:
-    """An ordinary policy: observations in, actions out."""
-
-    def __init__(
-        self,
-        policy: MLPPolicy,
-        params: Params,
-        space: gym.Space,
-        horizon: int,
-        config: Config,
-        record: Mapping[str, Any],
-    ) -> None:
-        """Make a policy of a network and its parameters.
-
-        Args:
-            space: of the actions.
-            horizon: of the training family.
-            config: of the training behind it.
-            record: `task` (a vector, None where it is not known), `steps`, `episodes` and `seed` of
-                the adaptation.
-        """
-        self.policy, self.params = policy, params
-        self.config, self.record = config, record
-        self._space, self._horizon = space, horizon
-        self._mode: ActionMode = config.policy.action
-        self._rng = stream(record["seed"], 0, "test-noise", record["steps"])
-
-    def act(self, observation: Any, *, deterministic: bool = False) -> NDArray:
-        """Return the action as the environment takes it: one, or n of them.
-
-        Args:
-            observation: one, [observation_dim], or a batch [n, observation_dim].
-            deterministic: the most likely action instead of a sample.
-        """
-        seen = np.asarray(observation, np.float32)
-        if seen.ndim not in (1, 2) or seen.shape[-1] != self.policy.observation_dim:
-            raise UserError(
-                f"observations must be [{self.policy.observation_dim}] or"
-                f" [n, {self.policy.observation_dim}], got {list(seen.shape)}"
-            )
-        if not np.isfinite(seen).all():
-            raise UserError(f"observations must be finite, got {seen[~np.isfinite(seen)][0]}")
-        batch = torch.from_numpy(np.atleast_2d(seen))
-        with torch.inference_mode():
-            dist = self.policy.distribution(self.params, batch)
-            if deterministic:
-                action = self.policy.mode(dist)
-            else:
-                noise = self.policy.noise(self._rng, len(batch))
-                action = self.policy.sample(dist, torch.from_numpy(noise))
-        acts = env_action(action.numpy(), self._space, self._mode)
-        return acts[0] if seen.ndim == 1 else acts
-
-    def play(
-        self,
-        env: gym.Env,
-        *,
-        seed: int | None = None,
-        deterministic: bool = False,
-        watch: Callable[[int, float], None] | None = None,
-    ) -> float:
-        """Act for one episode, of the horizon at most; return its return.
-
-        Args:
-            watch: is told after the reset and after every step how many steps were taken, and the
-                return so far.
-        """
-        observation, _ = env.reset(seed=seed)
-        total = 0.0
-        if watch is not None:
-            watch(0, total)
-        for step in range(self._horizon):
-            action = self.act(observation, deterministic=deterministic)
-            observation, reward, terminated, truncated, _ = env.step(action)
-            total += float(reward)
-            if watch is not None:
-                watch(step + 1, total)
-            if terminated or truncated:
-                break
-        return total
-
-    def save(self, path: str | Path) -> None:
-        """Write a policy file that `load_policy` reads."""
-        metadata = {"kind": "adapted", "config": self.config.to_json(), "adapted": self.record}
-        checkpoints.save(Path(path), self.params, {**metadata, "versions": checkpoints.versions()})
 
 
 @dataclass(frozen=True)
@@ -136,14 +53,15 @@ class MetaPolicy:
 
     @cached_property
     def policy(self) -> MLPPolicy:
-        """The network; a Gaussian's sizes are read off the parameters."""
-        if "log_std" not in self.params:
+        """The network; the sizes of a Gaussian that reads vectors are read off the parameters."""
+        images = any(p.dim() == 4 for p in self.params.values())
+        if "log_std" not in self.params or images:
             return policy_for(self.config, self.family)
         told = find_algorithm(self.config.algorithm).told
         context = context_dim(self.config, self.family.tasks.dim if told else 0)
         observation = self.params["layer0.weight"].shape[0] - context
         actions = gym.spaces.Box(-1.0, 1.0, self.params["log_std"].shape)
-        return make_policy(self.config, observation, actions, context)
+        return make_policy(self.config, (observation,), actions, context)
 
     def inner_loop(
         self, pool: ChunkPool, step_sizes: Sequence[float] | None = None
@@ -241,6 +159,28 @@ class MetaPolicy:
         record = {"task": task, "steps": steps, "episodes": episodes, "seed": seed}
         return Policy(self.policy, params, space, self.family.horizon, self.config, record)
 
+    def adapter(
+        self,
+        action_space: gym.Space | None = None,
+        *,
+        seed: int = 0,
+        step_sizes: Sequence[float] | None = None,
+    ) -> OnlineAdapter:
+        """Return what adapts to one task by transitions as they come; see `OnlineAdapter`.
+
+        Args:
+            action_space: of the environment that is acted in; by default the family's.
+            seed: of the actions.
+            step_sizes: one a step, the last repeated; by default those of evaluation.
+        """
+        if find_algorithm(self.config.algorithm).told:
+            raise UserError("an oracle is told its task and does not adapt")
+        if action_space is None:
+            with contextlib.closing(self.family.make()) as env:
+                action_space = env.action_space
+        loop, params = self.inner_loop(ChunkPool(1), step_sizes)
+        return OnlineAdapter(loop, params, action_space, self.family.horizon, self.config, seed)
+
     def save(self, path: str | Path) -> None:
         """Write a policy file that `load` reads."""
         metadata = {"kind": "policy", "config": self.config.to_json(), **self.record}
@@ -279,20 +219,32 @@ def make_adapter(config: Config, policy: MLPPolicy) -> Adapter:
 
 
 def make_policy(
-    config: Config, observation_dim: int, actions: gym.Space, context: int = 0
+    config: Config, observation_shape: tuple[int, ...], actions: gym.Space, context: int = 0
 ) -> MLPPolicy:
     """Return a config's network for an environment's observations and action space.
+
+    Observations that are no vectors are images.
 
     Raises:
         UserError: no policy acts in such a space, or options have no effect in it.
     """
     chosen, base = config.policy, PolicyConfig()
+    encoder = None
+    size = observation_shape[0]
+    if len(observation_shape) > 1:
+        encoder = make_encoder(chosen.network, observation_shape)
+    elif chosen.network in ENCODERS:
+        raise UserError(
+            f"policy.network {chosen.network} reads images, and observations are"
+            f" {size} numbers: leave it out"
+        )
     common: dict[str, Any] = {
         "context_dim": context,
-        "observation_dim": observation_dim,
+        "observation_dim": size if encoder is None else encoder.features,
+        "encoder": encoder,
         "hidden": chosen.hidden,
         "activation": chosen.activation,
-        "normalize": chosen.normalize,
+        "normalize": chosen.normalize and encoder is None,  # images are scaled to [0, 1]
         "output_scale": chosen.output_scale,
     }
     found = categories(actions)
@@ -315,10 +267,13 @@ def policy_for(config: Config, family: TaskFamily) -> MLPPolicy:
     env = family.make()
     try:
         observation, action = env.observation_space, env.action_space
-        if observation.shape is None or len(observation.shape) != 1:
-            raise UserError(f"{family.name}: observations must be a flat Box, got {observation}")
+        if observation.shape is None or not (len(observation.shape) == 1 or is_image(observation)):
+            raise UserError(
+                f"{family.name}: observations must be a flat Box or a uint8 image, got"
+                f" {observation}"
+            )
         context = context_dim(config, family.tasks.dim)
-        return make_policy(config, observation.shape[0], action, context)
+        return make_policy(config, observation.shape, action, context)
     finally:
         env.close()
 

@@ -17,7 +17,7 @@ from metarl.running.statistics import (
     interquartile_mean_interval,
 )
 
-REFERENCES = ("pretrained", "random", "oracle")
+REFERENCES = ("pretrained", "random", "from-scratch", "oracle")
 """Algorithms that others are measured by."""
 
 
@@ -175,15 +175,43 @@ class EvaluationResult:
         return result
 
     def verdict(self) -> str:
-        """Say in one sentence whether the policy's adaptation gains anything."""
-        return self.curve.verdict()
+        """Say whether the policy's adaptation gains anything, and what meta-training earned."""
+        return " ".join([self.curve.verdict(), *self._worth(self.curve)])
+
+    def _worth(self, curve: Curve) -> list[str]:
+        """Say what of a gain meta-training earned, by gains and returns paired by task."""
+        others = {name: c for name, c in self.rows.items() if c.algorithm in REFERENCES}
+        if len(curve.returns) < 2 or curve.algorithm in REFERENCES:
+            return []
+        said = []
+        gains = curve.per_task[:, 1] - curve.per_task[:, 0]
+        for name, other in others.items():
+            known = np.isfinite(gains).sum() >= FEWEST
+            if not known or len(other.returns) < 2:
+                continue
+            if other.algorithm == "random":
+                own = other.per_task[:, 1] - other.per_task[:, 0]
+                more = _difference(gains, own)
+                earned = (
+                    f"what meta-training adds to that cannot be told from zero, {more}"
+                    if more.low <= 0.0 <= more.high
+                    else f"meta-training adds {more} to that"
+                )
+                said.append(f"The random initialization gains {np.nanmean(own):+.1f}; {earned}.")
+            if other.algorithm == "from-scratch":
+                more = _difference(curve.per_task[:, 1], other.per_task[:, 1])
+                said.append(f"After one step it earns {more} more than training {name}.")
+        return said
 
     def verdicts(self) -> str:
         """Say it of each policy that is no reference, a line each."""
         said = {n: c for n, c in self.rows.items() if c.algorithm not in REFERENCES}
         if len(said) < 2:
             return self.verdict()
-        return "\n".join(f"{name}: {curve.verdict()}" for name, curve in said.items())
+        return "\n".join(
+            " ".join([f"{name}: {curve.verdict()}", *self._worth(curve)])
+            for name, curve in said.items()
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `evaluation.json`."""
@@ -247,6 +275,24 @@ class EvaluationResult:
             cells += [f"{x:.2f}" for a in self.curve.achieved.values() for x in a[t]]
             lines.append("".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """A mean difference over tasks and its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+
+
+def _difference(ours: Floats, theirs: Floats) -> _Difference:
+    """Return the mean of differences paired by task, with its 95 % interval."""
+    paired = _known(ours - theirs)
+    return _Difference(float(paired.mean()), *bootstrap_interval(paired))
 
 
 def _cells(means: Sequence[float], intervals: Sequence[Sequence[float]], digits: int) -> list[str]:

@@ -31,6 +31,7 @@ from metarl.running.iterations import (
     schedule,
     schedule_change,
 )
+from metarl.running.memory import check_memory, need
 from metarl.running.meta_policy import (
     MetaPolicy,
     checkpoints_of,
@@ -68,6 +69,7 @@ class Trainer:
         self.policy = policy_for(config, self.family)
         check_combination(config)
         check_device(config.device)
+        self._check_memory()
         adapter = make_adapter(config, self.policy)
         params = adapter.init(self.policy.init(stream(config.seed, 0, "init")))
         self._outer = make_outer(self.algorithm, config)
@@ -81,6 +83,21 @@ class Trainer:
         )  # fmt: skip
         self._stack.callback(self._collector.close)
         self.inner_loop = InnerLoop(adapter, config.advantage, self.pool)
+
+    def _check_memory(self) -> None:
+        config, second = self.config, self.algorithm.order == 2
+        trust_region = self.algorithm.outer == "trust-region"
+        needed = need(
+            self.policy,
+            tasks=config.tasks,
+            episodes=config.episodes,
+            horizon=self.family.horizon,
+            rollouts=config.inner.steps + 1,
+            workers=0 if self.family.parallel else config.workers,
+            chunks=config.threads if second else 1,
+            fisher_fraction=config.trust_region.fisher_fraction if trust_region else 0.0,
+        )
+        check_memory(needed, config.family)
 
     def close(self) -> None:
         """Close the environments; end threads and worker processes."""

@@ -69,9 +69,26 @@ def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
         return action.astype(space.dtype)
     assert isinstance(space, gym.spaces.Box)
     if mode == "scale":
-        middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
-        action = np.where(np.isfinite(half), middle + half * action, action)
+        with np.errstate(invalid="ignore"):  # infinite bounds, whose actions stay as they are
+            middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
+            action = np.where(np.isfinite(half), middle + half * action, action)
     return np.clip(action, space.low, space.high).astype(space.dtype, copy=False)
+
+
+def policy_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray[np.float32]:
+    """Return what a policy would have drawn for an action of the environment's, [action_size].
+
+    The inverse of `env_action`, up to what that cuts.
+    """
+    if isinstance(space, gym.spaces.Box):
+        taken = np.asarray(action, np.float64)
+        if mode == "scale":
+            with np.errstate(invalid="ignore"):
+                middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
+                taken = np.where(np.isfinite(half), (taken - middle) / half, taken)
+        return taken.astype(np.float32)
+    start = getattr(space, "start", 0)
+    return np.atleast_1d(np.asarray(action) - start).astype(np.float32)
 
 
 def categories(space: gym.Space) -> tuple[int, ...] | None:
@@ -113,12 +130,13 @@ class Memory:
         record: Sequence[str] = (),
         allocate: Allocate = _zeros,
     ) -> None:
-        def zeros(*shape: int, dtype: type = np.float32) -> NDArray:
+        def zeros(*shape: int, dtype: type[np.generic] = np.float32) -> NDArray:
             return allocate(shape, np.dtype(dtype))
 
         grid = (tasks, episodes, horizon)
-        self.observation = zeros(*grid, policy.observation_dim)
-        self.last_observation = zeros(*grid[:2], policy.observation_dim)
+        seen = policy.observation_shape, policy.observation_dtype
+        self.observation = zeros(*grid, *seen[0], dtype=seen[1])
+        self.last_observation = zeros(*grid[:2], *seen[0], dtype=seen[1])
         self.action = zeros(*grid, policy.action_size)
         self.output = zeros(*grid, policy.output_dim)
         self.reward = zeros(*grid)
@@ -299,10 +317,10 @@ def check_spaces(env: TaskVectorEnv | gym.Env, policy: MLPPolicy, name: str) -> 
     observation = env.single_observation_space if vector else env.observation_space
     action = env.single_action_space if vector else env.action_space
     box = isinstance(observation, gym.spaces.Box)
-    if not box or observation.shape != (policy.observation_dim,):
+    if not box or observation.shape != policy.observation_shape:
         raise UserError(
             f"{name}: observations are {observation}, but the policy is made for a Box of shape"
-            f" ({policy.observation_dim},)"
+            f" {policy.observation_shape}"
         )
     if isinstance(policy, CategoricalMLP):
         if categories(action) != policy.categories:

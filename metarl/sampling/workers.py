@@ -1,4 +1,4 @@
-"""Rollouts on worker processes, for environments without a native backend.
+"""Rollouts on worker processes (`worker_process`), for environments without a native backend.
 
 Each worker holds the environments of its share of the tasks. For a collect it is sent the share's
 stacked parameters, runs whole episodes and leaves them in memory that it shares with this process;
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import faulthandler
 import logging
 import multiprocessing
 import os
@@ -25,25 +24,21 @@ import pickle
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from multiprocessing import resource_tracker, util
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
-import torch
-from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from metarl.envs import TaskFamily, TaskVectorEnv, make_family
+from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
+from metarl.envs.processes import pack
 from metarl.envs.vector import describe_progress
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.policies import MLPPolicy, Params
@@ -53,10 +48,9 @@ from metarl.sampling.rollouts import (
     Address,
     Collector,
     Memory,
-    check_spaces,
     clear_after_the_end,
-    collect_into,
 )
+from metarl.sampling.worker_process import Reply, Share, work
 
 REPEATS = {"was killed": 2, "ended": 1, "hung": 1, "raised": 1}
 """How often a share is begun again in one collect, for each way a worker may fail."""
@@ -83,151 +77,10 @@ class WorkerError(UserError):
     """Workers fail again and again; the message names worker and task, with the traceback."""
 
 
-@dataclass(frozen=True)
-class _Share:
-    """What a worker is made for; sent to it once."""
-
-    index: int
-    family: tuple[str, dict[str, Any]] | bytes
-    policy: MLPPolicy
-    tasks: int
-    """Of all workers."""
-    episodes: int
-    horizon: int
-    mode: ActionMode
-    record: tuple[str, ...]
-    """Entries of the environments' info to keep."""
-    where: slice
-    """The worker's tasks."""
-    memory: list[Any]
-    """The arrays of a `Memory` of all tasks."""
-    progress: Any
-    """`TaskVectorEnv.progress`"""
-
-
-@dataclass(frozen=True)
-class _Reply:
-    """What a worker says, or what is found out about it."""
-
-    kind: str
-    """ready, done; refused (a UserError), raised; was killed, ended, hung."""
-    text: str = ""
-    trace: str = ""
-
-
-# In the worker process --------------------------------------------------------------------------
-
-
-def _work(share: _Share, channel: Connection, dump: Connection, with_parent: bool) -> None:
-    """Serve collects until told to close (None) or the parent is gone."""
-    _end_with_parent(with_parent)
-    # Where it hangs or crashed, written without the interpreter's help.
-    faulthandler.enable(dump.fileno(), all_threads=False)
-    faulthandler.register(signal.SIGUSR1, dump.fileno(), all_threads=False)
-    torch.set_num_threads(1)
-    try:
-        with _restored(share) as (env, memory):
-            channel.send(_Reply("ready"))
-            while (order := channel.recv()) is not None:
-                params, tasks, address, deterministic = order
-                for array in memory.arrays().values():
-                    array[share.where] = 0
-                stacked = {name: torch.from_numpy(p) for name, p in params.items()}
-                collect_into(
-                    memory, share.where, env, share.policy, stacked, tasks, address, share.mode,
-                    deterministic,
-                )  # fmt: skip
-                channel.send(_Reply("done"))
-        channel.send(_Reply("done"))
-    except (EOFError, BrokenPipeError):
-        pass  # the parent is gone
-    except UserError as error:
-        channel.send(_Reply("refused", str(error)))
-    except BaseException as error:  # an environment may even call sys.exit
-        text = f"{type(error).__name__}: {error}".removesuffix(": ")
-        channel.send(_Reply("raised", text, traceback.format_exc()))
-
-
-@contextlib.contextmanager
-def _restored(share: _Share) -> Iterator[tuple[TaskVectorEnv, Memory]]:
-    """Give a worker's vector environment and shared memory; close the environment afterwards."""
-    family = _unpacked(share.family)
-    if family.horizon != share.horizon:
-        raise UserError(
-            f"{family.name}: made again by its name, it has horizon {family.horizon}, not"
-            f" {share.horizon}; make it changed by a function of its own, as module:attribute"
-        )
-    tasks = share.where.stop - share.where.start
-    env = family.make_vec(tasks, share.episodes, autoreset_mode=AutoresetMode.DISABLED)
-    env.progress = share.progress
-    arrays = iter(share.memory)
-
-    def attach(shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
-        return np.frombuffer(next(arrays), dtype).reshape(shape)
-
-    check_spaces(env, share.policy, family.name)
-    yield (
-        env,
-        Memory(share.policy, share.tasks, share.episodes, share.horizon, share.record, attach),
-    )
-    env.close()
-
-
-def _end_with_parent(exactly: bool) -> None:
-    """End this process and its children when the parent does, even while an environment hangs."""
-    os.setpgrp()  # Ctrl-C in a terminal reaches neither workers nor what environments start
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-    if exactly and sys.platform == "linux":
-        # The thread above needs the interpreter's lock, which an environment may hold for ever.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _packed(family: TaskFamily) -> tuple[str, dict[str, Any]] | bytes:
-    """Return a family as a worker can make it again: itself, or its name and options."""
-    try:
-        return pickle.dumps(family)
-    except Exception as error:  # whatever a user's objects raise
-        if family.source is not None:
-            name, options = family.source
-            return name, dict(options)
-        raise UserError(f"{_cannot(family.name)}: {error}") from error
-
-
-def _unpacked(packed: tuple[str, dict[str, Any]] | bytes) -> TaskFamily:
-    try:
-        if isinstance(packed, bytes):
-            return pickle.loads(packed)
-        return make_family(packed[0], **packed[1])
-    except Exception as error:
-        name = "the family" if isinstance(packed, bytes) else packed[0]
-        raise UserError(f"{_cannot(name)}: {type(error).__name__}: {error}") from error
-
-
-def _cannot(name: str) -> str:
-    return (
-        f"{name} cannot be made again in a worker process (define it, and the functions it uses,"
-        " in a module and name it module:attribute; no lambda in a family made by hand; or use"
-        " workers=0)"
-    )
-
-
-# In the parent process --------------------------------------------------------------------------
-
-
 class _Worker:
     """One worker process and what it is doing."""
 
-    def __init__(self, share: _Share, timeout: float) -> None:
+    def __init__(self, share: Share, timeout: float) -> None:
         self.share, self.timeout = share, timeout
         self.order: Any = None
         self.tasks = np.empty((0, 0))
@@ -245,7 +98,7 @@ class _Worker:
                 end.setsockopt(socket.SOL_SOCKET, option, limit)
         main = threading.current_thread() is threading.main_thread()
         self.process: BaseProcess = _context.Process(
-            target=_work,
+            target=work,
             args=(self.share, theirs, their_dump, main),
             name=f"metarl worker {self.share.index}",
         )
@@ -270,7 +123,7 @@ class _Worker:
             with contextlib.suppress(OSError):  # dead or stopped, which `check` finds
                 self.channel.send(order)
 
-    def check(self) -> _Reply | None:
+    def check(self) -> Reply | None:
         """Return a reply or a fault, None while the worker is at work."""
         try:
             if self.channel.poll():
@@ -293,7 +146,7 @@ class _Worker:
         """Seconds without a call of an environment that mean it hangs."""
         return self.timeout if self.ready else max(self.timeout, START_SECONDS)
 
-    def _heard(self, reply: _Reply) -> _Reply | None:
+    def _heard(self, reply: Reply) -> Reply | None:
         if reply.kind == "ready":
             self.ready = True
             if self.order is not None:
@@ -301,16 +154,16 @@ class _Worker:
                 return None
         self.busy = False
         if reply.kind == "raised":
-            return _Reply("raised", f"{self._name('raised')}: {reply.text}", reply.trace)
+            return Reply("raised", f"{self._name('raised')}: {reply.text}", reply.trace)
         return reply
 
-    def _fault(self, hung: bool = False) -> _Reply:
+    def _fault(self, hung: bool = False) -> Reply:
         code = self.process.exitcode
         kind, what = "ended", f"exit code {code}"
         if hung:
             kind, what = "hung", f"no step ended for {self.limit:g} s"
         elif code == _NO_GUARD:
-            return _Reply("refused", _GUARD)
+            return Reply("refused", _GUARD)
         elif code is not None and code < 0:
             kind, what = "was killed", signal.Signals(-code).name
         text = f"{self._name(kind)}: {what}"
@@ -321,7 +174,7 @@ class _Worker:
         with contextlib.suppress(OSError):
             while self.dump.poll(0.3) and (part := os.read(self.dump.fileno(), 1 << 16)):
                 trace += part
-        return _Reply(kind, text, trace.decode(errors="replace"))
+        return Reply(kind, text, trace.decode(errors="replace"))
 
     def _name(self, verb: str) -> str:
         tasks = np.repeat(self.tasks, self.share.episodes, axis=0)
@@ -386,13 +239,13 @@ class WorkerCollector:
             return np.frombuffer(raws[-1], dtype).reshape(shape)
 
         self._shared = Memory(policy, num_tasks, episodes, family.horizon, self._record, share_out)
-        packed = _packed(family)
+        packed = pack(family)
         self._workers: list[_Worker] = []
         # Runs before multiprocessing waits for its children at exit, and if close is forgotten.
         self._finalizer = util.Finalize(self, _kill, (self._workers,), exitpriority=10)
         try:
             for i, where in enumerate(slices(num_tasks, -(-num_tasks // workers))):
-                share = _Share(
+                share = Share(
                     index=i,
                     family=packed,
                     policy=policy,
@@ -458,7 +311,7 @@ class WorkerCollector:
                 self._judge(reply, faults[fault], worker.ready)
                 worker.restart()
 
-    def _judge(self, reply: _Reply, times: int, started: bool) -> None:
+    def _judge(self, reply: Reply, times: int, started: bool) -> None:
         """Raise unless a fault may pass with a new worker; then say so."""
         if reply.kind == "refused":
             raise UserError(reply.text)

@@ -62,9 +62,11 @@ def _save(figure: Figure, path: Path) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
     with mpl.rc_context({"svg.hashsalt": "metarl"}):
-        for file, options in zip(paths, ({"dpi": 150}, {"metadata": {"Date": None}}), strict=True):
+        for file in paths:
             picture = io.BytesIO()
-            figure.savefig(picture, format=file.suffix[1:], **options)
+            kind = file.suffix[1:]
+            undated = {"Date": None} if kind == "svg" else None
+            figure.savefig(picture, format=kind, dpi=150, metadata=undated)
             write_atomically(file, picture.getvalue())
     return paths
 

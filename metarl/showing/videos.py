@@ -1,12 +1,14 @@
 """Videos of policies on one task, side by side, with goal, step and return written in the frame.
 
 Needs no display: MuJoCo draws through EGL, or OSMesa. Which of them works is tried out in a process
-of its own, since a process that failed with one cannot try the other.
+of its own, since a process that failed with one cannot try the other. `prepare` chooses before an
+environment's module is imported, for some read the choice then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import subprocess
@@ -25,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from metarl.envs import MujocoFamily, TaskFamily
 from metarl.envs.errors import UserError
 from metarl.running.files import write_atomically
-from metarl.running.meta_policy import Policy
+from metarl.running.policy import Policy
 
 FPS = 25  # at most; slower families are shown at their own rate
 _LINE, _GAP = 30, 8  # pixels: height of a line of text above a panel, space between panels
@@ -96,9 +98,8 @@ def choose_gl() -> None:
     """
     if not sys.platform.startswith("linux"):
         return  # the system's own way needs no choice
-    display = bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     asked = os.environ.get("MUJOCO_GL")
-    for backend in [asked] if asked else ["egl", "osmesa", *(["glfw"] if display else [])]:
+    for backend in [asked] if asked else ["egl", "osmesa", *(["glfw"] if _display() else [])]:
         if _draws(backend):
             os.environ["MUJOCO_GL"] = backend
             return
@@ -106,6 +107,26 @@ def choose_gl() -> None:
     raise UserError(f"no video: {tried} here; on Debian or Ubuntu: apt-get install libegl1 libgl1")
 
 
+def prepare() -> str | None:
+    """Choose what draws without a display, for every environment that is imported from here on.
+
+    Returns:
+        what is amiss, where MuJoCo cannot draw; other environments may.
+    """
+    if sys.platform.startswith("linux") and not _display():
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame's
+    try:
+        choose_gl()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _display() -> bool:
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+@functools.cache
 def _draws(backend: str) -> bool:
     environment = {**os.environ, "MUJOCO_GL": backend}
     try:
@@ -142,13 +163,14 @@ def record(
     """
     if not speed > 0.0:
         raise UserError(f"speed must be positive, got {speed}")
+    amiss = prepare()
     probe = family.make(task)
-    modes, mujoco = probe.metadata.get("render_modes") or [], _needs_gl(family, probe)
+    modes = probe.metadata.get("render_modes") or []
     probe.close()
     if "rgb_array" not in modes:
         raise UserError(f"no video: {family.name} has no render mode rgb_array")
-    if mujoco:
-        choose_gl()
+    if amiss is not None and isinstance(family, MujocoFamily):
+        raise UserError(amiss)
     rate = speed * float(probe.metadata.get("render_fps") or FPS)
     every = max(1, round(rate / FPS))
     fps = rate / every
@@ -156,7 +178,7 @@ def record(
     panels = []
     for title, policy in policies.items():
         with contextlib.closing(family.make(task, render_mode="rgb_array")) as env:
-            shown = _episode(policy, env, every, seed, deterministic)
+            shown = _episode(policy, env, every, seed, deterministic, amiss)
         panels.append(
             [
                 _panel(image, title, goal, f"step {step}   return {total:.1f}")
@@ -174,9 +196,32 @@ def record(
 
 
 def _episode(
-    policy: Policy, env: gym.Env, every: int, seed: int, deterministic: bool
+    policy: Policy,
+    env: gym.Env,
+    every: int,
+    seed: int,
+    deterministic: bool,
+    amiss: str | None,
 ) -> list[tuple[int, float, NDArray[np.uint8]]]:
-    """Return the step, the return so far and an image of every few steps and of the last."""
+    """Return the step, the return so far and an image of every few steps and of the last.
+
+    Raises:
+        UserError: the environment cannot draw; `amiss` says what MuJoCo lacks here.
+    """
+
+    def image() -> NDArray[np.uint8]:
+        try:
+            drawn = env.render()
+        except Exception as error:  # whatever a graphics library raises
+            why = f"{amiss}; {type(error).__name__}: {error}" if amiss else f"no video: {error}"
+            raise UserError(why) from error
+        if drawn is None:
+            raise UserError(
+                "no video: the environment renders nothing; if a function makes it, that must take"
+                " render_mode=None and hand it on"
+            )
+        return np.asarray(drawn, np.uint8)
+
     shown: list[tuple[int, float, NDArray[np.uint8]]] = []
     last = (0, 0.0)
 
@@ -184,16 +229,12 @@ def _episode(
         nonlocal last
         last = (step, total)
         if step % every == 0:
-            shown.append((step, total, np.asarray(env.render(), np.uint8)))
+            shown.append((step, total, image()))
 
     policy.play(env, seed=seed, deterministic=deterministic, watch=watch)
     if shown[-1][0] != last[0]:
-        shown.append((*last, np.asarray(env.render(), np.uint8)))
+        shown.append((*last, image()))
     return shown
-
-
-def _needs_gl(family: TaskFamily, env: gym.Env) -> bool:
-    return isinstance(family, MujocoFamily) or hasattr(env.unwrapped, "mujoco_renderer")
 
 
 def _goal(family: TaskFamily, task: NDArray[np.float64]) -> str:

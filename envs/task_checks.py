@@ -1,0 +1,177 @@
+"""Checks of what a task does: in one environment and many, here and in a worker process.
+
+Each check yields the messages of what it finds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import fields
+from functools import partial
+
+import numpy as np
+
+from metarl.envs.errors import UserError
+from metarl.envs.family import TaskFamily, Tasks, Uniform, did_you_mean
+from metarl.envs.gymnasium_family import GymnasiumFamily
+from metarl.envs.processes import Parcel, pack, unpack
+from metarl.envs.traces import (
+    BEHAVIOURS,
+    EPISODES,
+    LONGEST,
+    Doubt,
+    Trace,
+    all_equal,
+    example_tasks,
+    first_difference,
+    named_task,
+    play,
+    play_together,
+    raised,
+    random_actions,
+)
+
+MOST_COMPONENTS = 8  # of a task that are varied one by one
+
+
+def check_batch(family: TaskFamily) -> Iterator[str]:
+    tasks = example_tasks(family)
+    for task, together in zip(tasks, play_together(family, tasks), strict=True):
+        env = family.make(task)
+        for seed in range(EPISODES):
+            alone = play(
+                env, seed, random_actions(env.action_space, min(family.horizon, LONGEST), seed)
+            )
+            # Vectorised functions may round otherwise on another number of rows.
+            difference = alone.first_difference(together[seed], tolerance=1e-5)
+            if difference is not None:
+                yield (
+                    f"{difference[0]} of make_vec differ from those of make after {difference[1]}"
+                    f" steps of task {named_task(family, task)}: a row that a vectorised function"
+                    " returns must depend on that row alone (task[:, 0], not task[0])"
+                )
+                return
+        env.close()
+
+
+def check_dependence(family: TaskFamily) -> Iterator[str]:
+    tasks = example_tasks(family)
+    if not _differ(family, tasks):
+        yield _why_equal(family, tasks)
+    elif isinstance(family.tasks, Uniform) and 1 < family.tasks.dim <= MOST_COMPONENTS:
+        for i, name in enumerate(family.tasks.names):
+            pair = np.repeat(family.tasks.grid(1, "train"), 2, axis=0)
+            pair[:, i] = [bound[i] for bound in family.tasks.bounds()]
+            if not _differ(family, pair):
+                yield Doubt(
+                    f"{name} changed neither observations nor rewards, from {pair[0, i]:g} to"
+                    f" {pair[1, i]:g}, under {_TRIED}: use it, or leave it out of the task; if it"
+                    " matters only where none of these leads, all is well"
+                )
+
+
+_TRIED = f"{', '.join(list(BEHAVIOURS)[:-1])} and {list(BEHAVIOURS)[-1]} actions"
+
+
+def _differ(family: TaskFamily, tasks: Tasks) -> bool:
+    """Whether tasks differ under some way of acting."""
+    return any(not all_equal(play_together(family, tasks, way)) for way in BEHAVIOURS.values())
+
+
+def _why_equal(family: TaskFamily, tasks: Tasks) -> str:
+    same = f"observations and rewards were the same for every task under {_TRIED}"
+    elsewhere = "; if the task matters only where none of these leads, all is well"
+    if not isinstance(family, GymnasiumFamily):
+        return Doubt(f"{same}: something in step must depend on the task{elsewhere}")
+    if family.reward is not None or family.keywords:
+        what = "reward does" if family.reward is not None else "the keyword arguments do"
+        return Doubt(f"{same}: what {what} must depend on the task{elsewhere}")
+    for way in BEHAVIOURS.values():
+        late = []  # the task put in after the reset, where it cannot be lost at it
+        for task in tasks:
+            env = family.make_bare()
+            family.put(env, tasks[0])
+            actions = way(env.action_space, min(family.horizon, LONGEST), 0)
+            late.append([play(env, 0, actions, after_reset=partial(family.put, env, task))])
+            env.close()
+        if not all_equal(late):
+            return (
+                f"the task is lost at reset: {same}, but not if it is put in after the reset; reset"
+                " must leave alone what set_task has set"
+            )
+    env = family.make_bare()
+    known = set(dir(env.unwrapped))
+    family.put(env, tasks[0])
+    for made in sorted(set(vars(env.unwrapped)) - known):
+        return (
+            f"{same}: set_task makes a new attribute {made!r}, which the environment does not"
+            f" read{did_you_mean(made, known)}"
+        )
+    return Doubt(f"{same}: something in step must depend on what set_task sets{elsewhere}")
+
+
+def check_pickling(family: TaskFamily) -> Iterator[str]:
+    if family.source is not None:
+        return  # what cannot be sent, a worker makes anew by the family's name
+    parts = {f.name: getattr(family, f.name) for f in fields(family)}
+    for name, part in {**parts, "the family": family}.items():
+        try:
+            pickle.dumps(part)
+        except Exception as error:  # PicklingError, AttributeError, TypeError, the user's own
+            yield (
+                f"{name} cannot be sent to a worker process ({error}): let it be made of functions"
+                " and classes at the top level of a module, without lambda or nested def"
+            )
+            return
+
+
+def check_worker(family: TaskFamily) -> Iterator[str]:
+    tasks = example_tasks(family)
+    try:
+        here, again = (play_together(family, tasks) for _ in range(2))
+    except Exception:  # told by an earlier check; what is left to ask is whether a worker starts
+        here = again = None
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            there = pool.submit(_play_there, pack(family), tasks, here is not None).result()
+    except BrokenProcessPool:
+        yield "a worker process died of it; what it printed may say why"
+        return
+    except RuntimeError as error:
+        if "bootstrapping" not in str(error):
+            raise
+        yield (
+            "worker processes import the script that starts them: what it does must stand under"
+            " if __name__ == '__main__':"
+        )
+        return
+    if here is None or again is None or first_difference(here, again) is not None:
+        return  # nothing that could be compared
+    if all_equal(there) and not all_equal(here):
+        yield (
+            "the task is lost on the way to a worker process, where every task plays the same:"
+            " set_task and reward must find all they need in the family or in their module"
+        )
+    elif (difference := first_difference(here, there)) is not None:
+        i, kind, t = difference
+        yield (
+            f"{kind} differ in a worker process after {t} steps of task"
+            f" {named_task(family, tasks[i])}: set_task and reward must find all they need in the"
+            " family or in their module"
+        )
+
+
+def _play_there(parcel: Parcel, tasks: Tasks, play: bool) -> list[list[Trace]]:
+    try:
+        family = unpack(parcel)
+        if play:
+            return play_together(family, tasks)
+        family.make().close()
+        return []
+    except Exception as error:  # whose traceback stays behind
+        raise UserError(f"in a worker process, {raised(error)}") from None

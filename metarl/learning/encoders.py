@@ -1,0 +1,216 @@
+"""Convolutional encoders: image observations to feature vectors, as pure functions of parameters.
+
+As in `policies`, parameters may be stacked over tasks or not, each leaf for itself. A convolution
+whose weights are a task's own runs task by task: on a processor that is faster than one of groups,
+forwards and through both derivatives.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from metarl.envs.errors import UserError
+
+
+def image_size(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return channels, height and width of an image [H, W], [H, W, C] or [C, H, W].
+
+    Channels are the smaller one of the first and the last axis, the last where they are equal.
+    """
+    if len(shape) == 2:
+        return 1, shape[0], shape[1]
+    first, middle, last = shape
+    return (first, middle, last) if first < last else (last, first, middle)
+
+
+def channels_first(image: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return images [..., *shape] of bytes as [..., C, H, W], scaled to [0, 1].
+
+    Images that are floating-point numbers already keep their type.
+    """
+    x = image if image.is_floating_point() else image.to(torch.get_default_dtype())
+    if len(shape) == 2:
+        x = x.unsqueeze(-3)
+    elif image_size(shape)[0] != shape[0] or shape[0] == shape[-1]:
+        x = x.movedim(-1, -3)
+    return x / 255.0
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int = 0) -> Tensor:
+    """Cross-correlation of images [samples, C, H, W] or [tasks, samples, C, H, W].
+
+    Args:
+        weight: [out, C, k, k] or [tasks, out, C, k, k].
+        bias: [out] or [tasks, out]
+    """
+    if weight.dim() == 5:
+        parts = zip(x, weight, bias, strict=True)
+        return torch.stack([functional.conv2d(a, w, b, stride, padding) for a, w, b in parts])
+    y = functional.conv2d(x.flatten(0, -4), weight, bias, stride, padding)
+    return y.unflatten(0, x.shape[:-3])
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Encoder(ABC):
+    """What a convolutional network makes of images: `features` numbers each."""
+
+    shape: tuple[int, ...]
+    """Of one image, see `image_size`."""
+
+    least: ClassVar[int]
+    """Pixels an image must have each way."""
+
+    def __post_init__(self) -> None:
+        if min(image_size(self.shape)[1:]) < self.least:
+            raise UserError(
+                f"images of {list(self.shape)} are too small for this network, which needs"
+                f" {self.least} pixels each way: take --policy.network impala, or flatten them"
+                " (gym.wrappers.FlattenObservation)"
+            )
+
+    @property
+    @abstractmethod
+    def features(self) -> int:
+        """Size of the feature vector."""
+
+    @property
+    @abstractmethod
+    def activations(self) -> int:
+        """Numbers that a forward pass makes of one image."""
+
+    @abstractmethod
+    def shapes(self) -> Shapes:
+        """Return the shape of each parameter."""
+
+    @abstractmethod
+    def encode(self, params: dict[str, Tensor], image: Tensor) -> Tensor:
+        """Return the features of images [..., *shape], [..., features]."""
+
+
+def _convolution(name: str, outputs: int, inputs: int, kernel: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs, kernel, kernel), f"{name}.bias": (outputs,)}
+
+
+NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
+
+
+@dataclass(frozen=True)
+class NatureCNN(Encoder):
+    """Three convolutions, rectified (Mnih et al. 2015, doi:10.1038/nature14236)."""
+
+    least: ClassVar[int] = 36
+
+    @property
+    def features(self) -> int:
+        return self._sizes()[-1]
+
+    @property
+    def activations(self) -> int:
+        return math.prod(self.shape) + 2 * sum(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        """Numbers that each convolution gives."""
+        _, height, width = image_size(self.shape)
+        sizes = []
+        for channels, kernel, stride in NATURE:
+            height, width = ((size - kernel) // stride + 1 for size in (height, width))
+            sizes.append(channels * height * width)
+        return sizes
+
+    def shapes(self) -> Shapes:
+        shapes, inputs = {}, image_size(self.shape)[0]
+        for i, (outputs, kernel, _) in enumerate(NATURE):
+            shapes |= _convolution(f"conv{i}", outputs, inputs, kernel)
+            inputs = outputs
+        return shapes
+
+    def encode(self, params: dict[str, Tensor], image: Tensor) -> Tensor:
+        x = channels_first(image, self.shape)
+        for i, (_, _, stride) in enumerate(NATURE):
+            x = convolve(x, params[f"conv{i}.weight"], params[f"conv{i}.bias"], stride).relu()
+        return x.flatten(-3)
+
+
+_IMPALA = (16, 32)  # channels of each stage
+
+
+@dataclass(frozen=True)
+class SmallImpala(Encoder):
+    """Stages of a convolution, a maximum over 3x3 at stride 2, and a residual block.
+
+    The residual network of Espeholt et al. 2018 (fig. 3, arXiv:1802.01561), two stages of one block
+    each in place of three of two.
+    """
+
+    least: ClassVar[int] = 4
+
+    @property
+    def features(self) -> int:
+        return self._sizes()[-1][1]
+
+    @property
+    def activations(self) -> int:
+        return math.prod(self.shape) + sum(before + 6 * after for before, after in self._sizes())
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Numbers that each stage has before and after its maximum."""
+        _, height, width = image_size(self.shape)
+        sizes = []
+        for channels in _IMPALA:
+            before = channels * height * width
+            height, width = (height + 1) // 2, (width + 1) // 2
+            sizes.append((before, channels * height * width))
+        return sizes
+
+    def shapes(self) -> Shapes:
+        shapes, inputs = {}, image_size(self.shape)[0]
+        for i, outputs in enumerate(_IMPALA):
+            shapes |= _convolution(f"stage{i}", outputs, inputs, 3)
+            for j in range(2):
+                shapes |= _convolution(f"stage{i}.residual{j}", outputs, outputs, 3)
+            inputs = outputs
+        return shapes
+
+    def encode(self, params: dict[str, Tensor], image: Tensor) -> Tensor:
+        def layer(x: Tensor, name: str) -> Tensor:
+            return convolve(x, params[f"{name}.weight"], params[f"{name}.bias"], 1, padding=1)
+
+        x = channels_first(image, self.shape)
+        for i in range(len(_IMPALA)):
+            x = layer(x, f"stage{i}")
+            pooled = functional.max_pool2d(x.flatten(0, -4), 3, stride=2, padding=1)
+            x = pooled.unflatten(0, x.shape[:-3])
+            y = layer(x.relu(), f"stage{i}.residual0")
+            x = x + layer(y.relu(), f"stage{i}.residual1")
+        return x.relu().flatten(-3)
+
+
+ENCODERS: dict[str, type[Encoder]] = {"nature": NatureCNN, "impala": SmallImpala}
+"""Networks for images, by name."""
+
+
+def make_encoder(network: str, shape: tuple[int, ...]) -> Encoder:
+    """Return the encoder of a name for images of a shape; `auto`: the Nature CNN where it fits.
+
+    Raises:
+        UserError: images are too small for it, or the network is none for images.
+    """
+    if network == "auto":
+        fits = min(image_size(shape)[1:]) >= NatureCNN.least
+        network = "nature" if fits else "impala"
+    if network not in ENCODERS:
+        raise UserError(
+            f"policy.network {network} reads vectors, and observations are images {list(shape)}:"
+            f" take {' or '.join(ENCODERS)}, or flatten them (gym.wrappers.FlattenObservation)"
+        )
+    return ENCODERS[network](shape)

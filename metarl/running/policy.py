@@ -1,0 +1,131 @@
+"""An ordinary policy, as adaptation leaves it: act, play, save, take away as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from metarl.envs.errors import UserError
+from metarl.learning.modules import Bounded, Chosen, make_module
+from metarl.learning.policies import CategoricalMLP, MLPPolicy, Params
+from metarl.running import checkpoints
+from metarl.running.config import Config
+from metarl.sampling.rollouts import ActionMode, env_action
+from metarl.sampling.seeding import stream
+
+
+class Policy:
+    """An ordinary policy: observations in, actions out."""
+
+    def __init__(
+        self,
+        policy: MLPPolicy,
+        params: Params,
+        space: gym.Space,
+        horizon: int,
+        config: Config,
+        record: Mapping[str, Any],
+    ) -> None:
+        """Make a policy of a network and its parameters.
+
+        Args:
+            space: of the actions.
+            horizon: of the training family.
+            config: of the training behind it.
+            record: `task` (a vector, None where it is not known), `steps`, `episodes` and `seed` of
+                the adaptation.
+        """
+        self.policy, self.params = policy, params
+        self.config, self.record = config, record
+        self._space, self._horizon = space, horizon
+        self._mode: ActionMode = config.policy.action
+        self._rng = stream(record["seed"], 0, "test-noise", record["steps"])
+
+    def act(self, observation: Any, *, deterministic: bool = False) -> NDArray:
+        """Return the action as the environment takes it: one, or n of them.
+
+        Args:
+            observation: one, [*observation_shape], or a batch [n, *observation_shape].
+            deterministic: the most likely action instead of a sample.
+        """
+        return self.act_raw(observation, deterministic=deterministic)[0]
+
+    def act_raw(
+        self, observation: Any, *, deterministic: bool = False
+    ) -> tuple[NDArray, NDArray[np.float32]]:
+        """Return what `act` does, and the action as the policy drew it, [..., action_size]."""
+        shape = list(self.policy.observation_shape)
+        seen = np.asarray(observation, self.policy.observation_dtype)
+        one = seen.ndim == len(shape)
+        if seen.ndim - len(shape) not in (0, 1) or list(seen.shape[-len(shape) :]) != shape:
+            numbers = ", ".join(map(str, shape))
+            raise UserError(
+                f"observations must be [{numbers}] or [n, {numbers}], got {list(seen.shape)}"
+            )
+        if not np.isfinite(seen).all():
+            raise UserError(f"observations must be finite, got {seen[~np.isfinite(seen)][0]}")
+        batch = torch.from_numpy(seen[None] if one else seen)
+        with torch.inference_mode():
+            dist = self.policy.distribution(self.params, batch)
+            if deterministic:
+                action = self.policy.mode(dist)
+            else:
+                noise = self.policy.noise(self._rng, len(batch))
+                action = self.policy.sample(dist, torch.from_numpy(noise))
+        acts = env_action(action.numpy(), self._space, self._mode)
+        return (acts[0], action[0].numpy()) if one else (acts, action.numpy())
+
+    def play(
+        self,
+        env: gym.Env,
+        *,
+        seed: int | None = None,
+        deterministic: bool = False,
+        watch: Callable[[int, float], None] | None = None,
+    ) -> float:
+        """Act for one episode, of the horizon at most; return its return.
+
+        Args:
+            watch: is told after the reset and after every step how many steps were taken, and the
+                return so far.
+        """
+        observation, _ = env.reset(seed=seed)
+        total = 0.0
+        if watch is not None:
+            watch(0, total)
+        for step in range(self._horizon):
+            action = self.act(observation, deterministic=deterministic)
+            observation, reward, terminated, truncated, _ = env.step(action)
+            total += float(reward)
+            if watch is not None:
+                watch(step + 1, total)
+            if terminated or truncated:
+                break
+        return total
+
+    def module(self) -> nn.Module:
+        """Return the policy as an ordinary module of torch: observations [n, ...] to actions.
+
+        It takes the most likely action; normalization and the mapping of actions are inside.
+        """
+        space = self._space
+        if isinstance(self.policy, CategoricalMLP):
+            flat = isinstance(space, gym.spaces.Discrete)
+            start = np.broadcast_to(getattr(space, "start", 0), len(self.policy.categories))
+            last: nn.Module = Chosen(self.policy.categories, start.tolist(), flat)
+        else:
+            assert isinstance(space, gym.spaces.Box)
+            last = Bounded(space.low, space.high, self._mode)
+        return make_module(self.policy, self.params, last)
+
+    def save(self, path: str | Path) -> None:
+        """Write a policy file that `load_policy` reads."""
+        metadata = {"kind": "adapted", "config": self.config.to_json(), "adapted": self.record}
+        checkpoints.save(Path(path), self.params, {**metadata, "versions": checkpoints.versions()})

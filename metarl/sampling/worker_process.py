@@ -1,0 +1,138 @@
+"""A worker process: it holds environments of some tasks and runs their episodes when it is told to.
+
+What it is made for is a `Share`; it answers with a `Reply`, and leaves what it sampled in memory
+that it shares with its parent (`workers`). It ignores Ctrl-C and SIGTERM, and ends with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+
+from metarl.envs import TaskVectorEnv
+from metarl.envs.errors import UserError
+from metarl.envs.processes import Parcel, unpack
+from metarl.learning.policies import MLPPolicy
+from metarl.sampling.rollouts import ActionMode, Memory, check_spaces, collect_into
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a worker is made for; sent to it once."""
+
+    index: int
+    family: Parcel
+    policy: MLPPolicy
+    tasks: int
+    """Of all workers."""
+    episodes: int
+    horizon: int
+    mode: ActionMode
+    record: tuple[str, ...]
+    """Entries of the environments' info to keep."""
+    where: slice
+    """The worker's tasks."""
+    memory: list[Any]
+    """The arrays of a `Memory` of all tasks."""
+    progress: Any
+    """`TaskVectorEnv.progress`"""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a worker says, or what is found out about it."""
+
+    kind: str
+    """ready, done; refused (a UserError), raised; was killed, ended, hung."""
+    text: str = ""
+    trace: str = ""
+
+
+def work(share: Share, channel: Connection, dump: Connection, with_parent: bool) -> None:
+    """Serve collects until told to close (None) or the parent is gone."""
+    _end_with_parent(with_parent)
+    # Where it hangs or crashed, written without the interpreter's help.
+    faulthandler.enable(dump.fileno(), all_threads=False)
+    faulthandler.register(signal.SIGUSR1, dump.fileno(), all_threads=False)
+    torch.set_num_threads(1)
+    try:
+        with _restored(share) as (env, memory):
+            channel.send(Reply("ready"))
+            while (order := channel.recv()) is not None:
+                params, tasks, address, deterministic = order
+                for array in memory.arrays().values():
+                    array[share.where] = 0
+                stacked = {name: torch.from_numpy(p) for name, p in params.items()}
+                collect_into(
+                    memory, share.where, env, share.policy, stacked, tasks, address, share.mode,
+                    deterministic,
+                )  # fmt: skip
+                channel.send(Reply("done"))
+        channel.send(Reply("done"))
+    except (EOFError, BrokenPipeError):
+        pass  # the parent is gone
+    except UserError as error:
+        channel.send(Reply("refused", str(error)))
+    except BaseException as error:  # an environment may even call sys.exit
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+        channel.send(Reply("raised", text, traceback.format_exc()))
+
+
+@contextlib.contextmanager
+def _restored(share: Share) -> Iterator[tuple[TaskVectorEnv, Memory]]:
+    """Give a worker's vector environment and shared memory; close the environment afterwards."""
+    family = unpack(share.family)
+    if family.horizon != share.horizon:
+        raise UserError(
+            f"{family.name}: made again by its name, it has horizon {family.horizon}, not"
+            f" {share.horizon}; make it changed by a function of its own, as module:attribute"
+        )
+    tasks = share.where.stop - share.where.start
+    env = family.make_vec(tasks, share.episodes, autoreset_mode=AutoresetMode.DISABLED)
+    env.progress = share.progress
+    arrays = iter(share.memory)
+
+    def attach(shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
+        return np.frombuffer(next(arrays), dtype).reshape(shape)
+
+    check_spaces(env, share.policy, family.name)
+    yield (
+        env,
+        Memory(share.policy, share.tasks, share.episodes, share.horizon, share.record, attach),
+    )
+    env.close()
+
+
+def _end_with_parent(exactly: bool) -> None:
+    """End this process and its children when the parent does, even while an environment hangs."""
+    os.setpgrp()  # Ctrl-C in a terminal reaches neither workers nor what environments start
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    if exactly and sys.platform == "linux":
+        # The thread above needs the interpreter's lock, which an environment may hold for ever.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

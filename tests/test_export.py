@@ -1,0 +1,192 @@
+"""Policies taken away: modules, files, and adaptation from transitions alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import SPACES, counting_family
+
+import metarl.running.export
+from metarl.commands.cli import main
+from metarl.envs import make_family
+from metarl.envs.errors import UserError
+from metarl.learning.encoders import NatureCNN
+from metarl.learning.parallel import ChunkPool
+from metarl.running.config import Config, PolicyConfig
+from metarl.running.export import export
+from metarl.running.meta_policy import MetaPolicy, load, load_policy, make_policy
+from metarl.running.policy import Policy
+from metarl.sampling.rollouts import Address, collect_episodes, env_action, policy_action
+
+# torch's own, of TorchScript's age.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+RECORD = {"task": None, "steps": 0, "episodes": 0, "seed": 0}
+
+
+def made(space, shape=(3,), context=0, **options) -> Policy:
+    config = Config(policy=PolicyConfig(hidden=(6, 5), **options))
+    policy = make_policy(config, shape, space, context)
+    rng = np.random.default_rng(0)
+    params = {
+        name: torch.from_numpy(rng.standard_normal(size).astype(np.float32))
+        for name, size in policy.shapes().items()
+    }
+    if "norm.var" in params:
+        params["norm.var"] = params["norm.var"].square() + 0.1
+    if context:
+        params["context"] = torch.from_numpy(rng.standard_normal(context).astype(np.float32))
+    return Policy(policy, params, space, 10, config, RECORD)
+
+
+BOX = gym.spaces.Box(
+    np.array([-0.5, -np.inf, 0.0], np.float32), np.array([2.0, np.inf, 1.0], np.float32)
+)
+IMAGE = (8, 14, 3)
+CASES = {
+    "clip": made(BOX),
+    "scale, normalized": made(BOX, action="scale", normalize=True),
+    "context, relu": made(BOX, context=4, activation="relu"),
+    **{kind: made(space) for kind, space in SPACES.items()},
+    "small images": made(SPACES["shifted"], IMAGE),
+    "large images": made(BOX, (36, 40, 4)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_module_acts_as_its_policy(case):
+    policy = CASES[case]
+    rng = np.random.default_rng(1)
+    shape = policy.policy.observation_shape
+    seen = 3.0 * rng.standard_normal((50, *shape))
+    if policy.policy.encoder is not None:
+        seen = rng.integers(0, 256, (50, *shape))
+    seen = seen.astype(policy.policy.observation_dtype)
+    expected = policy.act(seen, deterministic=True)
+    with torch.no_grad():
+        found = policy.module()(torch.from_numpy(seen)).numpy()
+    assert found.shape == expected.shape
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert len(np.unique(expected, axis=0)) > 1
+    assert isinstance(CASES["large images"].policy.encoder, NatureCNN)
+
+
+@pytest.mark.parametrize("kind", ["torchscript", "onnx"])
+@pytest.mark.parametrize("case", ["scale, normalized", "multi", "small images"])
+def test_files_act_as_the_policy(kind, case, tmp_path):
+    if kind == "onnx":
+        pytest.importorskip("onnx")
+    policy = CASES[case]
+    shape = policy.policy.observation_shape
+    space = gym.spaces.Box(-np.inf, np.inf, shape)
+    if policy.policy.encoder is not None:
+        space = gym.spaces.Box(0, 255, shape, np.uint8)
+    assert export(policy, tmp_path / "policy", kind, space) < 1e-4
+    if kind == "torchscript":
+        alone = torch.jit.load(tmp_path / "policy")
+        seen = np.stack([space.sample() for _ in range(7)])
+        assert alone(torch.from_numpy(seen)).numpy() == pytest.approx(
+            policy.act(seen, deterministic=True), abs=1e-4
+        )
+
+
+def test_a_file_that_acts_otherwise_is_refused(tmp_path, monkeypatch):
+    policy = CASES["clip"]
+    wrong = made(BOX, activation="relu").module()
+    monkeypatch.setattr(policy, "module", lambda: wrong)
+    with pytest.raises(UserError, match="the exported policy acts otherwise, by up to"):
+        export(policy, tmp_path / "policy", "torchscript", gym.spaces.Box(-9, 9, (3,)))
+    assert not (tmp_path / "policy").exists()
+
+
+def test_the_command_exports_and_names_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "navigation-2d-icml2017", "--out", "here.pt"]) == 0
+    assert "here.pt: observations [n, 2] to the most likely actions" in capsys.readouterr().out
+    policy = load("navigation-2d-icml2017").adapt([0.3, -0.2], steps=1, episodes=3)
+    policy.save("adapted")
+    assert main(["export", "adapted"]) == 0
+    seen = np.array([[0.1, 0.2], [-0.4, 0.0]], np.float32)
+    module = torch.jit.load("adapted.pt")
+    expected = load_policy("adapted").act(seen, deterministic=True)
+    assert module(torch.from_numpy(seen)).numpy() == pytest.approx(expected, abs=1e-6)
+    monkeypatch.setattr(metarl.running.export.importlib.util, "find_spec", lambda name: None)
+    assert main(["export", "adapted", "--format", "onnx"]) == 2
+    assert "pip install 'metarl-gradient[onnx]'" in capsys.readouterr().err
+
+
+# Transitions as they come -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["clip", "scale"])
+def test_actions_of_the_environment_are_taken_back(mode):
+    raw = np.array([0.3, -2.0, 0.9], np.float32)  # within the bounds either way
+    again = policy_action(env_action(raw, BOX, mode), BOX, mode)
+    assert again == pytest.approx(raw, abs=1e-6)
+    space = SPACES["shifted"]
+    assert policy_action(env_action(np.array([2.0]), space, mode), space, mode) == [2.0]
+
+
+def test_transitions_adapt_as_episodes_do(monkeypatch):
+    # Ragged episodes, two steps: what the adapter makes of them is what `adapt` makes.
+    monkeypatch.setitem(__import__("metarl.envs.family").envs.family._factories, "counting",
+                        counting_family)  # fmt: skip
+    config = Config(family="counting", policy=PolicyConfig(hidden=(5,)))
+    policy = make_policy(config, (1,), gym.spaces.Box(-1.0, 1.0, (1,)))
+    meta = MetaPolicy(policy.init(np.random.default_rng(0)), config)
+    expected = meta.adapt([4.0], steps=2, episodes=3, seed=5)
+    adapter = meta.adapter()
+    for k in range(2):
+        with ChunkPool(1):
+            current = adapter.adapted()  # nothing new: takes no step
+        rollout = collect_episodes(
+            meta.family.make(np.array([4.0])), policy, current.params, episodes=3,
+            horizon=meta.family.horizon, address=Address(5, split="test", inner_step=k),
+        )  # fmt: skip
+        assert int(rollout.valid.sum()) == 12
+        for e in range(3):
+            for t in range(4):
+                adapter.add(
+                    rollout.observation[0, e, t].numpy(),
+                    rollout.action[0, e, t].numpy(),
+                    float(rollout.reward[0, e, t]),
+                    terminated=t == 3,
+                )
+        assert adapter.transitions == 12
+        adapted = adapter.adapted()
+        assert adapter.transitions == 0
+    assert adapted.record["steps"] == 2
+    assert adapted.record["episodes"] == 6
+    for name, p in expected.params.items():
+        assert torch.allclose(adapted.params[name], p, atol=1e-6), name
+        assert not torch.equal(p, meta.params[name])
+
+
+def test_the_adapter_knows_what_it_drew_and_refuses_what_is_no_transition():
+    meta = load("navigation-2d-icml2017")
+    adapter = meta.adapter(seed=3)
+    env = make_family("navigation-2d").make(np.array([0.4, 0.4]))
+    observation, _ = env.reset(seed=0)
+    cut = 0
+    for _ in range(40):
+        action = adapter.act(observation)
+        following, reward, terminated, truncated, _ = env.step(action)
+        adapter.add(observation, action, float(reward), terminated, truncated)
+        drawn = adapter._episodes[-1].action[-1]
+        cut += not np.array_equal(drawn, action)
+        assert np.array_equal(np.clip(drawn, env.action_space.low, env.action_space.high), action)
+        observation = following
+    assert cut  # some actions were cut, and are known as they were drawn
+    policy = adapter.adapted()
+    assert np.isfinite(policy.act(observation)).all()
+    with pytest.raises(UserError, match=r"observations must be \[2\], got \[3\]"):
+        adapter.add(np.zeros(3), action, 0.0)
+    with pytest.raises(UserError, match="must be finite"):
+        adapter.add(observation, action, float("nan"))
+    oracle = dataclasses.replace(meta, config=dataclasses.replace(meta.config, algorithm="oracle"))
+    with pytest.raises(UserError, match="an oracle is told its task"):
+        oracle.adapter(env.action_space)

@@ -1,0 +1,85 @@
+"""Families over packages of other people, where they are installed (the extra `third-party`)."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from metarl.commands.cli import main
+
+FLAPPY = """
+import flappy_bird_gymnasium
+from metarl.envs import Finite, GymnasiumFamily
+
+family = GymnasiumFamily(name="flappy", env="FlappyBird-v0", keywords=True, horizon=30,
+    env_options={"use_lidar": False}, tasks=Finite(("pipe_gap",), [[100.0], [140.0], [200.0]]))
+"""
+MAZE = """
+import gymnasium as gym
+import gymnasium_robotics
+import numpy as np
+from metarl.envs import GymnasiumFamily, Uniform
+
+gym.register_envs(gymnasium_robotics)
+
+def reward(observation, action, next_observation, info, task):
+    return -np.abs(next_observation[:, 0] - task[:, 0])
+
+family = GymnasiumFamily(name="maze", env="PointMaze_UMaze-v3", reward=reward, horizon=15,
+    tasks=Uniform({"x": (-1.0, 1.0)}))
+"""
+ROOMS = """
+import gymnasium as gym
+from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper
+from metarl.envs import Finite, GymnasiumFamily
+
+class PaysTheWay(gym.Wrapper):
+    def set_task(self, task):
+        self.axis = int(task[0])
+
+    def step(self, action):
+        before = self.unwrapped.agent_pos[self.axis]
+        observation, _, *rest = self.env.step(action)
+        return observation, float(self.unwrapped.agent_pos[self.axis] - before), *rest
+
+def make(render_mode=None):
+    env = gym.make("MiniGrid-Empty-5x5-v0", render_mode=render_mode)
+    return PaysTheWay(ImgObsWrapper(RGBImgObsWrapper(env, tile_size=4)))
+
+family = GymnasiumFamily(name="rooms", env=make, tasks=Finite(("axis",), [[0.0], [1.0]]),
+    horizon=8)
+"""
+PACKAGES = {
+    "flappy_bird_gymnasium": FLAPPY,
+    "gymnasium_robotics": MAZE,
+    "minigrid": ROOMS,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # theirs
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_plugs_in(package, tmp_path, monkeypatch, capsys):
+    pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "plugged.py").write_text(PACKAGES[package])
+    monkeypatch.delitem(sys.modules, "plugged", raising=False)
+    assert main(["check", "plugged:family"]) == 0, capsys.readouterr().out
+    small = ["--tasks", "2", "--episodes", "2", "--policy.hidden", "8"]
+    rows = []
+    for workers in ("0", "2"):
+        out = f"run-{workers}"
+        command = ["train", "plugged:family", *small, "--iterations", "2", "--workers", workers]
+        assert main([*command, "--out", out]) == 0
+        lines = (tmp_path / out / "metrics.jsonl").read_text().splitlines()
+        kept = [json.loads(line) for line in lines]
+        times = ("seconds", "env_steps_per_second")
+        rows.append([{k: v for k, v in row.items() if not k.startswith(times)} for row in kept])
+    assert rows[0] == rows[1]
+    few = ["--tasks", "2", "--episodes", "1", "--steps", "1", "--workers", "0"]
+    assert main(["evaluate", "run-0", *few]) == 0
+    assert main(["record", "run-0", "--episodes", "1"]) == 0
+    assert main(["export", "run-0", "--out", "policy.pt"]) == 0
