@@ -15,7 +15,7 @@ from metarl.learning.objectives import Batch
 from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import GaussianMLP, Params
 
-STRICT = ("rollouts", "serial_batch", "meta_gradients", "advantages", "policies", "trust_region")
+STRICT = ("rollouts", "serial_batch", "meta_gradients", "policies")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -100,7 +100,8 @@ _PATTERNS: Mapping[str, str] = {
     r"Error parsing (\S+): Could not find valid parse for arguments: \[(.*)\]":
         "{0} cannot be made of {1}; several values stand apart, as in 0.1 0.05",
     r"Missing value for argument '(\S+)'.*": "{0} needs a value",
-    r"Error parsing (\S+): (.*)": "{0}: {1}",
+    r"Error parsing (--\S+): (.*)": "{0}: {1}",
+    r"Error parsing \S+: (.*)": "{0}",  # a config's own message, which names its key
 }  # fmt: skip
 
 
