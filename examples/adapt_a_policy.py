@@ -9,7 +9,9 @@ env = gym.make("metarl/HalfCheetahDir-v0", direction=-1.0, scale="icml2017")
 
 before = meta_policy.adapt(env, steps=0)  # the initialization itself
 after = meta_policy.adapt(env, steps=1, episodes=20, seed=0)
-print(f"return before: {before.play(env, seed=1):.1f}, after one step: {after.play(env, seed=1):.1f}")
+print(
+    f"return before: {before.play(env, seed=1):.1f}, after one step: {after.play(env, seed=1):.1f}"
+)
 
 # An adapted policy is an ordinary one: observation in, action out.
 after.save("backwards.safetensors")
