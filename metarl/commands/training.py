@@ -30,7 +30,7 @@ class Train:
     out: Path | None = None
     """Run folder to make; by default runs/FAMILY-PRESET-ALGORITHM-SEED."""
     resume: Path | None = None
-    """Run folder to continue up to --iterations; its other options hold and may be left out."""
+    """Run folder to continue, up to --iterations; its other options hold and need not be given."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value (metarl families lists them)."""
 
