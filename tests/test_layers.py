@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
 ROOMS = {
-    "envs": """errors family vector gymnasium_family processes serial_batch mujoco_bodies
-        mujoco_vector traces environment_checks task_checks checker ant classic_control half_cheetah
-        hopper humanoid meta_world navigation swimmer tabular walker2d""",
-    "learning": """stopwatch parallel trajectories encoders policies modules advantages objectives
-        linear_solves adaptation inner_loop credit meta_gradients trust_region first_order
-        algorithms""",
-    "sampling": "seeding rollouts worker_process workers",
-    "running": """config presets checks files checkpoints metrics statistics results memory policy
-        online meta_policy runs iterations trainer scratch evaluation export benchmark""",
-    "showing": "plots videos report",
-    "commands": "interrupts errors arguments listing training policy_commands cli",
+    room: re.findall(r"^\| `(\w+)` \|", text, re.M)
+    for room, text in re.findall(r"^### `(\w+)`\n(.*?)(?=^##)", PAGE, re.M | re.S)
 }
-"""Rooms in their order, and the modules of each in theirs."""
+"""Rooms in their order, and the modules of each in theirs, as the documentation lists them."""
 
-ORDER = [f"{room}.{module}" for room, modules in ROOMS.items() for module in modules.split()]
+ORDER = [f"{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 
 
 def file_of(name: str) -> Path:
@@ -47,6 +40,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_every_module_has_its_place():
+    assert list(ROOMS) == ["envs", "learning", "sampling", "running", "showing", "commands"]
     folders = [ROOT / "envs", *(path for path in (ROOT / "metarl").iterdir() if path.is_dir())]
     files = {
         f"{path.parent.name}.{path.stem}" for folder in folders for path in folder.glob("*.py")

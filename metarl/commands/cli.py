@@ -29,7 +29,7 @@ COMMANDS = {
         "policy_commands",
         "Write one HTML page about a run: returns, pictures, a video, config and versions.",
     ),
-    "check": ("listing", "Say what is wrong with a task family, your own for instance."),
+    "check": ("listing", "Check a task family, such as your own, and say what is wrong with it."),
     "families": ("listing", "List the task families, their tasks and options."),
     "algorithms": ("listing", "List the algorithms and their papers."),
     "benchmark": ("training", "Measure sampling and training speed against the physics ceiling."),

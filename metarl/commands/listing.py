@@ -62,7 +62,7 @@ def families(command: Families) -> int:
         print(f"{name}\n    {family.description}\n    tasks: {tasks}")
         options = option_defaults(name)
         print("    options: " + ", ".join(f"{k}={v}" for k, v in options.items()))
-    print("\nYour own: metarl check my_module:my_family, then train (see the README)")
+    print("\nYour own: metarl check my_module:my_family, then train (see docs/families.md)")
     return 0
 
 

@@ -23,8 +23,8 @@ class Evaluate:
     """Measure how well meta-policies adapt to held-out tasks."""
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders, policy files or names of shipped policies. Those that differ by their seed only
-    are one; of the algorithms pretrained, random and oracle, what others are measured by."""
+    """Run folders, policy files or names of shipped policies. Those that differ only by their seed
+    are one row; those of the algorithms pretrained, random and oracle are references."""
     tasks: int = 40
     """Held-out tasks."""
     episodes: int = 20
@@ -43,7 +43,7 @@ class Evaluate:
     seed: int = 0
     """Seed of episodes, and of drawn tasks."""
     deterministic: bool = False
-    """Take returns with the mean action instead of a sampled one."""
+    """Measure returns with the mean action instead of a sampled one."""
     from_scratch: bool = False
     """Show training from scratch on each task beside it, by clipped policy gradients: with the env
     steps of adaptation, and with ten times as many."""
@@ -74,7 +74,7 @@ class Adapt:
     steps: int = 1
     """Inner steps."""
     episodes: int = 20
-    """Episodes for each inner step, and for the returns that are told."""
+    """Episodes for each inner step, and for the returns that are printed."""
     step_sizes: tuple[float, ...] = ()
     """Size of each inner step, the last repeated; by default the policy's own."""
     seed: int = 0
@@ -88,11 +88,11 @@ class Plot:
     """Draw learning curves of runs, before and after adaptation."""
 
     what: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders; those that differ by their seed only share a line and a band."""
+    """Run folders; those that differ only by their seed share a line and a band."""
     against: Literal["env-steps", "time"] = "env-steps"
     """What to draw against; time is wall-clock."""
     smooth: int = 1
-    """Iterations that a point is the mean of."""
+    """Iterations that each point averages."""
     out: Path | None = None
     """Picture to write, PNG and SVG; by default learning.png in the first run folder."""
 
@@ -152,7 +152,7 @@ class Report:
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional]
     """A run folder, a policy file or the name of a shipped policy; further ones stand beside it.
-    An evaluation that is there already is taken, if no further ones are named."""
+    An existing evaluation is used, unless further policies are named."""
     tasks: int = 40
     """Held-out tasks of the evaluation."""
     episodes: int = 20

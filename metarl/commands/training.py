@@ -30,7 +30,7 @@ class Train:
     out: Path | None = None
     """Run folder to make; by default runs/FAMILY-PRESET-ALGORITHM-SEED."""
     resume: Path | None = None
-    """Run folder to continue up to --iterations; its other options hold and may be left out."""
+    """Run folder to continue, up to --iterations; its other options hold and need not be given."""
     start: Annotated[int | None, tyro.conf.arg(name="from")] = None
     """With --resume: iteration of the checkpoint to go on from, by default the newest."""
     family_options: tuple[str, ...] = ()

@@ -116,7 +116,7 @@ ALGORITHMS = {
             source="Foerster et al. 2018, arXiv:1802.05098; Farquhar et al. 2019, 1909.10549",
             inner_loss=dice,
             whole_episodes=True,
-            # Unbiased, its variance at 200 steps an episode kept it from learning (README).
+            # Unbiased, its variance at 200 steps kept it from learning (docs/results.md).
             defaults={"inner": {"dice_decay": 0.8}},
         ),
         Algorithm(

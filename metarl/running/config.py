@@ -134,7 +134,7 @@ class Config:
     algorithm: str = "maml-trpo"
     """Meta-learning algorithm (metarl algorithms lists them)."""
     iterations: int = 100
-    """Meta-iterations in all, those before a resume counted."""
+    """Meta-iterations in total, those before a resume included."""
     tasks: int = 40
     """Tasks per meta-iteration."""
     stratified: bool = False

@@ -1,0 +1,162 @@
+"""What stands in the README and the other documents runs, and so do the examples."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import metarl
+from metarl.commands import cli
+from metarl.commands.cli import main
+from metarl.envs import family, family_names
+from metarl.learning.algorithms import ALGORITHMS
+
+ROOT = Path(__file__).parents[1]
+PAGES = {str(p.relative_to(ROOT)): p for p in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))}
+TEXTS = {name: path.read_text() for name, path in sorted(PAGES.items())}
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def blocks(kind: str) -> list[tuple[str, str]]:
+    """Return the (page, content) of all blocks of a language."""
+    return [
+        (page, code)
+        for page, text in TEXTS.items()
+        for language, code in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+        if language == kind
+    ]
+
+
+PYTHON = [(page, code) for page, code in blocks("python") if not code.startswith("# examples/")]
+EXCERPTS = [(page, code) for page, code in blocks("python") if code.startswith("# examples/")]
+LINES = [line for _, code in blocks("bash") for line in code.splitlines()]
+CELLS = re.findall(r"^\|.*?`(metarl [^`]+)`", "\n".join(TEXTS.values()), re.M)  # of a table
+COMMANDS = sorted({line.partition("  #")[0].strip() for line in [*LINES, *CELLS]} - {""})
+CHECKED = [command.split()[2] for command in COMMANDS if command.startswith("metarl check ")]
+
+
+@pytest.fixture(autouse=True)
+def _folder_of_a_user(tmp_path, monkeypatch):
+    """A folder with the examples, and tables that may be added to."""
+    shutil.copytree(
+        ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("metarl.learning.algorithms.ALGORITHMS", dict(ALGORITHMS))
+    monkeypatch.setattr(family, "_factories", dict(family._factories))
+
+
+@pytest.mark.parametrize(("page", "code"), PYTHON, ids=[page for page, _ in PYTHON])
+def test_python_blocks_run(page, code):
+    names = {"__name__": "documentation"}
+    exec(compile(code, page, "exec"), names)
+    assert len(names) > 2  # it ran to its end and left what it made
+
+
+@pytest.mark.parametrize(("page", "code"), EXCERPTS, ids=[code.split()[1] for _, code in EXCERPTS])
+def test_excerpts_are_a_part_of_the_example(page, code):
+    first, _, rest = code.partition("\n")
+    assert rest in (ROOT / first.removeprefix("# ")).read_text()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(path):
+    command = [sys.executable, "-W", "error", f"examples/{path.name}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    if path.stem.startswith("my_") and path.stem != "my_algorithm":
+        assert result.stdout == "no faults found\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_taken(command, tmp_path, monkeypatch):
+    # Parsed whole and handed to the function behind them, which is run where it is quick.
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+        return
+    if words[0] in ("python", "bash"):
+        assert (ROOT / words[1]).exists()
+        return
+    if words[0] == "source":
+        assert words[1].endswith("/bin/activate")
+        return
+    if words[0] == "tensorboard":
+        pytest.importorskip("tensorboard")
+        return
+    assert words[0] == "metarl"
+    if words[1] not in ("families", "algorithms"):
+        kind, _ = cli.command_of(words[1])
+        monkeypatch.setattr(cli, "command_of", lambda name: (kind, lambda command: 0))
+    if "--resume" in words:
+        from test_trainer import small
+
+        from metarl.running.runs import create_run
+
+        create_run(tmp_path / words[words.index("--resume") + 1], small())
+    assert main(words[1:]) == 0
+
+
+def test_every_family_of_ones_own_is_checked():
+    files = {name.partition(":")[0].removeprefix("examples.") for name in CHECKED}
+    shown = {path.stem for path in EXAMPLES if "check_task_family" in path.read_text()}
+    assert shown <= files
+    assert len(shown) > 5
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKED if name.startswith("examples.")])
+def test_a_family_of_ones_own_trains_and_evaluates(name, capsys):
+    small = ["--tasks", "2", "--episodes", "2", "--workers", "0", "--out", "run"]
+    assert main(["train", name, "--iterations", "2", *small]) == 0
+    assert main(["evaluate", "run", "--steps", "1", *small]) == 0
+    assert "random" in capsys.readouterr().out
+    made = importlib.import_module(name.partition(":")[0])  # from Python, the same
+    own = getattr(made, name.partition(":")[2])
+    task = own.tasks.grid(1)[0]
+    policy = metarl.load("run").adapt(own.make(task), steps=1, episodes=2)
+    env = own.make(task)
+    assert env.action_space.contains(policy.act(env.reset(seed=0)[0]))
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_what_is_linked_exists(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        path = (PAGES[page].parent / name).resolve() if name else PAGES[page]
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path.read_text()), link
+    for name in re.findall(r"(?:scripts|tests|examples)/\w+\.\w+", TEXTS[page]):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_page_is_in_the_index():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages == set(re.findall(r"\]\(([\w-]+\.md)\)", TEXTS["docs/README.md"]))
+
+
+def test_every_algorithm_and_family_is_described():
+    for name in ALGORITHMS:
+        assert f"| `{name}` |" in TEXTS["docs/algorithms.md"], name
+    for name in set(family_names()):
+        assert f"`{name}`" in TEXTS["docs/families.md"], name
+
+
+def test_the_cited_version_is_the_newest():
+    (newest, *_) = re.findall(r"^## (\d+\.\d+\.\d+)", TEXTS["CHANGELOG.md"], re.M)
+    assert f"\nversion: {newest}\n" in (ROOT / "CITATION.cff").read_text()
