@@ -163,6 +163,7 @@ def test_killed_at_every_write_of_a_resume_it_goes_on_to_the_same_end(tmp_path, 
     assert boundary > 15
 
 
+@pytest.mark.slow
 def test_kill_9_at_fifty_random_moments(tmp_path):
     config, rng = replace(TINY, iterations=120), random.Random(0)
     train(config, tmp_path / "whole")

@@ -287,7 +287,7 @@ RUN = [
 
 
 def wait_for_rows(folder, count: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(read_metrics(folder)) < count and time.monotonic() < deadline:
         time.sleep(0.005)
     assert len(read_metrics(folder)) >= count
