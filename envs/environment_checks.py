@@ -87,7 +87,7 @@ def check_spaces(family: TaskFamily) -> Iterator[str]:
     tasks = family.tasks.grid(2, "train")
     one, other = family.make(tasks[0]), family.make(tasks[1])
     observation, action = one.observation_space, one.action_space
-    shape = observation.shape or ()
+    shape: tuple[int, ...] = observation.shape or ()
     flat = isinstance(observation, gym.spaces.Box) and len(shape) == 1
     if not flat and not is_image(observation):
         yield f"observations must be a flat Box or one uint8 image, got {observation}"

@@ -125,7 +125,7 @@ def choose(folder: Path, last: int) -> dict[str, Any]:
         return json.loads(store.read_text())
     found = []
     for path in sorted((folder / "checkpoints").glob("*.safetensors"))[-last:]:
-        result = metarl.evaluate(path, steps=1, split="validation")
+        result = metarl.evaluate(path, tasks=20, steps=1, split="validation")
         found.append({"checkpoint": str(path), "return": result.curve.returns[1]})
     best = max(found, key=lambda one: one["return"]) | {"compared": found}
     write_atomically(store, json.dumps(best, indent=2).encode())

@@ -334,7 +334,7 @@ def test_what_cannot_be_flattened_is_told():
     class Talks(Ends):
         observation_space = gym.spaces.Sequence(gym.spaces.Discrete(2))
 
-    with pytest.raises(UserError, match=r"observations must be numbers \(Box, .* got Sequence"):
+    with pytest.raises(UserError, match=r"observations must be numbers \(Box, .* got a Sequence"):
         pendulum(env=Talks, set_task=put_length).make()
 
 

@@ -363,7 +363,14 @@ def credited(returns, lengths, diverged=(), scale=2.0) -> torch.Tensor:
     batch = random_batch(POLICY, tasks, 12, 0)
     scales = torch.full((tasks,), scale, dtype=torch.float64)
     return post_update_credit(
-        Adapted([], {}, rollouts=[after, after], batches=[batch], advantage_scales=[scales, scales])
+        Adapted(
+            [],
+            {},
+            {},
+            rollouts=[after, after],
+            batches=[batch],
+            advantage_scales=[scales, scales],
+        )  # fmt: skip
     )
 
 

@@ -39,7 +39,7 @@ def export(policy: Policy, path: Path, kind: Format, observations: gym.Space) ->
     observations.seed(0)
     kept = policy.policy.observation_dtype
     seen = np.stack([observations.sample() for _ in range(CHECKED)]).astype(kept)
-    module = policy.module()
+    module = policy.module().requires_grad_(False)
     data = _torchscript(module, seen[:2]) if kind == "torchscript" else _onnx(module, seen[:2])
     expected = policy.act(seen, deterministic=True)
     found = _run_torchscript(data, seen) if kind == "torchscript" else _run_onnx(data, seen)

@@ -49,6 +49,17 @@ PRESETS = {
             "advantage.trace": 0.95,
             "trust_region.max_kl": 0.05,
         },
+        {
+            # A step of that KL overshoots where a point has but to learn a direction.
+            "navigation-2d": {
+                "tasks": 40,
+                "policy.normalize": False,
+                "policy.output_scale": 1.0,
+                "inner.step_sizes": (0.5, 0.25),
+                "inner.kl": 0.0,
+                "trust_region.max_kl": 0.01,
+            },
+        },
         scale="icml2017",
     ),
     "icml2017": Preset(
