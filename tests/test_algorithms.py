@@ -370,9 +370,8 @@ def test_e_mamls_estimator_is_the_gradient_of_what_adaptation_earns(pool):
     for paths in itertools.product(PATHS, repeat=2):
         pairs = list(zip(scales, paths, strict=True))
         batches = [joined([batch[pair] for pair in pairs]) for batch in (support, query)]
-        found = Adapted(
-            [{}], {}, {}, batches=batches, advantage_scales=[torch.ones(2, dtype=D)] * 2
-        )
+        scale = torch.ones(2, dtype=D)
+        found = Adapted([{}], {}, {}, batches=batches, advantage_scales=[scale, scale])
         credit = torch.zeros(2, dtype=D)
         for queries in itertools.product(PATHS, repeat=2):
             found.rollouts[:] = [path_rollout(queries, scales)] * 2

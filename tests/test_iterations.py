@@ -362,16 +362,8 @@ def credited(returns, lengths, diverged=(), scale=2.0) -> torch.Tensor:
     )  # fmt: skip
     batch = random_batch(POLICY, tasks, 12, 0)
     scales = torch.full((tasks,), scale, dtype=torch.float64)
-    return post_update_credit(
-        Adapted(
-            [],
-            {},
-            {},
-            rollouts=[after, after],
-            batches=[batch],
-            advantage_scales=[scales, scales],
-        )  # fmt: skip
-    )
+    both = {"rollouts": [after, after], "advantage_scales": [scales, scales]}
+    return post_update_credit(Adapted([], {}, {}, batches=[batch], **both))
 
 
 def test_credit_is_the_surplus_in_units_of_the_query_loss():
