@@ -87,13 +87,13 @@ def check_spaces(family: TaskFamily) -> Iterator[str]:
     tasks = family.tasks.grid(2, "train")
     one, other = family.make(tasks[0]), family.make(tasks[1])
     observation, action = one.observation_space, one.action_space
-    shape: tuple[int, ...] = observation.shape or ()
-    flat = isinstance(observation, gym.spaces.Box) and len(shape) == 1
+    size = observation.shape[0] if observation.shape else 0
+    flat = isinstance(observation, gym.spaces.Box) and len(observation.shape) == 1
     if not flat and not is_image(observation):
         yield f"observations must be a flat Box or one uint8 image, got {observation}"
-    elif flat and shape[0] > LARGEST_VECTOR:
+    elif flat and size > LARGEST_VECTOR:
         yield Doubt(
-            f"observations are {shape[0]:,} numbers for a network of affine layers; if"
+            f"observations are {size:,} numbers for a network of affine layers; if"
             " an image is among them, let a wrapper give it alone, as uint8: a convolutional"
             " network then reads it"
         )

@@ -588,8 +588,10 @@ class Given:
     def __init__(self, gradients: list[torch.Tensor]) -> None:
         self.gradients = gradients
 
-    def gradient(self, meta, part):
-        return self.gradients[part], {}
+    iterates = ()
+
+    def gradient(self, meta, step=0, iterates=()):
+        return self.gradients[step], {}
 
 
 def test_one_huge_gradient_is_bounded_and_counted():
@@ -597,7 +599,7 @@ def test_one_huge_gradient_is_bounded_and_counted():
     meta = {"a": torch.zeros(2, dtype=torch.float64)}
 
     def moments(bound: float, factors: list[float]):
-        adam = Adam(AdamConfig(epochs=len(factors), max_norm=bound))
+        adam = Adam(AdamConfig(steps=len(factors), max_norm=bound))
         problem = Given([healthy * f for f in factors])
         _, state, stats = adam.step(problem, meta, adam.init(meta))
         return state, stats

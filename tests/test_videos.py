@@ -110,7 +110,7 @@ def test_files_hold_the_frames(tmp_path):
         assert gif.size == (video.frames.shape[2], video.frames.shape[1])
         assert gif.info["duration"] == 50
     assert videos.to_webm(tmp_path / "video.mp4")[:4] == b"\x1a\x45\xdf\xa3"
-    with pytest.raises(UserError, match=r"nowhere/video\.mp4 cannot be written"):
+    with pytest.raises(OSError, match=r"No such file or directory: '.*nowhere/video\.mp4'"):
         video.save(tmp_path / "nowhere" / "video.mp4")
 
 
