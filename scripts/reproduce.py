@@ -164,7 +164,7 @@ def summary(result: EvaluationResult) -> dict[str, Any]:
     return {
         "step_sizes": result.curve.step_sizes,
         "by_seed": by_seed.tolist(),
-        "interquartile_mean": interquartile_mean(flat).tolist(),
+        "interquartile_mean": interquartile_mean(flat.T).tolist(),
         "worst": by_seed.min(axis=0).tolist(),
         "random": {key: curve.returns for key, curve in result.references.items()},
     }
