@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -454,5 +455,7 @@ family = GymnasiumFamily(name="late", env="Late-v0", keywords=True, horizon=5,
         # What another process knows.
         monkeypatch.delitem(gym.registry, "Late-v0")
         monkeypatch.delitem(sys.modules, f"late_{kind}")
-        unpack(parcel).make().close()
-        gym.registry.pop("Late-v0")
+        assert "Late-v0" not in gym.registry
+        with contextlib.closing(unpack(parcel).make()) as env:
+            assert env.observation_space.shape == (3,)
+        assert gym.registry.pop("Late-v0").id == "Late-v0"

@@ -102,18 +102,26 @@ class InnerLoop:
             adapted.advantage_scales.append(scale)
             if k < steps:
                 new = self.step(adapted.iterates[k], slow, step_sizes, batch, k, start=start)
-                if not k and query != "rollout":
+                if k == 0 and query != "rollout":
                     adapted.inner_kl = self._mean_kl(new, slow, batch)
-                    for _ in range(_FITS if kl else 0):
-                        factor = _rescale(adapted.inner_kl, kl)
-                        if factor == 1.0:
-                            break
-                        adapted.meta = {**adapted.meta, FACTOR: factor * adapted.meta[FACTOR]}
+                    if kl:
+                        new = self._fit(adapted, new, batch, kl)
                         step_sizes = self.adapter.split(adapted.meta)[2]
-                        new = self.step(start, slow, step_sizes, batch, 0, start=start)
-                        adapted.inner_kl = self._mean_kl(new, slow, batch)
                 adapted.iterates.append(new)
         return adapted
+
+    def _fit(self, adapted: Adapted, new: Params, batch: Batch, kl: float) -> Params:
+        """Fit the factor of the step sizes to a KL of the first step, and return where it leads."""
+        start, slow = adapted.iterates[0], adapted.slow
+        for _ in range(_FITS):
+            factor = _rescale(adapted.inner_kl, kl)
+            if factor == 1.0:
+                break
+            adapted.meta = {**adapted.meta, FACTOR: factor * adapted.meta[FACTOR]}
+            step_sizes = self.adapter.split(adapted.meta)[2]
+            new = self.step(start, slow, step_sizes, batch, 0, start=start)
+            adapted.inner_kl = self._mean_kl(new, slow, batch)
+        return new
 
     def prepare(self, rollout: Rollout) -> tuple[Batch, Tensor]:
         """Return a rollout's samples with their advantages, and what these were divided by, [T]."""
