@@ -39,22 +39,18 @@ import numpy as np
 
 from metarl.envs.errors import UserError
 from metarl.envs.family import TaskDistribution, Uniform, did_you_mean, register
-from metarl.envs.mujoco_bodies import (
+from metarl.envs.mujoco_bodies import observe_ant, rllab_pose
+from metarl.envs.mujoco_rewards import (
     UNITS,
-    Reward,
-    Sim,
-    Step,
-    add_centre_of_mass,
     centre_of_mass,
     centre_of_mass_velocity,
+    costs_and_bonus,
     direction_reward,
     direction_tasks,
     forward_velocity,
-    observe_ant,
-    rllab_pose,
-    upkeep,
     velocity_reward,
 )
+from metarl.envs.mujoco_simulation import Reward, Sim, Step, add_centre_of_mass
 from metarl.envs.mujoco_vector import STOCK, MujocoFamily
 from metarl.envs.vector import Floats
 
@@ -104,10 +100,10 @@ def root_xy(sim: Sim) -> Floats:
 
 
 def goal_reward(step: Step, position: Callable[[Sim], Floats], **weights: float) -> Reward:
-    """4 - |xy - goal|_1 + upkeep (Finn et al. 2017)."""
+    """4 - |xy - goal|_1, less costs, with a bonus (Finn et al. 2017)."""
     x, y = position(step.sim)[:, :2].T.copy()
     distance = np.abs(x - step.task[:, 0]) + np.abs(y - step.task[:, 1])
-    rest, info = upkeep(step, **weights)
+    rest, info = costs_and_bonus(step, **weights)
     info |= {"x_position": x, "y_position": y}
     return 4.0 - distance + rest, {"distance": distance, **info}
 

@@ -203,7 +203,7 @@ def _outermost(family: TaskFamily) -> gym.Env:
     env = family.make_raw(None, task)
     while isinstance(env, _GYMNASIUMS_OWN):
         env = env.env
-    family.put(env, task)
+    family.apply_task(env, task)
     return env
 
 

@@ -87,7 +87,7 @@ class TaskEnv(gym.Wrapper):
             self.env.unwrapped.np_random = old.unwrapped.np_random
             old.close()
             self._made_for = task.copy()
-        self.family.put(self.env, task.copy())
+        self.family.apply_task(self.env, task.copy())
         self._in_force = task.copy()
         return self.env.reset(seed=seed, options=options)
 
@@ -110,7 +110,7 @@ class TaskEnv(gym.Wrapper):
             after = np.array(observation)
             before, self._observation = self._observation, after
             rows = (before[None], np.asarray(action)[None], after[None])
-            reward = float(self.family.pay(*rows, [info], self._in_force[None])[0])
+            reward = float(self.family.compute_reward(*rows, [info], self._in_force[None])[0])
         return observation, reward, terminated, truncated, info
 
 
@@ -167,7 +167,9 @@ class GymnasiumVectorEnv(TaskVectorEnv):
             self._begun(STEP)
             after = self._observation[moved]
             acted = np.asarray(actions)[moved]
-            reward[moved] = self.family.pay(before, acted, after, infos, self.tasks[moved])
+            reward[moved] = self.family.compute_reward(
+                before, acted, after, infos, self.tasks[moved]
+            )
         return reward, terminated, truncated, None, self._achieved(moved, infos)
 
     def _achieved(self, moved: NDArray[np.int64], infos: list[dict[str, Any]]) -> dict[str, Floats]:
@@ -358,7 +360,7 @@ class GymnasiumFamily(TaskFamily):
             )
         return env
 
-    def put(self, env: gym.Env, task: Floats) -> None:
+    def apply_task(self, env: gym.Env, task: Floats) -> None:
         """Put a task into an environment made by `make_bare`."""
         if self.set_task is not None:
             self.set_task(env.unwrapped, task)
@@ -369,7 +371,7 @@ class GymnasiumFamily(TaskFamily):
         else:
             env.set_wrapper_attr("task", task)
 
-    def pay(
+    def compute_reward(
         self,
         before: NDArray,
         action: NDArray,

@@ -30,19 +30,17 @@ import numpy as np
 
 from metarl.envs.errors import UserError
 from metarl.envs.family import TaskDistribution, Uniform, did_you_mean, register
-from metarl.envs.mujoco_bodies import (
+from metarl.envs.mujoco_bodies import observe_planar, rllab_pose
+from metarl.envs.mujoco_rewards import (
     UNITS,
-    Sim,
-    add_centre_of_mass,
     centre_of_mass,
     centre_of_mass_velocity,
     direction_reward,
     direction_tasks,
     forward_velocity,
-    observe_planar,
-    rllab_pose,
     velocity_reward,
 )
+from metarl.envs.mujoco_simulation import Sim, add_centre_of_mass
 from metarl.envs.mujoco_vector import STOCK, MujocoFamily
 from metarl.envs.vector import Floats
 

@@ -12,7 +12,9 @@ from functools import partial
 import numpy as np
 
 from metarl.envs.family import Uniform, register
-from metarl.envs.mujoco_bodies import Reward, Step, mass_centre_xy, observe_humanoid, upkeep
+from metarl.envs.mujoco_bodies import mass_centre_xy, observe_humanoid
+from metarl.envs.mujoco_rewards import costs_and_bonus
+from metarl.envs.mujoco_simulation import Reward, Step
 from metarl.envs.mujoco_vector import MujocoFamily
 
 
@@ -21,7 +23,7 @@ def heading_reward(step: Step) -> Reward:
     velocity = (mass_centre_xy(step.sim) - step.before) / step.dt
     angle = step.task[:, 0]
     speed = velocity[:, 0] * np.cos(angle) + velocity[:, 1] * np.sin(angle)
-    rest, info = upkeep(step, control=0.1, bonus=5.0)
+    rest, info = costs_and_bonus(step, control=0.1, bonus=5.0)
     return 1.25 * speed + rest, {"speed": speed, **info}
 
 

@@ -1,9 +1,6 @@
-"""MuJoCo bodies: what functions over all simulations see, rewards in parts, Gymnasium's own bodies.
+"""Gymnasium's own locomotion bodies (v5), vectorised: what a `MujocoFamily` of an id starts from.
 
-A function of a family sees every simulation at once, as a `Sim` or, for a reward, a `Step`.
-`BODIES` holds Gymnasium's locomotion bodies (v5): their observations, initial states, terminations
-and rewards, vectorised. Observations, initial states and terminations equal the stock ones bit for
-bit. Task rewards are put together from the parts below.
+Observations, initial states and terminations equal the stock ones bit for bit.
 """
 
 # mujoco is compiled and brings no type stubs.
@@ -11,159 +8,19 @@ bit. Task rewards are put together from the parts below.
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import gymnasium as gym
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
-from metarl.envs.family import Finite, Tasks, Uniform, did_you_mean
+from metarl.envs.family import did_you_mean
+from metarl.envs.mujoco_rewards import costs_and_bonus, forward_velocity, root_x
+from metarl.envs.mujoco_simulation import Reward, Sim, Step
 from metarl.envs.vector import Bools, Floats
-
-
-@dataclass(frozen=True)
-class Sim:
-    """The state of all simulations; arrays are live, [simulations, ...]."""
-
-    qpos: Floats
-    qvel: Floats
-    derived: Mapping[str, NDArray]
-
-    def __getitem__(self, name: str) -> NDArray:
-        """Return a derived field of MjData, such as sim["xpos"].
-
-        Raises:
-            UserError: the family does not ask for the field.
-        """
-        if name not in self.derived:
-            raise UserError(f"sim[{name!r}] is not there: add {name!r} to the family's fields")
-        return self.derived[name]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of all simulations, as a reward sees it; arrays are [simulations, ...]."""
-
-    sim: Sim
-    before: Floats
-    """What the family's `track` gave before the step."""
-    action: NDArray[np.float32]
-    """The action applied: scaled and clipped to the actuators' bounds."""
-    task: Floats
-    dt: float
-    """Seconds of simulated time that a step takes."""
-
-
-Reward = tuple[Floats, dict[str, Any]]  # [simulations], and info arrays
-
-UNITS = {
-    "velocity": "m/s", "x_velocity": "m/s",
-    "goal_x": "m", "goal_y": "m", "x_position": "m", "y_position": "m",
-}  # fmt: skip
-
-
-# Models ------------------------------------------------------------------------------------------
-
-
-def _ignore(message: str) -> None:
-    """Take a warning and do nothing."""
-
-
-def load_model(xml: str, edit: Callable[[mujoco.MjSpec], None] | None = None) -> mujoco.MjModel:
-    """Return the compiled model of a file: a path, or a name among Gymnasium's own models.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    path = xml
-    if not os.path.exists(path):
-        assets = os.path.join(os.path.dirname(gym.__file__), "envs", "mujoco", "assets")
-        path = os.path.join(assets, xml)
-    if not os.path.exists(path):
-        raise UserError(f"no model file {xml!r}, nor one of Gymnasium's of that name")
-    # MuJoCo prints its warnings and appends them to a log file in the current folder. Those
-    # of a divergence reach the caller in `info`; those of the stock models' deprecated
-    # elements are nobody's concern here.
-    mujoco.set_mju_user_warning(_ignore)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        spec = mujoco.MjSpec.from_file(path)
-        if edit is not None:
-            edit(spec)
-        return spec.compile()
-
-
-def add_centre_of_mass(spec: mujoco.MjSpec) -> None:
-    """Add sensors of the whole body's centre of mass and its velocity to the model."""
-    for kind in (mujoco.mjtSensor.mjSENS_SUBTREECOM, mujoco.mjtSensor.mjSENS_SUBTREELINVEL):
-        spec.add_sensor(type=kind, objtype=mujoco.mjtObj.mjOBJ_BODY, objname="torso")
-
-
-# Positions and velocities ------------------------------------------------------------------------
-
-
-def root_x(sim: Sim) -> Floats:
-    """Forward position of the root, m."""
-    return sim.qpos[:, 0].copy()
-
-
-def forward_velocity(step: Step) -> Floats:
-    """Forward velocity of the root over the step, m/s; `track` gives its x."""
-    return (step.sim.qpos[:, 0] - step.before) / step.dt
-
-
-def centre_of_mass(sim: Sim) -> Floats:
-    """Centre of mass, [simulations, 3]; needs `add_centre_of_mass` and a stage."""
-    return sim["sensordata"][:, :3]
-
-
-def centre_of_mass_velocity(step: Step) -> Floats:
-    """Forward velocity of the centre of mass at the new state, m/s; needs the same."""
-    return step.sim["sensordata"][:, 3]
-
-
-# Parts of rewards --------------------------------------------------------------------------------
-
-
-def upkeep(
-    step: Step, *, control: float, contact: float = 0.0, bonus: float | NDArray = 0.0
-) -> Reward:
-    """bonus - control |a|^2 - contact |clip(cfrc_ext, -1, 1)|^2, a the action applied."""
-    cost = control * np.square(step.action, dtype=np.float64).sum(axis=1)
-    info = {"reward_ctrl": -cost}
-    if contact:
-        forces = np.square(np.clip(step.sim["cfrc_ext"], -1.0, 1.0)).sum(axis=(1, 2))
-        info["reward_contact"] = -contact * forces
-        cost = cost + contact * forces
-    return bonus - cost, info
-
-
-def direction_reward(
-    step: Step, velocity: Callable[[Step], Floats] = forward_velocity, **weights: float
-) -> Reward:
-    """d v + upkeep, d the task's direction (Finn et al. 2017)."""
-    speed = velocity(step)
-    rest, info = upkeep(step, **weights)
-    return step.task[:, 0] * speed + rest, {"x_velocity": speed, **info}
-
-
-def velocity_reward(
-    step: Step, velocity: Callable[[Step], Floats] = forward_velocity, **weights: float
-) -> Reward:
-    """-|v - g| + upkeep, g the task's goal velocity (Finn et al. 2017)."""
-    speed = velocity(step)
-    rest, info = upkeep(step, **weights)
-    return -np.abs(speed - step.task[:, 0]) + rest, {"x_velocity": speed, **info}
-
-
-# Initial states ----------------------------------------------------------------------------------
 
 
 def stock_pose(
@@ -181,9 +38,6 @@ def rllab_pose(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats,
     named = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_NUMERIC, "init_qpos")
     pose = model.qpos0 if named < 0 else model.numeric(named).data
     return pose + 0.01 * rng.standard_normal(model.nq), 0.1 * rng.standard_normal(model.nv)
-
-
-# Gymnasium's bodies ------------------------------------------------------------------------------
 
 
 def observe_planar(sim: Sim, *, bound: float | None = None) -> Floats:
@@ -265,21 +119,21 @@ def stock_reward(
     """speed v + alive (while it has not fallen) - control |a|^2."""
     velocity = forward_velocity(step)
     bonus = alive if falls is None else alive * ~falls(step.sim)
-    rest, info = upkeep(step, control=control, bonus=bonus)
+    rest, info = costs_and_bonus(step, control=control, bonus=bonus)
     return speed * velocity + rest, {"x_velocity": velocity, **info}
 
 
 def stock_ant_reward(step: Step) -> Reward:
     """v + 1 (while it has not fallen) - 0.5 |a|^2 - 5e-4 |clip(cfrc_ext, -1, 1)|^2."""
     velocity = (torso_xy(step.sim)[:, 0] - step.before[:, 0]) / step.dt
-    rest, info = upkeep(step, control=0.5, contact=5e-4, bonus=1.0 * ~ant_falls(step.sim))
+    rest, info = costs_and_bonus(step, control=0.5, contact=5e-4, bonus=1.0 * ~ant_falls(step.sim))
     return velocity + rest, {"x_velocity": velocity, **info}
 
 
 def stock_humanoid_reward(step: Step) -> Reward:
     """1.25 v + 5 (while it has not fallen) - 0.1 |a|^2 - min(5e-7 |cfrc_ext|^2, 10)."""
     velocity = (mass_centre_xy(step.sim)[:, 0] - step.before[:, 0]) / step.dt
-    rest, info = upkeep(step, control=0.1, bonus=5.0 * ~humanoid_falls(step.sim))
+    rest, info = costs_and_bonus(step, control=0.1, bonus=5.0 * ~humanoid_falls(step.sim))
     impact = np.minimum(5e-7 * np.square(step.sim["cfrc_ext"]).sum(axis=(1, 2)), 10.0)
     info |= {"x_velocity": velocity, "reward_contact": -impact}
     return 1.25 * velocity + rest - impact, info
@@ -370,61 +224,3 @@ def find_body(env: str) -> Body:
             " give an xml, or take a GymnasiumFamily for any other environment)"
         )
     return BODIES[env]
-
-
-# Bodies that vary ---------------------------------------------------------------------------------
-
-
-def direction_tasks(balanced: bool) -> Finite:
-    """Return the tasks forwards (1) and backwards (-1), drawn independently or equally often.
-
-    Drawn independently, a batch has more of one than of the other, which pushes all policies that
-    way. That is noise, but may carry a run over the plateau where no policy adapts yet.
-    """
-    return Finite(("direction",), [[-1.0], [1.0]], balanced=balanced)
-
-
-# Field, what its components are called, and the base of the multiplier.
-_SCALED = (
-    ("body_mass", "mass", 1.5),
-    ("body_inertia", "inertia", 1.5),
-    ("dof_damping", "damping", 1.3),
-    ("geom_friction", "friction", 1.5),
-)
-
-
-def parameter_tasks(model: mujoco.MjModel, limit: float) -> Uniform:
-    """Return exponents in [-limit, limit], one for each parameter of the model that is not zero.
-
-    The parameters are the masses and inertias of bodies, dampings of joints and frictions of
-    geoms (rand_param_envs of Rothfuss et al. 2019 and Rakelly et al. 2019).
-    """
-    names = []
-    for field, word, _ in _SCALED:
-        for index in np.argwhere(getattr(model, field)):
-            owner = {
-                "body": model.body,
-                "dof": lambda i: model.joint(model.dof_jntid[i]),
-                "geom": model.geom,
-            }[field.partition("_")[0]](int(index[0])).name
-            axes = ("slide", "spin", "roll") if word == "friction" else "xyz"
-            names.append("_".join([word, owner] + [axes[i] for i in index[1:]]))
-    return Uniform(dict.fromkeys(names, (-limit, limit)))
-
-
-def scaled_parameters(model: mujoco.MjModel, tasks: Tasks) -> dict[str, NDArray]:
-    """Return the model's fields under tasks of `parameter_tasks`, [tasks, ...] each.
-
-    A parameter is multiplied by 1.5^u, a damping by 1.3^u, u its component.
-    """
-    fields, start = {}, 0
-    for field, _, base in _SCALED:
-        stock = getattr(model, field)
-        varied = np.flatnonzero(stock)
-        values = np.repeat(stock.reshape(1, -1), len(tasks), axis=0)
-        # Contiguous, so that a power has the same last bit however many tasks there are.
-        exponent = np.ascontiguousarray(tasks[:, start : start + len(varied)])
-        values[:, varied] *= np.power(base, exponent)
-        fields[field] = values.reshape(len(tasks), *stock.shape)
-        start += len(varied)
-    return fields

@@ -28,7 +28,9 @@ from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily, Tasks, did_you_mean
-from metarl.envs.mujoco_bodies import Sim, Step, find_body, load_model, root_x
+from metarl.envs.mujoco_bodies import find_body
+from metarl.envs.mujoco_rewards import root_x
+from metarl.envs.mujoco_simulation import Sim, Step, load_model
 from metarl.envs.serial_batch import DATA_FIELDS, SerialBatch
 from metarl.envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from metarl.envs.family import Uniform, register
-from metarl.envs.mujoco_bodies import UNITS, velocity_reward
+from metarl.envs.mujoco_rewards import UNITS, velocity_reward
 from metarl.envs.mujoco_vector import MujocoFamily
 
 

@@ -94,9 +94,9 @@ def _why_equal(family: TaskFamily, tasks: Tasks) -> str:
         late = []  # the task put in after the reset, where it cannot be lost at it
         for task in tasks:
             env = family.make_bare()
-            family.put(env, tasks[0])
+            family.apply_task(env, tasks[0])
             actions = way(env.action_space, min(family.horizon, LONGEST), 0)
-            late.append([play(env, 0, actions, after_reset=partial(family.put, env, task))])
+            late.append([play(env, 0, actions, after_reset=partial(family.apply_task, env, task))])
             env.close()
         if not all_equal(late):
             return (
@@ -105,7 +105,7 @@ def _why_equal(family: TaskFamily, tasks: Tasks) -> str:
             )
     env = family.make_bare()
     known = set(dir(env.unwrapped))
-    family.put(env, tasks[0])
+    family.apply_task(env, tasks[0])
     for made in sorted(set(vars(env.unwrapped)) - known):
         return (
             f"{same}: set_task makes a new attribute {made!r}, which the environment does not"

@@ -10,16 +10,10 @@ from __future__ import annotations
 from functools import partial
 
 from metarl.envs.family import Uniform, register
-from metarl.envs.mujoco_bodies import (
-    BODIES,
-    UNITS,
-    direction_reward,
-    direction_tasks,
-    load_model,
-    parameter_tasks,
-    scaled_parameters,
-    velocity_reward,
-)
+from metarl.envs.mujoco_bodies import BODIES
+from metarl.envs.mujoco_parameters import parameter_tasks, scaled_parameters
+from metarl.envs.mujoco_rewards import UNITS, direction_reward, direction_tasks, velocity_reward
+from metarl.envs.mujoco_simulation import load_model
 from metarl.envs.mujoco_vector import MujocoFamily
 
 CONTROL_COST = 1e-3

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from metarl.running.checkpoints import CheckpointError
     from metarl.running.config import Config
     from metarl.running.evaluation import evaluate
-    from metarl.running.meta_policy import MetaPolicy, load, load_policy
+    from metarl.running.loading import load, load_policy
+    from metarl.running.meta_policy import MetaPolicy
     from metarl.running.policy import Policy
     from metarl.running.presets import resolve
     from metarl.running.runs import RunError
@@ -38,8 +39,8 @@ _LAZY = {
     "Policy": "policy",
     "RunError": "runs",
     "evaluate": "evaluation",
-    "load": "meta_policy",
-    "load_policy": "meta_policy",
+    "load": "loading",
+    "load_policy": "loading",
     "resolve": "presets",
     "train": "trainer",
 }

@@ -28,8 +28,6 @@ from metarl.learning.algorithms import ALGORITHMS, find_algorithm
 from metarl.running.config import Config
 from metarl.running.metrics import read_metrics
 
-REFERENCES = ("pretrained", "oracle", "random")
-
 
 @dataclass
 class Arguments:
@@ -93,12 +91,12 @@ def curve(folder: Path, steps: int) -> list[dict[str, float]]:
     points = []
     for path in sorted((folder / "checkpoints").glob("*.safetensors")):
         meta = metarl.load(path)
-        iteration = meta.record["iteration"]
+        iteration = meta.provenance["iteration"]
         if iteration not in known:
             result = metarl.evaluate(meta, steps=steps, threads=1)
             known[iteration] = {
                 "iteration": iteration,
-                "env_steps": meta.record["env_steps"],
+                "env_steps": meta.provenance["env_steps"],
                 "seconds": float(seconds[iteration - 1]) if iteration else 0.0,
                 "before": result.curve.returns[0],
                 "after": result.curve.returns[-1],
@@ -175,7 +173,7 @@ def main(arguments: Arguments) -> None:
         folder = arguments.out / f"{name}-{seed}"
         config = run_config(arguments, name, seed)
         metarl.train(config, folder, resume=(folder / "config.json").exists())
-        points = curve(folder, steps=0 if find_algorithm(name).told else 1)
+        points = curve(folder, steps=0 if find_algorithm(name).observes_task else 1)
         results.setdefault(name, {})[seed] = points
         print(f"{name}, seed {seed}: {points[-1]['after']:.1f} after one step", flush=True)
         (arguments.out / "table.md").write_text(table(results))
@@ -185,7 +183,7 @@ def main(arguments: Arguments) -> None:
     for name in arguments.algorithms:
         run(name, arguments.seed)
     ranked = sorted(
-        (name for name in results if name not in REFERENCES),
+        (name for name in results if not ALGORITHMS[name].reference),
         key=lambda name: -last_returns(results[name])[0],
     )
     for name in ranked[: arguments.best]:

@@ -13,7 +13,10 @@ from gymnasium.vector import AutoresetMode
 
 from metarl.envs import GYMNASIUM_IDS, MujocoFamily, Uniform, make_family
 from metarl.envs.errors import UserError
-from metarl.envs.mujoco_bodies import BODIES, load_model, scaled_parameters, upkeep
+from metarl.envs.mujoco_bodies import BODIES
+from metarl.envs.mujoco_parameters import scaled_parameters
+from metarl.envs.mujoco_rewards import costs_and_bonus
+from metarl.envs.mujoco_simulation import load_model
 from metarl.running.benchmark import _replay
 from metarl.running.config import Config, PolicyConfig
 from metarl.running.trainer import Trainer
@@ -339,7 +342,7 @@ def start(rng, model):
 
 
 def alive(step):
-    return upkeep(step, control=0.1, bonus=1.0)
+    return costs_and_bonus(step, control=0.1, bonus=1.0)
 
 
 PENDULUM = """<mujoco><option timestep="0.01" gravity="0 0 0"/><worldbody><body>
@@ -442,7 +445,7 @@ def test_the_ceiling_replays_the_very_physics_of_a_rollout(name, action, monkeyp
     made = []
     with Trainer(config) as trainer:
         seen: list = []
-        trainer.iterate(watch=seen.extend)
+        trainer.iterate(on_rollouts=seen.extend)
         make_vec = MujocoFamily.make_vec
         monkeypatch.setattr(
             MujocoFamily, "make_vec", lambda *a, **k: made.append(make_vec(*a, **k)) or made[-1]

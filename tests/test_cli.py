@@ -71,7 +71,7 @@ def test_adapt_record_plot_and_report(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "after 2 steps of 3 episodes each" in out
     assert "next: metarl record adapted" in out
-    assert metarl.load_policy("adapted").record["task"] == [0.3, -0.2]
+    assert metarl.load_policy("adapted").provenance["task"] == [0.3, -0.2]
     assert run("record", "adapted", "--out", "films/adapted.mp4") == 0
     assert run("record", "run-0", "--tensorboard", "--episodes", "2", "--speed", "2") == 0
     for name in ("films/adapted.mp4", "films/adapted.gif", "run-0/video.mp4", "run-0/video.gif"):

@@ -16,11 +16,13 @@ from metarl import evaluate
 from metarl.envs import family_names, make_family
 from metarl.envs.errors import UserError
 from metarl.envs.navigation import NavigationFamily, NavigationVectorEnv
+from metarl.learning.algorithms import find_algorithm
 from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import GaussianMLP, stack
+from metarl.running.building import policy_for
 from metarl.running.config import Config, InnerConfig, PolicyConfig
 from metarl.running.evaluation import FACTORS, grouped
-from metarl.running.meta_policy import MetaPolicy, policy_for, random_meta_policy
+from metarl.running.meta_policy import MetaPolicy, random_meta_policy
 from metarl.running.presets import reference_step_sizes, resolve
 from metarl.running.results import Curve, EvaluationResult
 from metarl.running.scratch import ScratchTrainer
@@ -39,7 +41,10 @@ def navigator(**changes) -> MetaPolicy:
         }
     )
     family = make_family(config.family, **config.family_options)
-    return MetaPolicy(policy_for(config, family).init(np.random.default_rng(3)), config)
+    return MetaPolicy(
+        policy_for(find_algorithm(config.algorithm), config, family).init(np.random.default_rng(3)),
+        config,
+    )
 
 
 def result(per_task: list[list[float]]) -> EvaluationResult:
@@ -280,7 +285,9 @@ def saved(folder, name: str, **changes) -> str:
     inner = dataclasses.replace(config.inner, steps=0)
     if config.algorithm in ("oracle", "pretrained"):
         config = dataclasses.replace(config, inner=inner)
-    params = policy_for(config, navigator().family).init(np.random.default_rng(config.seed))
+    params = policy_for(find_algorithm(config.algorithm), config, navigator().family).init(
+        np.random.default_rng(config.seed)
+    )
     MetaPolicy(params, config).save(folder / f"{name}.safetensors")
     return str(folder / f"{name}.safetensors")
 

@@ -16,11 +16,15 @@ from metarl.envs import make_family
 from metarl.envs.errors import UserError
 from metarl.learning.encoders import NatureCNN
 from metarl.learning.parallel import ChunkPool
+from metarl.running.building import make_policy
 from metarl.running.config import Config, PolicyConfig
 from metarl.running.export import export
-from metarl.running.meta_policy import MetaPolicy, load, load_policy, make_policy
+from metarl.running.loading import load, load_policy
+from metarl.running.meta_policy import MetaPolicy
 from metarl.running.policy import Policy
-from metarl.sampling.rollouts import Address, collect_episodes, env_action, policy_action
+from metarl.sampling.episodes import collect_episodes
+from metarl.sampling.rollouts import Address
+from metarl.sampling.spaces import env_action, policy_action
 
 # torch's own, of TorchScript's age.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -159,8 +163,8 @@ def test_transitions_adapt_as_episodes_do(monkeypatch):
         assert adapter.transitions == 12
         adapted = adapter.adapted()
         assert adapter.transitions == 0
-    assert adapted.record["steps"] == 2
-    assert adapted.record["episodes"] == 6
+    assert adapted.provenance["steps"] == 2
+    assert adapted.provenance["episodes"] == 6
     for name, p in expected.params.items():
         assert torch.allclose(adapted.params[name], p, atol=1e-6), name
         assert not torch.equal(p, meta.params[name])

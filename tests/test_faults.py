@@ -32,7 +32,7 @@ from metarl.learning.first_order import Adam, AdamConfig
 from metarl.running import checkpoints
 from metarl.running.checkpoints import CheckpointError
 from metarl.running.config import PolicyConfig
-from metarl.running.meta_policy import checkpoints_of, newest_checkpoint
+from metarl.running.loading import checkpoints_of, newest_checkpoint
 from metarl.running.metrics import read_metrics
 from metarl.running.runs import RunError
 from metarl.running.trainer import Trainer
@@ -628,7 +628,7 @@ def test_ten_rewards_that_are_nan_stop_with_the_last_good_state(tmp_path, monkey
     assert same_params(meta, load(tmp_path / "run"))
     monkeypatch.setattr("test_trainer.bad_above", 100.0)
     after = train(config, tmp_path / "run", resume=True)
-    assert after.record["iteration"] == 12
+    assert after.provenance["iteration"] == 12
 
 
 def test_a_simulation_that_diverges_leaves_the_others_as_they_are(monkeypatch):
@@ -677,7 +677,7 @@ def test_a_worker_that_goes_on_failing_ends_the_command(tmp_path, monkeypatch, c
     code = run(*arguments, *small, "--iterations", "10", "--out", "run")
     err = capsys.readouterr().err
     assert (code, "error: " in err, told in err) == (2, True, True)
-    assert load("run").record["iteration"] == 9 if "nan" in fault else not Path("run").exists()
+    assert load("run").provenance["iteration"] == 9 if "nan" in fault else not Path("run").exists()
 
 
 # The command line ---------------------------------------------------------------------------------

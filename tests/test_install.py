@@ -24,7 +24,7 @@ config = metarl.resolve(
     None, "navigation-2d", overrides={"iterations": 2, "tasks": 2, "episodes": 2}
 )
 metarl.train(config, "run")
-assert metarl.load("run").record["iteration"] == 2
+assert metarl.load("run").provenance["iteration"] == 2
 assert metarl.load("half-cheetah-dir-icml2017").config.family == "half-cheetah-dir"
 assert gymnasium.make("metarl/HalfCheetahVel-v0", velocity=1.5).spec.id
 print("trained")

@@ -15,16 +15,18 @@ from metarl.learning.encoders import NatureCNN
 from metarl.learning.policies import GaussianMLP
 from metarl.running import memory
 from metarl.running.memory import Need, available, check_memory, need
-from metarl.sampling.rollouts import Memory
+from metarl.sampling.rollouts import RolloutBuffer
 
 POLICY = GaussianMLP(observation_dim=3, action_dim=2, hidden=(5,))
 
 
 def test_rollouts_are_counted_as_they_are_held():
     shape = {"tasks": 2, "episodes": 3, "horizon": 7}
-    held = sum(array.nbytes for array in Memory(POLICY, 2, 3, 7, ("speed",)).arrays().values())
+    held = sum(
+        array.nbytes for array in RolloutBuffer(POLICY, 2, 3, 7, ("speed",)).arrays().values()
+    )
     one, two, shared = (
-        need(POLICY, rollouts=rollouts, workers=workers, record=1, **shape).rollouts
+        need(POLICY, rollouts=rollouts, workers=workers, info_keys=1, **shape).rollouts
         for rollouts, workers in ((1, 0), (2, 0), (1, 4))
     )
     batch = 3 * 4 * 2 * 3 * 7

@@ -10,14 +10,15 @@ from test_evaluation import navigator
 
 import metarl
 from metarl.running.checkpoints import CheckpointError
-from metarl.running.meta_policy import load, shipped
+from metarl.running.loading import load, shipped
 
 
 def test_adapting_by_hand_and_by_the_method_agree():
     # One REINFORCE step written out on the episodes that `adapt` samples.
     from metarl.learning.advantages import estimate
     from metarl.learning.parallel import ChunkPool
-    from metarl.sampling.rollouts import Address, collect_episodes
+    from metarl.sampling.episodes import collect_episodes
+    from metarl.sampling.rollouts import Address
 
     meta = navigator()
     env = gym.make("metarl/Navigation2D-v0", goal=(0.3, 0.2), horizon=15)
@@ -106,8 +107,8 @@ def test_what_cannot_be_loaded_or_adapted_is_told(tmp_path):
 def test_shipped_policies_load_and_know_their_family(name):
     meta = metarl.load(name)
     assert meta.family.name in name
-    assert meta.record["env_steps"] > 0
-    assert meta.record["versions"]["mujoco"]
+    assert meta.provenance["env_steps"] > 0
+    assert meta.provenance["versions"]["mujoco"]
     task = meta.family.tasks.grid(1)[0]
     policy = meta.adapt(task, steps=1, episodes=1)
     env = meta.family.make(task)

@@ -14,8 +14,10 @@ from metarl.envs import make_family
 from metarl.envs.errors import UserError
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.policies import CategoricalMLP, GaussianMLP, stack
-from metarl.sampling.rollouts import Address, Collector, categories, collect_episodes, env_action
+from metarl.sampling.episodes import collect_episodes
+from metarl.sampling.rollouts import Address, Collector
 from metarl.sampling.seeding import episode_seeds, stream
+from metarl.sampling.spaces import categories, env_action
 
 POLICY = GaussianMLP(observation_dim=17, action_dim=6, hidden=(8,))
 

@@ -12,7 +12,9 @@ from gymnasium.vector import AutoresetMode
 from metarl import evaluate, resolve
 from metarl.envs import make_family
 from metarl.envs.errors import UserError
-from metarl.running.meta_policy import MetaPolicy, policy_for
+from metarl.learning.algorithms import find_algorithm
+from metarl.running.building import policy_for
+from metarl.running.meta_policy import MetaPolicy
 
 DISABLED = AutoresetMode.DISABLED
 
@@ -148,7 +150,10 @@ def test_bad_actions_and_sizes_are_told():
 def test_evaluation_tells_the_optimum():
     config = resolve(None, "bandit")
     family = make_family("bandit")
-    meta = MetaPolicy(policy_for(config, family).init(np.random.default_rng(0)), config)
+    meta = MetaPolicy(
+        policy_for(find_algorithm(config.algorithm), config, family).init(np.random.default_rng(0)),
+        config,
+    )
     found = evaluate(meta, tasks=8, episodes=2, steps=1, threads=1)
     arms = np.array(found.setting["tasks"])
     assert found.setting["optimal_returns"] == pytest.approx(arms.max(1) * family.horizon)

@@ -23,7 +23,7 @@ from metarl.envs import make_family
 from metarl.envs.errors import UserError
 from metarl.running.checkpoints import CheckpointError
 from metarl.running.config import Config, InnerConfig, PolicyConfig
-from metarl.running.meta_policy import newest_checkpoint
+from metarl.running.loading import newest_checkpoint
 from metarl.running.metrics import measured_time, read_metrics
 from metarl.running.runs import RunError, load_state, locked, run_config
 from metarl.running.trainer import Trainer
@@ -73,7 +73,7 @@ def test_a_run_leaves_metrics_events_config_and_checkpoints(tmp_path):
     assert [p.step for p in points] == [row["env_steps"] for row in rows]
     assert points[-1].value == pytest.approx(rows[-1]["return_post"], rel=1e-6)
     assert same_params(load(tmp_path / "run"), meta)
-    assert load(tmp_path / "run").record["iteration"] == 4
+    assert load(tmp_path / "run").provenance["iteration"] == 4
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
@@ -126,7 +126,7 @@ def test_the_inner_step_is_fitted_to_a_kl_and_kept_with_the_policy(tmp_path):
 def test_stop_ends_after_an_iteration_that_is_saved(tmp_path):
     rows: list[dict] = []
     meta = train(small(), tmp_path / "run", progress=rows.append, stop=lambda: len(rows) == 2)
-    assert meta.record["iteration"] == 2
+    assert meta.provenance["iteration"] == 2
     assert newest_checkpoint(tmp_path / "run").stem == "000002"
 
 
@@ -335,7 +335,7 @@ def test_a_second_ctrl_c_leaves_at_once_with_the_checkpoint_intact(tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
-    assert load(tmp_path / "run").record["iteration"] >= 1
+    assert load(tmp_path / "run").provenance["iteration"] >= 1
 
 
 def test_an_environment_of_ones_own_that_raises_shows_its_traceback(tmp_path, monkeypatch):

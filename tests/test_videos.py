@@ -15,9 +15,11 @@ from test_evaluation import navigator
 import metarl
 from metarl.envs import GymnasiumFamily, Uniform, make_family
 from metarl.envs.errors import UserError
+from metarl.learning.algorithms import find_algorithm
+from metarl.running.building import policy_for
 from metarl.running.checkpoints import CheckpointError
 from metarl.running.config import Config, PolicyConfig
-from metarl.running.meta_policy import Policy, policy_for
+from metarl.running.policy import Policy
 from metarl.showing import videos
 
 GOAL = np.array([0.3, -0.2])
@@ -226,7 +228,7 @@ def test_gl_is_chosen_for_whatever_draws(monkeypatch):
     tasks = Uniform({"x": (0.0, 1.0)})
     family = GymnasiumFamily(name="draws", env=Draws, tasks=tasks, horizon=3)
     config = Config(policy=PolicyConfig(hidden=(4,)))
-    network = policy_for(config, family)
+    network = policy_for(find_algorithm(config.algorithm), config, family)
     params = network.init(np.random.default_rng(0))
     record = {"task": None, "steps": 0, "episodes": 0, "seed": 0}
     policy = Policy(network, params, Draws.action_space, 3, config, record)

@@ -26,12 +26,13 @@ from metarl.commands.cli import main
 from metarl.envs import TaskFamily, make_family
 from metarl.envs.errors import UserError
 from metarl.envs.processes import pack, unpack
+from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError
 from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import GaussianMLP, Params
 from metarl.learning.trajectories import Rollout
+from metarl.running.building import make_adapter
 from metarl.running.config import Config
-from metarl.running.meta_policy import make_adapter
 from metarl.running.trainer import Trainer
 from metarl.sampling.rollouts import Address, Collector
 from metarl.sampling.workers import WorkerCollector, WorkerError, make_collector
@@ -294,7 +295,9 @@ def test_a_nan_is_told_with_its_task(collector, faults, pool):
     sample(collector)
     faults.write_text("always nan step")
     config = Config(family="worker_envs:walk")
-    loop = InnerLoop(make_adapter(config, POLICY), config.advantage, pool)
+    loop = InnerLoop(
+        make_adapter(find_algorithm(config.algorithm), config, POLICY), config.advantage, pool
+    )
     before = pids(collector)
     with pytest.raises(NonFiniteError, match=r"not finite in task \[0.8\]"):
         loop.run(

@@ -17,16 +17,16 @@ from metarl.envs.family import did_you_mean
 
 COMMANDS = {
     "train": ("training", "Meta-train a policy on a task family."),
-    "evaluate": ("policy_commands", "Measure how well meta-policies adapt to held-out tasks."),
+    "evaluate": ("result_commands", "Measure how well meta-policies adapt to held-out tasks."),
     "adapt": ("policy_commands", "Adapt a meta-policy to one task; save an ordinary policy."),
     "export": ("policy_commands", "Write a policy as a TorchScript or ONNX file."),
-    "plot": ("policy_commands", "Draw learning curves of runs, before and after adaptation."),
+    "plot": ("result_commands", "Draw learning curves of runs, before and after adaptation."),
     "record": (
         "policy_commands",
         "Film a policy on one task before and after adaptation, side by side.",
     ),
     "report": (
-        "policy_commands",
+        "result_commands",
         "Write one HTML page about a run: returns, pictures, a video, config and versions.",
     ),
     "check": ("listing", "Check a task family, such as your own, and say what is wrong with it."),

@@ -169,14 +169,14 @@ def train(command: Train) -> int:
         finally:
             if bar is not None:
                 bar.close()
-    done = meta.record["iteration"]
+    done = meta.provenance["iteration"]
     if bar is None and stop.signal is None:
         print(f"nothing to do: {folder} has its {done} iterations; give more with --iterations")
         return 0
     if done < config.iterations and stop.signal is not None:
         print(f"stopped after iteration {done}; continue with: metarl train --resume {folder}")
         return 128 + stop.signal
-    print(f"done: {done} iterations, {meta.record['env_steps']:,} env steps")
+    print(f"done: {done} iterations, {meta.provenance['env_steps']:,} env steps")
     print(f"next: metarl evaluate {folder}")
     return 0
 

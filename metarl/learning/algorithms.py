@@ -35,8 +35,10 @@ class Algorithm:
     """Step sizes learned with the initialization: one a layer and step, or one a parameter."""
     annealed: bool = False
     """Multi-step loss, and order 1 first; both give way over `meta.anneal_fraction` of the run."""
-    told: bool = False
-    """The policy sees the task vector."""
+    observes_task: bool = False
+    """The policy sees the task vector, and takes no inner step in evaluation."""
+    reference: bool = False
+    """Not a meta-learner, but what one stands beside."""
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Values of config sections that the algorithm starts from."""
 
@@ -169,20 +171,23 @@ ALGORITHMS = {
             name="pretrained",
             description="reference: one policy for all tasks, no adaptation in training",
             source=_FINN,
-            defaults={"inner": {"steps": 0}},
-        ),
-        Algorithm(
-            name="oracle",
-            description="reference: the policy sees the task vector",
-            source=_FINN,
-            told=True,
+            reference=True,
             defaults={"inner": {"steps": 0}},
         ),
         Algorithm(
             name="random",
             description="reference: the random initialization, which training leaves as it is",
             source=_FINN,
+            reference=True,
             outer="none",
+        ),
+        Algorithm(
+            name="oracle",
+            description="reference: the policy sees the task vector",
+            source=_FINN,
+            reference=True,
+            observes_task=True,
+            defaults={"inner": {"steps": 0}},
         ),
     )
 }

@@ -31,7 +31,8 @@ from metarl.learning.trajectories import Rollout
 from metarl.running.checkpoints import machine, versions
 from metarl.running.config import Config, available_threads
 from metarl.running.trainer import Trainer
-from metarl.sampling.rollouts import Address, env_action
+from metarl.sampling.rollouts import Address
+from metarl.sampling.spaces import env_action
 from metarl.sampling.workers import make_collector
 
 
@@ -48,7 +49,7 @@ def benchmark(config: Config, repeats: int = 3) -> dict[str, Any]:
         trainer.iterate()
         for _ in range(repeats):
             seen: list[Rollout] = []
-            row = trainer.iterate(watch=seen.extend)
+            row = trainer.iterate(on_rollouts=seen.extend)
             row["steps"] = sum(rollout.env_steps for rollout in seen)
             row["seconds_ceiling"] = sum(
                 _replay(trainer, rollout, Address(config.seed, row["iteration"] - 1, inner_step=k))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from metarl.envs.errors import UserError
-from metarl.learning.algorithms import find_algorithm
+from metarl.learning.algorithms import Algorithm
 from metarl.learning.objectives import dice, log_likelihood
 from metarl.running.config import Config
 from metarl.running.presets import resolve
@@ -13,9 +13,8 @@ from metarl.running.presets import resolve
 _ADAM = ("adam", "clipped")
 
 
-def check_combination(config: Config) -> None:
+def check_combination(row: Algorithm, config: Config) -> None:
     """Raise UserError where options do not go together, or have no effect."""
-    row = find_algorithm(config.algorithm)
     base = resolve(config.preset, config.family, config.algorithm)
     name, inner, meta = row.name, config.inner, config.meta
     for section in ("adam", "trust_region"):
@@ -52,7 +51,7 @@ def check_combination(config: Config) -> None:
         raise UserError("meta.credit needs inner.steps of at least 1, got 0")
     if config.policy.context != base.policy.context and row.fast != "context":
         raise UserError(f"policy.context has no effect with {name}")
-    if row.name in ("pretrained", "oracle") and inner.steps:
+    if row.defaults.get("inner", {}).get("steps") == 0 and inner.steps:
         raise UserError(f"{name} does not adapt in training: inner.steps must be 0")
 
 

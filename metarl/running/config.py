@@ -17,7 +17,7 @@ from metarl.learning.advantages import AdvantageConfig
 from metarl.learning.first_order import AdamConfig
 from metarl.learning.policies import Activation
 from metarl.learning.trust_region import TrustRegionConfig
-from metarl.sampling.rollouts import ActionMode
+from metarl.sampling.spaces import ActionMode
 
 Network = Literal["auto", "mlp", "nature", "impala"]
 

@@ -19,16 +19,16 @@ import torch
 
 from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
-from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import NonFiniteError
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import MLPPolicy, Params
 from metarl.learning.trajectories import Rollout
 from metarl.running.config import Config, available_threads
+from metarl.running.loading import load
 from metarl.running.memory import check_memory, need
-from metarl.running.meta_policy import MetaPolicy, load, random_meta_policy
+from metarl.running.meta_policy import MetaPolicy, random_meta_policy
 from metarl.running.presets import reference_step_sizes
-from metarl.running.results import REFERENCES, Curve, EvaluationResult
+from metarl.running.results import Curve, EvaluationResult
 from metarl.running.runs import but_seed, group_name
 from metarl.running.scratch import (
     LEARNING_RATE,
@@ -37,7 +37,8 @@ from metarl.running.scratch import (
     train_from_scratch,
 )
 from metarl.running.statistics import Floats
-from metarl.sampling.rollouts import ActionMode, Address
+from metarl.sampling.rollouts import Address
+from metarl.sampling.spaces import ActionMode
 from metarl.sampling.workers import AnyCollector, make_collector
 
 What = MetaPolicy | str | Path
@@ -78,15 +79,15 @@ def grouped(what: Sequence[str | Path]) -> dict[str, dict[str, MetaPolicy]]:
     named: dict[str, dict[str, MetaPolicy]] = {}
     for group in groups:
         name = group_name(list(group))
-        algorithm = next(iter(group.values())).config.algorithm
-        if algorithm in REFERENCES and algorithm not in named:
-            name = algorithm
+        row = next(iter(group.values())).algorithm
+        if row.reference and row.name not in named:
+            name = row.name
         if not name or name in named:
             name = next(iter(group))
         named[name] = group
 
     def is_reference(item: tuple[str, dict[str, MetaPolicy]]) -> bool:
-        return next(iter(item[1].values())).config.algorithm in REFERENCES
+        return next(iter(item[1].values())).algorithm.reference
 
     return dict(sorted(named.items(), key=is_reference))
 
@@ -117,20 +118,20 @@ class _Protocol:
             needed = need(
                 policy, tasks=len(self.goals), episodes=self.episodes, horizon=self.family.horizon,
                 rollouts=self.steps + 1, workers=0 if self.family.parallel else self.workers,
-                record=len(self.family.achieved), chunks=self.pool.threads,
+                info_keys=len(self.family.achieved), chunks=self.pool.threads,
             )  # fmt: skip
             check_memory(needed, self.family.name)
             self.collectors[key] = make_collector(
                 self.family, policy, len(self.goals), self.episodes, self.pool, key[1],
                 workers=self.workers, timeout=config.worker_timeout,
-                record=list(self.family.achieved.values()),
+                info_keys=list(self.family.achieved.values()),
             )  # fmt: skip
         return self.collectors[key]
 
     def curve(self, members: Sequence[MetaPolicy], sizes: Sizes) -> Curve:
         """Return the curve of a policy's seeds; an oracle takes no step."""
         names = self.family.achieved
-        adapts = members[0].config.algorithm != "oracle"
+        adapts = not members[0].algorithm.observes_task
         scores, success, achieved, paths = [], [], [], {}
         used: list[float] = []
         for i, member in enumerate(members):
@@ -164,8 +165,8 @@ class _Protocol:
         None are tried where the policy learned its sizes, or takes no step. A factor whose step is
         not finite has minus infinity.
         """
-        row = find_algorithm(members[0].config.algorithm)
-        if row.learned_steps != "no" or row.name == "oracle":
+        row = members[0].algorithm
+        if row.learned_steps != "no" or row.observes_task:
             return {}
         returns = {}
         for factor in FACTORS:
@@ -195,12 +196,12 @@ class _Protocol:
     ) -> tuple[list[float], list[Rollout]]:
         tasks = len(self.goals)
         loop, meta = policy.inner_loop(self.pool, sizes)
-        told = policy.context(self.goals)
+        context = policy.context(self.goals)
         collector = self._collector(policy.policy, policy.config)
 
         def sample(params: Params, k: int, *, deterministic: bool = False) -> Rollout:
             return collector.collect(
-                {**params, **told},
+                {**params, **context},
                 self.goals,
                 dataclasses.replace(self.address, inner_step=k),
                 deterministic=deterministic,
@@ -405,7 +406,7 @@ def evaluate(
         "split": split,
         "drawn": drawn,
         "deterministic": deterministic,
-        "trained": dict(first.record),
+        "trained": dict(first.provenance),
         "tried_step_factors": {
             key: [[f, value if math.isfinite(value) else None] for f, value in returns.items()]
             for key, returns in tried.items()

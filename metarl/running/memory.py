@@ -14,7 +14,7 @@ import numpy as np
 
 from metarl.envs.errors import UserError
 from metarl.learning.policies import MLPPolicy
-from metarl.sampling.rollouts import Memory
+from metarl.sampling.rollouts import RolloutBuffer
 
 GRAPH = 4.0
 """Floats that two derivatives through an inner step hold for each float of the forward pass, as
@@ -45,7 +45,7 @@ def need(
     horizon: int,
     rollouts: int,
     workers: int = 0,
-    record: int = 0,
+    info_keys: int = 0,
     chunks: int = 1,
     fisher_fraction: float = 0.0,
 ) -> Need:
@@ -54,7 +54,7 @@ def need(
     Args:
         rollouts: kept at once, K + 1 in training.
         workers: processes; they share one more rollout's memory with this one.
-        record: entries of the environments' info that are kept.
+        info_keys: how many entries of the environments' info that are kept.
         chunks: chunks of four tasks whose graphs are held at once, one a thread.
         fisher_fraction: part of the samples whose graphs are held for all tasks at once.
     """
@@ -66,7 +66,7 @@ def need(
         sizes.append(int(np.prod(shape)) * dtype.itemsize)
         return np.empty(0, dtype)
 
-    Memory(policy, tasks, episodes, horizon, [str(i) for i in range(record)], measure)
+    RolloutBuffer(policy, tasks, episodes, horizon, [str(i) for i in range(info_keys)], measure)
     one = sum(sizes)
     batch = 3 * 4 * steps  # advantage, weight, log density
     beside = (4 * policy.output_dim + 4 * 8) * steps  # noise; returns, values … in float64

@@ -17,7 +17,8 @@ from metarl.learning.policies import Params, stack
 from metarl.learning.trajectories import Rollout
 from metarl.running.config import Config
 from metarl.running.policy import Policy
-from metarl.sampling.rollouts import Memory, policy_action
+from metarl.sampling.rollouts import RolloutBuffer
+from metarl.sampling.spaces import policy_action
 
 
 @dataclass
@@ -162,14 +163,19 @@ class OnlineAdapter:
 
     def _made(self) -> Policy:
         params = {name: p[0].detach().clone() for name, p in self._params().items()}
-        record = {"task": None, "steps": self._steps, "episodes": self._seen, "seed": self._seed}
-        return Policy(self._network, params, self._space, self._horizon, self._config, record)
+        provenance = {
+            "task": None,
+            "steps": self._steps,
+            "episodes": self._seen,
+            "seed": self._seed,
+        }
+        return Policy(self._network, params, self._space, self._horizon, self._config, provenance)
 
     def _rollout(self) -> Rollout:
         """Return the transitions as episodes of one task, with what the policy gave at each."""
         policy, params = self._network, self._params()
         longest = max(len(episode.reward) for episode in self._episodes)
-        memory = Memory(policy, 1, len(self._episodes), longest)
+        memory = RolloutBuffer(policy, 1, len(self._episodes), longest)
         for e, episode in enumerate(self._episodes):
             steps = len(episode.reward)
             memory.observation[0, e, :steps] = episode.observation

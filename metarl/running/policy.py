@@ -17,8 +17,9 @@ from metarl.learning.modules import Bounded, Chosen, make_module
 from metarl.learning.policies import CategoricalMLP, MLPPolicy, Params
 from metarl.running import checkpoints
 from metarl.running.config import Config
-from metarl.sampling.rollouts import ActionMode, env_action
+from metarl.sampling.episodes import episode
 from metarl.sampling.seeding import stream
+from metarl.sampling.spaces import ActionMode, env_action
 
 
 class Policy:
@@ -31,7 +32,7 @@ class Policy:
         space: gym.Space,
         horizon: int,
         config: Config,
-        record: Mapping[str, Any],
+        provenance: Mapping[str, Any],
     ) -> None:
         """Make a policy of a network and its parameters.
 
@@ -39,14 +40,14 @@ class Policy:
             space: of the actions.
             horizon: of the training family.
             config: of the training behind it.
-            record: `task` (a vector, None where it is not known), `steps`, `episodes` and `seed` of
-                the adaptation.
+            provenance: `task` (a vector, None where it is not known), `steps`, `episodes` and
+                `seed` of the adaptation.
         """
         self.policy, self.params = policy, params
-        self.config, self.record = config, record
+        self.config, self.provenance = config, provenance
         self._space, self._horizon = space, horizon
         self._mode: ActionMode = config.policy.action
-        self._rng = stream(record["seed"], 0, "test-noise", record["steps"])
+        self._rng = stream(provenance["seed"], 0, "test-noise", provenance["steps"])
 
     def act(self, observation: Any, *, deterministic: bool = False) -> NDArray:
         """Return the action as the environment takes it: one, or n of them.
@@ -88,26 +89,25 @@ class Policy:
         *,
         seed: int | None = None,
         deterministic: bool = False,
-        watch: Callable[[int, float], None] | None = None,
+        on_step: Callable[[int, float], None] | None = None,
     ) -> float:
         """Act for one episode, of the horizon at most; return its return.
 
         Args:
-            watch: is told after the reset and after every step how many steps were taken, and the
+            on_step: is told after the reset and after every step how many steps were taken, and the
                 return so far.
         """
-        observation, _ = env.reset(seed=seed)
-        total = 0.0
-        if watch is not None:
-            watch(0, total)
-        for step in range(self._horizon):
-            action = self.act(observation, deterministic=deterministic)
-            observation, reward, terminated, truncated, _ = env.step(action)
-            total += float(reward)
-            if watch is not None:
-                watch(step + 1, total)
-            if terminated or truncated:
-                break
+        taken, total = 0, 0.0
+
+        def act(observation: Any, t: int) -> NDArray:
+            if on_step is not None:
+                on_step(t, total)
+            return self.act(observation, deterministic=deterministic)
+
+        for step in episode(env, act, self._horizon, seed):
+            taken, total = taken + 1, total + step.reward
+        if on_step is not None:
+            on_step(taken, total)
         return total
 
     def module(self) -> nn.Module:
@@ -127,5 +127,5 @@ class Policy:
 
     def save(self, path: str | Path) -> None:
         """Write a policy file that `load_policy` reads."""
-        metadata = {"kind": "adapted", "config": self.config.to_json(), "adapted": self.record}
+        metadata = {"kind": "adapted", "config": self.config.to_json(), "adapted": self.provenance}
         checkpoints.save(Path(path), self.params, {**metadata, "versions": checkpoints.versions()})

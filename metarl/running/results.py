@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from metarl.learning.algorithms import ALGORITHMS
 from metarl.running.statistics import (
     FEWEST,
     Floats,
@@ -17,7 +18,7 @@ from metarl.running.statistics import (
     interquartile_mean_interval,
 )
 
-REFERENCES = ("pretrained", "random", "from-scratch", "oracle")
+REFERENCES = ("from-scratch", *(name for name, row in ALGORITHMS.items() if row.reference))
 """Algorithms that others are measured by."""
 
 

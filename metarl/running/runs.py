@@ -26,12 +26,12 @@ from metarl.running.checkpoints import (
 )
 from metarl.running.config import Config
 from metarl.running.files import set_aside, sweep, write_atomically
-from metarl.running.meta_policy import checkpoint_path, checkpoints_of, newest_good
+from metarl.running.loading import checkpoint_path, checkpoints_of, newest_good
 from metarl.running.metrics import read_metrics
 
 _log = logging.getLogger(__name__)
 
-FREE = ("iterations", "threads", "workers", "worker_timeout")
+CHANGEABLE_ON_RESUME = ("iterations", "threads", "workers", "worker_timeout")
 """Config keys that may change when a run is continued."""
 
 
@@ -199,7 +199,7 @@ def _load_state(path: Path, config: Config, like: State) -> tuple[State, dict[st
     if metadata.get("kind") != "checkpoint":
         raise CheckpointError(f"{path} is no checkpoint of a run but {metadata.get('kind')!r}")
     stored = config_of(path, metadata)
-    if replace(stored, **{k: getattr(config, k) for k in FREE}) != config:
+    if replace(stored, **{k: getattr(config, k) for k in CHANGEABLE_ON_RESUME}) != config:
         other = differences(stored, config)[0]
         raise CheckpointError(f"{path} is of another run: {other}")
     params, outer = (
@@ -220,7 +220,7 @@ def _load_state(path: Path, config: Config, like: State) -> tuple[State, dict[st
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Return where two configs differ, but for what is FREE: "key old, not new"."""
+    """Return where two configs differ, but for what may change on resume: "key old, not new"."""
 
     def flat(config: Config) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -232,7 +232,11 @@ def differences(old: Config, new: Config) -> list[str]:
         return result
 
     a, b = flat(old), flat(new)
-    return [f"{key} is {a[key]}, not {b[key]}" for key in a if key not in FREE and a[key] != b[key]]
+    return [
+        f"{key} is {a[key]}, not {b[key]}"
+        for key in a
+        if key not in CHANGEABLE_ON_RESUME and a[key] != b[key]
+    ]
 
 
 def group_name(names: Sequence[str]) -> str:

@@ -14,12 +14,13 @@ import torch
 
 from metarl.envs import TaskFamily
 from metarl.learning.advantages import estimate
+from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import NonFiniteError
 from metarl.learning.objectives import Batch, clipped_ratio, make_batch
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.policies import MLPPolicy, Params, stack
+from metarl.running.building import policy_for
 from metarl.running.config import Config
-from metarl.running.meta_policy import policy_for
 from metarl.running.statistics import Floats
 from metarl.sampling.rollouts import Address
 from metarl.sampling.seeding import stream
@@ -34,7 +35,8 @@ _CHUNK = 4  # tasks
 def scratch_policy(config: Config, family: TaskFamily) -> MLPPolicy:
     """Return the network that is trained: the config's, without what only meta-training sets."""
     plain = dataclasses.replace(config.policy, normalize=False)
-    return policy_for(dataclasses.replace(config, algorithm="maml-trpo", policy=plain), family)
+    row = find_algorithm("maml-trpo")
+    return policy_for(row, dataclasses.replace(config, policy=plain), family)
 
 
 class ScratchTrainer:

@@ -21,6 +21,7 @@ from metarl.learning.inner_loop import InnerLoop, NonFiniteError, Query
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import Params
 from metarl.learning.trajectories import Rollout
+from metarl.running.building import make_adapter, policy_for, scaled_tasks
 from metarl.running.checkpoints import versions
 from metarl.running.checks import check_combination, check_device
 from metarl.running.config import Config
@@ -31,14 +32,9 @@ from metarl.running.iterations import (
     schedule,
     schedule_change,
 )
+from metarl.running.loading import checkpoints_of
 from metarl.running.memory import check_memory, need
-from metarl.running.meta_policy import (
-    MetaPolicy,
-    checkpoints_of,
-    make_adapter,
-    policy_for,
-    scaled_tasks,
-)
+from metarl.running.meta_policy import MetaPolicy
 from metarl.running.metrics import MetricsLog
 from metarl.running.runs import (
     RunError,
@@ -66,11 +62,11 @@ class Trainer:
         self.config = config
         self.algorithm = find_algorithm(config.algorithm)
         self.family = make_family(config.family, **config.family_options)
-        self.policy = policy_for(config, self.family)
-        check_combination(config)
+        self.policy = policy_for(self.algorithm, config, self.family)
+        check_combination(self.algorithm, config)
         check_device(config.device)
         self._check_memory()
-        adapter = make_adapter(config, self.policy)
+        adapter = make_adapter(self.algorithm, config, self.policy)
         params = adapter.init(self.policy.init(stream(config.seed, 0, "init")))
         self._outer = make_outer(self.algorithm, config)
         self.state = State(params, self._outer.init(params))
@@ -109,13 +105,13 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def iterate(self, watch: Callable[[list[Rollout]], None] | None = None) -> dict[str, Any]:
+    def iterate(self, on_rollouts: Callable[[list[Rollout]], None] | None = None) -> dict[str, Any]:
         """Run one meta-iteration and return its metrics.
 
         Where a sample or a gradient is not finite, the update is skipped and counted.
 
         Args:
-            watch: is shown the iteration's rollouts, support first.
+            on_rollouts: is shown the iteration's rollouts, support first.
         """
         row, config, state = self.algorithm, self.config, self.state
         start, processor = time.perf_counter(), time.process_time()
@@ -125,12 +121,12 @@ class Trainer:
         tasks = draw(address.tasks(), config.tasks)
         rollouts: list[Rollout] = []
         seconds = {"rollout": 0.0}
-        told = {"context": scaled_tasks(self.family, tasks)} if row.told else {}
+        seen = {"context": scaled_tasks(self.family, tasks)} if row.observes_task else {}
 
         def sample(params: Params, k: int) -> Rollout:
             begin = time.perf_counter()
             where = replace(address, inner_step=k)
-            rollout = self._collector.collect({**params, **told}, tasks, where)
+            rollout = self._collector.collect({**params, **seen}, tasks, where)
             seconds["rollout"] += time.perf_counter() - begin
             rollouts.append(rollout)
             return rollout
@@ -171,8 +167,8 @@ class Trainer:
             state.skipped_in_a_row += 1
         state.iteration += 1
         state.env_steps += sum(rollout.env_steps for rollout in rollouts)
-        if watch is not None:
-            watch(rollouts)
+        if on_rollouts is not None:
+            on_rollouts(rollouts)
         total = time.perf_counter() - start
         return {
             "iteration": state.iteration,
@@ -191,12 +187,12 @@ class Trainer:
     def meta_policy(self) -> MetaPolicy:
         """Return the present meta-parameters as a policy to evaluate, adapt or save."""
         state = self.state
-        record = {
+        provenance = {
             "iteration": state.iteration,
             "env_steps": state.env_steps,
             "versions": versions(),
         }
-        return MetaPolicy(dict(state.params), self.config, record)
+        return MetaPolicy(dict(state.params), self.config, provenance)
 
 
 def train(

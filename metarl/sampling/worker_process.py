@@ -29,7 +29,8 @@ from metarl.envs import TaskVectorEnv
 from metarl.envs.errors import UserError
 from metarl.envs.processes import Parcel, unpack
 from metarl.learning.policies import MLPPolicy
-from metarl.sampling.rollouts import ActionMode, Memory, check_spaces, collect_into
+from metarl.sampling.rollouts import RolloutBuffer, collect_into
+from metarl.sampling.spaces import ActionMode, check_spaces
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class Share:
     episodes: int
     horizon: int
     mode: ActionMode
-    record: tuple[str, ...]
+    info_keys: tuple[str, ...]
     """Entries of the environments' info to keep."""
     where: slice
     """The worker's tasks."""
     memory: list[Any]
-    """The arrays of a `Memory` of all tasks."""
+    """The arrays of a `RolloutBuffer` of all tasks."""
     progress: Any
     """`TaskVectorEnv.progress`"""
 
@@ -95,7 +96,7 @@ def work(share: Share, channel: Connection, dump: Connection, with_parent: bool)
 
 
 @contextlib.contextmanager
-def _restored(share: Share) -> Iterator[tuple[TaskVectorEnv, Memory]]:
+def _restored(share: Share) -> Iterator[tuple[TaskVectorEnv, RolloutBuffer]]:
     """Give a worker's vector environment and shared memory; close the environment afterwards."""
     family = unpack(share.family)
     if family.horizon != share.horizon:
@@ -114,7 +115,9 @@ def _restored(share: Share) -> Iterator[tuple[TaskVectorEnv, Memory]]:
     check_spaces(env, share.policy, family.name)
     yield (
         env,
-        Memory(share.policy, share.tasks, share.episodes, share.horizon, share.record, attach),
+        RolloutBuffer(
+            share.policy, share.tasks, share.episodes, share.horizon, share.info_keys, attach
+        ),
     )
     env.close()
 

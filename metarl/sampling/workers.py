@@ -43,13 +43,8 @@ from metarl.envs.vector import describe_progress
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.policies import MLPPolicy, Params
 from metarl.learning.trajectories import Rollout
-from metarl.sampling.rollouts import (
-    ActionMode,
-    Address,
-    Collector,
-    Memory,
-    clear_after_the_end,
-)
+from metarl.sampling.rollouts import Address, Collector, RolloutBuffer, clear_after_the_end
+from metarl.sampling.spaces import ActionMode
 from metarl.sampling.worker_process import Reply, Share, work
 
 REPEATS = {"was killed": 2, "ended": 1, "hung": 1, "raised": 1}
@@ -114,16 +109,16 @@ class _Worker:
         self.ready, self.busy = False, True
         self._seen, self._silent, self._looked = 0, 0.0, time.monotonic()
 
-    def give(self, order: Any, tasks: NDArray) -> None:
-        """Have an order carried out, as soon as the worker is ready; `check` tells of its end."""
+    def submit(self, order: Any, tasks: NDArray) -> None:
+        """Have an order carried out, as soon as the worker is ready; `poll` tells of its end."""
         self.order, self.tasks, self.busy = order, tasks, True
         self._silent, self._looked = 0.0, time.monotonic()
         if self.ready:
             self.share.progress[1:] = [0, -1]
-            with contextlib.suppress(OSError):  # dead or stopped, which `check` finds
+            with contextlib.suppress(OSError):  # dead or stopped, which `poll` finds
                 self.channel.send(order)
 
-    def check(self) -> Reply | None:
+    def poll(self) -> Reply | None:
         """Return a reply or a fault, None while the worker is at work."""
         try:
             if self.channel.poll():
@@ -150,7 +145,7 @@ class _Worker:
         if reply.kind == "ready":
             self.ready = True
             if self.order is not None:
-                self.give(self.order, self.tasks)
+                self.submit(self.order, self.tasks)
                 return None
         self.busy = False
         if reply.kind == "raised":
@@ -205,7 +200,7 @@ class WorkerCollector:
         policy: the network.
         num_tasks: T, shared out evenly.
         episodes: a task.
-        record: entries of the environments' info to keep.
+        info_keys: entries of the environments' info to keep.
         workers: processes; more than there are tasks are not started.
         timeout: seconds that an environment may take for one reset, step or close.
 
@@ -222,7 +217,7 @@ class WorkerCollector:
         num_tasks: int,
         episodes: int,
         mode: ActionMode = "clip",
-        record: Sequence[str] = (),
+        info_keys: Sequence[str] = (),
         *,
         workers: int,
         timeout: float = 60.0,
@@ -231,14 +226,16 @@ class WorkerCollector:
             raise SystemExit(_NO_GUARD)  # a worker is importing the script that started it
         self.family, self.policy = family, policy
         self.num_tasks, self.episodes = num_tasks, episodes
-        self._record = tuple(record)
+        self._info_keys = tuple(info_keys)
         raws: list[Any] = []
 
         def share_out(shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
             raws.append(_context.RawArray(ctypes.c_byte, int(np.prod(shape)) * dtype.itemsize))
             return np.frombuffer(raws[-1], dtype).reshape(shape)
 
-        self._shared = Memory(policy, num_tasks, episodes, family.horizon, self._record, share_out)
+        self._shared = RolloutBuffer(
+            policy, num_tasks, episodes, family.horizon, self._info_keys, share_out
+        )
         packed = pack(family)
         self._workers: list[_Worker] = []
         # Runs before multiprocessing waits for its children at exit, and if close is forgotten.
@@ -253,7 +250,7 @@ class WorkerCollector:
                     episodes=episodes,
                     horizon=family.horizon,
                     mode=mode,
-                    record=self._record,
+                    info_keys=self._info_keys,
                     where=where,
                     memory=raws,
                     progress=_context.RawArray(ctypes.c_longlong, 3),
@@ -281,10 +278,10 @@ class WorkerCollector:
                 worker.restart()
             where = worker.share.where
             stacked = {name: p[where].numpy() for name, p in detached.items()}
-            worker.give((stacked, tasks[where], address, deterministic), tasks[where])
+            worker.submit((stacked, tasks[where], address, deterministic), tasks[where])
         self._finish()
-        memory = Memory(
-            self.policy, self.num_tasks, self.episodes, self.family.horizon, self._record
+        memory = RolloutBuffer(
+            self.policy, self.num_tasks, self.episodes, self.family.horizon, self._info_keys
         )
         shared = self._shared.arrays()
         for name, array in memory.arrays().items():
@@ -299,7 +296,7 @@ class WorkerCollector:
         while working:
             _wait(working)
             for worker in list(working):
-                reply = worker.check()
+                reply = worker.poll()
                 if reply is None:
                     continue
                 if reply.kind in ("ready", "done"):
@@ -331,11 +328,11 @@ class WorkerCollector:
         try:
             for worker in closing:
                 worker.timeout = min(worker.timeout, CLOSE_SECONDS)
-                worker.give(None, worker.tasks)
+                worker.submit(None, worker.tasks)
             while closing:
                 _wait(closing)
                 for worker in list(closing):
-                    reply = worker.check()
+                    reply = worker.poll()
                     if reply is None:
                         continue
                     closing.remove(worker)
@@ -367,7 +364,7 @@ def make_collector(
     episodes: int,
     pool: ChunkPool,
     mode: ActionMode = "clip",
-    record: Sequence[str] = (),
+    info_keys: Sequence[str] = (),
     *,
     workers: int = 0,
     timeout: float = 60.0,
@@ -377,7 +374,7 @@ def make_collector(
     Families that run side by side on threads never need processes.
     """
     if family.parallel or workers == 0:
-        return Collector(family, policy, num_tasks, episodes, pool, mode, record)
+        return Collector(family, policy, num_tasks, episodes, pool, mode, info_keys)
     return WorkerCollector(
-        family, policy, num_tasks, episodes, mode, record, workers=workers, timeout=timeout
+        family, policy, num_tasks, episodes, mode, info_keys, workers=workers, timeout=timeout
     )

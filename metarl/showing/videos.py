@@ -225,13 +225,13 @@ def _episode(
     shown: list[tuple[int, float, NDArray[np.uint8]]] = []
     last = (0, 0.0)
 
-    def watch(step: int, total: float) -> None:
+    def on_step(step: int, total: float) -> None:
         nonlocal last
         last = (step, total)
         if step % every == 0:
             shown.append((step, total, image()))
 
-    policy.play(env, seed=seed, deterministic=deterministic, watch=watch)
+    policy.play(env, seed=seed, deterministic=deterministic, on_step=on_step)
     if shown[-1][0] != last[0]:
         shown.append((*last, image()))
     return shown

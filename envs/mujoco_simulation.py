@@ -1,0 +1,90 @@
+"""What functions over all simulations see, as a `Sim` or, for a reward, a `Step`; and models."""
+
+# mujoco is compiled and brings no type stubs.
+# pyright: reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from metarl.envs.errors import UserError
+from metarl.envs.vector import Floats
+
+
+@dataclass(frozen=True)
+class Sim:
+    """The state of all simulations; arrays are live, [simulations, ...]."""
+
+    qpos: Floats
+    qvel: Floats
+    derived: Mapping[str, NDArray]
+
+    def __getitem__(self, name: str) -> NDArray:
+        """Return a derived field of MjData, such as sim["xpos"].
+
+        Raises:
+            UserError: the family does not ask for the field.
+        """
+        if name not in self.derived:
+            raise UserError(f"sim[{name!r}] is not there: add {name!r} to the family's fields")
+        return self.derived[name]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of all simulations, as a reward sees it; arrays are [simulations, ...]."""
+
+    sim: Sim
+    before: Floats
+    """What the family's `track` gave before the step."""
+    action: NDArray[np.float32]
+    """The action applied: scaled and clipped to the actuators' bounds."""
+    task: Floats
+    dt: float
+    """Seconds of simulated time that a step takes."""
+
+
+Reward = tuple[Floats, dict[str, Any]]  # [simulations], and info arrays
+
+
+def _ignore(message: str) -> None:
+    """Take a warning and do nothing."""
+
+
+def load_model(xml: str, edit: Callable[[mujoco.MjSpec], None] | None = None) -> mujoco.MjModel:
+    """Return the compiled model of a file: a path, or a name among Gymnasium's own models.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = xml
+    if not os.path.exists(path):
+        assets = os.path.join(os.path.dirname(gym.__file__), "envs", "mujoco", "assets")
+        path = os.path.join(assets, xml)
+    if not os.path.exists(path):
+        raise UserError(f"no model file {xml!r}, nor one of Gymnasium's of that name")
+    # MuJoCo prints its warnings and appends them to a log file in the current folder. Those
+    # of a divergence reach the caller in `info`; those of the stock models' deprecated
+    # elements are nobody's concern here.
+    mujoco.set_mju_user_warning(_ignore)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spec = mujoco.MjSpec.from_file(path)
+        if edit is not None:
+            edit(spec)
+        return spec.compile()
+
+
+def add_centre_of_mass(spec: mujoco.MjSpec) -> None:
+    """Add sensors of the whole body's centre of mass and its velocity to the model."""
+    for kind in (mujoco.mjtSensor.mjSENS_SUBTREECOM, mujoco.mjtSensor.mjSENS_SUBTREELINVEL):
+        spec.add_sensor(type=kind, objtype=mujoco.mjtObj.mjOBJ_BODY, objname="torso")

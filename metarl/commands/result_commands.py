@@ -1,0 +1,206 @@
+"""The commands about how runs went and how well policies adapt: evaluate, plot, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from metarl.commands.policy_commands import film, results_folder
+from metarl.envs.errors import UserError
+from metarl.running.config import default_workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure how well meta-policies adapt to held-out tasks."""
+
+    what: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run folders, policy files or names of shipped policies. Those that differ only by their seed
+    are one row; those of the algorithms pretrained, random and oracle are references."""
+    tasks: int = 40
+    """Held-out tasks."""
+    episodes: int = 20
+    """Episodes a task, for each inner step and for each return."""
+    steps: int = 3
+    """Inner steps."""
+    step_sizes: tuple[float, ...] = ()
+    """Size of each inner step of the first policy, the last repeated; by default its own."""
+    random_step_sizes: tuple[float, ...] = ()
+    """The same for the random initialization; by default its preset's, or the policy's."""
+    pretrained_step_sizes: tuple[float, ...] = ()
+    """The same for a pretrained policy; by default its preset's, or its own."""
+    tune_step_sizes: bool = False
+    """Choose the size of the first step for each policy, references included, on validation tasks;
+    later steps take half of it."""
+    seed: int = 0
+    """Seed of episodes, and of drawn tasks."""
+    deterministic: bool = False
+    """Measure returns with the mean action instead of a sampled one."""
+    from_scratch: bool = False
+    """Show training from scratch on each task beside it, by clipped policy gradients: with the env
+    steps of adaptation, and with ten times as many."""
+    scratch_learning_rate: float = 3e-3
+    """Learning rate of that training."""
+    drawn: bool = False
+    """Draw the tasks at random, as the papers do, instead of covering the test split evenly."""
+    threads: int | None = None
+    """Threads; results do not depend on it."""
+    workers: int = field(default_factory=default_workers)
+    """Worker processes for environments without a native backend; 0 steps them in this process."""
+    out: Path | None = None
+    """Folder for evaluation.json and the pictures; by default the run folder."""
+    per_task: bool = False
+    """Print each task's returns, and what was achieved of what it asks for."""
+    json: bool = False
+    """Print the content of evaluation.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Draw learning curves of runs, before and after adaptation."""
+
+    what: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders; those that differ only by their seed share a line and a band."""
+    against: Literal["env-steps", "time"] = "env-steps"
+    """What to draw against; time is wall-clock."""
+    smooth: int = 1
+    """Iterations that each point averages."""
+    out: Path | None = None
+    """Picture to write, PNG and SVG; by default learning.png in the first run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write one HTML page about a run: returns, pictures, a video, config and versions."""
+
+    what: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """A run folder, a policy file or the name of a shipped policy; further ones stand beside it.
+    An existing evaluation is used, unless further policies are named."""
+    tasks: int = 40
+    """Held-out tasks of the evaluation."""
+    episodes: int = 20
+    """Episodes a task, for each inner step and for each return."""
+    steps: int = 3
+    """Inner steps."""
+    threads: int | None = None
+    """Threads; results do not depend on it."""
+    video: bool = True
+    """Film a video if there is none."""
+    out: Path | None = None
+    """Page to write; by default report.html in the run folder."""
+
+
+def evaluate(command: Evaluate) -> int:
+    """Run `metarl evaluate`."""
+    result, files = _evaluate(
+        command.what,
+        command.out,
+        tasks=command.tasks,
+        episodes=command.episodes,
+        steps=command.steps,
+        seed=command.seed,
+        step_sizes=command.step_sizes,
+        random_step_sizes=command.random_step_sizes,
+        pretrained_step_sizes=command.pretrained_step_sizes,
+        tune_step_sizes=command.tune_step_sizes,
+        deterministic=command.deterministic,
+        drawn=command.drawn,
+        from_scratch=command.from_scratch,
+        scratch_learning_rate=command.scratch_learning_rate,
+        threads=command.threads,
+        workers=command.workers,
+    )
+    if command.json:
+        print(json.dumps(result.to_json(), indent=2))
+        return 0
+    setting = result.setting
+    options = "".join(f" {k}={v}" for k, v in setting["family_options"].items())
+    print(
+        f"{setting['family']}{options}: {command.tasks} held-out tasks, {command.episodes}"
+        f" episodes of {setting['horizon']} steps each\n"
+    )
+    if command.per_task:
+        print(f"{result.task_table()}\n")
+    print(f"{result.table()}\n\n{result.verdicts()}")
+    print(", ".join(map(str, files)))
+    return 0
+
+
+def _evaluate(what: Sequence[str], out: Path | None, **options: Any) -> tuple[Any, list[Path]]:
+    """Evaluate policies; leave the result and its pictures in the first one's folder, or out."""
+    from metarl.running import evaluation
+    from metarl.running.files import write_atomically
+    from metarl.running.metrics import show_adaptation
+    from metarl.showing import plots
+
+    if not what:
+        raise UserError("name a run folder, a policy file or a shipped policy to evaluate")
+    groups = evaluation.grouped(what)
+    (name, members), *others = groups.items()
+    references = {key: list(other.values()) for key, other in others}
+    seeds = list(members.values())
+    result = evaluation.evaluate(seeds, references=references, name=name, **options)
+    folder = results_folder(next(iter(members)), out)
+    files = [folder / "evaluation.json"]
+    write_atomically(files[0], json.dumps(result.to_json(), indent=2).encode())
+    files += plots.plot_evaluation(result, folder / "evaluation.png")
+    files += plots.plot_tasks(result, folder / "evaluation-tasks.png")
+    files += plots.plot_paths(result, folder / "evaluation-paths.png")
+    if (folder / "config.json").exists():  # a run, which TensorBoard shows
+        images = {"curve": files[1].read_bytes(), "tasks": files[3].read_bytes()}
+        show_adaptation(folder / "evaluation", result.curve.returns, images)
+    return result, [path for path in files if path.suffix != ".svg"]
+
+
+def plot(command: Plot) -> int:
+    """Run `metarl plot`."""
+    from metarl.showing.plots import plot_learning
+
+    if not command.what:
+        raise UserError("name a run folder to plot")
+    out = command.out or command.what[0] / "learning.png"
+    paths = plot_learning(command.what, out, against=command.against, smooth=command.smooth)
+    print(", ".join(map(str, paths)))
+    return 0
+
+
+def report(command: Report) -> int:
+    """Run `metarl report`."""
+    from metarl.running.loading import load
+    from metarl.running.metrics import read_metrics
+    from metarl.showing.plots import plot_learning
+    from metarl.showing.report import write_report
+
+    if not command.what:
+        raise UserError("name a run folder, a policy file or a shipped policy to report on")
+    what = command.what[0]
+    trained = dict(load(what).provenance)
+    folder = results_folder(what)
+    try:
+        fresh = json.loads((folder / "evaluation.json").read_text())["trained"] == trained
+    except (OSError, ValueError, KeyError):
+        fresh = False
+    if not fresh or len(command.what) > 1:
+        options: dict[str, Any] = {"tasks": command.tasks, "episodes": command.episodes}
+        options["workers"] = default_workers()
+        _evaluate(command.what, folder, **options, steps=command.steps, threads=command.threads)
+    if read_metrics(folder):
+        plot_learning([folder], folder / "learning.png")
+    why = "" if command.video else "None was asked for."
+    if command.video and (not (folder / "video.mp4").exists() or not fresh):
+        try:
+            film(what, ()).save(folder / "video.mp4")
+        except UserError as error:
+            why = str(error)
+            print(why)
+    out = command.out or folder / "report.html"
+    config = folder / "config.json"
+    run = json.loads(config.read_text()) if config.exists() else None
+    write_report(folder, out, f"metarl: {Path(what).name}", run=run, no_video=why)
+    print(out)
+    return 0

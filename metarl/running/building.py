@@ -1,0 +1,112 @@
+"""Building what a config describes: the network for a family's environments, and the adapter."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metarl.envs import TaskFamily
+from metarl.envs.errors import UserError
+from metarl.envs.gymnasium_family import is_image
+from metarl.learning.adaptation import Adapter
+from metarl.learning.algorithms import Algorithm
+from metarl.learning.encoders import ENCODERS, make_encoder
+from metarl.learning.objectives import dice
+from metarl.learning.policies import CategoricalMLP, GaussianMLP, MLPPolicy
+from metarl.running.config import Config, PolicyConfig
+from metarl.sampling.spaces import categories
+
+
+def context_dim(row: Algorithm, config: Config, task_dim: int) -> int:
+    """Return the size of the context input that an algorithm's policy has."""
+    return config.policy.context if row.fast == "context" else task_dim if row.observes_task else 0
+
+
+def scaled_tasks(family: TaskFamily, tasks: NDArray) -> Tensor:
+    """Return tasks [T, task_dim] with their training bounds mapped onto [-1, 1], float32."""
+    low, high = family.tasks.bounds()
+    scaled = (2.0 * tasks - low - high) / np.where(high > low, high - low, 1.0)
+    return torch.from_numpy(scaled.astype(np.float32))
+
+
+def make_adapter(row: Algorithm, config: Config, policy: MLPPolicy) -> Adapter:
+    """Return what adapts in a config's algorithm, and how."""
+    loss = row.inner_loss
+    if loss is dice:
+        loss = partial(dice, decay=config.inner.dice_decay)
+    return Adapter(
+        policy,
+        loss,
+        config.inner.step_sizes,
+        fast=row.fast,
+        learned=row.learned_steps,
+        updates=config.inner.updates,
+        proximal=config.inner.proximal,
+        fitted=config.inner.kl > 0.0,
+    )
+
+
+def make_policy(
+    config: Config, observation_shape: tuple[int, ...], actions: gym.Space, context: int = 0
+) -> MLPPolicy:
+    """Return a config's network for an environment's observations and action space.
+
+    Observations that are no vectors are images.
+
+    Raises:
+        UserError: no policy acts in such a space, or options have no effect in it.
+    """
+    chosen, base = config.policy, PolicyConfig()
+    encoder = None
+    size = observation_shape[0]
+    if len(observation_shape) > 1:
+        encoder = make_encoder(chosen.network, observation_shape)
+    elif chosen.network in ENCODERS:
+        raise UserError(
+            f"policy.network {chosen.network} reads images, and observations are"
+            f" {size} numbers: leave it out"
+        )
+    common: dict[str, Any] = {
+        "context_dim": context,
+        "observation_dim": size if encoder is None else encoder.features,
+        "encoder": encoder,
+        "hidden": chosen.hidden,
+        "activation": chosen.activation,
+        "normalize": chosen.normalize and encoder is None,  # images are scaled to [0, 1]
+        "output_scale": chosen.output_scale,
+    }
+    found = categories(actions)
+    if found is None:
+        assert actions.shape is not None
+        return GaussianMLP(
+            action_dim=actions.shape[0],
+            initial_std=chosen.initial_std,
+            min_std=chosen.min_std,
+            **common,
+        )
+    for name in ("initial_std", "min_std", "action"):
+        if getattr(chosen, name) != getattr(base, name):
+            raise UserError(f"policy.{name} has no effect on {actions} actions")
+    return CategoricalMLP(categories=found, **common)
+
+
+def policy_for(row: Algorithm, config: Config, family: TaskFamily) -> MLPPolicy:
+    """Return a config's network for a family's environments."""
+    env = family.make()
+    try:
+        observation, action = env.observation_space, env.action_space
+        if observation.shape is None or not (len(observation.shape) == 1 or is_image(observation)):
+            raise UserError(
+                f"{family.name}: observations must be a flat Box or a uint8 image, got"
+                f" {observation}"
+            )
+        context = context_dim(row, config, family.tasks.dim)
+        return make_policy(config, observation.shape, action, context)
+    finally:
+        env.close()

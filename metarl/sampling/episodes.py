@@ -1,0 +1,89 @@
+"""Episodes of one ordinary Gymnasium environment, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from metarl.learning.policies import MLPPolicy, Params
+from metarl.learning.trajectories import Rollout
+from metarl.sampling.rollouts import Address, RolloutBuffer
+from metarl.sampling.spaces import ActionMode, check_spaces, env_action
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of one step of an environment."""
+
+    observation: Any
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+
+def episode(
+    env: gym.Env, act: Callable[[Any, int], Any], horizon: int, seed: int | None
+) -> Iterator[Step]:
+    """Play one episode, of `horizon` steps at most; `act` takes an observation and its time."""
+    observation, _ = env.reset(seed=seed)
+    for t in range(horizon):
+        observation, reward, terminated, truncated, info = env.step(act(observation, t))
+        yield Step(observation, float(reward), bool(terminated), bool(truncated), info)
+        if terminated or truncated:
+            return
+
+
+def collect_episodes(
+    env: gym.Env,
+    policy: MLPPolicy,
+    params: Params,
+    *,
+    episodes: int,
+    horizon: int,
+    address: Address,
+    mode: ActionMode = "clip",
+    deterministic: bool = False,
+    task: Sequence[float] | NDArray = (),
+) -> Rollout:
+    """Sample episodes of an environment.
+
+    Args:
+        params: not stacked.
+        horizon: episodes are cut here, whatever the environment's own limit.
+        task: recorded in the rollout; the environment is taken as it is.
+
+    Raises:
+        UserError: the environment's spaces are not those of the policy.
+    """
+    check_spaces(env, policy, getattr(env.spec, "id", None) or type(env.unwrapped).__name__)
+    buffer = RolloutBuffer(policy, 1, episodes, horizon)
+    noise = torch.from_numpy(policy.noise(address.noise(0), episodes, horizon))
+
+    def act(observation: Any, t: int) -> NDArray:
+        buffer.observation[0, e, t] = observation
+        seen = torch.from_numpy(buffer.observation[0, e, t : t + 1])
+        dist = policy.distribution(params, seen)
+        action = policy.mode(dist) if deterministic else policy.sample(dist, noise[e, t])
+        buffer.action[0, e, t] = action[0].numpy()
+        buffer.output[0, e, t] = dist[policy.output][0].numpy()
+        return env_action(action[0].numpy(), env.action_space, mode)
+
+    with torch.inference_mode():
+        for e, seed in enumerate(address.episode_seeds(0, episodes)):
+            for t, step in enumerate(episode(env, act, horizon, seed)):
+                buffer.reward[0, e, t] = step.reward
+                buffer.valid[0, e, t] = True
+                buffer.diverged[0, e] |= bool(step.info.get("diverged", False))
+                buffer.success[0, e] |= bool(step.info.get("success", False))
+            buffer.last_observation[0, e] = step.observation
+            buffer.terminated[0, e] = step.terminated
+            buffer.truncated[0, e] = not step.terminated
+    stacked = {name: p.detach()[None] for name, p in params.items()}
+    return buffer.rollout(policy, stacked, np.asarray(task, np.float64)[None])

@@ -1,0 +1,94 @@
+"""Between a policy's actions and an environment's: clipping, scaling, categories, what fits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from metarl.envs import TaskVectorEnv
+from metarl.envs.errors import UserError
+from metarl.learning.policies import CategoricalMLP, MLPPolicy
+
+ActionMode = Literal["clip", "scale"]
+
+
+def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
+    """Return a policy's action [..., action_size] as the environment takes it.
+
+    For a Box, `clip` cuts it to the bounds, and `scale` maps [-1, 1] onto finite bounds first.
+    Discrete spaces get whole numbers that count from their start.
+    """
+    if isinstance(space, gym.spaces.Discrete):
+        return action[..., 0].astype(np.int64) + space.start
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return action.astype(space.dtype) + space.start
+    if isinstance(space, gym.spaces.MultiBinary):
+        return action.astype(space.dtype)
+    assert isinstance(space, gym.spaces.Box)
+    if mode == "scale":
+        with np.errstate(invalid="ignore"):  # infinite bounds, whose actions stay as they are
+            middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
+            action = np.where(np.isfinite(half), middle + half * action, action)
+    return np.clip(action, space.low, space.high).astype(space.dtype, copy=False)
+
+
+def policy_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray[np.float32]:
+    """Return what a policy would have drawn for an action of the environment's, [action_size].
+
+    The inverse of `env_action`, up to what that cuts.
+    """
+    if isinstance(space, gym.spaces.Box):
+        taken = np.asarray(action, np.float64)
+        if mode == "scale":
+            with np.errstate(invalid="ignore"):
+                middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
+                taken = np.where(np.isfinite(half), (taken - middle) / half, taken)
+        return taken.astype(np.float32)
+    start = getattr(space, "start", 0)
+    return np.atleast_1d(np.asarray(action) - start).astype(np.float32)
+
+
+def categories(space: gym.Space) -> tuple[int, ...] | None:
+    """Return the number of categories of each component of an action, None for a flat Box.
+
+    Raises:
+        UserError: no policy acts in such a space.
+    """
+    if isinstance(space, gym.spaces.Discrete):
+        return (int(space.n),)
+    if isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
+        return tuple(int(n) for n in space.nvec)
+    if isinstance(space, gym.spaces.MultiBinary) and len(space.shape) == 1:
+        return (2,) * space.shape[0]
+    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+        return None
+    raise UserError(
+        f"actions must be a flat Box, Discrete, a flat MultiDiscrete or MultiBinary, got {space}"
+    )
+
+
+def check_spaces(env: TaskVectorEnv | gym.Env, policy: MLPPolicy, name: str) -> None:
+    """Raise UserError if an environment's spaces are not those of the policy."""
+    vector = isinstance(env, TaskVectorEnv)
+    observation = env.single_observation_space if vector else env.observation_space
+    action = env.single_action_space if vector else env.action_space
+    box = isinstance(observation, gym.spaces.Box)
+    if not box or observation.shape != policy.observation_shape:
+        raise UserError(
+            f"{name}: observations are {observation}, but the policy is made for a Box of shape"
+            f" {policy.observation_shape}"
+        )
+    if isinstance(policy, CategoricalMLP):
+        if categories(action) != policy.categories:
+            raise UserError(
+                f"{name}: actions are {action}, but the policy is made for components of"
+                f" {policy.categories} categories"
+            )
+    elif categories(action) is not None or action.shape != (policy.action_size,):
+        raise UserError(
+            f"{name}: actions are {action}, but the policy is made for a Box of shape"
+            f" ({policy.action_size},)"
+        )
