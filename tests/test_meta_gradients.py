@@ -360,7 +360,8 @@ def test_agreement_is_the_share_of_signal_in_a_mean_gradient():
 
 
 def test_agreement_of_two_halves_is_their_inner_product():
-    # Their noise is independent, so E[a b] is the signal's square, and that of the mean |a + b|^2 / 4.
+    # Their noise is independent, so E[a b] is the square of the signal; that of the mean is
+    # |a + b|^2 / 4.
     a, b = torch.randn(2, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = 4.0 * float(a @ b) / float((a + b).square().sum())
     assert agreement([3 * a, 3 * b], [3, 3], (a + b) / 2) == pytest.approx(expected, rel=1e-12)
