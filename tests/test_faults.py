@@ -177,9 +177,11 @@ def test_kill_9_at_fifty_random_moments(tmp_path):
 
 
 def test_killed_before_its_first_checkpoint_a_run_is_resumed_or_replaced(tmp_path, whole):
-    for resume in (True, False):
-        folder = tmp_path / str(resume)
-        (folder / "checkpoints").mkdir(parents=True)
+    for resume, later in ((True, False), (True, True), (False, True)):
+        folder = tmp_path / f"{resume}-{later}"
+        folder.mkdir()
+        if later:
+            (folder / "checkpoints").mkdir()
         shutil.copy(whole / "config.json", folder)
         (folder / "lock").touch()
         train(replace(TINY, iterations=3), folder, resume=resume)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -87,6 +89,10 @@ def test_what_cannot_be_loaded_or_adapted_is_told(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load(tmp_path)
     meta = navigator()
+    for odd in (-1, None, "2"):
+        replace(meta, provenance={"iteration": odd}).save(tmp_path / "odd.safetensors")
+        with pytest.raises(CheckpointError, match="iteration must be a whole number, 0 or more"):
+            load(tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match=r"HalfCheetah.* observations are .* shape \(2,\)"):
         meta.adapt(gym.make("metarl/HalfCheetahDir-v0", direction=1.0))
     with pytest.raises(ValueError, match="seed must be at least 0"):

@@ -102,7 +102,10 @@ def load(what: str | Path) -> MetaPolicy:
         raise CheckpointError(f"{path} holds no policy but {metadata.get('kind')!r}")
     config = config_of(path, metadata)
     params = {n.removeprefix("meta."): t for n, t in tensors.items() if not n.startswith("outer.")}
-    provenance = {k: metadata[k] for k in ("iteration", "env_steps", "versions") if k in metadata}
+    counts = (k for k in ("iteration", "env_steps") if k in metadata)
+    provenance: dict[str, Any] = {k: checkpoints.count_of(path, metadata, k) for k in counts}
+    if "versions" in metadata:
+        provenance["versions"] = metadata["versions"]
     if "layer0.weight" not in params:
         raise CheckpointError(f"{path} holds no policy")
     meta = MetaPolicy(params, config, provenance)

@@ -168,6 +168,7 @@ def load_state(folder: Path, config: Config, like: State, start: int | None = No
                 f"{folder} holds metrics but no checkpoint: put its checkpoints back, or start a"
                 " new run"
             )
+        (folder / "checkpoints").mkdir(exist_ok=True)
         return like
     chosen = max(found) if start is None else start
     try:
