@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -96,17 +97,18 @@ def make_policy(
     return CategoricalMLP(categories=found, **common)
 
 
+def spaces_of(family: TaskFamily) -> tuple[gym.Space, gym.Space]:
+    """Return the observation and the action space of a family's environments."""
+    with contextlib.closing(family.make()) as env:
+        return env.observation_space, env.action_space
+
+
 def policy_for(row: Algorithm, config: Config, family: TaskFamily) -> MLPPolicy:
     """Return a config's network for a family's environments."""
-    env = family.make()
-    try:
-        observation, action = env.observation_space, env.action_space
-        if observation.shape is None or not (len(observation.shape) == 1 or is_image(observation)):
-            raise UserError(
-                f"{family.name}: observations must be a flat Box or a uint8 image, got"
-                f" {observation}"
-            )
-        context = context_dim(row, config, family.tasks.dim)
-        return make_policy(config, observation.shape, action, context)
-    finally:
-        env.close()
+    observation, action = spaces_of(family)
+    if observation.shape is None or not (len(observation.shape) == 1 or is_image(observation)):
+        raise UserError(
+            f"{family.name}: observations must be a flat Box or a uint8 image, got {observation}"
+        )
+    context = context_dim(row, config, family.tasks.dim)
+    return make_policy(config, observation.shape, action, context)

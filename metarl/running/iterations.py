@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import gymnasium as gym
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from metarl.learning.trajectories import Rollout
 from metarl.learning.trust_region import TrustRegion
 from metarl.running.config import Config
 from metarl.sampling.seeding import stream
+from metarl.sampling.spaces import saturation
 
 FISHER_SAMPLES = 200
 """Valid samples of a task that Fisher products use at least, where it has them."""
@@ -199,7 +201,12 @@ def make_outer(row: Algorithm, config: Config) -> TrustRegion | Adam | NoUpdate:
 
 
 def rollout_metrics(
-    row: Algorithm, config: Config, policy: MLPPolicy, params: Params, rollouts: Sequence[Rollout]
+    row: Algorithm,
+    config: Config,
+    policy: MLPPolicy,
+    params: Params,
+    space: gym.Space,
+    rollouts: Sequence[Rollout],
 ) -> dict[str, Any]:
     """Return what an iteration's rollouts, support first, tell: returns and how actions spread.
 
@@ -208,6 +215,7 @@ def rollout_metrics(
         config: of the run.
         policy: that sampled.
         params: meta-parameters after the update.
+        space: actions of the environments.
         rollouts: fewer than planned where the iteration broke off.
     """
     returns = [float(rollout.mean_returns().nanmean()) for rollout in rollouts]
@@ -215,7 +223,7 @@ def rollout_metrics(
     query = row.gradient != "displacement"
     planned = config.inner.steps + query
     adapted_all = len(returns) == planned and (query or planned > 1)
-    last = rollouts[-1]
+    first, last = rollouts[0], rollouts[-1]
     std = math.nan
     if isinstance(policy, GaussianMLP):
         floor = math.log(policy.min_std)
@@ -228,5 +236,6 @@ def rollout_metrics(
         "episode_length": float(last.valid.sum(-1).double().mean()),
         "diverged_episodes": sum(int(rollout.diverged.sum()) for rollout in rollouts),
         "policy_std": std,
+        "saturation": saturation(first.action[first.valid].numpy(), space, config.policy.action),
         "policy_entropy": float(policy.entropy(last.behaviour)[last.valid].mean()),
     }

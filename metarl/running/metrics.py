@@ -38,6 +38,8 @@ _TENSORBOARD = {
     "gradient_agreement": "train/gradient_agreement",
     "inner_kl": "train/inner_kl",
     "step_size": "train/step_size",
+    "support_agreement": "train/support_agreement",
+    "saturation": "rollout/saturation",
     "bounded_gradients": "train/bounded_gradients",
     "policy_std": "train/std",
     "skipped_updates": "train/skipped_updates",

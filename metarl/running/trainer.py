@@ -20,8 +20,9 @@ from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError, Query
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import Params
+from metarl.learning.signals import support_agreement
 from metarl.learning.trajectories import Rollout
-from metarl.running.building import make_adapter, policy_for, scaled_tasks
+from metarl.running.building import make_adapter, policy_for, scaled_tasks, spaces_of
 from metarl.running.checkpoints import versions
 from metarl.running.checks import check_combination, check_device
 from metarl.running.config import Config
@@ -63,6 +64,7 @@ class Trainer:
         self.algorithm = find_algorithm(config.algorithm)
         self.family = make_family(config.family, **config.family_options)
         self.policy = policy_for(self.algorithm, config, self.family)
+        self.action_space = spaces_of(self.family)[1]
         check_combination(self.algorithm, config)
         check_device(config.device)
         self._check_memory()
@@ -121,18 +123,18 @@ class Trainer:
         tasks = draw(address.tasks(), config.tasks)
         rollouts: list[Rollout] = []
         seconds = {"rollout": 0.0}
-        seen = {"context": scaled_tasks(self.family, tasks)} if row.observes_task else {}
+        context = {"context": scaled_tasks(self.family, tasks)} if row.observes_task else {}
 
         def sample(params: Params, k: int) -> Rollout:
             begin = time.perf_counter()
             where = replace(address, inner_step=k)
-            rollout = self._collector.collect({**params, **seen}, tasks, where)
+            rollout = self._collector.collect({**params, **context}, tasks, where)
             seconds["rollout"] += time.perf_counter() - begin
             rollouts.append(rollout)
             return rollout
 
         stats: dict[str, Any] = {"finite": False}
-        inner: dict[str, Any] = {"inner_kl": math.nan, "step_size": math.nan}
+        inner = dict.fromkeys(("inner_kl", "step_size", "support_agreement"), math.nan)
         params, outer = state.params, state.outer
         query: Query = "none" if row.gradient == "displacement" else "batch"
         try:
@@ -147,7 +149,13 @@ class Trainer:
             params = adapted.meta
             if config.inner.steps:
                 size = self.inner_loop.adapter.mean_step_sizes(params, 1)[0]
-                inner = {"inner_kl": adapted.inner_kl, "step_size": size}
+                inner = {
+                    "inner_kl": adapted.inner_kl,
+                    "step_size": size,
+                    "support_agreement": support_agreement(
+                        self.inner_loop.adapter, params, adapted.batches[0]
+                    ),
+                }
             seconds["adapt"] = time.perf_counter() - start - seconds["rollout"]
             problem = make_problem(
                 row, config, state.iteration, adapted, params, self.inner_loop.adapter, self.pool
@@ -173,7 +181,7 @@ class Trainer:
         return {
             "iteration": state.iteration,
             "env_steps": state.env_steps,
-            **rollout_metrics(row, config, self.policy, state.params, rollouts),
+            **rollout_metrics(row, config, self.policy, state.params, self.action_space, rollouts),
             "skipped_updates": state.skipped_updates,
             **inner,
             **stats,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import gymnasium as gym
@@ -92,3 +93,17 @@ def check_spaces(env: TaskVectorEnv | gym.Env, policy: MLPPolicy, name: str) -> 
             f"{name}: actions are {action}, but the policy is made for a Box of shape"
             f" ({policy.action_size},)"
         )
+
+
+def saturation(action: NDArray, space: gym.Space, mode: ActionMode) -> float:
+    """Return the share of a policy's action components [..., n] that a Box's bounds cut.
+
+    NaN where nothing is cut: for other spaces.
+    """
+    if not isinstance(space, gym.spaces.Box):
+        return math.nan
+    low, high = space.low, space.high
+    if mode == "scale":
+        finite = np.isfinite(high - low)
+        low, high = np.where(finite, -1.0, low), np.where(finite, 1.0, high)
+    return float(np.mean((action < low) | (action > high)))

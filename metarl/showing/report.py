@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from metarl.running.checkpoints import machine, versions
+from metarl.running.diagnosis import findings
 from metarl.running.files import write_atomically
+from metarl.running.metrics import read_metrics
 from metarl.showing.videos import to_webm
 
 _STYLE = """
@@ -61,6 +63,9 @@ def write_report(
     parts = [f"<h1>{html.escape(title)}</h1>", _setting(evaluation)]
     parts.append(f'<p class="verdict">{html.escape(evaluation["verdict"])}</p>')
     parts.append(_table(evaluation))
+    if said := findings(read_metrics(folder)):
+        parts.append("<h2>Is it adapting?</h2>")
+        parts += [f"<p>{html.escape(sentence)}</p>" for sentence in said]
     for name, heading, caption in _PICTURES:
         picture = folder / f"{name}.svg"
         if picture.exists():

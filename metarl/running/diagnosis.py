@@ -1,0 +1,63 @@
+"""Is a run adapting, and if not, why: sentences about the last iterations of its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+LAST = 10  # iterations that are looked at
+
+# Limits beyond which a run was seen to stay where it was (docs/results.md, why seeds differed).
+_LITTLE_KL, _LARGE_KL = 0.01, 3.0
+_LITTLE_AGREEMENT = 0.1
+_SATURATED = 0.3
+
+
+def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what the last rows of a run's metrics tell: the gain, and what stands in its way.
+
+    Args:
+        rows: of `metrics.jsonl`; older runs lack some of the metrics.
+
+    Returns:
+        The first sentence is about the gain; none without rows, or where nothing adapts.
+    """
+    rows = rows[-LAST:]
+    gains = _known(rows, "gain")
+    if not len(gains):
+        return []
+    mean = gains.mean()
+    noise = 2.0 * gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.inf
+    said = [f"One adaptation gains {mean:+.1f} on training tasks (last {len(gains)} iterations)."]
+    if abs(mean) <= noise:
+        said[0] += " That cannot be told from zero."
+    checks = (
+        ("inner_kl", lambda x: x < _LITTLE_KL,
+         "An inner step moves policies by a mean KL of only {:.2g}: adaptation is nearly a no-op."
+         " Larger inner.step_sizes, or inner.kl 0.5, which fits the step, let it go further."),
+        ("inner_kl", lambda x: x > _LARGE_KL,
+         "An inner step moves policies by a mean KL of {:.2g}, further than its samples tell"
+         " about. Smaller inner.step_sizes, or inner.kl 0.5, which fits the step, keep it near."),
+        ("saturation", lambda x: x > _SATURATED,
+         "{:.0%} of the actions lie beyond the bounds, where they make no difference and the"
+         " gradient is noise. policy.output_scale 0.1, policy.normalize or a smaller"
+         " policy.initial_std start within the bounds."),
+        ("support_agreement", lambda x: x < _LITTLE_AGREEMENT,
+         "The inner gradients of two halves of a task's episodes agree by a cosine of {:.2g}: the"
+         " step is mostly noise. More episodes, or advantage.trace 0.95, make it clearer."),
+        ("gradient_agreement", lambda x: x < _LITTLE_AGREEMENT,
+         "Meta-gradients of two such batches of tasks would agree by a cosine of {:.2g}: the outer"
+         " step is mostly noise. More tasks, or stratified ones, make it clearer."),
+    )  # fmt: skip
+    for name, fails, text in checks:
+        values = _known(rows, name)
+        if len(values) and fails(values.mean()):
+            said.append(text.format(float(values.mean())))
+    return said
+
+
+def _known(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    values = np.array([row.get(name) for row in rows], np.float64)  # None becomes NaN
+    return values[np.isfinite(values)]

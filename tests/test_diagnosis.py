@@ -1,0 +1,102 @@
+"""Signals in an inner step, and what is said of a run that does not adapt."""
+
+from __future__ import annotations
+
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import random_batch
+
+from metarl.learning.adaptation import Adapter
+from metarl.learning.objectives import Batch, dice, log_likelihood
+from metarl.learning.policies import GaussianMLP
+from metarl.learning.signals import support_agreement
+from metarl.running.diagnosis import findings
+from metarl.sampling.spaces import saturation
+
+POLICY = GaussianMLP(observation_dim=3, action_dim=2, hidden=(4,))
+
+
+def episodes_of(count: int, seed: int = 0) -> Batch:
+    """Two tasks of some episodes of 6 steps, float64; the last step of odd episodes is missing."""
+    batch = random_batch(POLICY, 2, 6 * count, seed)
+    valid = torch.ones(2, count, 6, dtype=torch.float64)
+    valid[:, 1::2, -1] = 0.0
+    weight = valid.flatten(1)
+    kwargs = {**vars(batch), "weight": weight / weight.sum(1, keepdim=True), "episodes": count}
+    return Batch(**kwargs)
+
+
+def params():
+    made = POLICY.init(np.random.default_rng(3))
+    return {name: p.double() for name, p in made.items()}
+
+
+@pytest.mark.parametrize("loss", [log_likelihood, dice])
+def test_support_agreement_is_the_cosine_of_two_halves(loss):
+    batch, theta = episodes_of(5), params()
+    expected = []
+    for task in range(2):
+        slopes = []
+        for first in (0, 2):  # of five episodes the last is left out
+            total = torch.zeros((), dtype=torch.float64)
+            leaves = {n: p.clone().requires_grad_() for n, p in theta.items()}
+            for s in range(6 * first, 6 * (first + 2)):
+                dist = POLICY.distribution(leaves, batch.observation[task, s : s + 1])
+                score = POLICY.log_prob(dist, batch.action[task, s : s + 1]).sum()
+                total = total + (batch.weight[task, s] > 0) * batch.advantage[task, s] * score
+            slope = torch.autograd.grad(total, [*leaves.values()])
+            slopes.append(torch.cat([g.flatten() for g in slope]))
+        expected.append(float(torch.cosine_similarity(*slopes, dim=0)))
+    found = support_agreement(Adapter(POLICY, loss, (0.1,)), theta, batch)
+    assert found == pytest.approx(np.mean(expected), rel=1e-9)
+
+
+def test_support_agreement_needs_two_episodes():
+    adapter = Adapter(POLICY, log_likelihood, (0.1,))
+    assert math.isnan(support_agreement(adapter, params(), episodes_of(1)))
+
+
+def test_saturation_is_the_share_that_bounds_cut():
+    box = gym.spaces.Box(np.array([-2.0, -1.0]), np.array([2.0, np.inf]), dtype=np.float64)
+    action = np.array([[1.5, 5.0], [-2.5, -1.5], [0.0, 0.0]])
+    assert saturation(action, box, "clip") == pytest.approx(2 / 6)
+    assert saturation(action, box, "scale") == pytest.approx(3 / 6)  # 1.5 is beyond 1 there
+    assert math.isnan(saturation(action, gym.spaces.Discrete(3), "clip"))
+
+
+def rows(**values):
+    return [{"gain": 50.0 + i % 2, **values} for i in range(20)]
+
+
+def test_a_run_that_adapts_is_one_sentence():
+    healthy = {"inner_kl": 0.5, "saturation": 0.1, "support_agreement": 0.4}
+    assert findings(rows(**healthy, gradient_agreement=None)) == [
+        "One adaptation gains +50.5 on training tasks (last 10 iterations)."
+    ]
+    assert findings([{"gain": None}]) == []
+    assert findings([]) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "said"),
+    [
+        ("inner_kl", 0.002, "nearly a no-op"),
+        ("inner_kl", 4.0, "further than its samples"),
+        ("saturation", 0.45, "45% of the actions"),
+        ("support_agreement", 0.04, "cosine of 0.04"),
+        ("gradient_agreement", -0.2, "outer step is mostly noise"),
+    ],
+)
+def test_what_stands_in_the_way_is_named(metric, value, said):
+    found = findings(rows(**{metric: value}))
+    assert len(found) == 2
+    assert said in found[1]
+
+
+def test_a_gain_within_its_noise_is_called_so():
+    noisy = [{"gain": (-1) ** i * 10.0 + 0.1} for i in range(10)]
+    assert findings(noisy)[0].endswith("That cannot be told from zero.")
