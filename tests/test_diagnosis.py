@@ -97,6 +97,10 @@ def test_what_stands_in_the_way_is_named(metric, value, said):
     assert said in found[1]
 
 
+def test_the_spread_of_stratified_tasks_is_no_noise():
+    assert len(findings(rows(gradient_agreement=-0.9), stratified=True)) == 1
+
+
 def test_a_gain_within_its_noise_is_called_so():
     noisy = [{"gain": (-1) ** i * 10.0 + 0.1} for i in range(10)]
     assert findings(noisy)[0].endswith("That cannot be told from zero.")

@@ -397,7 +397,8 @@ def agreement(parts: Sequence[Tensor], sizes: Sequence[int], mean: Tensor) -> fl
     """Return the share of a mean gradient's square that is signal, 1 - noise / |mean|^2.
 
     It is about the cosine of the gradients of two such samples: 0 or less, all is noise; 1, none.
-    The noise is the variance of the mean, from the spread of its parts.
+    The noise is the variance of the mean, from the spread of its parts; of tasks that were drawn
+    evenly that is too much.
 
     Args:
         parts: sums of the gradients of `sizes` tasks each.

@@ -63,7 +63,8 @@ def write_report(
     parts = [f"<h1>{html.escape(title)}</h1>", _setting(evaluation)]
     parts.append(f'<p class="verdict">{html.escape(evaluation["verdict"])}</p>')
     parts.append(_table(evaluation))
-    if said := findings(read_metrics(folder)):
+    stratified = run is not None and run["config"].get("stratified", False)
+    if said := findings(read_metrics(folder), stratified=stratified):
         parts.append("<h2>Is it adapting?</h2>")
         parts += [f"<p>{html.escape(sentence)}</p>" for sentence in said]
     for name, heading, caption in _PICTURES:
