@@ -68,6 +68,20 @@ def test_what_is_said_goes_before_the_algorithm_and_that_before_the_preset():
     assert resolve("icml2017", "navigation-2d").family_options == {}
 
 
+def test_options_of_the_family_join_the_presets_and_its_scale_decides():
+    options = {"family_options": {"scale": "promp2019", "balanced": True}}
+    config = resolve("metarl2026", "half-cheetah-dir", overrides=options)
+    assert config.family_options == {"scale": "promp2019", "balanced": True}
+    assert config.policy.initial_std == 4.0
+    assert resolve("metarl2026", "half-cheetah-dir").policy.initial_std == 1.0
+    balanced = {"family_options": {"balanced": True}}
+    found = resolve("metarl2026", "half-cheetah-dir", overrides=balanced).family_options
+    assert found == {"scale": "icml2017", "balanced": True}
+    said = {**options, "policy.initial_std": 2.0}
+    assert resolve("metarl2026", "half-cheetah-dir", overrides=said).policy.initial_std == 2.0
+    assert resolve(None, "half-cheetah-dir", overrides=balanced).family_options["balanced"]
+
+
 def test_unknown_keys_are_refused_by_name():
     with pytest.raises(UserError, match=r"no config key 'inner.step_size'; did you mean 'inner.st"):
         resolve(None, "navigation-2d", overrides={"inner.step_size": (0.1,)})

@@ -123,6 +123,16 @@ def test_the_inner_step_is_fitted_to_a_kl_and_kept_with_the_policy(tmp_path):
         train(config(algorithm="meta-sgd"), tmp_path / "learned")
 
 
+def test_a_step_that_goes_far_enough_is_taken_as_it_is(tmp_path):
+    inner = InnerConfig(kl=1e-4, step_sizes=(0.4, 0.2))
+    train(small(inner=inner), tmp_path / "fitted")
+    train(small(inner=dataclasses.replace(inner, kl=0.0)), tmp_path / "given")
+    fitted, given = (read_metrics(tmp_path / name) for name in ("fitted", "given"))
+    assert [row["step_size"] for row in fitted] == [pytest.approx(0.4)] * len(fitted)
+    assert all(row["inner_kl"] > 1e-3 for row in fitted)
+    assert [row["return_post"] for row in fitted] == [row["return_post"] for row in given]
+
+
 def test_stop_ends_after_an_iteration_that_is_saved(tmp_path):
     rows: list[dict] = []
     meta = train(small(), tmp_path / "run", progress=rows.append, stop=lambda: len(rows) == 2)

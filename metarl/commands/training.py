@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -48,8 +48,12 @@ class Train:
 
     def resolved(self, arguments: Sequence[str]) -> Train:
         """Return the command with a config that follows from what was said."""
-        config = self.config if self.resume else _resolved(self.config, arguments)
-        config = _with_options(config, self.family_options)
+        options = parse_options(self.family_options)
+        if self.resume is None:
+            config = _resolved(self.config, arguments, options)
+        else:
+            options = {**self.config.family_options, **options}
+            config = dataclasses.replace(self.config, family_options=options)
         return dataclasses.replace(self, config=config)
 
 
@@ -73,7 +77,7 @@ class Benchmark:
 
     def resolved(self, arguments: Sequence[str]) -> Benchmark:
         """Return the command with a config that follows from what was said."""
-        config = _with_options(_resolved(self.config, arguments), self.family_options)
+        config = _resolved(self.config, arguments, parse_options(self.family_options))
         return dataclasses.replace(self, config=config)
 
 
@@ -86,19 +90,14 @@ def _starting_config(arguments: Sequence[str], *, preset: str | None, family: st
     return resolve(preset, family, algorithm, {"workers": default_workers()})
 
 
-def _resolved(parsed: Config, arguments: Sequence[str]) -> Config:
+def _resolved(parsed: Config, arguments: Sequence[str], options: Mapping[str, Any]) -> Config:
     """Return the config of the values that were given, and what follows from them."""
     free = [key for key in config_keys(parsed) if key not in ("family", "preset", "algorithm")]
-    values = {"workers": parsed.workers}
+    values: dict[str, Any] = {"workers": parsed.workers, "family_options": options}
     for key in said(arguments, free):
         section, dot, name = key.rpartition(".")
         values[key] = getattr(getattr(parsed, section) if dot else parsed, name)
     return resolve(parsed.preset, parsed.family, parsed.algorithm, values)
-
-
-def _with_options(config: Config, texts: Sequence[str]) -> Config:
-    options = {**config.family_options, **parse_options(texts)}
-    return dataclasses.replace(config, family_options=options)
 
 
 class _Stop:

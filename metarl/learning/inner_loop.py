@@ -80,8 +80,8 @@ class InnerLoop:
             steps: K.
             query: after the last step, "none" samples nothing more, "rollout" samples episodes
                 with theta_K, and "batch" estimates their advantages too.
-            kl: fit the factor of the step sizes, so that the first step moves the policies by this
-                mean KL; 0 leaves it.
+            kl: fit the factor of the step sizes, 1 or more, so that the first step moves the
+                policies by this mean KL at least; 0 leaves it.
 
         Raises:
             NonFiniteError: something sampled, or an adapted parameter, is not a finite number.
@@ -114,10 +114,12 @@ class InnerLoop:
         """Fit the factor of the step sizes to a KL of the first step, and return where it leads."""
         start, slow = adapted.iterates[0], adapted.slow
         for _ in range(_FITS):
-            factor = _rescale(adapted.inner_kl, kl)
-            if factor == 1.0:
+            before = adapted.meta[FACTOR]
+            # Not below 1: a KL that were never to grow would hold adaptation back for good.
+            factor = (_rescale(adapted.inner_kl, kl) * before).clamp(min=1.0)
+            if torch.equal(factor, before):
                 break
-            adapted.meta = {**adapted.meta, FACTOR: factor * adapted.meta[FACTOR]}
+            adapted.meta = {**adapted.meta, FACTOR: factor}
             step_sizes = self.adapter.split(adapted.meta)[2]
             new = self.step(start, slow, step_sizes, batch, 0, start=start)
             adapted.inner_kl = self._mean_kl(new, slow, batch)

@@ -23,6 +23,8 @@ class Preset:
     """What differs for a family."""
     scale: str = ""
     """The family's scale, where it has one."""
+    scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What differs at another scale."""
     halved_in_evaluation: bool = False
     """Evaluation takes a first step as in training, then half of it."""
     references: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
@@ -61,6 +63,8 @@ PRESETS = {
             },
         },
         scale="icml2017",
+        # Actions reach to 10 there: a standard deviation of 1 explores a tenth of them.
+        scales=dict.fromkeys(("promp2019", "pearl2019"), {"policy.initial_std": 4.0}),
     ),
     "icml2017": Preset(
         "Finn et al. 2017, arXiv:1703.03400, and its code (rllab)",
@@ -121,31 +125,35 @@ def resolve(
 
     Each goes before those named earlier. What is derived from other values follows from the
     outcome, unless it is given too: the step sizes of evaluation, iMAML's proximal strength.
-    A family that has a `scale` is made at the preset's.
+    A family that has a `scale` is made at the preset's, unless its options say otherwise.
 
     Args:
         preset: its name; None gives the defaults.
-        overrides: values by key, a section's as "inner.step_sizes".
+        overrides: values by key, a section's as "inner.step_sizes"; `family_options` join those of
+            the preset.
 
     Raises:
         UserError: there is no such preset, algorithm or key, or a value is not allowed.
     """
     row = find_algorithm(algorithm)
     said = dict(overrides or {})
-    config = dataclasses.replace(_preset_values(preset, family), algorithm=algorithm)
+    options = dict(said.pop("family_options", {}))
+    config = dataclasses.replace(_preset_values(preset, family, options), algorithm=algorithm)
     for section, values in row.defaults.items():
         config = _replaced(config, {f"{section}.{key}": value for key, value in values.items()})
     config = _replaced(config, said)
     return _replaced(config, _derived(config, row, said))
 
 
-def _preset_values(name: str | None, family: str) -> Config:
+def _preset_values(name: str | None, family: str, given: Mapping[str, Any]) -> Config:
     if name is None:
-        return Config(family=family)
+        return Config(family=family, family_options=given)
     preset = find_preset(name)
     options = {"scale": preset.scale} if "scale" in option_defaults(family) else {}
+    options |= given
     config = Config(family=family, preset=name, family_options=options)
-    return _replaced(config, {**preset.values, **preset.families.get(family, {})})
+    at_scale = preset.scales.get(str(options.get("scale")), {})
+    return _replaced(config, {**preset.values, **at_scale, **preset.families.get(family, {})})
 
 
 def _replaced(config: Config, values: Mapping[str, Any]) -> Config:
