@@ -71,9 +71,9 @@ class InnerConfig:
     updates: int = 1
     """Gradient steps on each batch of episodes; more than one need likelihood ratios."""
     kl: float = 0.0
-    """Least mean KL over tasks that the first step of training moves policies by: where `step_sizes`
-    go less far, each iteration fits a factor of them to it, which the policy keeps; 0 takes
-    `step_sizes` as they are."""
+    """Least mean KL over tasks that the first step of training moves policies by: where
+    `step_sizes` go less far, each iteration fits a factor of them to it, which the policy keeps;
+    0 takes `step_sizes` as they are."""
     proximal: float = 0.0
     """Strength of the pull towards the initialization (iMAML's lambda)."""
     dice_decay: float = 1.0

@@ -64,7 +64,7 @@ PRESETS = {
         },
         scale="icml2017",
         # Actions reach to 10 there: a standard deviation of 1 explores a tenth of them.
-        scales=dict.fromkeys(("promp2019", "pearl2019"), {"policy.initial_std": 4.0}),
+        scales={name: {"policy.initial_std": 4.0} for name in ("promp2019", "pearl2019")},
     ),
     "icml2017": Preset(
         "Finn et al. 2017, arXiv:1703.03400, and its code (rllab)",
