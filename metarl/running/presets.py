@@ -52,6 +52,8 @@ PRESETS = {
             "trust_region.max_kl": 0.05,
         },
         {
+            # Of longer steps the gradient tells the side that the goal is on, not how far it is.
+            "half-cheetah-vel": {"inner.step_sizes": (0.01, 0.005)},
             # A step of that KL overshoots where a point has but to learn a direction.
             "navigation-2d": {
                 "tasks": 40,
