@@ -57,6 +57,8 @@ class Ranks:
 
     rank = 0
     size = 1
+    limit = float("inf")
+    """Seconds to wait for the others."""
 
     def __init__(self) -> None:
         self.traffic = Traffic()

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from metarl.envs import make_family
+from metarl.envs.errors import UserError
 from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError, Query
 from metarl.learning.parallel import ChunkPool, one_intraop_thread, slices
@@ -50,7 +51,7 @@ from metarl.running.runs import (
 )
 from metarl.sampling.rollouts import Address
 from metarl.sampling.seeding import stream
-from metarl.sampling.workers import make_collector
+from metarl.sampling.workers import START_SECONDS, make_collector
 
 SKIPPED_LIMIT = 10
 """Updates skipped in a row after which a run stops."""
@@ -73,6 +74,11 @@ class Trainer:
         self.policy = policy_for(self.algorithm, config, self.family)
         check_combination(self.algorithm, config)
         check_device(config.device)
+        if config.workers and not self.family.parallel and ranks.limit <= START_SECONDS:
+            raise UserError(
+                f"rank_timeout must be above {START_SECONDS:g}, the seconds that workers may take"
+                f" to start, got {ranks.limit:g}"
+            )
         self._check_memory()
         adapter = make_adapter(self.algorithm, config, self.policy)
         params = adapter.init(self.policy.init(stream(config.seed, 0, "init")))
