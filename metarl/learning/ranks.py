@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -317,14 +318,57 @@ def joined(limit: float = LIMIT_SECONDS) -> Iterator[Ranks]:
     """
     if not (limit > 0.0 and limit < float("inf")):
         raise UserError(f"rank_timeout must be positive, got {limit}")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    rank, size = (int(os.environ.get(name, "1")) for name in ("RANK", "WORLD_SIZE"))
+    if size == 1:
         yield Ranks()
         return
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=limit))
+        wait = timedelta(seconds=limit)
+        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+        store = dist.PrefixStore(_attempt(store, rank, size, limit), store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:
-        raise RanksError(f"the ranks did not find each other: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise RanksError(f"rank {rank} of {size} did not find the others: {reason}") from error
     try:
         yield TorchRanks(limit)
     finally:
         dist.destroy_process_group()
+
+
+def _attempt(store: dist.Store, rank: int, size: int, limit: float) -> str:
+    """Return a name that all ranks of this start have in common, and no earlier start had.
+
+    torchrun keeps its store when it starts the ranks again, and in it the addresses of those that
+    were before. So rank 0 calls, each rank answers what it heard with a word of its own, and knows
+    by that word, once rank 0 says it back, that what it heard is not from before.
+    """
+    end = time.monotonic() + limit
+    word = secrets.token_hex(8)
+
+    def heard(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    if rank == 0:
+        store.set("call", word)
+        waiting = set(range(1, size))
+        while waiting:
+            for other in list(waiting):
+                answer = heard(f"answer {other}")
+                if answer.startswith(word):
+                    store.set(f"echo {other}", answer)
+                    waiting.remove(other)
+            _pause(end)
+        return word
+    while True:
+        call = heard("call")
+        store.set(f"answer {rank}", call + word)
+        if heard(f"echo {rank}") == call + word:
+            return call
+        _pause(end)
+
+
+def _pause(end: float) -> None:
+    if time.monotonic() > end:
+        raise RuntimeError("not all of them were started")
+    time.sleep(0.02)
