@@ -22,21 +22,10 @@ from pathlib import Path
 from metarl.running.checkpoints import load
 from metarl.running.metrics import measured_time, read_metrics
 
-TRAIN = [
-    "-m",
-    "metarl",
-    "train",
-    "navigation-2d",
-    "--tasks",
-    "12",
-    "--episodes",
-    "5",
-    "--threads",
-    "1",
-    "--resume",
-    "auto",
-    "--iterations",
-]
+TRAIN = (
+    "-m", "metarl", "train", "navigation-2d", "--tasks", "12", "--episodes", "5", "--threads", "1",
+    "--resume", "auto", "--iterations",
+)  # fmt: skip
 
 
 def ended(pid: int) -> bool:
