@@ -26,6 +26,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    rendezvous,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from metarl.envs.errors import UserError
 
@@ -324,8 +329,8 @@ def joined(limit: float = LIMIT_SECONDS) -> Iterator[Ranks]:
         return
     try:
         wait = timedelta(seconds=limit)
-        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
-        store = dist.PrefixStore(_attempt(store, rank, size, limit), store)
+        store, rank, size = next(rendezvous("env://", timeout=wait))
+        store = PrefixStore(_attempt(store, rank, size, limit), store)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
@@ -336,7 +341,7 @@ def joined(limit: float = LIMIT_SECONDS) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _attempt(store: dist.Store, rank: int, size: int, limit: float) -> str:
+def _attempt(store: Store, rank: int, size: int, limit: float) -> str:
     """Return a name that all ranks of this start have in common, and no earlier start had.
 
     torchrun keeps its store when it starts the ranks again, and in it the addresses of those that
