@@ -15,7 +15,7 @@ from metarl.learning.objectives import Batch, dice, log_likelihood
 from metarl.learning.policies import GaussianMLP
 from metarl.learning.signals import support_agreement
 from metarl.running.diagnosis import findings
-from metarl.sampling.spaces import saturation
+from metarl.sampling.spaces import beyond_bounds
 
 POLICY = GaussianMLP(observation_dim=3, action_dim=2, hidden=(4,))
 
@@ -60,12 +60,16 @@ def test_support_agreement_needs_two_episodes():
     assert math.isnan(support_agreement(adapter, params(), episodes_of(1)))
 
 
-def test_saturation_is_the_share_that_bounds_cut():
+def test_what_bounds_cut():
     box = gym.spaces.Box(np.array([-2.0, -1.0]), np.array([2.0, np.inf]), dtype=np.float64)
     action = np.array([[1.5, 5.0], [-2.5, -1.5], [0.0, 0.0]])
-    assert saturation(action, box, "clip") == pytest.approx(2 / 6)
-    assert saturation(action, box, "scale") == pytest.approx(3 / 6)  # 1.5 is beyond 1 there
-    assert math.isnan(saturation(action, gym.spaces.Discrete(3), "clip"))
+    cut = beyond_bounds(action, box, "clip")
+    assert cut is not None
+    assert cut.tolist() == [[False, False], [True, True], [False, False]]
+    scaled = beyond_bounds(action, box, "scale")  # 1.5 is beyond 1 there
+    assert scaled is not None
+    assert scaled.tolist() == [[True, False], [True, True], [False, False]]
+    assert beyond_bounds(action, gym.spaces.Discrete(3), "clip") is None
 
 
 def rows(**values):

@@ -38,19 +38,21 @@ def exit_code(command: Callable[[], int]) -> int:
     try:
         return command()
     except UserError as error:
-        return _told(str(error))
+        return _told(str(error), error)
     except OSError as error:
         if error.filename is None:
             raise
         notes = [_REMEDIES.get(error.errno or 0, ""), *getattr(error, "__notes__", ())]
-        return _told("; ".join([f"{error.filename}: {error.strerror}", *filter(None, notes)]))
+        text = "; ".join([f"{error.filename}: {error.strerror}", *filter(None, notes)])
+        return _told(text, error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def _told(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+def _told(message: str, error: Exception) -> int:
+    if not getattr(error, "elsewhere", False):  # or the rank that it is of tells it
+        print(f"error: {message}", file=sys.stderr)
     return 2
 
 

@@ -16,7 +16,10 @@ from types import FrameType
 
 def is_the_program() -> bool:
     """Whether this process is the command `metarl`, or `python -m metarl`, not a user's script."""
-    return os.path.basename(sys.argv[0]) == "metarl" or sys.orig_argv[1:3] == ["-m", "metarl"]
+    options = sys.orig_argv[1:]
+    if options[:1] == ["-u"]:  # as torchrun starts it
+        options = options[1:]
+    return os.path.basename(sys.argv[0]) == "metarl" or options[:2] == ["-m", "metarl"]
 
 
 def end_at_once() -> None:

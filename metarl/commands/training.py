@@ -11,15 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from metarl.commands.arguments import peek, said
 from metarl.envs.errors import UserError
 from metarl.envs.family import family_names, make_family, parse_options
+from metarl.learning.ranks import LIMIT_SECONDS, Ranks, joined
 from metarl.running.config import Config, config_keys, default_workers
 from metarl.running.presets import resolve
+
+_AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +33,20 @@ class Train:
     out: Path | None = None
     """Run folder to make; by default runs/FAMILY-PRESET-ALGORITHM-SEED."""
     resume: Path | None = None
-    """Run folder to continue, up to --iterations; its other options hold and need not be given."""
+    """Run folder to continue, up to --iterations; its other options hold and need not be given. Or
+    auto: continue in --out where there is a run, and else begin one; for jobs that start again."""
     start: Annotated[int | None, tyro.conf.arg(name="from")] = None
     """With --resume: iteration of the checkpoint to go on from, by default the newest."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value (metarl families lists them)."""
+    rank_timeout: float = LIMIT_SECONDS
+    """Under torchrun, seconds after which a rank that the others wait for is given up."""
 
     @staticmethod
     def starting(arguments: Sequence[str]) -> Train:
         """Return what the flags change: a preset's values, or those of the run that goes on."""
         folder = peek(arguments, "--resume")
-        if folder is not None:
+        if folder not in (None, _AUTO):
             from metarl.running.runs import run_config
 
             return Train(config=run_config(Path(folder)))
@@ -49,7 +55,7 @@ class Train:
     def resolved(self, arguments: Sequence[str]) -> Train:
         """Return the command with a config that follows from what was said."""
         options = parse_options(self.family_options)
-        if self.resume is None:
+        if self.resume is None or self.resume == Path(_AUTO):
             config = _resolved(self.config, arguments, options)
         else:
             options = {**self.config.family_options, **options}
@@ -68,6 +74,8 @@ class Benchmark:
     """Print one JSON object."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value."""
+    rank_timeout: float = LIMIT_SECONDS
+    """Under torchrun, seconds after which a rank that the others wait for is given up."""
 
     @staticmethod
     def starting(arguments: Sequence[str]) -> Benchmark:
@@ -103,7 +111,8 @@ def _resolved(parsed: Config, arguments: Sequence[str], options: Mapping[str, An
 class _Stop:
     """Ctrl-C or SIGTERM: the first asks to stop after the iteration, the second leaves at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.signal: int | None = None
 
     def __call__(self) -> bool:
@@ -121,25 +130,35 @@ class _Stop:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
-        print("\nstopping after this iteration; once more leaves at once", file=sys.stderr)
+        if self.ranks.is_main:
+            print("\nstopping after this iteration; once more leaves at once", file=sys.stderr)
 
 
 def train(command: Train) -> int:
     """Run `metarl train`."""
+    config = command.config
+    if not config.family:
+        raise UserError("name a task family: metarl train FAMILY (metarl families lists them)")
+    auto = command.resume == Path(_AUTO)
+    resume = None if auto else command.resume
+    if resume is not None and command.out not in (None, resume):
+        raise UserError(f"--resume continues in {resume}; leave --out out")
+    if resume is None and command.start is not None:
+        raise UserError(f"--from {command.start} needs the run: --resume FOLDER")
+    name = config.family.replace(":", "-")
+    parts = (name, config.preset or "default", config.algorithm, str(config.seed))
+    folder = resume or command.out or Path("runs") / "-".join(parts)
+    with joined(command.rank_timeout) as ranks:
+        return _train(command, folder, "auto" if auto else resume is not None, ranks)
+
+
+def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: Ranks) -> int:
     from tqdm import tqdm
 
     from metarl.running import trainer
 
     config = command.config
-    if not config.family:
-        raise UserError("name a task family: metarl train FAMILY (metarl families lists them)")
-    if command.resume is not None and command.out not in (None, command.resume):
-        raise UserError(f"--resume continues in {command.resume}; leave --out out")
-    if command.resume is None and command.start is not None:
-        raise UserError(f"--from {command.start} needs the run: --resume FOLDER")
     name = config.family.replace(":", "-")
-    parts = (name, config.preset or "default", config.algorithm, str(config.seed))
-    folder = command.resume or command.out or Path("runs") / "-".join(parts)
     bar: Any = None
 
     def show(row: dict[str, Any]) -> None:
@@ -153,30 +172,35 @@ def train(command: Train) -> int:
             bar.write(f"iteration {row['iteration']}: update skipped, {row['skipped']}")
         bar.update()
 
-    print(f"{config.algorithm} on {config.family} in {folder}", file=sys.stderr)
-    with _Stop() as stop:
+    def tell(line: str, **options: Any) -> None:
+        if ranks.is_main:
+            print(line, **options)
+
+    tell(f"{config.algorithm} on {config.family} in {folder}", file=sys.stderr)
+    with _Stop(ranks) as stop:
         try:
             meta = trainer.train(
                 config,
                 folder,
-                resume=command.resume is not None,
+                resume=resume,
                 progress=show,
                 stop=stop,
                 notice=lambda line: print(line, file=sys.stderr),
                 start=command.start,
+                ranks=ranks,
             )
         finally:
             if bar is not None:
                 bar.close()
     done = meta.provenance["iteration"]
-    if bar is None and stop.signal is None:
-        print(f"nothing to do: {folder} has its {done} iterations; give more with --iterations")
+    if done < config.iterations:
+        tell(f"stopped after iteration {done}; continue with: metarl train --resume {folder}")
+        return 128 + (stop.signal or signal.SIGTERM)  # on another rank, if not on this one
+    if ranks.is_main and bar is None:
+        tell(f"nothing to do: {folder} has its {done} iterations; give more with --iterations")
         return 0
-    if done < config.iterations and stop.signal is not None:
-        print(f"stopped after iteration {done}; continue with: metarl train --resume {folder}")
-        return 128 + stop.signal
-    print(f"done: {done} iterations, {meta.provenance['env_steps']:,} env steps")
-    print(f"next: metarl evaluate {folder}")
+    tell(f"done: {done} iterations, {meta.provenance['env_steps']:,} env steps")
+    tell(f"next: metarl evaluate {folder}")
     return 0
 
 
@@ -184,6 +208,8 @@ def benchmark(command: Benchmark) -> int:
     """Run `metarl benchmark`."""
     from metarl.running import benchmark as measuring
 
-    result = measuring.benchmark(command.config, command.repeats)
-    print(json.dumps(result, indent=2) if command.json else measuring.table(result))
+    with joined(command.rank_timeout) as ranks:
+        result = measuring.benchmark(command.config, command.repeats, ranks)
+        if ranks.is_main:
+            print(json.dumps(result, indent=2) if command.json else measuring.table(result))
     return 0

@@ -148,27 +148,27 @@ def estimate(rollout: Rollout, config: AdvantageConfig, pool: ChunkPool) -> tupl
     normalized over a task's valid steps, by the standard deviation; what they were divided by is
     their scale, [T] float64.
     """
-    valid = rollout.valid
-    reward = rollout.reward.double()
-    returns = discounted_sum(reward, config.discount)
-    steps = torch.arange(valid.shape[-1])
-    whole = bool(valid.all())
+    steps = torch.arange(rollout.valid.shape[-1])
+    whole = bool(rollout.valid.all())
     rank = rollout.observation.dim() - 3
 
-    def values(chunk: slice) -> Tensor:
+    def one(chunk: slice) -> tuple[Tensor, Tensor]:
+        valid, reward = rollout.valid[chunk], rollout.reward[chunk].double()
+        returns = discounted_sum(reward, config.discount)
         x = features(seen(rollout.observation[chunk], rank), steps)
         if not whole:
-            x *= valid[chunk].unsqueeze(-1)
+            x *= valid.unsqueeze(-1)
         flat = x.flatten(1, 2)
-        weights = fit_linear(flat, returns[chunk].flatten(1), config.ridge).unsqueeze(-1)
-        return (flat @ weights).view_as(reward[chunk])
+        weights = fit_linear(flat, returns.flatten(1), config.ridge).unsqueeze(-1)
+        value = (flat @ weights).view_as(reward)
+        advantage = gae(reward, value, config.discount, config.trace)
+        scale = torch.ones(len(valid), dtype=torch.float64)
+        if config.normalize:
+            advantage, scale = normalize(advantage, valid)
+        return advantage.float(), scale
 
-    value = torch.cat(pool.map(values, slices(len(valid), _CHUNK)))
-    advantage = gae(reward, value, config.discount, config.trace)
-    scale = torch.ones(len(valid), dtype=torch.float64)
-    if config.normalize:
-        advantage, scale = normalize(advantage, valid)
-    return advantage.float(), scale
+    advantages, scales = zip(*pool.map(one, slices(len(rollout.valid), _CHUNK)), strict=True)
+    return torch.cat(advantages), torch.cat(scales)
 
 
 def normalize(advantage: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

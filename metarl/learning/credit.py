@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from metarl.learning.inner_loop import Adapted
+from metarl.learning.ranks import ALONE, Ranks
 
 _TASKS_PER_FEATURE = 4
 
 
-def post_update_credit(adapted: Adapted) -> Tensor:
+def post_update_credit(adapted: Adapted, ranks: Ranks = ALONE) -> Tensor:
     """Return what each task's support episodes earned beyond what was to be expected, [T].
+
+    T are the tasks of this rank; what is to be expected of one is told by those of all ranks.
 
     Stadie et al. 2018, eq. 4 (arXiv:1803.01118): the gradient of E[R'], R' the return after
     adaptation, has the term E[(R' - b) grad log pi(support)] besides the policy gradient of the
@@ -23,7 +26,9 @@ def post_update_credit(adapted: Adapted) -> Tensor:
     after = adapted.rollouts[-1]
     earned = after.mean_returns()
     length = after.valid.sum(dim=(1, 2)) / (~after.diverged).sum(dim=1)
-    surplus = earned - leave_one_out(after.tasks, earned)
+    everywhere = ranks.gather(earned)
+    expected = leave_one_out(ranks.gather(after.tasks), everywhere)
+    surplus = earned - expected[ranks.block(len(everywhere))]
     credit = surplus / (length * adapted.advantage_scales[-1])
     return credit.nan_to_num(nan=0.0).to(adapted.batches[-1].weight.dtype)
 

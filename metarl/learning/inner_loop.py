@@ -19,9 +19,9 @@ from metarl.learning.advantages import AdvantageConfig, estimate
 from metarl.learning.objectives import Batch, make_batch, mean_kl
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.policies import Params, stack
+from metarl.learning.ranks import CHUNK
 from metarl.learning.trajectories import Rollout
 
-_CHUNK = 4  # tasks
 _FITS = 8  # rounds of fitting the factor of the step sizes to a KL
 _NEAR = 0.05  # relative error of the factor that is left
 
@@ -76,7 +76,7 @@ class InnerLoop:
         Args:
             sample: see `Sampler`.
             meta: not stacked.
-            tasks: T.
+            tasks: T, of this rank.
             steps: K.
             query: after the last step, "none" samples nothing more, "rollout" samples episodes
                 with theta_K, and "batch" estimates their advantages too.
@@ -92,22 +92,23 @@ class InnerLoop:
         for k in range(steps + 1):
             if k == steps and query == "none":
                 break
-            rollout = sample(self.adapter.params(adapted.iterates[k], slow, tasks), k)
-            _check_finite(rollout)
-            adapted.rollouts.append(rollout)
-            if k == steps and query == "rollout":
-                break
-            batch, scale = self.prepare(rollout)
-            adapted.batches.append(batch)
-            adapted.advantage_scales.append(scale)
-            if k < steps:
-                new = self.step(adapted.iterates[k], slow, step_sizes, batch, k, start=start)
-                if k == 0 and query != "rollout":
-                    adapted.inner_kl = self._mean_kl(new, slow, batch)
-                    if kl:
-                        new = self._fit(adapted, new, batch, kl)
-                        step_sizes = self.adapter.split(adapted.meta)[2]
-                adapted.iterates.append(new)
+            with self.pool.ranks.agreeing():  # what is not finite ends the loop for all, here
+                rollout = sample(self.adapter.params(adapted.iterates[k], slow, tasks), k)
+                _check_finite(rollout)
+                adapted.rollouts.append(rollout)
+                if k == steps and query == "rollout":
+                    break
+                batch, scale = self.prepare(rollout)
+                adapted.batches.append(batch)
+                adapted.advantage_scales.append(scale)
+                if k < steps:
+                    new = self.step(adapted.iterates[k], slow, step_sizes, batch, k, start=start)
+                    if k == 0 and query != "rollout":
+                        adapted.inner_kl = self._mean_kl(new, slow, batch)
+                        if kl:
+                            new = self._fit(adapted, new, batch, kl)
+                            step_sizes = self.adapter.split(adapted.meta)[2]
+                    adapted.iterates.append(new)
         return adapted
 
     def _fit(self, adapted: Adapted, new: Params, batch: Batch, kl: float) -> Params:
@@ -138,7 +139,8 @@ class InnerLoop:
                 dist = self.adapter.distribution(theta, slow, part)
                 return mean_kl(self.adapter.policy, dist, part)
 
-        return float(torch.cat(self.pool.map(one, slices(len(batch.weight), _CHUNK))).mean())
+        each = torch.cat(self.pool.map(one, slices(len(batch.weight), CHUNK)))
+        return float(self.pool.ranks.gather(each).mean())
 
     def step(
         self,
@@ -169,7 +171,7 @@ class InnerLoop:
             part = batch.map(lambda x: x[chunk])
             return self.adapter.step(theta, slow, step_sizes, part, k, start=first)
 
-        parts = self.pool.map(one, slices(len(batch.weight), _CHUNK))
+        parts = self.pool.map(one, slices(len(batch.weight), CHUNK))
         new = {name: torch.cat([part[name] for part in parts]) for name in fast}
         for name, p in new.items():
             if not torch.isfinite(p).all():

@@ -4,7 +4,7 @@ A problem is what an outer optimizer sees. All give the gradient of the meta-obj
 to the meta-parameters. A `QueryProblem` also gives the objective and KL at other meta-parameters,
 and `UnrolledProblem` the product of a vector with J' F J, J the Jacobian of the adapted policies'
 distributions and F their Fisher metric. Tasks are processed in chunks of a fixed shape on a pool of
-threads; what they give is summed in a fixed order.
+threads; what they give is summed in a fixed order, over all ranks.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from metarl.learning.linear_solves import Product, conjugate_gradient_each
 from metarl.learning.objectives import Batch, Loss, likelihood_ratio, log_ratio, mean_kl
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.policies import Dist, Params, flatten, stack
+from metarl.learning.ranks import ALONE, CHUNK, Ranks
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,16 @@ class Problem(ABC):
     """Meta-parameters that the samples were drawn with."""
     iterates: Sequence[Params] = ()
     """theta_1 ... theta_K that the inner loop found from `sampled_with`, stacked."""
-    chunk: int = 4
-    """Tasks a chunk: the working set stays in cache."""
+    chunk: int = CHUNK
     device: str = "cpu"
     """Where the products are computed; what crosses back are vectors of the parameters' size."""
 
     def __post_init__(self) -> None:
         if self.device != "cpu":
             self.batches = [batch.map(lambda x: x.to(self.device)) for batch in self.batches]
-        self.tasks = len(self.batches[-1].weight)
-        self._slices = slices(self.tasks, self.chunk)
+        own = len(self.batches[-1].weight)
+        self.tasks = self.pool.ranks.total(own)
+        self._slices = slices(own, self.chunk)
 
     @abstractmethod
     def gradient(
@@ -103,7 +104,7 @@ class Problem(ABC):
         return {name: p.detach().to(self.device).requires_grad_() for name, p in meta.items()}
 
     def _average(self, parts: Sequence[Tensor]) -> Tensor:
-        return sum_in_order(parts) / self.tasks
+        return self.pool.ranks.sum_in_order(parts) / self.tasks
 
 
 @dataclass
@@ -196,7 +197,8 @@ class UnrolledProblem(QueryProblem):
         loss, kl = self._average([numbers for _, numbers in parts]).tolist()
         gradients = [g for g, _ in parts]
         mean = self._average(gradients)
-        found = agreement(gradients, [s.stop - s.start for s in self._slices], mean)
+        sizes = [s.stop - s.start for s in self._slices]
+        found = agreement(gradients, sizes, mean, self.pool.ranks)
         return mean, {"loss": loss, "kl": kl, "gradient_agreement": found}
 
     def _shifts(self, chunk: slice, support: Sequence[Batch]) -> list[Params]:
@@ -393,7 +395,9 @@ def flat_gradient(
     )
 
 
-def agreement(parts: Sequence[Tensor], sizes: Sequence[int], mean: Tensor) -> float:
+def agreement(
+    parts: Sequence[Tensor], sizes: Sequence[int], mean: Tensor, ranks: Ranks = ALONE
+) -> float:
     """Return the share of a mean gradient's square that is signal, 1 - noise / |mean|^2.
 
     It is about the cosine of the gradients of two such samples: 0 or less, all is noise; 1, none.
@@ -401,25 +405,20 @@ def agreement(parts: Sequence[Tensor], sizes: Sequence[int], mean: Tensor) -> fl
     evenly that is too much.
 
     Args:
-        parts: sums of the gradients of `sizes` tasks each.
+        parts: sums of the gradients of `sizes` tasks each, of this rank.
         mean: over all tasks.
+        ranks: that have other parts.
     """
-    count = len(parts)
+    pairs = zip(parts, sizes, strict=True)
+    spreads = [float((part - size * mean).square().sum()) for part, size in pairs]
+    known = ranks.gather(torch.tensor([spreads, sizes], dtype=torch.float64).T)
+    count = len(known)
     if count < 2:
         return math.nan
-    pairs = zip(parts, sizes, strict=True)
-    spread = sum(float((part - size * mean).square().sum()) for part, size in pairs)
-    noise = spread * count / (count - 1) / sum(sizes) ** 2
+    spread, tasks = (sum(column) for column in known.T.tolist())
+    noise = spread * count / (count - 1) / tasks**2
     square = float(mean.square().sum())
     return 1.0 - noise / square if square else math.nan
-
-
-def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
-    """Return the sum of tensors, added from first to last."""
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total
 
 
 def annealed_weights(steps: int, progress: float) -> tuple[float, ...]:

@@ -1,8 +1,9 @@
-"""A pool of threads over chunks of tasks: one intra-op thread each, results in a fixed order.
+"""Where chunks of tasks are computed: a pool of threads, one intra-op thread each, and ranks.
 
 torch's own intra-op threads spin at barriers and collapse on a shared machine. Here each thread
 takes whole chunks, whose number and shape do not depend on the number of threads, so that sums
-over chunks in their order are bit-identical at any number of threads.
+over chunks in their order are bit-identical at any number of threads. Where there are several
+ranks, each has a pool for tasks of its own, and `ranks` puts together what they find.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from metarl.envs.errors import UserError
+from metarl.learning.ranks import ALONE, Ranks
 
 X = TypeVar("X")
 Y = TypeVar("Y")
@@ -23,10 +25,11 @@ Y = TypeVar("Y")
 class ChunkPool:
     """Maps a function over chunks on `threads` threads (1: in the calling thread)."""
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, ranks: Ranks = ALONE) -> None:
         if threads < 1:
             raise UserError(f"threads must be at least 1, got {threads}")
         self.threads = threads
+        self.ranks = ranks
         self._executor = (
             ThreadPoolExecutor(threads, "metarl", initializer=torch.set_num_threads, initargs=(1,))
             if threads > 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from metarl.envs.errors import UserError
 from metarl.learning.encoders import Encoder
+from metarl.learning.ranks import ALONE, Ranks
 
 Params = dict[str, Tensor]
 Dist = dict[str, Tensor]
@@ -182,18 +183,28 @@ class MLPPolicy(ABC):
                 x = activation(x)
         return self.head(params, x)
 
-    def track_observations(self, params: Params, observation: Tensor) -> Params:
-        """Return the parameters with observations [n, observation_dim] taken into `norm.*`.
+    def track_observations(
+        self, params: Params, parts: Sequence[Tensor], ranks: Ranks = ALONE
+    ) -> Params:
+        """Return the parameters with observations taken into `norm.*`.
 
         Chan et al. 1979: mean and variance of the union of two samples.
+
+        Args:
+            params: not stacked.
+            parts: [n, observation_dim] each, of one chunk of tasks after the other.
+            ranks: that have other parts.
         """
+        seen = ranks.total(sum(map(len, parts)))
+        if not seen:
+            return params
         mean, var, count = (params[f"norm.{n}"].double() for n in ("mean", "var", "count"))
-        seen = observation.double()
-        total = count + len(seen)
-        gap = seen.mean(0) - mean
-        square = count * var + len(seen) * seen.var(0, correction=0)
-        square = square + gap.square() * count * len(seen) / total
-        new = {"mean": mean + gap * len(seen) / total, "var": square / total, "count": total}
+        now = ranks.sum_in_order([x.double().sum(0) for x in parts]) / seen
+        spread = ranks.sum_in_order([(x.double() - now).square().sum(0) for x in parts])
+        total = count + seen
+        gap = now - mean
+        square = count * var + spread + gap.square() * count * seen / total
+        new = {"mean": mean + gap * seen / total, "var": square / total, "count": total}
         return {**params, **{f"norm.{n}": x.to(params["norm.mean"].dtype) for n, x in new.items()}}
 
     @abstractmethod

@@ -11,6 +11,7 @@ For a family without a native backend, one process, worker processes and Gymnasi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import resource
 import statistics
 import sys
@@ -27,6 +28,7 @@ from metarl.envs import MujocoFamily
 from metarl.envs.errors import UserError
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import MLPPolicy, Params, stack
+from metarl.learning.ranks import ALONE, Ranks
 from metarl.learning.trajectories import Rollout
 from metarl.running.checkpoints import machine, versions
 from metarl.running.config import Config, available_threads
@@ -36,23 +38,27 @@ from metarl.sampling.spaces import env_action
 from metarl.sampling.workers import make_collector
 
 
-def benchmark(config: Config, repeats: int = 3) -> dict[str, Any]:
+def benchmark(config: Config, repeats: int = 3, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Run one warm-up iteration and `repeats` measured ones; return rates, seconds and memory.
 
-    Rates are env steps a second, medians over the iterations; the ceiling is None for a family
-    without native physics.
+    Rates are env steps a second of all ranks, seconds and memory those of this one; medians over
+    the iterations. The ceiling is None for a family without native physics.
     """
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
     rows: list[dict[str, Any]] = []
-    with Trainer(config) as trainer:
+    with ranks.agreeing(), Trainer(config, ranks) as trainer:
         trainer.iterate()
         for _ in range(repeats):
             seen: list[Rollout] = []
+            before = dataclasses.replace(ranks.traffic)
             row = trainer.iterate(on_rollouts=seen.extend)
-            row["steps"] = sum(rollout.env_steps for rollout in seen)
+            row["calls"] = ranks.traffic.calls - before.calls
+            row["bytes"] = ranks.traffic.bytes - before.bytes
+            row["steps"] = ranks.total(sum(rollout.env_steps for rollout in seen))
+            address = Address(config.seed, row["iteration"] - 1, first_task=trainer.block.start)
             row["seconds_ceiling"] = sum(
-                _replay(trainer, rollout, Address(config.seed, row["iteration"] - 1, inner_step=k))
+                _replay(trainer, rollout, dataclasses.replace(address, inner_step=k))
                 for k, rollout in enumerate(seen)
             )
             rows.append(row)
@@ -69,10 +75,12 @@ def benchmark(config: Config, repeats: int = 3) -> dict[str, Any]:
     collect, train = rate("seconds_rollout"), rate("seconds_iteration")
     phases = sorted({key for row in rows for key in row if key.startswith("seconds_")})
     # After the trainer's own workers have ended.
-    processes = None if trainer.family.parallel else _compare_processes(trainer, repeats)
+    alone = ranks.size == 1 and not trainer.family.parallel
+    processes = _compare_processes(trainer, repeats) if alone else None
     result: dict[str, Any] = {
         "machine": machine(),
         "versions": versions(),
+        "ranks": ranks.size,
         "threads": config.threads,
         "family": config.family,
         "preset": config.preset,
@@ -91,6 +99,7 @@ def benchmark(config: Config, repeats: int = 3) -> dict[str, Any]:
             for key in phases
         },
         "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+        "collectives": {key: median([row[key] for row in rows]) for key in ("calls", "bytes")},
     }
     if processes is not None:
         result["processes"] = processes
@@ -183,11 +192,12 @@ def _replay(trainer: Trainer, rollout: Rollout, address: Address) -> float:
     family, config = trainer.family, trainer.config
     if not isinstance(family, MujocoFamily):
         return 0.0
+    tasks = rollout.tasks.numpy()
     env = family.make_vec(
-        config.tasks, config.episodes, autoreset_mode=AutoresetMode.DISABLED, threads=config.threads
+        len(tasks), config.episodes, autoreset_mode=AutoresetMode.DISABLED, threads=config.threads
     )
-    env.set_tasks(rollout.tasks.numpy())
-    env.reset(seed=[s for t in range(config.tasks) for s in address.episode_seeds(t, env.episodes)])
+    env.set_tasks(tasks)
+    env.reset(seed=[s for t in range(len(tasks)) for s in address.episode_seeds(t, env.episodes)])
     action = env_action(rollout.action.numpy(), env.single_action_space, config.policy.action)
     control = (action / np.float32(family.action_scale)).astype(np.float64)
     control = np.ascontiguousarray(
@@ -210,10 +220,12 @@ def _replay(trainer: Trainer, rollout: Rollout, address: Address) -> float:
 def table(result: dict[str, Any]) -> str:
     """Return a benchmark as text."""
     ceiling = result["ceiling_env_steps_per_second"]
+    ranks = f" on each of {result['ranks']} ranks" if result["ranks"] > 1 else ""
     lines = [
         f"{result['family']} ({result['preset']}), {result['tasks']} tasks x"
         f" {result['episodes']} episodes x {result['horizon']} steps,"
-        f" network {'-'.join(map(str, result['hidden']))}, {result['threads']} threads",
+        f" network {'-'.join(map(str, result['hidden']))}, {result['threads']} threads"
+        f"{ranks}",
         f"{result['machine']['processor']}, torch {result['versions']['torch']},"
         f" mujoco {result['versions']['mujoco']}",
         "",
@@ -242,4 +254,7 @@ def table(result: dict[str, Any]) -> str:
     lines.append(f"{'phase':<28}{'seconds':>12}")
     lines += [f"{name:<28}{value:>12.3f}" for name, value in result["seconds"].items()]
     lines.append(f"peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
+    if result["ranks"] > 1:
+        calls, sent = (result["collectives"][key] for key in ("calls", "bytes"))
+        lines.append(f"rank 0 sent {sent / 1e6:.2f} MB in {calls:.0f} collectives an iteration")
     return "\n".join(lines)

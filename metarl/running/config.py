@@ -16,6 +16,7 @@ from metarl.envs.family import did_you_mean
 from metarl.learning.advantages import AdvantageConfig
 from metarl.learning.first_order import AdamConfig
 from metarl.learning.policies import Activation
+from metarl.learning.ranks import local_ranks
 from metarl.learning.trust_region import TrustRegionConfig
 from metarl.sampling.spaces import ActionMode
 
@@ -245,7 +246,8 @@ def _positive(name: str, value: float) -> None:
 
 
 def available_threads() -> int:
-    """Return the processors this process may use, container limits included."""
+    """Return the processors this process may use, container limits included; of several ranks on
+    the machine each has its share."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         with open("/sys/fs/cgroup/cpu.max") as file:
@@ -254,7 +256,7 @@ def available_threads() -> int:
             count = min(count or 1, max(1, int(quota) // int(period)))
     except (OSError, ValueError):
         pass
-    return max(count or 1, 1)
+    return max((count or 1) // local_ranks(), 1)
 
 
 def default_workers() -> int:

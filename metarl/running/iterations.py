@@ -30,11 +30,12 @@ from metarl.learning.meta_gradients import (
 from metarl.learning.objectives import Batch, Loss, clipped_ratio, likelihood_ratio
 from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import GaussianMLP, MLPPolicy, Params
+from metarl.learning.ranks import ALONE, CHUNK, Ranks, device_of
 from metarl.learning.trajectories import Rollout
 from metarl.learning.trust_region import TrustRegion
 from metarl.running.config import Config
 from metarl.sampling.seeding import stream
-from metarl.sampling.spaces import saturation
+from metarl.sampling.spaces import beyond_bounds
 
 FISHER_SAMPLES = 200
 """Valid samples of a task that Fisher products use at least, where it has them."""
@@ -116,8 +117,8 @@ def make_problem(
     """
     common: dict[str, Any] = {
         # A GPU takes all tasks at once; a processor's cache a few.
-        "chunk": 4 if config.device == "cpu" else config.tasks,
-        "device": config.device,
+        "chunk": CHUNK if config.device == "cpu" else config.tasks,
+        "device": device_of(config.device),
         "sampled_with": params,
         "iterates": adapted.iterates[1:],
     }
@@ -130,7 +131,9 @@ def make_problem(
     if row.gradient == "implicit":
         return ImplicitProblem(adapter, batches, pool, Objective(outer_loss), **common)
     now = schedule(row, config, iteration)
-    credit = config.meta.credit * post_update_credit(adapted) if config.meta.credit else None
+    credit, ranks = None, pool.ranks
+    if config.meta.credit:
+        credit = config.meta.credit * post_update_credit(adapted, ranks)
     objective = Objective(
         outer_loss, step_weights=now.step_weights, inner_kl=config.meta.inner_kl, credit=credit
     )
@@ -141,20 +144,23 @@ def make_problem(
         pool,
         objective,
         order=now.order,
-        fisher_samples=fisher_samples(row, config, iteration, batches) if trust_region else (),
+        fisher_samples=(
+            fisher_samples(row, config, iteration, batches, ranks) if trust_region else ()
+        ),
         minibatches=() if trust_region else minibatches(config, iteration, batches),
         **common,
     )
 
 
 def fisher_samples(
-    row: Algorithm, config: Config, iteration: int, batches: Sequence[Batch]
+    row: Algorithm, config: Config, iteration: int, batches: Sequence[Batch], ranks: Ranks = ALONE
 ) -> list[Tensor | None]:
     """Return for each batch the samples that Fisher products use, as `Batch.select` takes them.
 
     Of every task they are at least the config's fraction of its valid samples, and no fewer than
     `FISHER_SAMPLES` or all; samples that are not valid only fill rows, after all valid ones. None
-    stands for a whole batch. An algorithm that needs whole episodes gets whole episodes.
+    stands for a whole batch. An algorithm that needs whole episodes gets whole episodes. The number
+    is that of the task, of all ranks, that needs most.
     """
     chosen: list[Tensor | None] = []
     for batch in batches:
@@ -170,12 +176,13 @@ def fisher_samples(
             steps = valid.view(tasks, units, -1).sum(dim=2)[:, order]
             place = (steps == 0).long().argsort(dim=1, stable=True)
             seen = steps.gather(1, place).cumsum(dim=1)
-            count = min(int((seen < needed.unsqueeze(1)).sum(dim=1).max()) + 1, units)
+            most = ranks.largest(int((seen < needed.unsqueeze(1)).sum(dim=1).max()))
+            count = min(most + 1, units)
             horizon = samples // units
             first = order[place[:, :count]] * horizon
             some = first.unsqueeze(2) + torch.arange(horizon)
         else:
-            count = max(int(needed.max()), 1)
+            count = max(ranks.largest(int(needed.max())), 1)
             place = (~valid[:, order]).long().argsort(dim=1, stable=True)
             some = order[place[:, :count]].sort(dim=1).values
         chosen.append(None if some[0].numel() >= samples else some)
@@ -207,6 +214,7 @@ def rollout_metrics(
     params: Params,
     space: gym.Space,
     rollouts: Sequence[Rollout],
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Return what an iteration's rollouts, support first, tell: returns and how actions spread.
 
@@ -216,14 +224,17 @@ def rollout_metrics(
         policy: that sampled.
         params: meta-parameters after the update.
         space: actions of the environments.
-        rollouts: fewer than planned where the iteration broke off.
+        rollouts: of this rank's tasks; fewer than planned where the iteration broke off.
+        ranks: that have the other tasks.
     """
-    returns = [float(rollout.mean_returns().nanmean()) for rollout in rollouts]
+    returns = [float(ranks.gather(rollout.mean_returns()).nanmean()) for rollout in rollouts]
     # Reptile samples nothing with its last parameters: what counts are those before.
     query = row.gradient != "displacement"
     planned = config.inner.steps + query
     adapted_all = len(returns) == planned and (query or planned > 1)
     first, last = rollouts[0], rollouts[-1]
+    entropy = policy.entropy(last.behaviour).double().where(last.valid, 0.0).sum(dim=(1, 2))
+    steps = ranks.total(last.env_steps)
     std = math.nan
     if isinstance(policy, GaussianMLP):
         floor = math.log(policy.min_std)
@@ -233,9 +244,19 @@ def rollout_metrics(
         "return_post": returns[-1] if adapted_all else math.nan,
         "gain": returns[-1] - returns[0] if adapted_all else math.nan,
         "returns": [r if math.isfinite(r) else None for r in returns],
-        "episode_length": float(last.valid.sum(-1).double().mean()),
-        "diverged_episodes": sum(int(rollout.diverged.sum()) for rollout in rollouts),
+        "episode_length": steps / (config.tasks * config.episodes),
+        "diverged_episodes": ranks.total(sum(int(r.diverged.sum()) for r in rollouts)),
         "policy_std": std,
-        "saturation": saturation(first.action[first.valid].numpy(), space, config.policy.action),
-        "policy_entropy": float(policy.entropy(last.behaviour)[last.valid].mean()),
+        "saturation": _saturation(first, space, config, ranks),
+        "policy_entropy": float(ranks.gather(entropy).sum() / steps),
     }
+
+
+def _saturation(rollout: Rollout, space: gym.Space, config: Config, ranks: Ranks) -> float:
+    """Return the share of the components of actions that a Box's bounds cut; else NaN."""
+    cut = beyond_bounds(rollout.action.numpy(), space, config.policy.action)
+    if cut is None:
+        return math.nan
+    counts = (torch.from_numpy(cut) & rollout.valid.unsqueeze(-1)).sum(dim=(1, 2, 3))
+    total = ranks.total(rollout.env_steps) * cut.shape[-1]
+    return float(ranks.gather(counts.double()).sum() / total)

@@ -92,13 +92,19 @@ def available() -> int | None:
     return min(free, default=None)
 
 
-def check_memory(needed: Need, name: str) -> None:
+def check_memory(needed: Need, name: str, processes: int = 1) -> None:
     """Refuse what cannot fit into memory; warn where an update may not.
+
+    Args:
+        needed: by one process.
+        name: of the family.
+        processes: that share the memory, and need as much each.
 
     Raises:
         UserError: the rollouts alone are larger than the memory that is free.
     """
     free = available()
+    needed = Need(processes * needed.rollouts, processes * needed.update)
     if free is None or needed.total <= free:
         return
     said = f"this needs {{}} GB of memory, and {free / 1e9:.1f} GB are free: take fewer episodes"

@@ -85,20 +85,23 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
         yield check
 
 
-def check_free(folder: Path) -> None:
-    """Raise RunError unless a run can begin in a folder.
+def is_free(folder: Path) -> bool:
+    """Whether a run can begin in a folder.
 
     It must not exist, be empty, or hold what a run that was killed before its first checkpoint
     leaves behind.
     """
-    if not folder.exists():
-        return
     left = {"lock", "config.json", "checkpoints"}
-    if (
-        not folder.is_dir()
-        or any(path.name not in left for path in folder.iterdir() if path.name[0] != ".")
-        or checkpoints_of(folder)
-    ):
+    return not folder.exists() or (
+        folder.is_dir()
+        and all(path.name in left for path in folder.iterdir() if path.name[0] != ".")
+        and not checkpoints_of(folder)
+    )
+
+
+def check_free(folder: Path) -> None:
+    """Raise RunError unless a run can begin in a folder; see `is_free`."""
+    if not is_free(folder):
         raise RunError(
             f"{folder} exists; continue it with --resume {folder}, or choose another --out"
         )

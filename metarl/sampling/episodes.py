@@ -77,6 +77,7 @@ def collect_episodes(
 
     with torch.inference_mode():
         for e, seed in enumerate(address.episode_seeds(0, episodes)):
+            step = Step(None, 0.0, False, False, {})
             for t, step in enumerate(episode(env, act, horizon, seed)):
                 buffer.reward[0, e, t] = step.reward
                 buffer.valid[0, e, t] = True

@@ -33,6 +33,8 @@ class Address:
     iteration: int = 0
     split: Literal["train", "test", "validation"] = "train"
     inner_step: int = 0
+    first_task: int = 0
+    """Of all the iteration's tasks the one that is sampled here as task 0."""
 
     def _phase(self, kind: str) -> str:
         return kind if self.split == "train" else f"{self.split}-{kind}"
@@ -40,12 +42,13 @@ class Address:
     def episode_seeds(self, task: int, episodes: int) -> list[int]:
         """Return the reset seeds of a task's episodes."""
         phase = self._phase("reset")
-        where = (self.inner_step, task)
+        where = (self.inner_step, self.first_task + task)
         return episode_seeds(self.seed, self.iteration, phase, *where, episodes=episodes)
 
     def noise(self, task: int) -> np.random.Generator:
         """Return the stream of a task's action noise."""
-        return stream(self.seed, self.iteration, self._phase("noise"), self.inner_step, task)
+        where = (self.inner_step, self.first_task + task)
+        return stream(self.seed, self.iteration, self._phase("noise"), *where)
 
     def tasks(self) -> np.random.Generator:
         """Return the stream that tasks are drawn from."""

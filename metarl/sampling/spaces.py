@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import gymnasium as gym
@@ -95,15 +94,15 @@ def check_spaces(env: TaskVectorEnv | gym.Env, policy: MLPPolicy, name: str) -> 
         )
 
 
-def saturation(action: NDArray, space: gym.Space, mode: ActionMode) -> float:
-    """Return the share of a policy's action components [..., n] that a Box's bounds cut.
+def beyond_bounds(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray | None:
+    """Return which components of a policy's actions [..., n] a Box's bounds cut.
 
-    NaN where nothing is cut: for other spaces.
+    None for other spaces, which cut nothing.
     """
     if not isinstance(space, gym.spaces.Box):
-        return math.nan
+        return None
     low, high = space.low, space.high
     if mode == "scale":
         finite = np.isfinite(high - low)
         low, high = np.where(finite, -1.0, low), np.where(finite, 1.0, high)
-    return float(np.mean((action < low) | (action > high)))
+    return (action < low) | (action > high)

@@ -1,0 +1,379 @@
+"""The ranks of one run: processes, each with tasks of its own, that take every step together.
+
+`Ranks` is what one process needs, and so the identity. `TorchRanks` is the same for the processes
+that torchrun starts, on torch.distributed's gloo. What they do together has the same bits at any
+number of ranks: tasks are dealt out in contiguous blocks of whole chunks, and sums over chunks are
+added in the order of the tasks.
+
+No rank waits for one that failed: each collective begins with a short message of every rank to
+every other, which says what it is about to do or that it has an error. In the second case all raise
+the error of the first that has one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    rendezvous,  # pyright: ignore[reportPrivateImportUsage]
+)
+
+from metarl.envs.errors import UserError
+
+X = TypeVar("X")
+
+CHUNK = 4
+"""Tasks that are computed at once: the working set stays in cache."""
+
+LIMIT_SECONDS = 900.0
+"""Longest time to wait for the other ranks."""
+
+
+class RanksError(UserError):
+    """The ranks cannot go on together: one was lost, or did not come in time."""
+
+
+@dataclass
+class Traffic:
+    """What a rank's collectives took so far."""
+
+    calls: int = 0
+    bytes: int = 0
+    """That it sent."""
+    seconds: float = 0.0
+    """Those in which it waited for the others included."""
+
+
+class Ranks:
+    """One process: what all ranks do together is what it does alone."""
+
+    rank = 0
+    size = 1
+    limit = float("inf")
+    """Seconds to wait for the others."""
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the files and talks to the user."""
+        return self.rank == 0
+
+    def block(self, tasks: int) -> slice:
+        """Return this rank's tasks: contiguous, whole chunks.
+
+        Raises:
+            UserError: there are fewer chunks than ranks.
+        """
+        chunks = -(-tasks // CHUNK)
+        if chunks < self.size:
+            raise UserError(
+                f"{tasks} tasks are {chunks} chunks of {CHUNK}, too few for {self.size} ranks:"
+                f" start {chunks}, or take more tasks"
+            )
+        first, last = (chunks * r // self.size for r in (self.rank, self.rank + 1))
+        return slice(first * CHUNK, min(last * CHUNK, tasks))
+
+    def total(self, count: int) -> int:
+        """Return the sum of a count over ranks."""
+        return count
+
+    def largest(self, count: int) -> int:
+        """Return the largest of a count over ranks."""
+        return count
+
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is set on some rank."""
+        return flag
+
+    def sum_in_order(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the sum of all ranks' tensors of one shape, added from first to last."""
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the values of all ranks, [t, ...] each, in the order of the ranks, [T, ...]."""
+        return values
+
+    def from_main(self, value: X) -> X:
+        """Return what rank 0 gives; what others give is not looked at."""
+        return value
+
+    def check_same(self, vector: Tensor) -> None:
+        """Raise RanksError on all ranks where one holds other bits than rank 0 sends."""
+
+    @contextlib.contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """What is raised within on one rank is raised on all, at their next collective.
+
+        The end is a collective too. Of several errors all raise that of the first rank; on others
+        than that it has the attribute `elsewhere`.
+        """
+        yield
+
+
+ALONE = Ranks()
+"""This process, for what is not shared with others."""
+
+
+class _Step(IntEnum):
+    """What a rank says that it is about to do."""
+
+    FAULT = 0
+    END = 1
+    COUNT = 2
+    SUM = 3
+    GATHER = 4
+    SEND = 5
+    CHECK = 6
+
+
+class TorchRanks(Ranks):
+    """The processes of torch.distributed's default group, which must be gloo's.
+
+    Args:
+        limit: seconds to wait for the others in a collective.
+    """
+
+    def __init__(self, limit: float = LIMIT_SECONDS) -> None:
+        super().__init__()
+        self.rank, self.size, self.limit = dist.get_rank(), dist.get_world_size(), limit
+        self._agreed: BaseException | None = None
+
+    def total(self, count: int) -> int:
+        return sum(self._meet(_Step.COUNT, count))
+
+    def largest(self, count: int) -> int:
+        return max(self._meet(_Step.COUNT, count))
+
+    def any(self, flag: bool) -> bool:
+        return any(self._meet(_Step.COUNT, int(flag)))
+
+    def sum_in_order(self, parts: Sequence[Tensor]) -> Tensor:
+        # Each rank adds one range of the coordinates of all parts, in order, and hands it out: the
+        # bits of one process, and traffic that does not grow with the number of ranks.
+        own = torch.stack(list(parts)).flatten(1)
+        counts = self._meet(_Step.SUM, len(own))
+        ends = [own.shape[1] * (r + 1) // self.size for r in range(self.size)]
+        widths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        width = widths[self.rank]
+        given = torch.cat([part.flatten() for part in own.split(widths, dim=1)])
+        rows = self._exchange(
+            given, [len(own) * w for w in widths], [count * width for count in counts]
+        ).view(sum(counts), width)
+        total = super().sum_in_order(rows.unbind())
+        everywhere = self._exchange(total.repeat(self.size), [width] * self.size, widths)
+        return everywhere.view_as(parts[0])
+
+    def gather(self, values: Tensor) -> Tensor:
+        counts = self._meet(_Step.GATHER, len(values))
+        flat = values.contiguous().flatten()
+        width = values[:1].numel()
+        found = self._exchange(
+            flat.repeat(self.size), [len(flat)] * self.size, [count * width for count in counts]
+        )
+        return found.view(sum(counts), *values.shape[1:])
+
+    def from_main(self, value: X) -> X:
+        self._meet(_Step.SEND)
+        return self._send(value, 0)
+
+    def check_same(self, vector: Tensor) -> None:
+        self._meet(_Step.CHECK)
+        sent = vector.clone()
+        with self._collective(vector.nbytes if self.is_main else 0):
+            self._wait(dist.broadcast(sent, 0, async_op=True))
+        same = self._meet(_Step.COUNT, int(sent.numpy().tobytes() == vector.numpy().tobytes()))
+        if not all(same):
+            raise RanksError(
+                f"rank {same.index(0)} holds other parameters than rank 0: are their processors and"
+                " versions the same?"
+            )
+
+    @contextlib.contextmanager
+    def agreeing(self) -> Iterator[None]:
+        try:
+            yield
+        except RanksError:
+            raise  # all have it, or there is no one left to tell
+        except Exception as error:
+            if error is not self._agreed:
+                self._meet(_Step.FAULT, error=error)
+            raise
+        self._meet(_Step.END)
+
+    def _meet(self, step: _Step, count: int = 0, error: Exception | None = None) -> list[int]:
+        """Return every rank's count, once all are about to take the same step.
+
+        Raises:
+            Exception: the error of the first rank that has one. Where that is this one, it returns.
+        """
+        message = torch.tensor([step, count] * self.size)
+        told = self._exchange(message).view(-1, 2).tolist()
+        steps = [step for step, _ in told]
+        if _Step.FAULT in steps:
+            first = steps.index(_Step.FAULT)
+            found = self._send(_portable(error), first)
+            if first == self.rank:
+                self._agreed = error
+                return []
+            self._agreed = found
+            found.elsewhere = True
+            raise found
+        if len(set(steps)) > 1:
+            names = ", ".join(f"{r}: {_Step(s).name}" for r, s in enumerate(steps))
+            raise RanksError(f"the ranks went different ways ({names})")
+        return [count for _, count in told]
+
+    def _exchange(
+        self, given: Tensor, sizes: Sequence[int] = (), sizes_back: Sequence[int] = ()
+    ) -> Tensor:
+        """Send a part of a vector to each rank, and return what came from each, in their order."""
+        back = given.new_empty(sum(sizes_back) if sizes_back else len(given))
+        own = sizes[self.rank] if sizes else len(given) // self.size
+        with self._collective((len(given) - own) * given.element_size()):
+            work = dist.all_to_all_single(
+                back, given, list(sizes_back) or None, list(sizes) or None, async_op=True
+            )
+            self._wait(work)
+        return back
+
+    def _send(self, value: Any, source: int) -> Any:
+        box = [value]
+        with self._collective(0):
+            dist.broadcast_object_list(box, source)
+        return box[0]
+
+    @staticmethod
+    def _wait(work: Any) -> None:
+        """Wait for a collective, and let signals be handled meanwhile."""
+        while True:
+            try:
+                work.wait(timedelta(seconds=0.5))
+                return
+            except RuntimeError as error:
+                if work.is_completed() or "Operation timed out" not in str(error):
+                    raise
+
+    @contextlib.contextmanager
+    def _collective(self, sent: int) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as error:
+            waited = time.perf_counter() - start
+            who = f"rank {self.rank} of {self.size}"
+            if waited >= 0.9 * self.limit:
+                raise RanksError(
+                    f"{who} waited {self.limit:g} s for the others, one of which hangs; give a"
+                    " longer --rank-timeout if they take that long"
+                ) from error
+            raise RanksError(f"{who} lost another, which has ended or cannot be reached") from error
+        finally:
+            self.traffic.calls += 1
+            self.traffic.bytes += sent
+            self.traffic.seconds += time.perf_counter() - start
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """Return an error that can be sent: itself, or one with its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def local_ranks() -> int:
+    """Return how many ranks share this machine, 1 where torchrun started none."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def device_of(device: str) -> str:
+    """Return the device of this rank: "cuda" is one GPU a rank."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and local_ranks() > 1 else device
+
+
+@contextlib.contextmanager
+def joined(limit: float = LIMIT_SECONDS) -> Iterator[Ranks]:
+    """Give the ranks that torchrun started, or this process alone.
+
+    Args:
+        limit: seconds to wait for the others in a collective.
+
+    Raises:
+        RanksError: not all of them came.
+    """
+    if not (limit > 0.0 and limit < float("inf")):
+        raise UserError(f"rank_timeout must be positive, got {limit}")
+    rank, size = (int(os.environ.get(name, "1")) for name in ("RANK", "WORLD_SIZE"))
+    if size == 1:
+        yield Ranks()
+        return
+    try:
+        wait = timedelta(seconds=limit)
+        store, rank, size = next(rendezvous("env://", timeout=wait))
+        store = PrefixStore(_attempt(store, rank, size, limit), store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RanksError(f"rank {rank} of {size} did not find the others: {reason}") from error
+    try:
+        yield TorchRanks(limit)
+    finally:
+        dist.destroy_process_group()
+
+
+def _attempt(store: Store, rank: int, size: int, limit: float) -> str:
+    """Return a name that all ranks of this start have in common, and no earlier start had.
+
+    torchrun keeps its store when it starts the ranks again, and in it the addresses of those that
+    were before. So rank 0 calls, each rank answers what it heard with a word of its own, and knows
+    by that word, once rank 0 says it back, that what it heard is not from before.
+    """
+    end = time.monotonic() + limit
+    word = secrets.token_hex(8)
+
+    def heard(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    if rank == 0:
+        store.set("call", word)
+        waiting = set(range(1, size))
+        while waiting:
+            for other in list(waiting):
+                answer = heard(f"answer {other}")
+                if answer.startswith(word):
+                    store.set(f"echo {other}", answer)
+                    waiting.remove(other)
+            _pause(end)
+        return word
+    while True:
+        call = heard("call")
+        store.set(f"answer {rank}", call + word)
+        if heard(f"echo {rank}") == call + word:
+            return call
+        _pause(end)
+
+
+def _pause(end: float) -> None:
+    if time.monotonic() > end:
+        raise RuntimeError("not all of them were started")
+    time.sleep(0.02)

@@ -1,0 +1,83 @@
+"""What is written while a run goes on: each iteration's metrics, and then its checkpoint.
+
+Both are written on a thread, while the next iteration samples; one iteration after the other, each
+once the one before is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from metarl.running.config import Config
+from metarl.running.metrics import MetricsLog
+from metarl.running.runs import State, save_checkpoint
+
+_log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Writes what a run has learned. As a context manager it waits for the last iteration's files.
+
+    Args:
+        folder: the run's, locked.
+        config: of the run.
+        state: that it goes on from; metrics of later iterations are forgotten.
+        check: raises where the folder is no longer at its place.
+    """
+
+    def __init__(
+        self, folder: Path, config: Config, state: State, check: Callable[[], None]
+    ) -> None:
+        self._folder, self._config, self._check = folder, config, check
+        text = json.dumps(config.to_json(), indent=2)
+        self._metrics = MetricsLog(folder, state.iteration, text)
+        self._thread = ThreadPoolExecutor(1, "metarl-recorder")
+        self._writing: Future[None] | None = None
+
+    def record(self, row: dict[str, Any], state: State) -> None:
+        """Begin to write an iteration, once the one before is written.
+
+        Raises:
+            RunError: the folder was moved, by the time the iteration before was to be written.
+            OSError: the iteration before cannot be written; no part of it is.
+        """
+        self.wait()
+        self._writing = self._thread.submit(self._write, row, replace(state))
+
+    def _write(self, row: dict[str, Any], state: State) -> None:
+        self._check()
+        self._metrics.write(row)
+        # After the metrics: a crash in between repeats the iteration, and its row.
+        save_checkpoint(self._folder, self._config, state)
+
+    def wait(self) -> None:
+        """Wait until all is written; raises as `record` does."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.wait()
+        except Exception as other:
+            if error is None:
+                raise
+            _log.warning("the last iteration is not saved: %s", other)
+        finally:
+            self._thread.shutdown()
+            self._metrics.close()

@@ -1,0 +1,105 @@
+"""What ranks do together and how they fail, asserted on each; see test_ranks, which starts it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from metarl.envs.errors import UserError
+from metarl.learning.ranks import ALONE, CHUNK, Ranks, joined
+from metarl.running import recording
+from metarl.running.presets import resolve
+from metarl.running.trainer import Trainer, train
+
+
+def sums_and_gathers(ranks: Ranks) -> None:
+    vectors = list(torch.randn(9, 101, generator=torch.Generator().manual_seed(0)))
+    own = ranks.block(34)
+    mine = vectors[own.start // CHUNK : -(-own.stop // CHUNK)]
+    assert torch.equal(ranks.sum_in_order(mine), ALONE.sum_in_order(vectors))
+    # One number a part: fewer coordinates than ranks.
+    one, few = ([v[:1] for v in some] for some in (vectors, mine))
+    assert torch.equal(ranks.sum_in_order(few), ALONE.sum_in_order(one))
+    values = torch.arange(68.0, dtype=torch.float64).view(34, 2)
+    assert torch.equal(ranks.gather(values[own]), values)
+    assert ranks.total(ranks.rank + 1) == ranks.size * (ranks.size + 1) // 2
+    assert ranks.largest(ranks.rank) == ranks.size - 1
+    assert ranks.any(ranks.rank == 1)
+    assert not ranks.any(False)
+    assert ranks.from_main(f"rank {ranks.rank}") == "rank 0"
+
+
+def an_error_is_everyones(ranks: Ranks) -> None:
+    for failing in range(ranks.size):
+        with pytest.raises(UserError) as caught, ranks.agreeing(), ranks.agreeing():  # noqa: PT012
+            if ranks.rank >= failing:
+                raise UserError(f"of rank {ranks.rank}")
+            ranks.total(1)
+        assert str(caught.value) == f"of rank {failing}"
+        assert getattr(caught.value, "elsewhere", False) == (ranks.rank != failing)
+    assert ranks.total(1) == ranks.size  # they go on together
+
+
+def an_error_that_cannot_be_sent(ranks: Ranks) -> None:
+    class Local(Exception):
+        pass
+
+    kind = Local if ranks.rank == 1 else RuntimeError
+    with pytest.raises(kind, match="only rank 1 has"), ranks.agreeing():  # noqa: PT012
+        if ranks.rank == 1:
+            raise Local("of a kind that only rank 1 has")
+
+
+def drift_is_seen(ranks: Ranks) -> None:
+    same = torch.tensor([0.5, math.nan])
+    ranks.check_same(same)
+    drifted = same + 1e-7 if ranks.rank == 1 else same
+    with pytest.raises(UserError, match="rank 1 holds other parameters"):
+        ranks.check_same(drifted)
+
+
+def what_is_not_finite_is_skipped(ranks: Ranks) -> None:
+    """A reward of rank 1 is NaN: no rank takes the step, and the next iteration is as ever."""
+    config = resolve(None, "navigation-2d", "maml-trpo", {"tasks": 8, "episodes": 2, "threads": 1})
+    with Trainer(config, ranks) as trainer:
+        collect = trainer._collector.collect
+
+        def broken(*args, **options):
+            rollout = collect(*args, **options)
+            if ranks.rank == 1:
+                rollout.reward[0, 0, 0] = math.nan
+            return rollout
+
+        with mock.patch.object(trainer._collector, "collect", broken):
+            row = trainer.iterate()
+        assert "reward is not finite" in row["skipped"]
+        assert trainer.state.skipped_updates == 1
+        assert "skipped" not in trainer.iterate()
+
+
+def a_full_disk(ranks: Ranks, out: Path) -> None:
+    """Rank 0 cannot write: all end with its error."""
+    config = resolve(None, "navigation-2d", "random", {"tasks": 8, "episodes": 1, "threads": 1})
+    full = OSError(28, "No space left on device", "metrics.jsonl")
+    patched = mock.patch.object(recording.MetricsLog, "write", side_effect=full)
+    with patched, pytest.raises(OSError, match="No space left") as caught:
+        train(config, out / "full", ranks=ranks)
+    assert caught.value.filename == "metrics.jsonl"
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    with joined(60.0) as ranks:
+        sums_and_gathers(ranks)
+        an_error_is_everyones(ranks)
+        an_error_that_cannot_be_sent(ranks)
+        drift_is_seen(ranks)
+        what_is_not_finite_is_skipped(ranks)
+        a_full_disk(ranks, out)
+        (out / f"fine-{ranks.rank}").write_text(json.dumps(vars(ranks.traffic)))

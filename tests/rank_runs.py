@@ -1,0 +1,27 @@
+"""Trains what a file of JSON says, one run after the other; torchrun starts it: see test_ranks.
+
+python -m torch.distributed.run --standalone --nproc-per-node N tests/rank_runs.py CASES OUT
+
+CASES is by the run's name [family, family's options, algorithm, values of the config, iterations].
+A run that is there already goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+from metarl.learning.ranks import joined
+from metarl.running.presets import resolve
+from metarl.running.trainer import train
+
+if __name__ == "__main__":
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    with joined(float(os.environ.get("RANK_TIMEOUT", "400"))) as ranks:
+        for name, (family, options, algorithm, values, iterations) in cases.items():
+            config = resolve(None, family, algorithm, {"threads": 1, **values})
+            config = dataclasses.replace(config, family_options=options, iterations=iterations)
+            train(config, out / name, resume="auto", ranks=ranks)
