@@ -18,8 +18,8 @@ from metarl.running.statistics import (
     interquartile_mean_interval,
 )
 
-REFERENCES = ("from-scratch", *(name for name, row in ALGORITHMS.items() if row.reference))
-"""Algorithms that others are measured by."""
+REFERENCES = (*(name for name, row in ALGORITHMS.items() if row.reference), "from-scratch")
+"""Algorithms that others are measured by, in the order of the table."""
 
 
 @dataclass(frozen=True)
