@@ -426,13 +426,14 @@ def test_the_verdict_says_what_meta_training_earned():
     rng = np.random.default_rng(0)
     hard = 10.0 * rng.standard_normal(20)  # tasks differ more than policies do: only pairs tell
 
-    def curve(gain, algorithm="maml-trpo"):
-        noise = 0.1 * rng.standard_normal(20)
-        return Curve([0.1], np.stack([hard, hard + gain + noise], 1)[None], algorithm)
+    def curve(gain, algorithm="maml-trpo", ahead=0.0):
+        noise = 0.1 * rng.standard_normal((2, 20))
+        start = hard + ahead + noise[0]
+        return Curve([0.1], np.stack([start, start + gain + noise[1]], 1)[None], algorithm)
 
-    def said(own, **others):
+    def said(own, ahead=0.0, **others):
         references = {"random": curve(3.0, "random"), **others}
-        return EvaluationResult(curve(own), references).verdict()
+        return EvaluationResult(curve(own, ahead=ahead), references).verdict()
 
     def interval(before, sentence):
         found = re.search(re.escape(before) + r" \[\+(\S+), \+(\S+)\]", sentence)
@@ -442,6 +443,9 @@ def test_the_verdict_says_what_meta_training_earned():
     low, high = interval("initialization gains +3.0; meta-training adds +2.0", said(5.0))
     assert 1.9 <= low <= 2.0 <= high <= 2.1
     assert "what meta-training adds to that cannot be told from zero" in said(3.0)
+    # A better start is earned too, where the step itself gains no more than it does at random.
+    low, high = interval("Before any step meta-training earns +4.0", said(3.0, ahead=4.0))
+    assert 3.9 <= low <= 4.0 <= high <= 4.1
     scratch = {"from scratch": curve(-1.0, "from-scratch")}
     low, high = interval("it earns +6.0", said(5.0, **scratch))
     assert 5.9 <= low <= 6.0 <= high <= 6.1

@@ -199,6 +199,8 @@ class EvaluationResult:
                     else f"meta-training adds {more} to that"
                 )
                 said.append(f"The random initialization gains {np.nanmean(own):+.1f}; {earned}.")
+                start = _difference(curve.per_task[:, 0], other.per_task[:, 0])
+                said.append(f"Before any step meta-training earns {start}.")
             if other.algorithm == "from-scratch":
                 more = _difference(curve.per_task[:, 1], other.per_task[:, 1])
                 said.append(f"After one step it earns {more} more than training {name}.")
