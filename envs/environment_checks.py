@@ -111,13 +111,16 @@ def check_spaces(family: TaskFamily) -> Iterator[str]:
 
 
 def check_episodes(family: TaskFamily) -> Iterator[str]:
+    doubted = False
     for task in example_tasks(family):
         env = family.make(task)
         trace = play(env, 0, random_actions(env.action_space, family.horizon))
         fault = _fault(trace, env.observation_space, family.horizon)
         env.close()
-        if fault:
-            yield f"{fault} (task {named_task(family, task)})"
+        if fault and not (doubted and isinstance(fault, Doubt)):  # a doubt is told once
+            yield type(fault)(f"{fault} (task {named_task(family, task)})")
+        doubted |= isinstance(fault, Doubt)
+        if fault and not isinstance(fault, Doubt):
             return
 
 
@@ -135,9 +138,10 @@ def _fault(trace: Trace, space: gym.Space, horizon: int) -> str | None:
         if not np.isfinite(seen).all():
             return f"{gives} an observation with {seen[~np.isfinite(seen)][0]} in it"
         for i in np.flatnonzero((seen < space.low) | (seen > space.high)):
-            return (
+            return Doubt(
                 f"{gives} {seen.flat[i]:g} as component {i} of the observation, outside the"
-                f" space's [{space.low.flat[i]:g}, {space.high.flat[i]:g}]"
+                f" space's [{space.low.flat[i]:g}, {space.high.flat[i]:g}]: nothing is cut to these"
+                " bounds, so policies see it as it is; declare the space wider if it is yours"
             )
     for t, reward in enumerate(trace.reward):
         if np.shape(reward) != ():
@@ -146,9 +150,10 @@ def _fault(trace: Trace, space: gym.Space, horizon: int) -> str | None:
             return f"step {t + 1} gives a reward of {reward}"
     steps = len(trace.reward)
     if trace.truncated and steps < horizon:
-        return (
+        return Doubt(
             f"the environment truncates an episode after {steps} steps, before the family's horizon"
-            f" of {horizon}: set horizon={steps}, or lift the environment's own limit"
+            f" of {horizon}: if this is its limit of time, set horizon={steps}, or lift the limit;"
+            " if it cuts for another reason, all is well"
         )
     if not (trace.terminated or trace.truncated):
         return f"an episode goes on after the horizon of {horizon} steps"
@@ -171,7 +176,8 @@ def check_seeding(family: TaskFamily) -> Iterator[str]:
         kind, t = difference
         yield (
             f"an episode depends on the one before it: with the same seed and actions, {kind}"
-            f" differ after {t} steps; reset must set back all that step changes"
+            f" differ after {t} steps; reset must set back all that step changes (where the"
+            " environment is not yours, let the reset of a wrapper do it, or make it anew)"
         )
     env.close()
     other.close()
@@ -179,16 +185,20 @@ def check_seeding(family: TaskFamily) -> Iterator[str]:
 
 def check_gymnasium(family: TaskFamily) -> Iterator[str]:
     env = _outermost(family)
+    said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             check_env(env, skip_render_check=True, skip_close_check=True)
         except AssertionError as error:
-            yield f"gymnasium.utils.env_checker.check_env says: {error}"
-    for warning in caught:
-        text = re.sub(r"\x1b\[\d+m|WARN: ", "", str(warning.message))
+            said = [str(error)]
+    said += [re.sub(r"\x1b\[\d+m|WARN: ", "", str(warning.message)) for warning in caught]
+    for text in dict.fromkeys(said):
         if not _NO_FAULT.search(text):
-            yield f"gymnasium.utils.env_checker.check_env warns: {text}"
+            yield Doubt(
+                f"gymnasium.utils.env_checker.check_env says: {text.rstrip('.')}; nothing here"
+                " depends on it, other libraries may"
+            )
     env.close()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -167,6 +168,7 @@ def check_worker(family: TaskFamily) -> Iterator[str]:
 
 
 def _play_there(parcel: Parcel, tasks: Tasks, play: bool) -> list[list[Trace]]:
+    warnings.simplefilter("ignore")  # as in the parent, where they are heard
     try:
         family = unpack(parcel)
         if play:

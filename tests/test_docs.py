@@ -65,7 +65,9 @@ def test_python_blocks_run(page, code):
     assert len(names) > 2  # it ran to its end and left what it made
 
 
-THIRD_PARTY = {"flappy_bird_gymnasium", "gymnasium_robotics", "highway_env", "minigrid"}
+THIRD_PARTY = {
+    *("ale_py", "flappy_bird_gymnasium", "gymnasium_robotics", "highway_env", "minatar", "minigrid")
+}
 """Packages that the documentation plugs in, none of which the tests need."""
 
 

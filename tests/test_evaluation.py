@@ -19,6 +19,7 @@ from metarl.envs.navigation import NavigationFamily, NavigationVectorEnv
 from metarl.learning.algorithms import find_algorithm
 from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import GaussianMLP, stack
+from metarl.running import stable_baselines
 from metarl.running.building import policy_for
 from metarl.running.config import Config, InnerConfig, PolicyConfig
 from metarl.running.evaluation import FACTORS, grouped
@@ -425,13 +426,14 @@ def test_the_verdict_says_what_meta_training_earned():
     rng = np.random.default_rng(0)
     hard = 10.0 * rng.standard_normal(20)  # tasks differ more than policies do: only pairs tell
 
-    def curve(gain, algorithm="maml-trpo"):
+    def curve(gain, algorithm="maml-trpo", ahead=0.0):
         noise = 0.1 * rng.standard_normal(20)
-        return Curve([0.1], np.stack([hard, hard + gain + noise], 1)[None], algorithm)
+        start = hard + ahead
+        return Curve([0.1], np.stack([start, start + gain + noise], 1)[None], algorithm)
 
-    def said(own, **others):
+    def said(own, ahead=0.0, **others):
         references = {"random": curve(3.0, "random"), **others}
-        return EvaluationResult(curve(own), references).verdict()
+        return EvaluationResult(curve(own, ahead=ahead), references).verdict()
 
     def interval(before, sentence):
         found = re.search(re.escape(before) + r" \[\+(\S+), \+(\S+)\]", sentence)
@@ -445,6 +447,9 @@ def test_the_verdict_says_what_meta_training_earned():
     low, high = interval("it earns +6.0", said(5.0, **scratch))
     assert 5.9 <= low <= 6.0 <= high <= 6.1
     assert "more than training from scratch." in said(5.0, **scratch)
+    # A better start is earned too, where the step itself gains no more than it does at random.
+    low, high = interval("Before any step meta-training earns +4.0", said(3.0, ahead=4.0))
+    assert 3.9 <= low <= 4.0 <= high <= 4.1
 
 
 def test_training_from_scratch_is_adam_on_the_clipped_ratio_of_each_task_alone():
@@ -472,7 +477,8 @@ def test_training_from_scratch_is_adam_on_the_clipped_ratio_of_each_task_alone()
             assert not torch.equal(p, start[name][t])
 
 
-def test_from_scratch_stands_beside_the_policy_with_one_and_ten_times_the_steps():
+def test_from_scratch_stands_beside_the_policy_with_one_and_ten_times_the_steps(monkeypatch):
+    monkeypatch.setattr(stable_baselines, "installed", lambda: False)
     meta = navigator()
     options = {"tasks": 6, "episodes": 4, "steps": 2, "threads": 1}
     plain = evaluate(meta, **options)
@@ -489,3 +495,34 @@ def test_from_scratch_stands_beside_the_policy_with_one_and_ten_times_the_steps(
     assert again.references["from scratch"].per_seed.tolist() == short[None].tolist()
     with pytest.raises(UserError, match="scratch_learning_rate must be positive, got 0"):
         evaluate(meta, scratch_learning_rate=0.0)
+
+
+def test_ppo_of_stable_baselines3_stands_beside_them_where_it_is_installed():
+    # The corner of the plane is far: PPO's policies must learn to walk there in forty updates.
+    pytest.importorskip("stable_baselines3")
+    meta = navigator()
+    options = {"tasks": 2, "episodes": 6, "steps": 1, "threads": 1}
+    plain = evaluate(meta, **options)
+    found = evaluate(meta, **options, from_scratch=True)
+    assert found.curve.per_seed.tolist() == plain.curve.per_seed.tolist()
+    names = [f"from scratch{by}{more}" for by in ("", ", SB3 PPO") for more in ("", ", 10 x steps")]
+    assert list(found.rows)[1:] == ["random", *names]
+    short, long = (found.references[name].per_task for name in names[2:])
+    assert short[:, 0].tolist() == long[:, 0].tolist()
+    assert np.isfinite(long).all()
+    assert not np.array_equal(short[:, 1], long[:, 1])
+    again = evaluate(meta, **options, from_scratch=True)
+    assert again.references[names[3]].per_seed.tolist() == long[None].tolist()
+
+
+@pytest.mark.parametrize("mode", ["clip", "scale"])
+def test_ppo_learns_on_each_task(mode):
+    pytest.importorskip("stable_baselines3")
+    family = make_family("navigation-2d", horizon=15)
+    config = Config(family="navigation-2d", policy=PolicyConfig(hidden=(16,), action=mode))
+    goals = np.array([[0.4, 0.4], [-0.4, 0.4]])
+    returns = stable_baselines.train_by_ppo(
+        family, goals, config, episodes=40, updates=8, measured={0, 8}, address=Address(0)
+    )
+    assert np.isnan(returns[:, 1:8]).all()
+    assert (returns[:, 8] > returns[:, 0] + 1.0).all()

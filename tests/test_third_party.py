@@ -51,9 +51,45 @@ def make(render_mode=None):
 family = GymnasiumFamily(name="rooms", env=make, tasks=Finite(("axis",), [[0.0], [1.0]]),
     horizon=8)
 """
+ASTERIX = """
+import gymnasium as gym
+import minatar.gym
+import numpy as np
+from metarl.envs import Finite, GymnasiumFamily
+
+minatar.gym.register_envs()
+
+class PaysTheWay(gym.Wrapper):
+    observation_space = gym.spaces.Box(0, 255, (10, 10, 4), np.uint8)
+
+    def set_task(self, task):
+        self.direction = task
+
+    def reset(self, *, seed=None, options=None):
+        self.unwrapped.game.last_action = 0  # else it outlives the episode
+        observation, info = self.env.reset(seed=seed, options=options)
+        return 255 * observation.astype(np.uint8), info
+
+    def step(self, action):
+        before = self.place()
+        observation, _, *rest = self.env.step(action)
+        reward = float(self.direction @ (self.place() - before))
+        return 255 * observation.astype(np.uint8), reward, *rest
+
+    def place(self):
+        game = self.unwrapped.game.env
+        return np.array([game.player_x, game.player_y])
+
+def make(render_mode=None):
+    return PaysTheWay(gym.make("MinAtar/Asterix-v1", render_mode=render_mode))
+
+family = GymnasiumFamily(name="asterix", env=make, horizon=8,
+    tasks=Finite(("right", "down"), [[1, 0], [-1, 0], [0, 1], [0, -1]]))
+"""
 PACKAGES = {
     "flappy_bird_gymnasium": FLAPPY,
     "gymnasium_robotics": MAZE,
+    "minatar": ASTERIX,
     "minigrid": ROOMS,
 }
 

@@ -159,6 +159,21 @@ def test_what_draws_is_tried_in_order_and_else_named(monkeypatch):
         videos.record({"x": meta.adapt([1.0], steps=0)}, meta.family, np.array([1.0]))
 
 
+def test_whatever_environments_draw_becomes_frames():
+    rng = np.random.default_rng(0)
+    colour = rng.integers(0, 256, (30, 300, 3), dtype=np.uint8)
+    alpha = np.concatenate([colour, np.full((30, 300, 1), 7, np.uint8)], axis=2)
+    for drawn in (colour, alpha, colour.astype(np.float64)):
+        assert np.array_equal(videos._frame(drawn), colour)
+    assert np.array_equal(videos._frame(colour[..., 0]), colour[..., :1].repeat(3, axis=2))
+    assert abs(videos._frame(colour / 255.0).astype(int) - colour).max() <= 1
+    small = videos._frame(np.array([[0, 9], [4, 2]], np.uint8))  # text has no room on two pixels
+    assert small.shape == (160, 160, 3)
+    assert small[[0, 0, -1, -1], [0, -1, 0, -1], 0].tolist() == [0, 9, 4, 2]
+    with pytest.raises(UserError, match=r"an array of shape \(3,\), not \[height, width, 3\]"):
+        videos._frame(np.zeros(3))
+
+
 def test_a_backend_that_is_not_there_does_not_draw():
     assert not videos._draws("nothing_of_this_name")
 

@@ -43,9 +43,9 @@ class Evaluate:
     """Measure returns with the mean action instead of a sampled one."""
     from_scratch: bool = False
     """Show training from scratch on each task beside it, by clipped policy gradients: with the env
-    steps of adaptation, and with ten times as many."""
+    steps of adaptation, and with ten times as many. PPO of stable-baselines3 too, if installed."""
     scratch_learning_rate: float = 3e-3
-    """Learning rate of that training."""
+    """Learning rate of our own training from scratch."""
     drawn: bool = False
     """Draw the tasks at random, as the papers do, instead of covering the test split evenly."""
     threads: int | None = None

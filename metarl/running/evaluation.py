@@ -23,6 +23,7 @@ from metarl.learning.inner_loop import NonFiniteError
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import MLPPolicy, Params
 from metarl.learning.trajectories import Rollout
+from metarl.running import stable_baselines
 from metarl.running.config import Config, available_threads
 from metarl.running.loading import load
 from metarl.running.memory import check_memory, need
@@ -32,7 +33,9 @@ from metarl.running.results import Curve, EvaluationResult
 from metarl.running.runs import but_seed, group_name
 from metarl.running.scratch import (
     LEARNING_RATE,
+    TIMES,
     ScratchTrainer,
+    curves,
     scratch_policy,
     train_from_scratch,
 )
@@ -44,9 +47,6 @@ from metarl.sampling.workers import AnyCollector, make_collector
 What = MetaPolicy | str | Path
 Sizes = Sequence[float] | Callable[[MetaPolicy], Sequence[float]] | None
 """Of the inner steps: given, or by policy; none takes the policy's own."""
-
-TIMES = 10
-"""Env steps of the longer training from scratch, as a multiple of those of adaptation."""
 
 PATHS = 6
 """Tasks whose paths are kept."""
@@ -177,19 +177,24 @@ class _Protocol:
         return returns
 
     def scratch(self, config: Config, learning_rate: float) -> dict[str, Curve]:
-        """Return what training from scratch earns with the env steps of k inner steps, and with
-        ten times as many, by name."""
+        """Return what training from scratch earns, ours and, where it is installed, PPO of
+        stable-baselines3, by name."""
         policy = scratch_policy(config, self.family)
-        trainer = ScratchTrainer(policy, len(self.goals), self.address.seed, learning_rate)
+        seed, updates = self.address.seed, TIMES * self.steps
+        trainer = ScratchTrainer(policy, len(self.goals), seed, learning_rate)
         returns = train_from_scratch(
             trainer, self._collector(policy, config), self.goals, config, self.pool, self.address,
-            TIMES * self.steps,
+            updates,
         )  # fmt: skip
-        curves = {}
-        for name, times in (("from scratch", 1), (f"from scratch, {TIMES} x steps", TIMES)):
-            column = returns[None, :, : times * self.steps + 1 : times]
-            curves[name] = Curve([], column, "from-scratch", [self.address.seed])
-        return curves
+        found = curves("", returns, self.steps, seed)
+        if stable_baselines.installed():
+            returns = stable_baselines.train_by_ppo(
+                self.family, self.goals, config, episodes=self.episodes, updates=updates,
+                measured={times * k for times in (1, TIMES) for k in range(self.steps + 1)},
+                address=self.address,
+            )  # fmt: skip
+            found |= curves(", SB3 PPO", returns, self.steps, seed)
+        return found
 
     def _rollouts(
         self, policy: MetaPolicy, sizes: Sequence[float] | None, adapts: bool
@@ -311,8 +316,8 @@ def evaluate(
         threads: for physics and updates; results do not depend on it.
         workers: processes for environments without a native backend; 0 steps them in this one.
         from_scratch: show what training from scratch on each task earns with the same env steps,
-            and with ten times as many.
-        scratch_learning_rate: of that training.
+            and with ten times as many; by PPO of stable-baselines3 too, where it is installed.
+        scratch_learning_rate: of our own such training.
         name: what the policy is called in tables and pictures.
 
     Raises:

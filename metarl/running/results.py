@@ -18,8 +18,8 @@ from metarl.running.statistics import (
     interquartile_mean_interval,
 )
 
-REFERENCES = ("from-scratch", *(name for name, row in ALGORITHMS.items() if row.reference))
-"""Algorithms that others are measured by."""
+REFERENCES = (*(name for name, row in ALGORITHMS.items() if row.reference), "from-scratch")
+"""Algorithms that others are measured by, in the order of the table."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,8 @@ class EvaluationResult:
                     else f"meta-training adds {more} to that"
                 )
                 said.append(f"The random initialization gains {np.nanmean(own):+.1f}; {earned}.")
+                start = _difference(curve.per_task[:, 0], other.per_task[:, 0])
+                said.append(f"Before any step meta-training earns {start}.")
             if other.algorithm == "from-scratch":
                 more = _difference(curve.per_task[:, 1], other.per_task[:, 1])
                 said.append(f"After one step it earns {more} more than training {name}.")

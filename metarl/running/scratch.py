@@ -21,10 +21,14 @@ from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.policies import MLPPolicy, Params, stack
 from metarl.running.building import policy_for
 from metarl.running.config import Config
+from metarl.running.results import Curve
 from metarl.running.statistics import Floats
 from metarl.sampling.rollouts import Address
 from metarl.sampling.seeding import stream
 from metarl.sampling.workers import AnyCollector
+
+TIMES = 10
+"""Env steps of the longer training, as a multiple of those of adaptation."""
 
 LEARNING_RATE = 3e-3
 EPOCHS = 10
@@ -107,3 +111,18 @@ def train_from_scratch(
             advantage, _ = estimate(rollout, config.advantage, pool)
             trainer.update(make_batch(trainer.policy, rollout, advantage), pool)
     return np.stack(returns, axis=1)
+
+
+def curves(by: str, returns: Floats, steps: int, seed: int) -> dict[str, Curve]:
+    """Return what training earns with the env steps of 0 ... `steps` inner steps, and with ten
+    times as many, by name.
+
+    Args:
+        by: what trained, "" for ours.
+        returns: [tasks, TIMES * steps + 1]
+    """
+    found = {}
+    for times, more in ((1, ""), (TIMES, f", {TIMES} x steps")):
+        column = returns[None, :, : times * steps + 1 : times]
+        found[f"from scratch{by}{more}"] = Curve([], column, "from-scratch", [seed])
+    return found

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import imageio_ffmpeg
@@ -31,6 +32,7 @@ from metarl.running.policy import Policy
 
 FPS = 25  # at most; slower families are shown at their own rate
 _LINE, _GAP = 30, 8  # pixels: height of a line of text above a panel, space between panels
+_NARROWEST = 160  # pixels of a panel, which must have room for text
 
 _TRY = """
 import mujoco
@@ -220,7 +222,7 @@ def _episode(
                 "no video: the environment renders nothing; if a function makes it, that must take"
                 " render_mode=None and hand it on"
             )
-        return np.asarray(drawn, np.uint8)
+        return _frame(drawn)
 
     shown: list[tuple[int, float, NDArray[np.uint8]]] = []
     last = (0, 0.0)
@@ -235,6 +237,25 @@ def _episode(
     if shown[-1][0] != last[0]:
         shown.append((*last, image()))
     return shown
+
+
+def _frame(drawn: Any) -> NDArray[np.uint8]:
+    """Return what an environment drew as bytes [height, width, 3], large enough for text.
+
+    Grey pictures, an alpha channel and floats in [0, 1] are what some give.
+    """
+    image = np.asarray(drawn)
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
+        raise UserError(
+            f"no video: render gives an array of shape {np.shape(drawn)}, not [height, width, 3]"
+        )
+    if np.issubdtype(image.dtype, np.floating) and image.max() <= 1.0:
+        image = 255.0 * image
+    image = np.broadcast_to(image[..., :3], (*image.shape[:2], 3)).astype(np.uint8)
+    times = max(1, -(-_NARROWEST // image.shape[1]))
+    return image.repeat(times, axis=0).repeat(times, axis=1)
 
 
 def _goal(family: TaskFamily, task: NDArray[np.float64]) -> str:
