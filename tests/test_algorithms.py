@@ -31,6 +31,7 @@ from metarl.learning.meta_gradients import (
     annealed_weights,
     cosine,
 )
+from metarl.learning.networks import flatten, stack
 from metarl.learning.objectives import (
     Batch,
     clipped_ratio,
@@ -39,7 +40,6 @@ from metarl.learning.objectives import (
     log_likelihood,
     mean_kl,
 )
-from metarl.learning.policies import flatten, stack
 from metarl.learning.trajectories import Rollout
 from metarl.running.iterations import make_problem
 from metarl.running.trainer import Trainer
@@ -687,7 +687,7 @@ def test_cavias_gradient_matches_central_differences(small_policy, pool):
     problem = UnrolledProblem(adapter, batches, pool)
     gradient, _ = problem.gradient(meta)
     theta = flatten(meta)
-    from metarl.learning.policies import unflatten
+    from metarl.learning.networks import unflatten
 
     for i in range(0, len(theta), 7):
         h = torch.zeros_like(theta)

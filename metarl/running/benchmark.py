@@ -25,8 +25,9 @@ from gymnasium.vector import AutoresetMode
 
 from metarl.envs import MujocoFamily
 from metarl.envs.errors import UserError
+from metarl.learning.networks import Params, stack
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
-from metarl.learning.policies import MLPPolicy, Params, stack
+from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
 from metarl.running.checkpoints import machine, versions
 from metarl.running.config import Config, available_threads

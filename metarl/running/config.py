@@ -15,7 +15,7 @@ from metarl.envs.errors import UserError
 from metarl.envs.family import did_you_mean
 from metarl.learning.advantages import AdvantageConfig
 from metarl.learning.first_order import AdamConfig
-from metarl.learning.policies import Activation
+from metarl.learning.networks import Activation
 from metarl.learning.trust_region import TrustRegionConfig
 from metarl.sampling.spaces import ActionMode
 

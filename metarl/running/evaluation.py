@@ -20,8 +20,9 @@ import torch
 from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
 from metarl.learning.inner_loop import NonFiniteError
+from metarl.learning.networks import Params
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
-from metarl.learning.policies import MLPPolicy, Params
+from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
 from metarl.running.config import Config, available_threads
 from metarl.running.loading import load

@@ -26,9 +26,10 @@ from metarl.learning.meta_gradients import (
     annealed_weights,
     cosine,
 )
+from metarl.learning.networks import Params
 from metarl.learning.objectives import Batch, Loss, clipped_ratio, likelihood_ratio
 from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import GaussianMLP, MLPPolicy, Params
+from metarl.learning.policies import GaussianMLP, MLPPolicy
 from metarl.learning.trajectories import Rollout
 from metarl.learning.trust_region import TrustRegion
 from metarl.running.config import Config

@@ -19,8 +19,9 @@ from metarl.envs.errors import UserError
 from metarl.learning.adaptation import FACTOR
 from metarl.learning.algorithms import Algorithm, find_algorithm
 from metarl.learning.inner_loop import InnerLoop
+from metarl.learning.networks import Params
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
-from metarl.learning.policies import MLPPolicy, Params
+from metarl.learning.policies import MLPPolicy
 from metarl.running import checkpoints
 from metarl.running.building import (
     context_dim,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metarl.envs.errors import UserError
-from metarl.learning.policies import Params
+from metarl.learning.networks import Params
 from metarl.learning.trust_region import OuterState
 from metarl.running import checkpoints
 from metarl.running.checkpoints import (

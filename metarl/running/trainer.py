@@ -18,8 +18,8 @@ import torch
 from metarl.envs import make_family
 from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError, Query
+from metarl.learning.networks import Params
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
-from metarl.learning.policies import Params
 from metarl.learning.trajectories import Rollout
 from metarl.running.building import make_adapter, policy_for, scaled_tasks
 from metarl.running.checkpoints import versions
