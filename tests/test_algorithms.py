@@ -31,7 +31,7 @@ from metarl.learning.meta_gradients import (
     annealed_weights,
     cosine,
 )
-from metarl.learning.networks import flatten, stack
+from metarl.learning.networks import Model, flatten, stack
 from metarl.learning.objectives import (
     Batch,
     clipped_ratio,
@@ -55,16 +55,22 @@ TASKS, DIM = 3, 4
 
 
 @dataclass(frozen=True)
-class Point:
-    """A "policy" whose distribution is its parameter vector itself."""
+class Point(Model):
+    """A model that gives its parameter vector itself."""
 
     context_dim: int = 0
 
     def shapes(self):
         return {"x": (DIM,)}
 
-    def distribution(self, params, observation):
+    def init(self, rng):
+        return {"x": torch.zeros(DIM)}
+
+    def output(self, params, samples):
         return {"x": params["x"]}
+
+    def adapts(self, name, part):
+        return True
 
     def kl(self, old, new):
         return torch.zeros(TASKS, 1, dtype=D)
@@ -253,13 +259,22 @@ PATHS = list(itertools.product(range(2), range(2), range(2)))  # a0, s1, a1; s0 
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Model):
     """A softmax policy: logits for each state and action."""
 
     context_dim: int = 0
 
     def shapes(self):
         return {"logits": (2, 2)}
+
+    def init(self, rng):
+        return {"logits": torch.zeros(2, 2)}
+
+    def output(self, params, samples):
+        return self.distribution(params, samples.observation)
+
+    def adapts(self, name, part):
+        return True
 
     def distribution(self, params, observation):
         return {"logits": (observation.to(D) @ params["logits"]).log_softmax(-1)}
