@@ -17,7 +17,7 @@ import tyro
 
 from metarl.commands.arguments import peek, said
 from metarl.envs.errors import UserError
-from metarl.envs.family import family_names, make_family, parse_options
+from metarl.envs.family import data_names, family_names, find_family, parse_options
 from metarl.running.config import Config, config_keys, default_workers
 from metarl.running.presets import resolve
 
@@ -79,8 +79,8 @@ class Benchmark:
 
 def _starting_config(arguments: Sequence[str], *, preset: str | None, family: str) -> Config:
     family = next((a for a in arguments[:1] if not a.startswith("-")), family)
-    if family and family not in family_names() and ":" not in family:
-        make_family(family)  # raises, with the nearest name
+    if family and family not in (*family_names(), *data_names()) and ":" not in family:
+        find_family(family)  # raises, with the nearest name
     algorithm = peek(arguments, "--algorithm") or "maml-trpo"
     preset = peek(arguments, "--preset") or preset
     return resolve(preset, family, algorithm, {"workers": default_workers()})
@@ -148,8 +148,11 @@ def train(command: Train) -> int:
         if bar is None:
             first = row["iteration"] - 1
             bar = tqdm(total=config.iterations, initial=first, unit="it", desc=name, smoothing=0.1)
-        returns = [f"{r:.1f}" if r is not None else "none" for r in row["returns"]]
-        bar.set_postfix_str(f"return {' -> '.join(returns)}", False)
+        if "returns" in row:
+            returns = [f"{r:.1f}" if r is not None else "none" for r in row["returns"]]
+            bar.set_postfix_str(f"return {' -> '.join(returns)}", False)
+        else:
+            bar.set_postfix_str(f"loss {row['loss_pre']:.3g} -> {row['loss_post']:.3g}", False)
         if "skipped" in row:
             bar.write(f"iteration {row['iteration']}: update skipped, {row['skipped']}")
         bar.update()

@@ -27,9 +27,11 @@ from metarl.learning.meta_gradients import (
     cosine,
 )
 from metarl.learning.networks import Params
-from metarl.learning.objectives import Batch, Loss, clipped_ratio, likelihood_ratio
+from metarl.learning.objectives import Loss, clipped_ratio, likelihood_ratio
 from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import GaussianMLP, MLPPolicy
+from metarl.learning.predictors import Predictor
+from metarl.learning.samples import Samples
 from metarl.learning.trajectories import Rollout
 from metarl.learning.trust_region import TrustRegion
 from metarl.running.config import Config
@@ -113,17 +115,17 @@ def make_problem(
         adapter: how tasks adapt.
         pool: threads to share the work.
     """
+    batches = adapted.batches
     common: dict[str, Any] = {
-        # A GPU takes all tasks at once; a processor's cache a few.
-        "chunk": 4 if config.device == "cpu" else config.tasks,
+        "chunk": chunk_size(adapter, config, batches),
         "device": config.device,
         "sampled_with": params,
         "iterates": adapted.iterates[1:],
     }
-    batches = adapted.batches
     if row.gradient == "displacement":
         return DisplacementProblem(adapter, batches, pool, **common)
-    outer_loss: Loss = likelihood_ratio
+    model = adapter.model
+    outer_loss: Loss = model.loss if isinstance(model, Predictor) else likelihood_ratio
     if row.outer == "clipped":
         outer_loss = partial(clipped_ratio, clip=config.adam.clip)
     if row.gradient == "implicit":
@@ -146,8 +148,25 @@ def make_problem(
     )
 
 
+_CACHED = 1 << 18  # activations, 1 MB of them
+
+
+def chunk_size(adapter: Adapter, config: Config, batches: Sequence[Samples]) -> int:
+    """Return how many tasks are differentiated together.
+
+    A GPU takes all tasks at once; a processor's cache a few of those that policies sample, and of
+    small data sets so many that calls do not cost more than numbers.
+    """
+    if config.device != "cpu":
+        return config.tasks
+    if not isinstance(adapter.model, Predictor):
+        return 4
+    each = max(batch.weight.shape[1] for batch in batches) * adapter.model.activations
+    return min(max(_CACHED // each, 1), config.tasks)
+
+
 def fisher_samples(
-    row: Algorithm, config: Config, iteration: int, batches: Sequence[Batch]
+    row: Algorithm, config: Config, iteration: int, batches: Sequence[Samples]
 ) -> list[Tensor | None]:
     """Return for each batch the samples that Fisher products use, as `Batch.select` takes them.
 
@@ -181,7 +200,7 @@ def fisher_samples(
     return chosen
 
 
-def minibatches(config: Config, iteration: int, batches: Sequence[Batch]) -> list[Tensor]:
+def minibatches(config: Config, iteration: int, batches: Sequence[Samples]) -> list[Tensor]:
     """Return the samples of each minibatch; none where there is but one."""
     if config.adam.minibatches == 1:
         return []

@@ -103,10 +103,10 @@ def load(what: str | Path) -> MetaPolicy:
     config = config_of(path, metadata)
     params = {n.removeprefix("meta."): t for n, t in tensors.items() if not n.startswith("outer.")}
     provenance = {k: metadata[k] for k in ("iteration", "env_steps", "versions") if k in metadata}
-    if "layer0.weight" not in params:
+    if not any(name.endswith(".weight") for name in params):
         raise CheckpointError(f"{path} holds no policy")
     meta = MetaPolicy(params, config, provenance)
-    shapes = make_adapter(meta.algorithm, config, meta.policy).shapes()
+    shapes = make_adapter(meta.algorithm, config, meta.model).shapes()
     return dataclasses.replace(meta, params=checkpoints.in_shapes(path, params, shapes))
 
 

@@ -14,12 +14,14 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.envs import TaskFamily, make_family
+from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
+from metarl.envs.family import Family, find_family
+from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.adaptation import FACTOR
 from metarl.learning.algorithms import Algorithm, find_algorithm
 from metarl.learning.inner_loop import InnerLoop
-from metarl.learning.networks import Params
+from metarl.learning.networks import Model, Params
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import MLPPolicy
 from metarl.running import checkpoints
@@ -27,6 +29,7 @@ from metarl.running.building import (
     context_dim,
     make_adapter,
     make_policy,
+    model_for,
     policy_for,
     scaled_tasks,
 )
@@ -53,9 +56,29 @@ class MetaPolicy:
         return find_algorithm(self.config.algorithm)
 
     @cached_property
+    def source(self) -> Family:
+        """The family it was trained on, of environments or of supervised tasks."""
+        return find_family(self.config.family, **self.config.family_options)
+
+    @property
     def family(self) -> TaskFamily:
-        """The family it was trained on."""
-        return make_family(self.config.family, **self.config.family_options)
+        """The family of environments it was trained on.
+
+        Raises:
+            UserError: it was trained on supervised tasks.
+        """
+        if not isinstance(self.source, TaskFamily):
+            raise UserError(
+                f"{self.config.family} has supervised tasks, and this needs environments"
+            )
+        return self.source
+
+    @cached_property
+    def model(self) -> Model:
+        """What adapts: the policy, or the predictor of supervised tasks."""
+        if isinstance(self.source, SupervisedFamily):
+            return model_for(self.algorithm, self.config, self.source)
+        return self.policy
 
     @cached_property
     def policy(self) -> MLPPolicy:
@@ -78,7 +101,7 @@ class MetaPolicy:
         those of training.
         """
         given = tuple(step_sizes or self.config.inner.test_step_sizes)
-        adapter = make_adapter(self.algorithm, self.config, self.policy)
+        adapter = make_adapter(self.algorithm, self.config, self.model)
         params = dict(self.params)
         if given:
             adapter = dataclasses.replace(adapter, step_sizes=given, learned="no", fitted=False)
@@ -95,7 +118,7 @@ class MetaPolicy:
         """Return what the policy observes of tasks [T, task_dim], as an entry of its parameters."""
         if not self.algorithm.observes_task:
             return {}
-        return {"context": scaled_tasks(self.family, tasks)}
+        return {"context": scaled_tasks(self.source, tasks)}
 
     def adapt(
         self,
@@ -195,6 +218,6 @@ class MetaPolicy:
 
 def random_meta_policy(like: MetaPolicy, seed: int = 0) -> MetaPolicy:
     """Return the random initialization that a run with this seed starts from."""
-    adapter = make_adapter(like.algorithm, like.config, like.policy)
-    params = adapter.init(like.policy.init(stream(seed, 0, "init")))
+    adapter = make_adapter(like.algorithm, like.config, like.model)
+    params = adapter.init(like.model.init(stream(seed, 0, "init")))
     return dataclasses.replace(like, params=params, provenance={})

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metarl.envs.errors import UserError
-from metarl.envs.family import did_you_mean, option_defaults
+from metarl.envs.family import did_you_mean, option_defaults, training_values
 from metarl.learning.algorithms import Algorithm, find_algorithm
 from metarl.running.config import Config, config_keys
 
@@ -25,6 +25,8 @@ class Preset:
     """The family's scale, where it has one."""
     halved_in_evaluation: bool = False
     """Evaluation takes a first step as in training, then half of it."""
+    supervised: bool = False
+    """Whether it is of supervised tasks, and not of policies."""
     references: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
     """Step sizes that reference algorithms are evaluated with, by family; there are none for a
     family that the paper does not have."""
@@ -90,6 +92,17 @@ PRESETS = {
         {"iterations": 500},
         scale="promp2019",
     ),
+    "reptile2018": Preset(
+        "Nichol et al. 2018, arXiv:1803.02999, and its code, on sinusoids: phases of up to 2 pi",
+        {
+            "iterations": 30000,
+            "policy.hidden": (64, 64),
+            "policy.activation": "tanh",
+            "inner.steps": 5,
+            "inner.step_sizes": (0.02,),
+        },
+        supervised=True,
+    ),
     "pearl2019": Preset(
         "tasks of Rakelly et al. 2019, arXiv:1903.08254; hyper-parameters of promp2019",
         {"iterations": 500},
@@ -119,8 +132,11 @@ def resolve(
 ) -> Config:
     """Return the config of a run: the preset's values, the algorithm's, and those given.
 
-    Each goes before those named earlier. What is derived from other values follows from the
-    outcome, unless it is given too: the step sizes of evaluation, iMAML's proximal strength.
+    Each goes before those named earlier. A family of supervised tasks has values of its own: the
+    preset goes before the general ones, and those for the algorithm go before the algorithm's.
+
+    What is derived from other values follows from the outcome, unless it is given too: the step
+    sizes of evaluation, iMAML's proximal strength.
     A family that has a `scale` is made at the preset's.
 
     Args:
@@ -135,17 +151,22 @@ def resolve(
     config = dataclasses.replace(_preset_values(preset, family), algorithm=algorithm)
     for section, values in row.defaults.items():
         config = _replaced(config, {f"{section}.{key}": value for key, value in values.items()})
+    config = _replaced(config, training_values(family).get(algorithm, {}))
     config = _replaced(config, said)
     return _replaced(config, _derived(config, row, said))
 
 
 def _preset_values(name: str | None, family: str) -> Config:
+    usual = {k: v for k, v in training_values(family).items() if not isinstance(v, Mapping)}
     if name is None:
-        return Config(family=family)
+        return _replaced(Config(family=family), usual)
     preset = find_preset(name)
+    if preset.supervised != bool(usual):
+        kind = "supervised tasks" if preset.supervised else "reinforcement learning"
+        raise UserError(f"preset {name} is for {kind}, which {family} is not: leave it out")
     options = {"scale": preset.scale} if "scale" in option_defaults(family) else {}
     config = Config(family=family, preset=name, family_options=options)
-    return _replaced(config, {**preset.values, **preset.families.get(family, {})})
+    return _replaced(_replaced(config, usual), {**preset.values, **preset.families.get(family, {})})
 
 
 def _replaced(config: Config, values: Mapping[str, Any]) -> Config:

@@ -9,31 +9,27 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from metarl.envs import make_family
+from metarl.envs.family import find_family
 from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError, Query
-from metarl.learning.networks import Params
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.trajectories import Rollout
-from metarl.running.building import make_adapter, policy_for, scaled_tasks
+from metarl.running.building import make_adapter, model_for, row_for
 from metarl.running.checkpoints import versions
 from metarl.running.checks import check_combination, check_device
 from metarl.running.config import Config
 from metarl.running.iterations import (
     make_outer,
     make_problem,
-    rollout_metrics,
     schedule,
     schedule_change,
 )
 from metarl.running.loading import checkpoints_of
-from metarl.running.memory import check_memory, need
 from metarl.running.meta_policy import MetaPolicy
 from metarl.running.metrics import MetricsLog
 from metarl.running.runs import (
@@ -47,12 +43,15 @@ from metarl.running.runs import (
     run_config,
     save_checkpoint,
 )
+from metarl.running.sources import Episodes, make_source
 from metarl.sampling.rollouts import Address
 from metarl.sampling.seeding import stream
-from metarl.sampling.workers import make_collector
 
 SKIPPED_LIMIT = 10
 """Updates skipped in a row after which a run stops."""
+
+SAVE_SECONDS = 5.0
+"""Between checkpoints of a run on a data set."""
 
 
 class Trainer:
@@ -60,40 +59,21 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.algorithm = find_algorithm(config.algorithm)
-        self.family = make_family(config.family, **config.family_options)
-        self.policy = policy_for(self.algorithm, config, self.family)
-        check_combination(self.algorithm, config)
+        self.family = find_family(config.family, **config.family_options)
+        self.algorithm = row_for(find_algorithm(config.algorithm), self.family)
+        self.model = model_for(self.algorithm, config, self.family)
+        check_combination(self.algorithm, config, self.family)
         check_device(config.device)
-        self._check_memory()
-        adapter = make_adapter(self.algorithm, config, self.policy)
-        params = adapter.init(self.policy.init(stream(config.seed, 0, "init")))
+        adapter = make_adapter(self.algorithm, config, self.model)
+        params = adapter.init(self.model.init(stream(config.seed, 0, "init")))
         self._outer = make_outer(self.algorithm, config)
         self.state = State(params, self._outer.init(params))
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(one_intraop_thread())
         self.pool = self._stack.enter_context(ChunkPool(config.threads))
-        self._collector = make_collector(
-            self.family, self.policy, config.tasks, config.episodes, self.pool,
-            config.policy.action, workers=config.workers, timeout=config.worker_timeout,
-        )  # fmt: skip
-        self._stack.callback(self._collector.close)
+        self.source = make_source(self.algorithm, config, self.family, adapter, self.pool)
+        self._stack.callback(self.source.close)
         self.inner_loop = InnerLoop(adapter, config.advantage, self.pool)
-
-    def _check_memory(self) -> None:
-        config, second = self.config, self.algorithm.order == 2
-        trust_region = self.algorithm.outer == "trust-region"
-        needed = need(
-            self.policy,
-            tasks=config.tasks,
-            episodes=config.episodes,
-            horizon=self.family.horizon,
-            rollouts=config.inner.steps + 1,
-            workers=0 if self.family.parallel else config.workers,
-            chunks=config.threads if second else 1,
-            fisher_fraction=config.trust_region.fisher_fraction if trust_region else 0.0,
-        )
-        check_memory(needed, config.family)
 
     def close(self) -> None:
         """Close the environments; end threads and worker processes."""
@@ -115,40 +95,25 @@ class Trainer:
         """
         row, config, state = self.algorithm, self.config, self.state
         start, processor = time.perf_counter(), time.process_time()
-        address = Address(config.seed, state.iteration)
-        distribution = self.family.tasks
-        draw = distribution.stratified if config.stratified else distribution.sample
-        tasks = draw(address.tasks(), config.tasks)
-        rollouts: list[Rollout] = []
-        seconds = {"rollout": 0.0}
-        seen = {"context": scaled_tasks(self.family, tasks)} if row.observes_task else {}
-
-        def sample(params: Params, k: int) -> Rollout:
-            begin = time.perf_counter()
-            where = replace(address, inner_step=k)
-            rollout = self._collector.collect({**params, **seen}, tasks, where)
-            seconds["rollout"] += time.perf_counter() - begin
-            rollouts.append(rollout)
-            return rollout
-
+        opened = self.source.open(Address(config.seed, state.iteration))
+        seconds: dict[str, float] = {}
         stats: dict[str, Any] = {"finite": False}
         inner: dict[str, Any] = {"inner_kl": math.nan, "step_size": math.nan}
-        params, outer = state.params, state.outer
+        before = params = state.params
+        outer = state.outer
         query: Query = "none" if row.gradient == "displacement" else "batch"
         try:
-            adapted = self.inner_loop.run(
-                sample,
-                state.params,
-                config.tasks,
-                steps=config.inner.steps,
-                query=query,
-                kl=config.inner.kl,
-            )
+            common: dict[str, Any] = {"steps": config.inner.steps, "query": query}
+            if self.source.fixed:
+                adapted = self.inner_loop.draw(opened.sample, params, config.tasks, **common)
+            else:
+                common["kl"] = config.inner.kl
+                adapted = self.inner_loop.run(opened.sample, params, config.tasks, **common)
             params = adapted.meta
             if config.inner.steps:
                 size = self.inner_loop.adapter.mean_step_sizes(params, 1)[0]
                 inner = {"inner_kl": adapted.inner_kl, "step_size": size}
-            seconds["adapt"] = time.perf_counter() - start - seconds["rollout"]
+            seconds["adapt"] = time.perf_counter() - start - opened.seconds
             problem = make_problem(
                 row, config, state.iteration, adapted, params, self.inner_loop.adapter, self.pool
             )
@@ -157,31 +122,33 @@ class Trainer:
         except NonFiniteError as error:
             stats["skipped"] = str(error)
         if stats.pop("finite"):
-            if config.policy.normalize:
-                seen = torch.cat([r.observation[r.valid] for r in rollouts])
-                params = self.policy.track_observations(params, seen)
+            if isinstance(opened, Episodes) and config.policy.normalize:
+                seen = torch.cat([r.observation[r.valid] for r in opened.rollouts])
+                params = opened.source.model.track_observations(params, seen)
             state.params, state.outer, state.skipped_in_a_row = params, outer, 0
         else:
             stats.setdefault("skipped", "the meta-gradient is not finite")
             state.skipped_updates += 1
             state.skipped_in_a_row += 1
         state.iteration += 1
-        state.env_steps += sum(rollout.env_steps for rollout in rollouts)
-        if on_rollouts is not None:
-            on_rollouts(rollouts)
+        state.env_steps += opened.count
+        if on_rollouts is not None and isinstance(opened, Episodes):
+            on_rollouts(opened.rollouts)
+        recorded = opened.metrics(before, state.params, stats)
         total = time.perf_counter() - start
         return {
             "iteration": state.iteration,
             "env_steps": state.env_steps,
-            **rollout_metrics(row, config, self.policy, state.params, rollouts),
+            **recorded,
             "skipped_updates": state.skipped_updates,
             **inner,
             **stats,
+            "seconds_rollout": opened.seconds,
             **{f"seconds_{name}": value for name, value in seconds.items()},
-            "seconds_update": total - seconds["rollout"],
+            "seconds_update": total - opened.seconds,
             "seconds_iteration": total,
             "seconds_processor": time.process_time() - processor,
-            "env_steps_per_second": sum(rollout.env_steps for rollout in rollouts) / total,
+            "env_steps_per_second": opened.count / total,
         }
 
     def meta_policy(self) -> MetaPolicy:
@@ -264,8 +231,19 @@ def _train(
     check: Callable[[], None],
 ) -> MetaPolicy:
     config, state = trainer.config, trainer.state
+    rows: list[dict[str, Any]] = []  # that are not written yet
+    saved = time.monotonic()
+    # An iteration on a data set takes less time than to write it down.
+    between = SAVE_SECONDS if trainer.source.fixed else 0.0
     try:
         with MetricsLog(folder, state.iteration, json.dumps(config.to_json(), indent=2)) as log:
+
+            def save() -> None:
+                log.write(*rows)
+                # After the metrics: a crash in between repeats iterations, and their rows.
+                save_checkpoint(folder, config, state)
+                rows.clear()
+
             while state.iteration < config.iterations and not stop():
                 row = trainer.iterate()
                 check()
@@ -274,11 +252,15 @@ def _train(
                         f"{SKIPPED_LIMIT} updates in a row were skipped; the last because"
                         f" {row['skipped']}. The last good checkpoint is in {folder}"
                     )
-                log.write(row)
-                # After the metrics: a crash in between repeats the iteration, and its row.
-                save_checkpoint(folder, config, state)
+                rows.append(row)
+                kept = state.iteration % config.checkpoint_every == 0
+                if kept or time.monotonic() - saved >= between:
+                    save()
+                    saved = time.monotonic()
                 if progress is not None:
                     progress(row)
+            if rows:
+                save()
     except OSError as error:
         if checkpoints_of(folder):
             error.add_note(f"then go on with: metarl train --resume {folder}")

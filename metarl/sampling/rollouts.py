@@ -48,6 +48,10 @@ class Address:
         """Return the stream of a task's action noise."""
         return stream(self.seed, self.iteration, self._phase("noise"), self.inner_step, task)
 
+    def examples(self) -> np.random.Generator:
+        """Return the stream that all tasks' examples are drawn from."""
+        return stream(self.seed, self.iteration, self._phase("examples"), self.inner_step)
+
     def tasks(self) -> np.random.Generator:
         """Return the stream that tasks are drawn from."""
         return stream(self.seed, self.iteration, self._phase("tasks"))
