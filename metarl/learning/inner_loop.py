@@ -109,7 +109,7 @@ class InnerLoop:
             adapted.batches.append(batch)
             if k < steps:
                 if k == 0:
-                    start = self._start(start, slow, batch)
+                    start = self.start(start, slow, batch)
                     adapted.iterates[0] = start
                 new = self.step(adapted.iterates[k], slow, step_sizes, batch, k, start=start)
                 if k == 0 and query != "rollout" and isinstance(drawn, Rollout):
@@ -136,7 +136,8 @@ class InnerLoop:
             adapted.batches.append(drawn)
         return adapted
 
-    def _start(self, fast: Params, slow: Params, support: Samples) -> Params:
+    def start(self, fast: Params, slow: Params, support: Samples) -> Params:
+        """Return theta_0, stacked, with what the model generates of the support."""
         if not self.adapter.model.generated:
             return fast
 
