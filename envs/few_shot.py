@@ -53,6 +53,8 @@ class Episodes(TaskDistribution):
 
     def sample(self, rng: np.random.Generator, n: int, split: str = "train") -> Tasks:
         classes = self.parts[split]  # type: ignore[index]
+        if len(classes) < self.ways[1]:
+            raise UserError(f"{self.ways[1]} ways need as many {split} classes: {len(classes)}")
         order = rng.random((n, len(classes))).argsort(axis=1)
         tasks = classes[order[:, : self.ways[1]]].astype(np.float64)
         low, high = self.ways
@@ -135,7 +137,7 @@ class FewShotFamily(SupervisedFamily):
         counts = np.bincount(which, minlength=len(classes))
         needed = self.shots + max(self.queries, self.test_queries)
         for part, chosen in parts.items():
-            if len(chosen) < ways[1] and (len(chosen) or part != "validation"):
+            if len(chosen) < ways[1] and part != "validation":
                 raise UserError(
                     f"{self.name}: {ways[1]} ways need as many {part} classes, there are"
                     f" {len(chosen)} of {len(classes)}: lower ways, or name more classes"

@@ -116,7 +116,11 @@ class Adapter:
 
     def start(self, fast: Params, slow: Params, support: Samples) -> Params:
         """Return theta_0, stacked: the fast parameters, and those generated of the support."""
-        return {**fast, **self.model.start({**slow, **fast}, support)}
+        generated = self.model.start({**slow, **fast}, support)
+        if not generated:
+            return fast
+        # Views: a slope in what it was generated from does not go through what was generated.
+        return {**{name: p.view_as(p) for name, p in fast.items()}, **generated}
 
     def params(self, fast: Params, slow: Params, tasks: int) -> Params:
         """Return the model's parameters, all stacked, [tasks, ...] each."""

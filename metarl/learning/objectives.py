@@ -153,7 +153,8 @@ def cross_entropy(model: Any, output: Dist, examples: Examples) -> Tensor:
     """Mean of -log p(class), [T], the softmax over the classes that a task has."""
     log = output["logits"].log_softmax(dim=-1)
     picked = log.gather(-1, examples.targets.unsqueeze(-1)).squeeze(-1)
-    return -(examples.weight * picked).sum(dim=1)
+    # Examples that only fill rows are of a class that their task lacks.
+    return -torch.where(examples.weight > 0, examples.weight * picked, 0.0).sum(dim=1)
 
 
 def accuracy(model: Any, output: Dist, examples: Examples) -> Tensor:
