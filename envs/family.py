@@ -306,6 +306,11 @@ def data_names() -> list[str]:
     return sorted(_data_sets)
 
 
+def description(name: str) -> str:
+    """Return the first line of what documents a registered family."""
+    return (inspect.getdoc(_find(name)) or "").partition("\n")[0]
+
+
 def training_values(name: str) -> Mapping[str, Any]:
     """Return the values of the config that a run on a family starts from, by dotted key.
 

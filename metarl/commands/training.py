@@ -17,7 +17,13 @@ import tyro
 
 from metarl.commands.arguments import peek, said
 from metarl.envs.errors import UserError
-from metarl.envs.family import data_names, family_names, find_family, parse_options
+from metarl.envs.family import (
+    data_names,
+    family_names,
+    find_family,
+    option_defaults,
+    parse_options,
+)
 from metarl.running.config import Config, config_keys, default_workers
 from metarl.running.presets import resolve
 
@@ -35,6 +41,11 @@ class Train:
     """With --resume: iteration of the checkpoint to go on from, by default the newest."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value (metarl families lists them)."""
+
+    @staticmethod
+    def rewritten(arguments: Sequence[str]) -> list[str]:
+        """Return the words with flags that are options of a supervised family as such."""
+        return _family_flags(arguments)
 
     @staticmethod
     def starting(arguments: Sequence[str]) -> Train:
@@ -75,6 +86,32 @@ class Benchmark:
         """Return the command with a config that follows from what was said."""
         config = _with_options(_resolved(self.config, arguments), self.family_options)
         return dataclasses.replace(self, config=config)
+
+
+def _family_flags(arguments: Sequence[str]) -> list[str]:
+    """Return `--shots 10` as `--family-options shots=10`, where shots is the family's option.
+
+    Of a family of supervised tasks; a flag of the command itself is the command's.
+    """
+    family = next((a for a in arguments[:1] if not a.startswith("-")), "")
+    options = option_defaults(family) if family in data_names() else {}
+    names = {f"--{name.replace('_', '-')}" for name in options} - {"--family-options"}
+    words, found = [], []
+    rest = iter(arguments)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag not in names:
+            words.append(word)
+        elif (given := value if equals else next(rest, None)) is not None:
+            found.append(f"{flag[2:]}={given}")
+        else:
+            raise UserError(f"{flag} needs a value")
+    if not found:
+        return words
+    if "--family-options" in words:
+        place = words.index("--family-options") + 1
+        return [*words[:place], *found, *words[place:]]
+    return [*words, "--family-options", *found]
 
 
 def _starting_config(arguments: Sequence[str], *, preset: str | None, family: str) -> Config:
@@ -129,6 +166,7 @@ def train(command: Train) -> int:
     """Run `metarl train`."""
     from tqdm import tqdm
 
+    from metarl.learning.algorithms import find_algorithm
     from metarl.running import trainer
 
     config = command.config
@@ -158,6 +196,8 @@ def train(command: Train) -> int:
         bar.update()
 
     print(f"{config.algorithm} on {config.family} in {folder}", file=sys.stderr)
+    if config.family in data_names() and find_algorithm(config.algorithm).outer == "trust-region":
+        print("the outer step is Adam's: a trust region is a policy's", file=sys.stderr)
     with _Stop() as stop:
         try:
             meta = trainer.train(
@@ -179,7 +219,8 @@ def train(command: Train) -> int:
     if done < config.iterations and stop.signal is not None:
         print(f"stopped after iteration {done}; continue with: metarl train --resume {folder}")
         return 128 + stop.signal
-    print(f"done: {done} iterations, {meta.provenance['env_steps']:,} env steps")
+    sampled = "examples" if config.family in data_names() else "env steps"
+    print(f"done: {done} iterations, {meta.provenance['env_steps']:,} {sampled}")
     print(f"next: metarl evaluate {folder}")
     return 0
 
