@@ -164,6 +164,39 @@ def test_accuracy_beside_nearest_prototype_and_from_scratch(tmp_path, monkeypatc
     assert rows["nearest prototype"].per_task[0, 0] == pytest.approx(float(expected))
 
 
+def test_one_task_is_adapted_to(sinusoids, capsys):
+    run = str(sinusoids / "maml-trpo")
+    assert main(["adapt", run, "--task", "amplitude=2", "phase=1", "--steps", "3"]) == 0
+    assert "mean squared error" in capsys.readouterr().out
+    meta = metarl.load(run)
+    x = np.linspace(-5, 5, 12)[:, None]
+    adapted = meta.adapt_to(x, np.sin(x), steps=2)
+    # By hand, with torch's own gradient.
+    theta = {name: p.clone().requires_grad_() for name, p in meta.params.items()}
+    inputs, targets = torch.from_numpy(x).float(), torch.from_numpy(np.sin(x)).float()
+
+    def predicted(theta, x):
+        for i in range(3):
+            x = x @ theta[f"layer{i}.weight"] + theta[f"layer{i}.bias"]
+            x = x.relu() if i < 2 else x
+        return x
+
+    for _ in range(2):
+        loss = (predicted(theta, inputs) - targets).square().mean()
+        slope = torch.autograd.grad(loss, list(theta.values()))
+        theta = {n: (p - 0.01 * g).detach().requires_grad_()
+                 for (n, p), g in zip(theta.items(), slope, strict=True)}  # fmt: skip
+    expected = predicted(theta, inputs).detach().numpy()
+    np.testing.assert_allclose(adapted.predict(x), expected, atol=1e-5)
+    for inputs, targets, message in (
+        (x[:, [0, 0]], x, "inputs must be"),
+        (x, x[:5], "targets must be finite"),
+        (np.full_like(x, np.nan), x, "inputs must be finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            meta.adapt_to(inputs, targets)
+
+
 def test_step_sizes_are_chosen_by_the_error(sinusoids):
     result = metarl.evaluate(
         sinusoids / "maml-trpo", tasks=10, steps=1, threads=1, tune_step_sizes=True

@@ -12,7 +12,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
@@ -24,7 +24,9 @@ from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.networks import Model, Params
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import MLPPolicy
+from metarl.learning.predictors import Predictor
 from metarl.running import checkpoints
+from metarl.running.adapted_predictor import AdaptedPredictor, as_examples
 from metarl.running.building import (
     context_dim,
     make_adapter,
@@ -187,6 +189,42 @@ class MetaPolicy:
         params = {name: p[0].clone() for name, p in params.items()}
         provenance = {"task": task, "steps": steps, "episodes": episodes, "seed": seed}
         return Policy(self.policy, params, space, self.family.horizon, self.config, provenance)
+
+    def adapt_to(
+        self,
+        inputs: ArrayLike,
+        targets: ArrayLike,
+        *,
+        steps: int = 1,
+        step_sizes: Sequence[float] | None = None,
+    ) -> AdaptedPredictor:
+        """Adapt to one supervised task by its examples.
+
+        Args:
+            inputs: [n, *shape]; bytes are scaled to [0, 1].
+            targets: [n, size] or [n] to regress on, or [n] class numbers from 0.
+            steps: inner steps, each on all examples.
+            step_sizes: one a step, the last repeated; by default those of evaluation.
+
+        Raises:
+            UserError: they do not fit the model, or it was trained on environments or by an oracle.
+        """
+        if not isinstance(self.model, Predictor):
+            raise UserError(f"{self.config.family} has environments: adapt to one of them")
+        if self.algorithm.observes_task:
+            raise UserError("an oracle is told its task and does not adapt")
+        if steps < 0:
+            raise UserError(f"steps must be at least 0, got {steps}")
+        support = as_examples(self.model, inputs, targets)
+        with one_intraop_thread(), ChunkPool(1) as pool:
+            loop, meta = self.inner_loop(pool, step_sizes)
+            adapted = loop.run(lambda params, k: support, meta, 1, steps=steps, query="none")
+            theta = adapted.iterates[-1]
+            if not steps:
+                theta = loop.start(theta, adapted.slow, support)
+        params = {**adapted.slow, **{name: p[0].clone() for name, p in theta.items()}}
+        provenance = {"steps": steps, "examples": support.weight.numel()}
+        return AdaptedPredictor(self.model, params, provenance)
 
     def adapter(
         self,
