@@ -21,6 +21,7 @@ from metarl.envs.family import (
     data_names,
     family_names,
     find_family,
+    make_family,
     option_defaults,
     parse_options,
 )
@@ -79,6 +80,8 @@ class Benchmark:
     @staticmethod
     def starting(arguments: Sequence[str]) -> Benchmark:
         """Return what the flags change: a preset's values."""
+        if arguments and arguments[0] in data_names():
+            make_family(arguments[0])  # raises: there is no simulation to measure
         config = _starting_config(arguments, preset="pearl2019", family="half-cheetah-dir")
         return Benchmark(config=config)
 
@@ -102,10 +105,11 @@ def _family_flags(arguments: Sequence[str]) -> list[str]:
         flag, equals, value = word.partition("=")
         if flag not in names:
             words.append(word)
-        elif (given := value if equals else next(rest, None)) is not None:
-            found.append(f"{flag[2:]}={given}")
         else:
-            raise UserError(f"{flag} needs a value")
+            given = value if equals else next(rest, "--")
+            if given.startswith("--"):
+                raise UserError(f"{flag} needs a value")
+            found.append(f"{flag[2:]}={given}")
     if not found:
         return words
     if "--family-options" in words:
