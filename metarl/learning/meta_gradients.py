@@ -259,10 +259,11 @@ class UnrolledProblem(QueryProblem):
             dummy = [torch.zeros_like(x, requires_grad=True) for x in phi]
             back = flat_gradient(phi, theta, dummy, create_graph=True)
             weight = query.weight.unsqueeze(-1)
+            policy: Any = self.adapter.model  # a trust region is a policy's
 
             def product(v: Tensor) -> Tensor:
                 tangent = torch.autograd.grad(back, dummy, v.to(self.device), retain_graph=True)
-                metric = self.adapter.model.fisher(fixed, dict(zip(names, tangent, strict=True)))
+                metric = policy.fisher(fixed, dict(zip(names, tangent, strict=True)))
                 cotangent = [weight * metric[name] for name in names]
                 return flat_gradient(phi, theta, cotangent, retain_graph=True).cpu()
 

@@ -124,7 +124,7 @@ def dice(policy: MLPPolicy, dist: Dist, batch: Batch, *, decay: float = 1.0) -> 
     return -(batch.weight * batch.advantage * box.flatten(1)).sum(dim=1)
 
 
-def log_ratio(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
+def log_ratio(policy: Any, dist: Dist, batch: Any) -> Tensor:
     """Log-likelihood ratio of all of a task's valid actions to the policy that drew them, [T].
 
     It is 0 there, and its gradient is the score of the task's samples.

@@ -14,6 +14,7 @@ from metarl.envs.errors import UserError
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.networks import Params, stack
 from metarl.learning.parallel import one_intraop_thread
+from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
 from metarl.running.config import Config
 from metarl.running.policy import Policy
@@ -68,6 +69,7 @@ class OnlineAdapter:
             config: of the training behind it.
             seed: of the actions.
         """
+        assert isinstance(loop.adapter.model, MLPPolicy)
         self._loop, self._network = loop, loop.adapter.model
         self._space, self._horizon, self._config, self._seed = action_space, horizon, config, seed
         fast, self._slow, self._step_sizes = loop.adapter.split(params)
