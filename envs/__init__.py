@@ -19,12 +19,15 @@ import numpy as np
 
 from metarl.envs import (  # noqa: F401  (they register their families)
     ant,
+    characters,
     classic_control,
     half_cheetah,
     hopper,
     humanoid,
+    image_folders,
     meta_world,
     navigation,
+    sinusoid,
     swimmer,
     tabular,
     walker2d,
@@ -40,15 +43,20 @@ from metarl.envs.family import (
     make_family,
     register,
 )
+from metarl.envs.few_shot import FewShotFamily
 from metarl.envs.gymnasium_family import GymnasiumFamily
 from metarl.envs.mujoco_vector import MujocoFamily
+from metarl.envs.supervised import FunctionFamily, SupervisedFamily
 from metarl.envs.vector import TaskVectorEnv
 
 __all__ = [
+    "FewShotFamily",
     "Finding",
     "Finite",
+    "FunctionFamily",
     "GymnasiumFamily",
     "MujocoFamily",
+    "SupervisedFamily",
     "TaskDistribution",
     "TaskFamily",
     "TaskVectorEnv",

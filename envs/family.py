@@ -216,21 +216,27 @@ def _rounds(values: Tasks, rng: np.random.Generator, n: int) -> Tasks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskFamily(ABC):
-    """Environments that differ by a task vector, and the distribution of that vector."""
+class Family:
+    """Tasks that differ by a task vector, and the distribution of that vector."""
 
     name: str
     tasks: TaskDistribution
-    horizon: int
-    """Steps after which an episode is truncated."""
     description: str = ""
-    achieved: Mapping[str, str] = field(default_factory=dict)
-    """Entry of `info`, a number each step, that a component of the task asks for: velocity asked,
-    x_velocity achieved. Two of them are a place in the plane."""
     units: Mapping[str, str] = field(default_factory=dict)
     """Units of task components and info entries, for the axes of pictures."""
     source: tuple[str, Mapping[str, Any]] | None = field(default=None, compare=False)
-    """Name and options that `make_family` rebuilds this family from; None if made by hand."""
+    """Name and options that `find_family` rebuilds this family from; None if made by hand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFamily(Family, ABC):
+    """Environments that differ by a task vector, and the distribution of that vector."""
+
+    horizon: int
+    """Steps after which an episode is truncated."""
+    achieved: Mapping[str, str] = field(default_factory=dict)
+    """Entry of `info`, a number each step, that a component of the task asks for: velocity asked,
+    x_velocity achieved. Two of them are a place in the plane."""
 
     parallel: ClassVar[bool] = False
     """Whether several vector environments of the family run at once on threads of one process."""
@@ -263,9 +269,10 @@ class TaskFamily(ABC):
 
 # The registry ------------------------------------------------------------------------------------
 
-Factory = Callable[..., TaskFamily]
+Factory = Callable[..., Family]
 ENTRY_POINTS = "metarl.families"
 _factories: dict[str, Factory] = {}
+_data_sets: dict[str, Factory] = {}
 
 
 def register(factory: Factory) -> Factory:
@@ -274,12 +281,57 @@ def register(factory: Factory) -> Factory:
     return factory
 
 
+def register_data(training: Mapping[str, Any]) -> Callable[[Factory], Factory]:
+    """Offer a function that returns a family of supervised tasks, as `register` does (decorator).
+
+    Args:
+        training: values of the config that a run on it starts from, see `training_values`.
+    """
+
+    def add(factory: Factory) -> Factory:
+        _data_sets[factory.__name__.replace("_", "-")] = factory
+        factory.training = training  # type: ignore[attr-defined]
+        return factory
+
+    return add
+
+
 def family_names() -> list[str]:
-    """Return the names of the families registered here or offered by a package, sorted."""
+    """Return the names of families of environments, registered here or by a package, sorted."""
     return sorted({*_factories, *_offered()})
 
 
+def data_names() -> list[str]:
+    """Return the names of families of supervised tasks, sorted."""
+    return sorted(_data_sets)
+
+
+def description(name: str) -> str:
+    """Return the first line of what documents a registered family."""
+    return (inspect.getdoc(_find(name)) or "").partition("\n")[0]
+
+
+def training_values(name: str) -> Mapping[str, Any]:
+    """Return the values of the config that a run on a family starts from, by dotted key.
+
+    An entry that is a mapping holds those of the algorithm that is its key.
+    """
+    return getattr(_find(name), "training", {})
+
+
 def make_family(name: str, **options: Any) -> TaskFamily:
+    """Return a family of environments by its name, or by `module:attribute`; see `find_family`.
+
+    Raises:
+        UserError: besides, its tasks are supervised ones.
+    """
+    family = find_family(name, **options)
+    if not isinstance(family, TaskFamily):
+        raise UserError(f"{name} has supervised tasks, and this needs environments")
+    return family
+
+
+def find_family(name: str, **options: Any) -> Family:
     """Return a family by its name, or by `module:attribute`.
 
     What is named is a family, or a function that returns one and takes the options. The current
@@ -290,14 +342,14 @@ def make_family(name: str, **options: Any) -> TaskFamily:
     """
     factory = _find(name)
     if factory is None:
-        hint = did_you_mean(name, family_names())
+        hint = did_you_mean(name, [*family_names(), *data_names()])
         raise UserError(f"no task family {name!r}{hint} (metarl families lists them)")
-    if not isinstance(factory, TaskFamily) and not callable(factory):
+    if not isinstance(factory, Family) and not callable(factory):
         raise UserError(
             f"{name} must be a TaskFamily or a function that returns one,"
             f" got {type(factory).__name__}"
         )
-    if isinstance(factory, TaskFamily):
+    if isinstance(factory, Family):
         if options:
             raise UserError(f"{name} is a family, not a function: it takes no options")
         family = factory
@@ -316,7 +368,7 @@ def make_family(name: str, **options: Any) -> TaskFamily:
                 raise
             given = ", ".join(f"{key}={value!r}" for key, value in options.items())
             raise UserError(f"{name} cannot be made with {given}: {error}") from error
-        if not isinstance(family, TaskFamily):
+        if not isinstance(family, Family):
             raise UserError(f"{name} must return a TaskFamily, got {type(family).__name__}")
     return dataclasses.replace(family, source=(name, dict(options)))
 
@@ -369,8 +421,9 @@ def _find(name: str) -> Any:
     """Return the family or factory of a name, None if there is none."""
     if ":" in name:
         return _import_attribute(name)
-    if name in _factories or (point := _offered().get(name)) is None:
-        return _factories.get(name)
+    ours = _data_sets.get(name) or _factories.get(name)
+    if ours is not None or (point := _offered().get(name)) is None:
+        return ours
     try:
         return point.load()
     except (ImportError, AttributeError) as error:

@@ -11,9 +11,10 @@ import torch
 
 import metarl  # noqa: F401  (before the first matrix product)
 from metarl.envs import GymnasiumFamily, Uniform
+from metarl.learning.networks import Params
 from metarl.learning.objectives import Batch
 from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import GaussianMLP, Params
+from metarl.learning.policies import GaussianMLP
 
 STRICT = ("rollouts", "serial_batch", "meta_gradients", "policies")
 

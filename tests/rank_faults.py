@@ -68,7 +68,7 @@ def what_is_not_finite_is_skipped(ranks: Ranks) -> None:
     """A reward of rank 1 is NaN: no rank takes the step, and the next iteration is as ever."""
     config = resolve(None, "navigation-2d", "maml-trpo", {"tasks": 8, "episodes": 2, "threads": 1})
     with Trainer(config, ranks) as trainer:
-        collect = trainer._collector.collect
+        collect = trainer.source.collector.collect
 
         def broken(*args, **options):
             rollout = collect(*args, **options)
@@ -76,7 +76,7 @@ def what_is_not_finite_is_skipped(ranks: Ranks) -> None:
                 rollout.reward[0, 0, 0] = math.nan
             return rollout
 
-        with mock.patch.object(trainer._collector, "collect", broken):
+        with mock.patch.object(trainer.source.collector, "collect", broken):
             row = trainer.iterate()
         assert "reward is not finite" in row["skipped"]
         assert trainer.state.skipped_updates == 1

@@ -11,8 +11,8 @@ from torch.distributions import Independent, Normal
 from metarl.learning.adaptation import Adapter, inner_step, size_at
 from metarl.learning.advantages import AdvantageConfig
 from metarl.learning.inner_loop import InnerLoop
+from metarl.learning.networks import stack
 from metarl.learning.objectives import likelihood_ratio, log_likelihood, mean_kl
-from metarl.learning.policies import stack
 from metarl.learning.trajectories import Rollout
 
 

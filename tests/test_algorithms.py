@@ -31,6 +31,7 @@ from metarl.learning.meta_gradients import (
     annealed_weights,
     cosine,
 )
+from metarl.learning.networks import Model, flatten, stack
 from metarl.learning.objectives import (
     Batch,
     clipped_ratio,
@@ -39,7 +40,6 @@ from metarl.learning.objectives import (
     log_likelihood,
     mean_kl,
 )
-from metarl.learning.policies import flatten, stack
 from metarl.learning.trajectories import Rollout
 from metarl.running.iterations import make_problem
 from metarl.running.trainer import Trainer
@@ -55,16 +55,22 @@ TASKS, DIM = 3, 4
 
 
 @dataclass(frozen=True)
-class Point:
-    """A "policy" whose distribution is its parameter vector itself."""
+class Point(Model):
+    """A model that gives its parameter vector itself."""
 
     context_dim: int = 0
 
     def shapes(self):
         return {"x": (DIM,)}
 
-    def distribution(self, params, observation):
+    def init(self, rng):
+        return {"x": torch.zeros(DIM)}
+
+    def output(self, params, samples):
         return {"x": params["x"]}
+
+    def adapts(self, name, part):
+        return True
 
     def kl(self, old, new):
         return torch.zeros(TASKS, 1, dtype=D)
@@ -253,13 +259,22 @@ PATHS = list(itertools.product(range(2), range(2), range(2)))  # a0, s1, a1; s0 
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Model):
     """A softmax policy: logits for each state and action."""
 
     context_dim: int = 0
 
     def shapes(self):
         return {"logits": (2, 2)}
+
+    def init(self, rng):
+        return {"logits": torch.zeros(2, 2)}
+
+    def output(self, params, samples):
+        return self.distribution(params, samples.observation)
+
+    def adapts(self, name, part):
+        return True
 
     def distribution(self, params, observation):
         return {"logits": (observation.to(D) @ params["logits"]).log_softmax(-1)}
@@ -687,7 +702,7 @@ def test_cavias_gradient_matches_central_differences(small_policy, pool):
     problem = UnrolledProblem(adapter, batches, pool)
     gradient, _ = problem.gradient(meta)
     theta = flatten(meta)
-    from metarl.learning.policies import unflatten
+    from metarl.learning.networks import unflatten
 
     for i in range(0, len(theta), 7):
         h = torch.zeros_like(theta)

@@ -17,8 +17,9 @@ from metarl.envs import family_names, make_family
 from metarl.envs.errors import UserError
 from metarl.envs.navigation import NavigationFamily, NavigationVectorEnv
 from metarl.learning.algorithms import find_algorithm
+from metarl.learning.networks import stack
 from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import GaussianMLP, stack
+from metarl.learning.policies import GaussianMLP
 from metarl.running import stable_baselines
 from metarl.running.building import policy_for
 from metarl.running.config import Config, InnerConfig, PolicyConfig

@@ -640,7 +640,7 @@ def test_a_simulation_that_diverges_leaves_the_others_as_they_are(monkeypatch):
     seen = []
     for sabotaged in (False, True):
         with Trainer(config) as trainer, monkeypatch.context() as patch:
-            env = trainer._collector._envs[0]
+            env = trainer.source.collector._envs[0]
             begin = env._begin
 
             def broken(ids, seeds, begin=begin, env=env, sabotaged=sabotaged):

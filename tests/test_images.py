@@ -15,8 +15,9 @@ import metarl
 from metarl.envs.errors import UserError
 from metarl.learning.advantages import seen
 from metarl.learning.encoders import NatureCNN, SmallImpala, image_size, make_encoder
+from metarl.learning.networks import stack
 from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import CategoricalMLP, stack
+from metarl.learning.policies import CategoricalMLP
 from metarl.running.config import Config, PolicyConfig
 from metarl.running.presets import resolve
 from metarl.running.trainer import Trainer

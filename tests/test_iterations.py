@@ -179,15 +179,15 @@ def check_adapter(row: Row, problem) -> None:
     assert (adapter.fast, adapter.learned) == (row.fast, row.learned)
     assert (adapter.updates, adapter.proximal) == (row.updates, row.proximal)
     assert adapter.step_sizes == row.step_sizes
-    assert adapter.policy.context_dim == row.context
+    assert adapter.model.context_dim == row.context
     assert (batch.context is not None) == (row.context > 0)
     # The loss and its first two derivatives along a line, at the policy that sampled.
     found, expected = (
-        line_derivatives(adapter.policy, loss, batch) for loss in (adapter.loss, row.inner)
+        line_derivatives(adapter.model, loss, batch) for loss in (adapter.loss, row.inner)
     )
     torch.testing.assert_close(found, expected)
     assert all(
-        not torch.allclose(line_derivatives(adapter.policy, other, batch), expected)
+        not torch.allclose(line_derivatives(adapter.model, other, batch), expected)
         for other in (log_likelihood, likelihood_ratio, partial(dice, decay=0.8), dice)
         if other is not row.inner and getattr(other, "func", 0) is not getattr(row.inner, "func", 1)
     )
@@ -205,7 +205,7 @@ def line_derivatives(policy, loss, batch):
 
 def check_loss(row: Row, problem) -> None:
     """The outer loss of single samples, some of their ratios beyond the clip."""
-    policy, batch = problem.adapter.policy, problem.batches[-1].map(lambda x: x[:1])
+    policy, batch = problem.adapter.model, problem.batches[-1].map(lambda x: x[:1])
     dist = {name: x + 0.3 for name, x in batch.old.items()}
     ratio = (policy.log_prob(dist, batch.action) - batch.old_log_prob).exp()[0].tolist()
     assert min(ratio) < 0.7

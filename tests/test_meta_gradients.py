@@ -12,9 +12,10 @@ from conftest import double_params, random_batch
 
 from metarl.learning.adaptation import Adapter, inner_step
 from metarl.learning.meta_gradients import UnrolledProblem, agreement
+from metarl.learning.networks import flatten, stack, unflatten
 from metarl.learning.objectives import Batch, likelihood_ratio, log_likelihood, mean_kl
 from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import CategoricalMLP, GaussianMLP, flatten, stack, unflatten
+from metarl.learning.policies import CategoricalMLP, GaussianMLP
 
 SIZES = (0.3, 0.2, 0.15)
 
@@ -48,7 +49,7 @@ def iterates_of(made, theta):
 
 def post_adaptation_loss(made: UnrolledProblem, theta: torch.Tensor, like) -> torch.Tensor:
     """The mean outer loss written out task by task, with no stacking, chunks or vmap."""
-    policy, found = made.adapter.policy, []
+    policy, found = made.adapter.model, []
     for t in range(made.tasks):
         params = unflatten(theta, like)
         *support, query = (batch.map(lambda x, t=t: x[t : t + 1]) for batch in made.batches)
@@ -341,7 +342,7 @@ def test_gradient_and_products_of_a_categorical_policy_match_dense_derivatives(p
 def adapted_logits_value(made, meta, support, query):
     with torch.enable_grad():
         params = adapted(made, meta, [support])
-    return made.adapter.policy.distribution(params, query.observation)["logits"].detach()
+    return made.adapter.model.distribution(params, query.observation)["logits"].detach()
 
 
 def test_agreement_is_the_share_of_signal_in_a_mean_gradient():

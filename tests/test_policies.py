@@ -10,7 +10,8 @@ import torch
 from conftest import double_params
 from torch.distributions import Independent, Normal, kl_divergence
 
-from metarl.learning.policies import CategoricalMLP, GaussianMLP, flatten, stack, tanh, unflatten
+from metarl.learning.networks import flatten, stack, tanh, unflatten
+from metarl.learning.policies import CategoricalMLP, GaussianMLP
 
 
 def reference(dist):

@@ -9,6 +9,7 @@ import pytest
 
 from metarl import UserError, load, resolve
 from metarl.commands.cli import main
+from metarl.envs import make_family
 from metarl.learning.algorithms import find_algorithm
 from metarl.running.checks import check_combination
 from metarl.running.config import Config, config_keys
@@ -51,9 +52,8 @@ def test_the_proximal_strength_of_imaml_follows_its_step_size():
 def test_algorithms_that_do_not_take_sizes_as_given_fit_none():
     for algorithm, kl in (("maml-trpo", 0.5), ("anil", 0.5), ("meta-sgd", 0.0), ("imaml", 0.0)):
         assert inner("metarl2026", "half-cheetah-dir", algorithm).kl == kl
-        check_combination(
-            find_algorithm(algorithm), resolve("metarl2026", "half-cheetah-dir", algorithm)
-        )
+        config = resolve("metarl2026", "half-cheetah-dir", algorithm)
+        check_combination(find_algorithm(algorithm), config, make_family(config.family))
 
 
 def test_what_is_said_goes_before_the_algorithm_and_that_before_the_preset():

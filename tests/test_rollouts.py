@@ -12,8 +12,9 @@ from conftest import SPACES, CountingEnv, code_family, counting_family
 
 from metarl.envs import make_family
 from metarl.envs.errors import UserError
+from metarl.learning.networks import stack
 from metarl.learning.parallel import ChunkPool, slices
-from metarl.learning.policies import CategoricalMLP, GaussianMLP, stack
+from metarl.learning.policies import CategoricalMLP, GaussianMLP
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import Address, Collector
 from metarl.sampling.seeding import episode_seeds, stream

@@ -272,7 +272,7 @@ def test_a_diverging_family_is_counted_and_trains_on(monkeypatch):
     family = make_family("half-cheetah-dir", horizon=8)
     monkeypatch.setattr("metarl.running.trainer.make_family", lambda *_, **__: family)
     with Trainer(small(family="half-cheetah-dir", family_options={}, threads=1)) as trainer:
-        env = trainer._collector._envs[0]
+        env = trainer.source.collector._envs[0]
         begin = env._begin
 
         def sabotage(ids, seeds):

@@ -28,8 +28,9 @@ from metarl.envs.errors import UserError
 from metarl.envs.processes import pack, unpack
 from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError
+from metarl.learning.networks import Params
 from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import GaussianMLP, Params
+from metarl.learning.policies import GaussianMLP
 from metarl.learning.trajectories import Rollout
 from metarl.running.building import make_adapter
 from metarl.running.config import Config
@@ -149,7 +150,8 @@ import sys
 import numpy as np
 from metarl.envs import GymnasiumFamily, Uniform, make_family, register
 from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import GaussianMLP, stack
+from metarl.learning.networks import stack
+from metarl.learning.policies import GaussianMLP
 from metarl.sampling.rollouts import Address, Collector
 from metarl.sampling.workers import WorkerCollector
 from worker_envs import Walk

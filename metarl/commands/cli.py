@@ -77,6 +77,8 @@ def _run(arguments: list[str]) -> int:
 
     kind, function = command_of(name)
     rest = names_first(arguments[1:], kind)
+    if hasattr(kind, "rewritten"):
+        rest = kind.rewritten(rest)
     default: Any = kind.starting(rest) if hasattr(kind, "starting") else tyro.MISSING_NONPROP
     text = COMMANDS[name][1]
     command = errors.parse(

@@ -9,7 +9,14 @@ import tyro
 
 from metarl.envs.checker import CHECKS, checks
 from metarl.envs.errors import UserError
-from metarl.envs.family import family_names, make_family, option_defaults, parse_options
+from metarl.envs.family import (
+    data_names,
+    description,
+    family_names,
+    make_family,
+    option_defaults,
+    parse_options,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +69,10 @@ def families(command: Families) -> int:
         print(f"{name}\n    {family.description}\n    tasks: {tasks}")
         options = option_defaults(name)
         print("    options: " + ", ".join(f"{k}={v}" for k, v in options.items()))
+    print("\nsupervised tasks (docs/supervised.md):\n")
+    for name in data_names():
+        options = ", ".join(f"{k}={v}" for k, v in option_defaults(name).items())
+        print(f"{name}\n    {description(name)}\n    options: {options}")
     print("\nYour own: metarl check my_module:my_family, then train (see docs/families.md)")
     return 0
 

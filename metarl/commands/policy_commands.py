@@ -13,7 +13,8 @@ import tyro
 from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
-from metarl.envs.family import TaskFamily, make_family
+from metarl.envs.family import Family, make_family
+from metarl.envs.supervised import SupervisedFamily
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def _one(what: Sequence[str]) -> str:
     return what[0]
 
 
-def parse_task(family: TaskFamily, texts: Sequence[str]) -> NDArray[np.float64]:
+def parse_task(family: Family, texts: Sequence[str]) -> NDArray[np.float64]:
     """Return the task vector of ("velocity=1.7",).
 
     Raises:
@@ -123,9 +124,11 @@ def adapt(command: Adapt) -> int:
     what = _one(command.what)
     meta = load(what)
     if not command.task:
-        names = " ".join(f"{name}=..." for name in meta.family.tasks.names)
+        names = " ".join(f"{name}=..." for name in meta.source.tasks.names)
         raise UserError(f"name the task: --task {names}")
-    task = parse_task(meta.family, command.task)
+    task = parse_task(meta.source, command.task)
+    if isinstance(meta.source, SupervisedFamily):
+        return _adapt_to_examples(command, what, meta, meta.source, task)
     before, after = (
         meta.adapt(task, steps=steps, **command.options()) for steps in (0, command.steps)
     )
@@ -139,6 +142,36 @@ def adapt(command: Adapt) -> int:
     if command.save is not None:
         after.save(command.save)
         print(f"saved {command.save}; next: metarl record {command.save}")
+    return 0
+
+
+def _adapt_to_examples(
+    command: Adapt, what: str, meta: Any, family: SupervisedFamily, task: NDArray[np.float64]
+) -> int:
+    """Adapt to examples of a supervised task, and say how well that does on others."""
+    if command.save is not None:
+        raise UserError(
+            "--save writes policies: a predictor is adapted where it is used (adapt_to)"
+        )
+    rng = np.random.default_rng(command.seed)
+    support, query = family.draw(task[None], rng, supports=1, queries=family.test_queries)
+    said = []
+    for steps in (0, command.steps):
+        sizes = command.step_sizes or None
+        adapted = meta.adapt_to(
+            support.inputs[0], support.targets[0], steps=steps, step_sizes=sizes
+        )
+        found, truth = adapted.predict(query.inputs[0]), query.targets[0]
+        classes = family.kind == "classification"
+        said.append(
+            f"{100.0 * (found == truth).mean():.1f} %" if classes
+            else f"{np.square(found - truth).sum(axis=-1).mean():.3f}"
+        )  # fmt: skip
+    name = "accuracy" if family.kind == "classification" else "mean squared error"
+    print(
+        f"{what} on {' '.join(command.task)}: {name} {' -> '.join(said)} after"
+        f" {_steps(command.steps)} on {support.inputs.shape[1]} examples"
+    )
     return 0
 
 

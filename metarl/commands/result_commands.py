@@ -120,10 +120,10 @@ def evaluate(command: Evaluate) -> int:
         return 0
     setting = result.setting
     options = "".join(f" {k}={v}" for k, v in setting["family_options"].items())
-    print(
-        f"{setting['family']}{options}: {command.tasks} held-out tasks, {command.episodes}"
-        f" episodes of {setting['horizon']} steps each\n"
-    )
+    samples = f"{command.episodes} episodes of {setting.get('horizon')} steps each"
+    if "support" in setting:
+        samples = f"{setting['support']} examples each to adapt to"
+    print(f"{setting['family']}{options}: {command.tasks} held-out tasks, {samples}\n")
     if command.per_task:
         print(f"{result.task_table()}\n")
     print(f"{result.table()}\n\n{result.verdicts()}")
@@ -151,8 +151,11 @@ def _evaluate(what: Sequence[str], out: Path | None, **options: Any) -> tuple[An
     files += plots.plot_evaluation(result, folder / "evaluation.png")
     files += plots.plot_tasks(result, folder / "evaluation-tasks.png")
     files += plots.plot_paths(result, folder / "evaluation-paths.png")
+    files += plots.plot_functions(result, folder / "evaluation-functions.png")
     if (folder / "config.json").exists():  # a run, which TensorBoard shows
-        images = {"curve": files[1].read_bytes(), "tasks": files[3].read_bytes()}
+        pictures = {path.stem: path for path in files if path.suffix == ".png"}
+        shown = {"curve": "evaluation", "tasks": "evaluation-tasks"}
+        images = {k: pictures[v].read_bytes() for k, v in shown.items() if v in pictures}
         show_adaptation(folder / "evaluation", result.curve.returns, images)
     return result, [path for path in files if path.suffix != ".svg"]
 

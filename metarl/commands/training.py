@@ -17,7 +17,14 @@ import tyro
 
 from metarl.commands.arguments import peek, said
 from metarl.envs.errors import UserError
-from metarl.envs.family import family_names, make_family, parse_options
+from metarl.envs.family import (
+    data_names,
+    family_names,
+    find_family,
+    make_family,
+    option_defaults,
+    parse_options,
+)
 from metarl.learning.ranks import LIMIT_SECONDS, Ranks, joined
 from metarl.running.config import Config, config_keys, default_workers
 from metarl.running.presets import resolve
@@ -41,6 +48,11 @@ class Train:
     """Options of the family, as name=value (metarl families lists them)."""
     rank_timeout: float = LIMIT_SECONDS
     """Under torchrun, seconds after which a rank that the others wait for is given up."""
+
+    @staticmethod
+    def rewritten(arguments: Sequence[str]) -> list[str]:
+        """Return the words with flags that are options of a supervised family as such."""
+        return _family_flags(arguments)
 
     @staticmethod
     def starting(arguments: Sequence[str]) -> Train:
@@ -80,6 +92,8 @@ class Benchmark:
     @staticmethod
     def starting(arguments: Sequence[str]) -> Benchmark:
         """Return what the flags change: a preset's values."""
+        if arguments and arguments[0] in data_names():
+            make_family(arguments[0])  # raises: there is no simulation to measure
         config = _starting_config(arguments, preset="pearl2019", family="half-cheetah-dir")
         return Benchmark(config=config)
 
@@ -89,10 +103,37 @@ class Benchmark:
         return dataclasses.replace(self, config=config)
 
 
+def _family_flags(arguments: Sequence[str]) -> list[str]:
+    """Return `--shots 10` as `--family-options shots=10`, where shots is the family's option.
+
+    Of a family of supervised tasks; a flag of the command itself is the command's.
+    """
+    family = next((a for a in arguments[:1] if not a.startswith("-")), "")
+    options = option_defaults(family) if family in data_names() else {}
+    names = {f"--{name.replace('_', '-')}" for name in options} - {"--family-options"}
+    words, found = [], []
+    rest = iter(arguments)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag not in names:
+            words.append(word)
+        else:
+            given = value if equals else next(rest, "--")
+            if given.startswith("--"):
+                raise UserError(f"{flag} needs a value")
+            found.append(f"{flag[2:]}={given}")
+    if not found:
+        return words
+    if "--family-options" in words:
+        place = words.index("--family-options") + 1
+        return [*words[:place], *found, *words[place:]]
+    return [*words, "--family-options", *found]
+
+
 def _starting_config(arguments: Sequence[str], *, preset: str | None, family: str) -> Config:
     family = next((a for a in arguments[:1] if not a.startswith("-")), family)
-    if family and family not in family_names() and ":" not in family:
-        make_family(family)  # raises, with the nearest name
+    if family and family not in (*family_names(), *data_names()) and ":" not in family:
+        find_family(family)  # raises, with the nearest name
     algorithm = peek(arguments, "--algorithm") or "maml-trpo"
     preset = peek(arguments, "--preset") or preset
     return resolve(preset, family, algorithm, {"workers": default_workers()})
@@ -155,6 +196,7 @@ def train(command: Train) -> int:
 def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: Ranks) -> int:
     from tqdm import tqdm
 
+    from metarl.learning.algorithms import find_algorithm
     from metarl.running import trainer
 
     config = command.config
@@ -166,8 +208,11 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
         if bar is None:
             first = row["iteration"] - 1
             bar = tqdm(total=config.iterations, initial=first, unit="it", desc=name, smoothing=0.1)
-        returns = [f"{r:.1f}" if r is not None else "none" for r in row["returns"]]
-        bar.set_postfix_str(f"return {' -> '.join(returns)}", False)
+        if "returns" in row:
+            returns = [f"{r:.1f}" if r is not None else "none" for r in row["returns"]]
+            bar.set_postfix_str(f"return {' -> '.join(returns)}", False)
+        else:
+            bar.set_postfix_str(f"loss {row['loss_pre']:.3g} -> {row['loss_post']:.3g}", False)
         if "skipped" in row:
             bar.write(f"iteration {row['iteration']}: update skipped, {row['skipped']}")
         bar.update()
@@ -177,6 +222,8 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
             print(line, **options)
 
     tell(f"{config.algorithm} on {config.family} in {folder}", file=sys.stderr)
+    if config.family in data_names() and find_algorithm(config.algorithm).outer == "trust-region":
+        tell("the outer step is Adam's: a trust region is a policy's", file=sys.stderr)
     with _Stop(ranks) as stop:
         try:
             meta = trainer.train(
@@ -199,7 +246,8 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
     if ranks.is_main and bar is None:
         tell(f"nothing to do: {folder} has its {done} iterations; give more with --iterations")
         return 0
-    tell(f"done: {done} iterations, {meta.provenance['env_steps']:,} env steps")
+    sampled = "examples" if config.family in data_names() else "env steps"
+    tell(f"done: {done} iterations, {meta.provenance['env_steps']:,} {sampled}")
     tell(f"next: metarl evaluate {folder}")
     return 0
 

@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metarl.learning.objectives import Batch, Loss
-from metarl.learning.policies import Dist, MLPPolicy, Params, stack
+from metarl.learning.networks import Dist, Model, Params, stack
+from metarl.learning.objectives import Loss
+from metarl.learning.samples import Samples
 
 StepSizes = dict[str, Tensor]
 """For each fast parameter [K, ...]: one entry an inner step, broadcast against the leaf."""
 
-Fast = Literal["all", "head", "context"]
+Fast = Literal["all", "upper", "head", "context"]
 Learned = Literal["no", "layer", "parameter"]
 
 _STEP = "step_size."  # prefix of learned step sizes among the meta-parameters
@@ -41,7 +42,7 @@ class Adapter:
     scalar parameter (Meta-SGD, Li et al. 2017, arXiv:1707.09835).
     """
 
-    policy: MLPPolicy
+    model: Model
     loss: Loss
     step_sizes: tuple[float, ...]
     fast: Fast = "all"
@@ -54,24 +55,26 @@ class Adapter:
     """Whether the meta-parameters hold a factor of the step sizes, which no gradient moves."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each meta-parameter: the policy's, and learned step sizes."""
-        policy = self.policy.shapes()
-        shapes = dict(policy)
+        """Return the shape of each meta-parameter: the model's, and learned step sizes."""
+        own = self.model.shapes()
+        shapes = dict(own)
         if self.learned != "no":
             count = len(self.step_sizes)
-            for name, leaf in policy.items():
+            for name, leaf in own.items():
                 if self._is_fast(name):
                     more = leaf if self.learned == "parameter" else ()
                     shapes[_STEP + name] = (count, *more)
             if self.fast == "context":
-                more = (self.policy.context_dim,) if self.learned == "parameter" else ()
+                more = (self.model.context_dim,) if self.learned == "parameter" else ()
                 shapes[_STEP + "context"] = (count, *more)
+            for name in self.model.generated:
+                shapes[_STEP + name] = (count,)
         if self.fitted:
             shapes[FACTOR] = (1,)
         return shapes
 
     def init(self, params: Params) -> Params:
-        """Return meta-parameters: a policy's parameters, and step sizes where they are learned."""
+        """Return meta-parameters: a model's parameters, and step sizes where they are learned."""
         meta = dict(params)
         for name, shape in self.shapes().items():
             if name.startswith(_STEP):
@@ -88,11 +91,15 @@ class Adapter:
         slow = {name: p for name, p in params.items() if not self._is_fast(name)}
         like = next(iter(params.values()))
         if self.fast == "context":
-            fast["context"] = like.new_zeros(self.policy.context_dim)
+            fast["context"] = like.new_zeros(self.model.context_dim)
         given = like.new_tensor(self.step_sizes)
         if self.fitted:
             given = given * meta[FACTOR].detach()
-        return fast, slow, {name: meta.get(_STEP + name, given) for name in fast}
+        return (
+            fast,
+            slow,
+            {name: meta.get(_STEP + name, given) for name in (*fast, *self.model.generated)},
+        )
 
     def mean_step_sizes(self, meta: Params, steps: int) -> list[float]:
         """Return the size of each of `steps` steps: given, fitted, or the mean of those learned."""
@@ -105,28 +112,30 @@ class Adapter:
         return [size_at(sizes, k) for k in range(steps)]
 
     def _is_fast(self, name: str) -> bool:
-        if self.fast == "head":
-            return name.startswith(f"layer{self.policy.layers - 1}.")
-        return self.fast == "all" and not name.startswith("norm.")
+        return self.fast != "context" and self.model.adapts(name, self.fast)
+
+    def start(self, fast: Params, slow: Params, support: Samples) -> Params:
+        """Return theta_0, stacked: the fast parameters, and those generated of the support."""
+        generated = self.model.start({**slow, **fast}, support)
+        if not generated:
+            return fast
+        # Views: a slope in what it was generated from does not go through what was generated.
+        return {**{name: p.view_as(p) for name, p in fast.items()}, **generated}
 
     def params(self, fast: Params, slow: Params, tasks: int) -> Params:
-        """Return the policy's parameters, all stacked, [tasks, ...] each."""
+        """Return the model's parameters, all stacked, [tasks, ...] each."""
         return {**stack(slow, tasks), **fast}
 
-    def distribution(self, fast: Params, slow: Params, batch: Batch) -> Dist:
-        """Return the distributions at a batch's observations, [T, N, ...] each."""
-        params = {**slow, **fast}
-        if self.policy.context_dim and "context" not in params:
-            assert batch.context is not None
-            params["context"] = batch.context
-        return self.policy.distribution(params, batch.observation)
+    def output(self, fast: Params, slow: Params, samples: Samples) -> Dist:
+        """Return what the model gives for samples, [T, N, ...] each."""
+        return self.model.output({**slow, **fast}, samples)
 
     def step(
         self,
         fast: Params,
         slow: Params,
         step_sizes: StepSizes,
-        batch: Batch,
+        batch: Samples,
         k: int,
         *,
         start: Params,
@@ -149,7 +158,7 @@ class Adapter:
         fast: Params,
         slow: Params,
         step_sizes: StepSizes,
-        batches: Sequence[Batch],
+        batches: Sequence[Samples],
         *,
         order: int,
         at: Sequence[Params] | None = None,
@@ -178,16 +187,16 @@ class Adapter:
             iterates.append(new)
         return iterates
 
-    def inner_loss(self, fast: Params, slow: Params, batch: Batch) -> Tensor:
+    def inner_loss(self, fast: Params, slow: Params, batch: Samples) -> Tensor:
         """Return the inner loss of each task, [T]."""
-        return self.loss(self.policy, self.distribution(fast, slow, batch), batch)
+        return self.loss(self.model, self.output(fast, slow, batch), batch)
 
 
 def inner_step(
-    loss: Callable[[Params, Batch], Tensor],
+    loss: Callable[[Params, Samples], Tensor],
     params: Params,
     sizes: Params,
-    batch: Batch,
+    batch: Samples,
     *,
     start: Params,
     order: int,

@@ -6,13 +6,14 @@ To add one is to add a row and, where none of the functions fits, one pure funct
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from metarl.envs.errors import UserError
 from metarl.envs.family import did_you_mean
 from metarl.learning.adaptation import Fast, Learned
 from metarl.learning.objectives import Loss, dice, likelihood_ratio, log_likelihood
+from metarl.learning.predictors import Head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +36,27 @@ class Algorithm:
     """Step sizes learned with the initialization: one a layer and step, or one a parameter."""
     annealed: bool = False
     """Multi-step loss, and order 1 first; both give way over `meta.anneal_fraction` of the run."""
+    head: Head = "meta"
+    """Where the last layer starts, in few-shot classification alone."""
     observes_task: bool = False
     """The policy sees the task vector, and takes no inner step in evaluation."""
     reference: bool = False
     """Not a meta-learner, but what one stands beside."""
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Values of config sections that the algorithm starts from."""
+
+    @property
+    def needs_policy(self) -> str:
+        """What it needs a policy for, in words; nothing: it takes supervised tasks too."""
+        if self.outer == "clipped":
+            return "the likelihood ratios of its clipped objective"
+        if self.whole_episodes:
+            return "the order of actions in an episode"
+        return "the credit of its samples" if "credit" in self.defaults.get("meta", {}) else ""
+
+    def with_adam(self) -> Algorithm:
+        """Return the row with Adam in place of a trust region, which bounds a policy's KL."""
+        return replace(self, outer="adam") if self.outer == "trust-region" else self
 
 
 _FINN = "Finn et al. 2017, arXiv:1703.03400"
@@ -166,6 +182,22 @@ ALGORITHMS = {
             source="Zintgraf et al. 2019, arXiv:1810.03642",
             fast="context",
             defaults={"inner": {"step_sizes": (10.0,)}},
+        ),
+        Algorithm(
+            name="protomaml",
+            description="the last layer starts at the prototypes of the support's classes",
+            source="Triantafillou et al. 2020, arXiv:1903.03096",
+            head="prototypes",
+            outer="adam",
+        ),
+        Algorithm(
+            name="leopard",
+            description="the last layer is generated from the support; upper layers adapt",
+            source="Bansal et al. 2020, arXiv:1911.03863",
+            head="generated",
+            fast="upper",
+            learned_steps="layer",
+            outer="adam",
         ),
         Algorithm(
             name="pretrained",

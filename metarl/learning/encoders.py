@@ -36,11 +36,16 @@ def channels_first(image: Tensor, shape: tuple[int, ...]) -> Tensor:
     Images that are floating-point numbers already keep their type.
     """
     x = image if image.is_floating_point() else image.to(torch.get_default_dtype())
+    return _planes(x, shape) / 255.0
+
+
+def _planes(image: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return images [..., *shape] as [..., C, H, W]."""
     if len(shape) == 2:
-        x = x.unsqueeze(-3)
-    elif image_size(shape)[0] != shape[0] or shape[0] == shape[-1]:
-        x = x.movedim(-1, -3)
-    return x / 255.0
+        return image.unsqueeze(-3)
+    if image_size(shape)[0] != shape[0] or shape[0] == shape[-1]:
+        return image.movedim(-1, -3)
+    return image
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int = 0) -> Tensor:
@@ -93,8 +98,14 @@ class Encoder(ABC):
         """Return the shape of each parameter."""
 
     @abstractmethod
-    def encode(self, params: dict[str, Tensor], image: Tensor) -> Tensor:
-        """Return the features of images [..., *shape], [..., features]."""
+    def encode(
+        self, params: dict[str, Tensor], image: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        """Return the features of images [..., samples, *shape], [..., samples, features].
+
+        Args:
+            weight: [..., samples]; images of weight 0 count in no statistics of a batch.
+        """
 
 
 def _convolution(name: str, outputs: int, inputs: int, kernel: int) -> Shapes:
@@ -134,7 +145,9 @@ class NatureCNN(Encoder):
             inputs = outputs
         return shapes
 
-    def encode(self, params: dict[str, Tensor], image: Tensor) -> Tensor:
+    def encode(
+        self, params: dict[str, Tensor], image: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
         x = channels_first(image, self.shape)
         for i, (_, _, stride) in enumerate(NATURE):
             x = convolve(x, params[f"conv{i}.weight"], params[f"conv{i}.bias"], stride).relu()
@@ -181,7 +194,9 @@ class SmallImpala(Encoder):
             inputs = outputs
         return shapes
 
-    def encode(self, params: dict[str, Tensor], image: Tensor) -> Tensor:
+    def encode(
+        self, params: dict[str, Tensor], image: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
         def layer(x: Tensor, name: str) -> Tensor:
             return convolve(x, params[f"{name}.weight"], params[f"{name}.bias"], 1, padding=1)
 
@@ -193,6 +208,84 @@ class SmallImpala(Encoder):
             y = layer(x.relu(), f"stage{i}.residual0")
             x = x + layer(y.relu(), f"stage{i}.residual1")
         return x.relu().flatten(-3)
+
+
+@dataclass(frozen=True)
+class FourBlocks(Encoder):
+    """Four blocks: 3x3 convolution, batch normalization, rectifier, maximum over 2x2.
+
+    The embedding of few-shot classification (Vinyals et al. 2016, arXiv:1606.04080; Finn et al.
+    2017). Means and variances are those of the batch itself, a task's own, in training and in
+    evaluation alike: the papers keep no running ones. Images are taken as they are.
+    """
+
+    filters: int = 64
+
+    least: ClassVar[int] = 8
+    blocks: ClassVar[int] = 4
+
+    @property
+    def features(self) -> int:
+        return self._sizes()[-1][1]
+
+    @property
+    def activations(self) -> int:
+        return math.prod(self.shape) + sum(3 * before + after for before, after in self._sizes())
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Numbers that each block has before and after its maximum."""
+        _, height, width = image_size(self.shape)
+        sizes = []
+        for _ in range(self.blocks):
+            before = self.filters * height * width
+            height, width = max(height // 2, 1), max(width // 2, 1)
+            sizes.append((before, self.filters * height * width))
+        return sizes
+
+    def shapes(self) -> Shapes:
+        shapes, inputs = {}, image_size(self.shape)[0]
+        for i in range(self.blocks):
+            shapes |= _convolution(f"block{i}", self.filters, inputs, 3)
+            shapes[f"block{i}.scale"] = shapes[f"block{i}.shift"] = (self.filters,)
+            inputs = self.filters
+        return shapes
+
+    def encode(
+        self, params: dict[str, Tensor], image: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        x = _planes(image, self.shape)
+        for i in range(self.blocks):
+            x = convolve(x, params[f"block{i}.weight"], params[f"block{i}.bias"], 1, padding=1)
+            x = normalize_batch(x, params[f"block{i}.scale"], params[f"block{i}.shift"], weight)
+            x = x.relu()
+            if min(x.shape[-2:]) > 1:
+                x = functional.max_pool2d(x.flatten(0, -4), 2).unflatten(0, x.shape[:-3])
+        return x.flatten(-3)
+
+
+def normalize_batch(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """Batch normalization (Ioffe & Szegedy 2015, arXiv:1502.03167) by the batch's own statistics.
+
+    Args:
+        x: [..., samples, C, H, W]; each of the leading axes is a batch of its own.
+        scale: [C] or [tasks, C].
+        shift: the same.
+        weight: [..., samples]; samples of weight 0 do not count.
+    """
+    axes = (-4, -2, -1)
+    if weight is None or bool((weight > 0).all()):
+        mean = x.mean(axes, keepdim=True)
+        var = (x - mean).square().mean(axes, keepdim=True)
+    else:
+        share = (weight > 0).to(x.dtype)
+        share = (share / share.sum(-1, keepdim=True).clamp(min=1.0))[..., None, None, None]
+        share = share / (x.shape[-2] * x.shape[-1])
+        mean = (share * x).sum(axes, keepdim=True)
+        var = (share * (x - mean).square()).sum(axes, keepdim=True)
+    factor = (var + 1e-5).rsqrt() * scale[..., None, :, None, None]
+    return (x - mean) * factor + shift[..., None, :, None, None]
 
 
 ENCODERS: dict[str, type[Encoder]] = {"nature": NatureCNN, "impala": SmallImpala}

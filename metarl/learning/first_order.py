@@ -10,7 +10,7 @@ import torch
 
 from metarl.envs.errors import UserError
 from metarl.learning.meta_gradients import Evaluation, Problem, QueryProblem
-from metarl.learning.policies import Params, unflatten
+from metarl.learning.networks import Params, unflatten
 from metarl.learning.stopwatch import Stopwatch
 from metarl.learning.trust_region import OuterState
 
@@ -62,7 +62,7 @@ class Adam:
         `max_norm` is scaled to it, and counted. Steps end where the KL is above its bound. Where
         the problem can tell, surrogate and KL over all samples are measured afterwards, and a step
         beyond the bound is shortened: nothing else keeps Adam from leaving the region that the
-        samples tell of.
+        samples tell of. Examples of a data set tell of all.
         """
         watch = Stopwatch()
         stats: dict[str, Any] = {
@@ -87,7 +87,7 @@ class Adam:
             stats["outer_steps"] = step + 1
         stats["seconds_gradient"] = watch.lap()
         stats["surrogate_after"], stats["line_search_steps"] = math.nan, 0
-        if isinstance(problem, QueryProblem):
+        if isinstance(problem, QueryProblem) and problem.drawn:
             new, after, scale = shorten(problem, meta, new, self.config.max_kl)
             stats |= {"surrogate_after": -after.loss, "kl": after.kl, "step_scale": scale}
             stats["seconds_evaluate"] = watch.lap()

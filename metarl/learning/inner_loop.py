@@ -16,17 +16,20 @@ from torch import Tensor
 from metarl.envs.errors import UserError
 from metarl.learning.adaptation import FACTOR, Adapter, StepSizes
 from metarl.learning.advantages import AdvantageConfig, estimate
-from metarl.learning.objectives import Batch, make_batch, mean_kl
+from metarl.learning.networks import Params, stack
+from metarl.learning.objectives import make_batch, mean_kl
 from metarl.learning.parallel import ChunkPool, slices
-from metarl.learning.policies import Params, stack
+from metarl.learning.policies import MLPPolicy
 from metarl.learning.ranks import CHUNK
+from metarl.learning.samples import Examples, Samples
 from metarl.learning.trajectories import Rollout
 
 _FITS = 8  # rounds of fitting the factor of the step sizes to a KL
 _NEAR = 0.05  # relative error of the factor that is left
 
-Sampler = Callable[[Params, int], Rollout]
-"""(stacked parameters, inner step) -> episodes sampled with them"""
+Sampler = Callable[[Params, int], "Rollout | Examples"]
+"""(stacked parameters, inner step) -> episodes sampled with them; or examples of a data set, which
+do not depend on them: after the last step, those of the query"""
 
 
 Query = Literal["none", "rollout", "batch"]
@@ -48,14 +51,15 @@ class Adapted:
     inner_kl: float = math.nan
     """Mean KL of the first step over tasks, on the samples that it was made from."""
     rollouts: list[Rollout] = field(default_factory=list)
-    batches: list[Batch] = field(default_factory=list)
+    """None, where the samples are examples."""
+    batches: list[Samples] = field(default_factory=list)
     advantage_scales: list[Tensor] = field(default_factory=list)
     """What each batch's advantages were divided by, [T] each."""
 
 
 @dataclass(frozen=True)
 class InnerLoop:
-    """How tasks adapt, wherever their episodes come from."""
+    """How tasks adapt, wherever their samples come from."""
 
     adapter: Adapter
     advantage: AdvantageConfig
@@ -93,17 +97,23 @@ class InnerLoop:
             if k == steps and query == "none":
                 break
             with self.pool.ranks.agreeing():  # what is not finite ends the loop for all, here
-                rollout = sample(self.adapter.params(adapted.iterates[k], slow, tasks), k)
-                _check_finite(rollout)
-                adapted.rollouts.append(rollout)
-                if k == steps and query == "rollout":
-                    break
-                batch, scale = self.prepare(rollout)
+                drawn = sample(self.adapter.params(adapted.iterates[k], slow, tasks), k)
+                _check_finite(drawn)
+                if isinstance(drawn, Rollout):
+                    adapted.rollouts.append(drawn)
+                    if k == steps and query == "rollout":
+                        break
+                    batch, scale = self.prepare(drawn)
+                    adapted.advantage_scales.append(scale)
+                else:
+                    batch = drawn
                 adapted.batches.append(batch)
-                adapted.advantage_scales.append(scale)
                 if k < steps:
+                    if k == 0:
+                        start = self.start(start, slow, batch)
+                        adapted.iterates[0] = start
                     new = self.step(adapted.iterates[k], slow, step_sizes, batch, k, start=start)
-                    if k == 0 and query != "rollout":
+                    if k == 0 and query != "rollout" and isinstance(drawn, Rollout):
                         adapted.inner_kl = self._mean_kl(new, slow, batch)
                         if kl:
                             new = self._fit(adapted, new, batch, kl)
@@ -111,7 +121,36 @@ class InnerLoop:
                     adapted.iterates.append(new)
         return adapted
 
-    def _fit(self, adapted: Adapted, new: Params, batch: Batch, kl: float) -> Params:
+    def draw(
+        self, sample: Sampler, meta: Params, tasks: int, *, steps: int, query: Query
+    ) -> Adapted:
+        """Return what `run` would sample, where that does not depend on the parameters.
+
+        Nothing is adapted: what is to be optimized adapts by itself, with its graph.
+        """
+        fast, slow, _ = self.adapter.split(meta)
+        adapted = Adapted([stack(fast, tasks)], slow, meta)
+        for k in range(steps + (query != "none")):
+            drawn = sample({}, k)
+            _check_finite(drawn)
+            assert isinstance(drawn, Examples)
+            adapted.batches.append(drawn)
+        return adapted
+
+    def start(self, fast: Params, slow: Params, support: Samples) -> Params:
+        """Return theta_0, stacked, with what the model generates of the support."""
+        if not self.adapter.model.generated:
+            return fast
+
+        def one(chunk: slice) -> Params:
+            part = {name: p[chunk] for name, p in fast.items()}
+            with torch.no_grad():
+                return self.adapter.start(part, slow, support.map(lambda x: x[chunk]))
+
+        parts = self.pool.map(one, slices(len(support.weight), CHUNK))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _fit(self, adapted: Adapted, new: Params, batch: Samples, kl: float) -> Params:
         """Fit the factor of the step sizes to a KL of the first step, and return where it leads."""
         start, slow = adapted.iterates[0], adapted.slow
         for _ in range(_FITS):
@@ -126,18 +165,19 @@ class InnerLoop:
             adapted.inner_kl = self._mean_kl(new, slow, batch)
         return new
 
-    def prepare(self, rollout: Rollout) -> tuple[Batch, Tensor]:
+    def prepare(self, rollout: Rollout) -> tuple[Samples, Tensor]:
         """Return a rollout's samples with their advantages, and what these were divided by, [T]."""
         advantage, scale = estimate(rollout, self.advantage, self.pool)
-        return make_batch(self.adapter.policy, rollout, advantage), scale
+        assert isinstance(self.adapter.model, MLPPolicy)
+        return make_batch(self.adapter.model, rollout, advantage), scale
 
-    def _mean_kl(self, fast: Params, slow: Params, batch: Batch) -> float:
+    def _mean_kl(self, fast: Params, slow: Params, batch: Samples) -> float:
         def one(chunk: slice) -> Tensor:
             part = batch.map(lambda x: x[chunk])
             theta = {name: p[chunk] for name, p in fast.items()}
             with torch.no_grad():
-                dist = self.adapter.distribution(theta, slow, part)
-                return mean_kl(self.adapter.policy, dist, part)
+                output = self.adapter.output(theta, slow, part)
+                return mean_kl(self.adapter.model, output, part)
 
         each = torch.cat(self.pool.map(one, slices(len(batch.weight), CHUNK)))
         return float(self.pool.ranks.gather(each).mean())
@@ -147,7 +187,7 @@ class InnerLoop:
         fast: Params,
         slow: Params,
         step_sizes: StepSizes,
-        batch: Batch,
+        batch: Samples,
         k: int,
         *,
         start: Params,
@@ -190,11 +230,14 @@ def _rescale(found: float, wanted: float) -> float:
     return 1.0 if abs(ratio - 1.0) < _NEAR else min(max(ratio, 0.5), 2.0)
 
 
-def _check_finite(rollout: Rollout) -> None:
-    for name in ("reward", "observation", "last_observation", "action"):
-        values = getattr(rollout, name)
+def _check_finite(drawn: Rollout | Examples) -> None:
+    names = ("inputs", "targets")
+    if isinstance(drawn, Rollout):
+        names = ("reward", "observation", "last_observation", "action")
+    for name in names:
+        values = getattr(drawn, name)
         # A sum is finite only if its terms are, and needs no mask in memory.
         if not torch.isfinite(values.sum(dtype=torch.float64)):
-            bad = ~torch.isfinite(values).flatten(1).all(dim=1)
-            task = rollout.tasks[int(bad.nonzero()[0])].tolist()
-            raise NonFiniteError(f"{name.replace('_', ' ')} is not finite in task {task}")
+            bad = int((~torch.isfinite(values)).flatten(1).any(dim=1).nonzero()[0])
+            task = f" {drawn.tasks[bad].tolist()}" if isinstance(drawn, Rollout) else f" {bad}"
+            raise NonFiniteError(f"{name.replace('_', ' ')} is not finite in task{task}")

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from metarl.learning.adaptation import Adapter
 from metarl.learning.linear_solves import Product, conjugate_gradient_each
+from metarl.learning.networks import Dist, Params, flatten, stack
 from metarl.learning.objectives import Batch, Loss, likelihood_ratio, log_ratio, mean_kl
 from metarl.learning.parallel import ChunkPool, slices
-from metarl.learning.policies import Dist, Params, flatten, stack
 from metarl.learning.ranks import ALONE, CHUNK, Ranks
+from metarl.learning.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Problem(ABC):
     """One iteration's samples and how meta-parameters adapt to them."""
 
     adapter: Adapter
-    batches: Sequence[Batch]
+    batches: Sequence[Samples]
     """K support batches, then the query batch where there is one."""
     pool: ChunkPool
     objective: Objective = field(default_factory=Objective)
@@ -69,6 +70,11 @@ class Problem(ABC):
     chunk: int = CHUNK
     device: str = "cpu"
     """Where the products are computed; what crosses back are vectors of the parameters' size."""
+
+    @property
+    def drawn(self) -> bool:
+        """Whether policies drew the samples: other meta-parameters would have drawn others."""
+        return isinstance(self.batches[-1], Batch)
 
     def __post_init__(self) -> None:
         if self.device != "cpu":
@@ -91,7 +97,7 @@ class Problem(ABC):
                 not, or their graph is needed, they are found anew.
         """
 
-    def _part(self, chunk: slice) -> list[Batch]:
+    def _part(self, chunk: slice) -> list[Samples]:
         return [batch.map(lambda x: x[chunk]) for batch in self.batches]
 
     def _chunk_of(self, iterates: Sequence[Params], chunk: slice) -> list[Params]:
@@ -112,29 +118,32 @@ class QueryProblem(Problem):
     """A problem whose last batch was sampled with the adapted policies, to judge others by."""
 
     def _adapted(
-        self, theta: Params, support: Sequence[Batch], tasks: int, **options: Any
+        self, theta: Params, support: Sequence[Samples], tasks: int, **options: Any
     ) -> tuple[list[Params], Params]:
         fast, slow, step_sizes = self.adapter.split(theta)
-        iterates = self.adapter.adapt(stack(fast, tasks), slow, step_sizes, support, **options)
-        return iterates, slow
+        start = stack(fast, tasks)
+        if support:
+            start = self.adapter.start(start, slow, support[0])
+        return self.adapter.adapt(start, slow, step_sizes, support, **options), slow
 
     def _loss(
-        self, iterates: list[Params], slow: Params, batches: list[Batch], chunk: slice
+        self, iterates: list[Params], slow: Params, batches: list[Samples], chunk: slice
     ) -> tuple[Tensor, Dist]:
         """Return the objective of each task [T], and the adapted distributions at the query."""
         adapter, objective = self.adapter, self.objective
-        policy, last = adapter.policy, len(batches) - 1
-        dist = adapter.distribution(iterates[last], slow, batches[last])
+        policy, last = adapter.model, len(batches) - 1
+        dist = adapter.output(iterates[last], slow, batches[last])
         weights = objective.step_weights or (0.0,) * (last - 1) + (1.0,)
         loss = objective.outer_loss(policy, dist, batches[last])
         if last:
             loss = weights[-1] * loss
         for k in range(last):
-            batch = batches[k]
+            # What an iterate drew tells how good it is; of a data set the query examples do.
+            batch = batches[k] if self.drawn else batches[last]
             weight = weights[k - 1] if k else 0.0
             if not (weight or objective.inner_kl or objective.credit is not None):
                 continue
-            before = adapter.distribution(iterates[k], slow, batch)
+            before = adapter.output(iterates[k], slow, batch)
             if weight:
                 loss = loss + weight * objective.outer_loss(policy, before, batch)
             if objective.inner_kl:
@@ -153,7 +162,7 @@ class QueryProblem(Problem):
             iterates, slow = self._adapted(self._leaves(meta), batches[:-1], tasks, order=0)
             with torch.no_grad():
                 loss, dist = self._loss(iterates, slow, batches, chunk)
-                kl = mean_kl(self.adapter.policy, dist, batches[-1])
+                kl = mean_kl(self.adapter.model, dist, batches[-1])
                 return torch.stack([loss.sum(), kl.sum()]).cpu()
 
         loss, kl = self._average(self.pool.map(one, self._slices)).tolist()
@@ -189,7 +198,7 @@ class UnrolledProblem(QueryProblem):
             loss, dist = self._loss(found, slow, batches, chunk)
             gradient = flat_gradient(loss.sum(), theta)
             with torch.no_grad():
-                kl = mean_kl(self.adapter.policy, dist, batches[-1])
+                kl = mean_kl(self.adapter.model, dist, batches[-1])
                 numbers = torch.stack([loss.sum(), kl.sum()]).cpu()
             return gradient.cpu(), numbers
 
@@ -201,7 +210,7 @@ class UnrolledProblem(QueryProblem):
         found = agreement(gradients, sizes, mean, self.pool.ranks)
         return mean, {"loss": loss, "kl": kl, "gradient_agreement": found}
 
-    def _shifts(self, chunk: slice, support: Sequence[Batch]) -> list[Params]:
+    def _shifts(self, chunk: slice, support: Sequence[Samples]) -> list[Params]:
         """Return theta_k minus what the inner step gives on a minibatch, at `sampled_with`.
 
         Added to the steps on the minibatch it makes them those on all samples at these
@@ -245,17 +254,18 @@ class UnrolledProblem(QueryProblem):
             theta = self._leaves(meta)
             at = self._chunk_of(iterates, chunk) or None
             found, slow = self._adapted(theta, support, len(query.weight), order=self.order, at=at)
-            dist = self.adapter.distribution(found[-1], slow, query)
+            dist = self.adapter.output(found[-1], slow, query)
             names = list(dist)
             phi = [dist[name] for name in names]
             fixed = {name: x.detach() for name, x in dist.items()}
             dummy = [torch.zeros_like(x, requires_grad=True) for x in phi]
             back = flat_gradient(phi, theta, dummy, create_graph=True)
             weight = query.weight.unsqueeze(-1)
+            policy: Any = self.adapter.model  # a trust region is a policy's
 
             def product(v: Tensor) -> Tensor:
                 tangent = torch.autograd.grad(back, dummy, v.to(self.device), retain_graph=True)
-                metric = self.adapter.policy.fisher(fixed, dict(zip(names, tangent, strict=True)))
+                metric = policy.fisher(fixed, dict(zip(names, tangent, strict=True)))
                 cotangent = [weight * metric[name] for name in names]
                 return flat_gradient(phi, theta, cotangent, retain_graph=True).cpu()
 
@@ -329,8 +339,8 @@ class ImplicitProblem(QueryProblem):
             if not found:
                 found = self.adapter.adapt(start, slow, step_sizes, [support], order=0)
             theta = {name: p.detach().requires_grad_() for name, p in found[-1].items()}
-            dist = self.adapter.distribution(theta, slow, query)
-            loss = self.objective.outer_loss(self.adapter.policy, dist, query).sum()
+            dist = self.adapter.output(theta, slow, query)
+            loss = self.objective.outer_loss(self.adapter.model, dist, query).sum()
             b = rows(torch.autograd.grad(loss, list(theta.values())))
             inner = self.adapter.inner_loss(theta, slow, support).sum()
             slope = torch.autograd.grad(inner, list(theta.values()), create_graph=True)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from metarl.learning.encoders import NATURE, Encoder, NatureCNN, channels_first
-from metarl.learning.policies import CLIP, MLPPolicy, Params
+from metarl.learning.networks import Params
+from metarl.learning.policies import CLIP, MLPPolicy
 
 
 class Pixels(nn.Module):

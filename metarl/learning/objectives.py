@@ -1,4 +1,4 @@
-"""Losses of a batch of samples, one number a task; and the batch itself.
+"""Losses of samples, one number a task; and `Batch`, the samples of policies.
 
 A loss is minimized. A task's loss is the weighted sum over its samples with weights that sum to 1
 over the valid ones: a mean over valid steps, never over tasks.
@@ -7,19 +7,21 @@ over the valid ones: a mean over valid steps, never over tasks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metarl.learning.policies import Dist, MLPPolicy
+from metarl.learning.networks import Dist
+from metarl.learning.policies import MLPPolicy
+from metarl.learning.samples import Examples, Samples
 from metarl.learning.trajectories import Rollout
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Samples of T tasks as learning sees them: N = episodes x horizon samples, time order kept."""
+class Batch(Samples):
+    """What policies sampled: N = episodes x horizon samples, time order kept."""
 
     observation: Tensor
     """[T, N, observation_dim]"""
@@ -39,31 +41,9 @@ class Batch:
     context: Tensor | None = None
     """[T, context_dim]; what the policy was told of its task, where it was told."""
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """Return the batch with a function applied to every tensor."""
-        new = {f.name: _map(function, getattr(self, f.name)) for f in fields(self)}
-        return Batch(**new)
-
     def select(self, samples: Tensor) -> Batch:
-        """Return some of the samples of every task, weights summing to 1 again.
-
-        Args:
-            samples: indices of single samples, whose order in time is lost, [N'] for all tasks
-                alike or [T, N'] for each; or those of whole episodes, [T, episodes', horizon].
-        """
         episodes = samples.shape[1] if samples.ndim == 3 else 0
-        each = samples.flatten(1) if samples.ndim > 1 else samples.expand(len(self.weight), -1)
-        task = torch.arange(len(each), device=each.device).unsqueeze(1)
-        part = replace(self, context=None).map(lambda x: x[task, each])
-        total = part.weight.sum(dim=1, keepdim=True)
-        weight = part.weight / total.clamp(min=torch.finfo(total.dtype).tiny)
-        return replace(part, weight=weight, context=self.context, episodes=episodes)
-
-
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: function(x) for name, x in value.items()}
-    return function(value) if isinstance(value, Tensor) else value
+        return replace(super().select(samples), episodes=episodes)
 
 
 def make_batch(policy: MLPPolicy, rollout: Rollout, advantage: Tensor) -> Batch:
@@ -84,8 +64,8 @@ def make_batch(policy: MLPPolicy, rollout: Rollout, advantage: Tensor) -> Batch:
     )
 
 
-Loss = Callable[[MLPPolicy, Dist, Batch], Tensor]
-"""(policy, distribution at the batch's observations, batch) -> [T]"""
+Loss = Callable[[Any, Dist, Any], Tensor]
+"""(model, its output for the samples, samples) -> [T]"""
 
 
 def log_likelihood(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
@@ -144,7 +124,7 @@ def dice(policy: MLPPolicy, dist: Dist, batch: Batch, *, decay: float = 1.0) -> 
     return -(batch.weight * batch.advantage * box.flatten(1)).sum(dim=1)
 
 
-def log_ratio(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
+def log_ratio(policy: Any, dist: Dist, batch: Any) -> Tensor:
     """Log-likelihood ratio of all of a task's valid actions to the policy that drew them, [T].
 
     It is 0 there, and its gradient is the score of the task's samples.
@@ -153,6 +133,31 @@ def log_ratio(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
     return torch.where(batch.weight > 0, ratio, 0.0).sum(dim=1)
 
 
-def mean_kl(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
-    """KL from the policy that drew the samples, E[KL(old || new)], [T]."""
-    return (batch.weight * policy.kl(batch.old, dist)).sum(dim=1)
+def mean_kl(model: Any, output: Dist, samples: Samples) -> Tensor:
+    """KL from the policy that drew the samples, E[KL(old || new)], [T].
+
+    It is 0 for examples of a data set, which no model drew.
+    """
+    if not isinstance(samples, Batch):
+        return torch.zeros_like(samples.weight[:, 0])
+    return (samples.weight * model.kl(samples.old, output)).sum(dim=1)
+
+
+def squared_error(model: Any, output: Dist, examples: Examples) -> Tensor:
+    """Mean squared error, summed over the target's components, [T]."""
+    error = (output["prediction"] - examples.targets).square().sum(dim=-1)
+    return (examples.weight * error).sum(dim=1)
+
+
+def cross_entropy(model: Any, output: Dist, examples: Examples) -> Tensor:
+    """Mean of -log p(class), [T], the softmax over the classes that a task has."""
+    log = output["logits"].log_softmax(dim=-1)
+    picked = log.gather(-1, examples.targets.unsqueeze(-1)).squeeze(-1)
+    # Examples that only fill rows are of a class that their task lacks.
+    return -torch.where(examples.weight > 0, examples.weight * picked, 0.0).sum(dim=1)
+
+
+def accuracy(model: Any, output: Dist, examples: Examples) -> Tensor:
+    """Share of the examples whose class has the largest logit, [T]."""
+    right = output["logits"].argmax(dim=-1) == examples.targets
+    return (examples.weight * right).sum(dim=1)

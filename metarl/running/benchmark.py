@@ -26,12 +26,14 @@ from gymnasium.vector import AutoresetMode
 
 from metarl.envs import MujocoFamily
 from metarl.envs.errors import UserError
+from metarl.learning.networks import Params, stack
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
-from metarl.learning.policies import MLPPolicy, Params, stack
+from metarl.learning.policies import MLPPolicy
 from metarl.learning.ranks import ALONE, Ranks
 from metarl.learning.trajectories import Rollout
 from metarl.running.checkpoints import machine, versions
 from metarl.running.config import Config, available_threads
+from metarl.running.sources import Environments
 from metarl.running.trainer import Trainer
 from metarl.sampling.rollouts import Address
 from metarl.sampling.spaces import env_action
@@ -48,6 +50,7 @@ def benchmark(config: Config, repeats: int = 3, ranks: Ranks = ALONE) -> dict[st
         raise UserError(f"repeats must be at least 1, got {repeats}")
     rows: list[dict[str, Any]] = []
     with ranks.agreeing(), Trainer(config, ranks) as trainer:
+        family = _environments(trainer).family
         trainer.iterate()
         for _ in range(repeats):
             seen: list[Rollout] = []
@@ -63,7 +66,7 @@ def benchmark(config: Config, repeats: int = 3, ranks: Ranks = ALONE) -> dict[st
             )
             rows.append(row)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    native = isinstance(trainer.family, MujocoFamily)
+    native = isinstance(family, MujocoFamily)
 
     def median(values: list[float]) -> float:
         return statistics.median(values)
@@ -75,7 +78,7 @@ def benchmark(config: Config, repeats: int = 3, ranks: Ranks = ALONE) -> dict[st
     collect, train = rate("seconds_rollout"), rate("seconds_iteration")
     phases = sorted({key for row in rows for key in row if key.startswith("seconds_")})
     # After the trainer's own workers have ended.
-    alone = ranks.size == 1 and not trainer.family.parallel
+    alone = ranks.size == 1 and not family.parallel
     processes = _compare_processes(trainer, repeats) if alone else None
     result: dict[str, Any] = {
         "machine": machine(),
@@ -87,7 +90,7 @@ def benchmark(config: Config, repeats: int = 3, ranks: Ranks = ALONE) -> dict[st
         "algorithm": config.algorithm,
         "tasks": config.tasks,
         "episodes": config.episodes,
-        "horizon": trainer.family.horizon,
+        "horizon": family.horizon,
         "hidden": list(config.policy.hidden),
         "fisher_fraction": config.trust_region.fisher_fraction,
         "repeats": repeats,
@@ -114,9 +117,18 @@ def benchmark(config: Config, repeats: int = 3, ranks: Ranks = ALONE) -> dict[st
     return result
 
 
+def _environments(trainer: Trainer) -> Environments:
+    if not isinstance(trainer.source, Environments):
+        raise UserError(
+            f"{trainer.config.family} has supervised tasks, and this needs environments"
+        )
+    return trainer.source
+
+
 def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
     """Return rates at 40 environments, policy included, and their ratios; medians."""
-    family, policy, config = trainer.family, trainer.policy, trainer.config
+    source, config = _environments(trainer), trainer.config
+    family, policy = source.family, source.model
     count, episodes = 8, 5
     tasks, address = family.tasks.grid(count), Address(config.seed)
     adapter = trainer.inner_loop.adapter

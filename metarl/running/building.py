@@ -14,12 +14,16 @@ from torch import Tensor
 
 from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
+from metarl.envs.family import Family
 from metarl.envs.gymnasium_family import is_image
+from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.adaptation import Adapter
 from metarl.learning.algorithms import Algorithm
-from metarl.learning.encoders import ENCODERS, make_encoder
+from metarl.learning.encoders import ENCODERS, FourBlocks, make_encoder
+from metarl.learning.networks import Model
 from metarl.learning.objectives import dice
 from metarl.learning.policies import CategoricalMLP, GaussianMLP, MLPPolicy
+from metarl.learning.predictors import Classifier, Predictor, Regressor
 from metarl.running.config import Config, PolicyConfig
 from metarl.sampling.spaces import categories
 
@@ -29,20 +33,20 @@ def context_dim(row: Algorithm, config: Config, task_dim: int) -> int:
     return config.policy.context if row.fast == "context" else task_dim if row.observes_task else 0
 
 
-def scaled_tasks(family: TaskFamily, tasks: NDArray) -> Tensor:
+def scaled_tasks(family: Family, tasks: NDArray) -> Tensor:
     """Return tasks [T, task_dim] with their training bounds mapped onto [-1, 1], float32."""
     low, high = family.tasks.bounds()
     scaled = (2.0 * tasks - low - high) / np.where(high > low, high - low, 1.0)
     return torch.from_numpy(scaled.astype(np.float32))
 
 
-def make_adapter(row: Algorithm, config: Config, policy: MLPPolicy) -> Adapter:
+def make_adapter(row: Algorithm, config: Config, model: Model) -> Adapter:
     """Return what adapts in a config's algorithm, and how."""
-    loss = row.inner_loss
+    loss = model.loss if isinstance(model, Predictor) else row.inner_loss
     if loss is dice:
         loss = partial(dice, decay=config.inner.dice_decay)
     return Adapter(
-        policy,
+        model,
         loss,
         config.inner.step_sizes,
         fast=row.fast,
@@ -101,6 +105,62 @@ def spaces_of(family: TaskFamily) -> tuple[gym.Space, gym.Space]:
     """Return the observation and the action space of a family's environments."""
     with contextlib.closing(family.make()) as env:
         return env.observation_space, env.action_space
+
+
+def row_for(row: Algorithm, family: Family) -> Algorithm:
+    """Return an algorithm's row as a family's tasks take it: supervised ones by Adam.
+
+    Raises:
+        UserError: it needs a policy, and the tasks are supervised ones; or classes.
+    """
+    if not isinstance(family, SupervisedFamily):
+        if row.head != "meta":
+            raise UserError(f"{row.name} is for few-shot classification; {family.name} has none")
+        return row
+    if row.needs_policy:
+        raise UserError(
+            f"{row.name} needs a policy, for {row.needs_policy}; the tasks of {family.name} are"
+            " supervised ones: take maml-trpo, say"
+        )
+    classes = family.kind == "classification"
+    if row.head != "meta" and not classes:
+        raise UserError(f"{row.name} is for few-shot classification; {family.name} is regression")
+    if row.observes_task and classes:
+        raise UserError(f"{row.name} is told its task; of classes there is nothing to be told")
+    return row.with_adam()
+
+
+def model_for(row: Algorithm, config: Config, family: Family) -> Model:
+    """Return a config's network for a family's tasks."""
+    if isinstance(family, SupervisedFamily):
+        return predictor_for(row, config, family)
+    assert isinstance(family, TaskFamily)
+    return policy_for(row, config, family)
+
+
+def predictor_for(row: Algorithm, config: Config, family: SupervisedFamily) -> Predictor:
+    """Return a config's network for a family of supervised tasks."""
+    chosen, shape = config.policy, family.input_shape
+    network = chosen.network
+    if network == "auto":
+        network = "mlp" if len(shape) == 1 else "conv4"
+    if network not in ("mlp", "conv4") or (network == "conv4" and len(shape) == 1):
+        raise UserError(
+            f"policy.network {network} does not read inputs of {list(shape)}: take mlp, or conv4"
+            " for images"
+        )
+    common: dict[str, Any] = {
+        "inputs": shape,
+        "outputs": family.outputs,
+        "context_dim": context_dim(row, config, family.tasks.dim),
+        "encoder": FourBlocks(shape, chosen.filters) if network == "conv4" else None,
+        "hidden": chosen.hidden,
+        "activation": chosen.activation,
+        "output_scale": chosen.output_scale,
+    }
+    if family.kind == "classification":
+        return Classifier(head=row.head, **common)
+    return Regressor(**common)
 
 
 def policy_for(row: Algorithm, config: Config, family: TaskFamily) -> MLPPolicy:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from metarl.envs.errors import UserError
+from metarl.envs.family import Family
+from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.algorithms import Algorithm
 from metarl.learning.objectives import dice, log_likelihood
 from metarl.running.config import Config
@@ -13,8 +15,10 @@ from metarl.running.presets import resolve
 _ADAM = ("adam", "clipped")
 
 
-def check_combination(row: Algorithm, config: Config) -> None:
+def check_combination(row: Algorithm, config: Config, family: Family) -> None:
     """Raise UserError where options do not go together, or have no effect."""
+    if isinstance(family, SupervisedFamily):
+        _check_supervised(row, config, family)
     base = resolve(config.preset, config.family, config.algorithm)
     name, inner, meta = row.name, config.inner, config.meta
     for section in ("adam", "trust_region"):
@@ -28,7 +32,8 @@ def check_combination(row: Algorithm, config: Config) -> None:
             raise UserError(
                 "adam.minibatches must be 1 with meta.credit, which is the whole batch's"
             )
-    if inner.updates > 1 and row.inner_loss in (log_likelihood, dice):
+    own_loss = isinstance(family, SupervisedFamily)
+    if not own_loss and inner.updates > 1 and row.inner_loss in (log_likelihood, dice):
         raise UserError(
             f"inner.updates is {inner.updates}, but {name} takes one step on each batch: its inner"
             " loss is no likelihood ratio and has no lower bound on a fixed sample"
@@ -53,6 +58,27 @@ def check_combination(row: Algorithm, config: Config) -> None:
         raise UserError(f"policy.context has no effect with {name}")
     if row.defaults.get("inner", {}).get("steps") == 0 and inner.steps:
         raise UserError(f"{name} does not adapt in training: inner.steps must be 0")
+
+
+_OF_POLICIES = (
+    "episodes", "policy.initial_std", "policy.min_std", "policy.action", "policy.normalize",
+    "inner.kl", "inner.dice_decay", "meta.credit", "meta.inner_kl", "advantage",
+    "adam.clip", "adam.max_kl", "adam.minibatches",
+)  # fmt: skip
+"""Options without effect on supervised tasks."""
+
+
+def _check_supervised(row: Algorithm, config: Config, family: SupervisedFamily) -> None:
+    base = resolve(config.preset, config.family, config.algorithm)
+    for key in _OF_POLICIES:
+        section, _, name = key.rpartition(".")
+        ours, usual = (getattr(c, section) if section else c for c in (config, base))
+        if getattr(ours, name) != getattr(usual, name):
+            raise UserError(f"{key} has no effect on the supervised tasks of {family.name}")
+    if row.head != "meta" and not config.inner.steps:
+        raise UserError(
+            f"{row.name} needs inner.steps of at least 1: its last layer is the support's"
+        )
 
 
 def check_device(device: str) -> None:

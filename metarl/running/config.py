@@ -15,12 +15,12 @@ from metarl.envs.errors import UserError
 from metarl.envs.family import did_you_mean
 from metarl.learning.advantages import AdvantageConfig
 from metarl.learning.first_order import AdamConfig
-from metarl.learning.policies import Activation
+from metarl.learning.networks import Activation
 from metarl.learning.ranks import local_ranks
 from metarl.learning.trust_region import TrustRegionConfig
 from metarl.sampling.spaces import ActionMode
 
-Network = Literal["auto", "mlp", "nature", "impala"]
+Network = Literal["auto", "mlp", "nature", "impala", "conv4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,10 @@ class PolicyConfig:
     network: Network = "auto"
     """What reads observations: of images (uint8) a convolutional network goes before the MLP, the
     Nature CNN or a small IMPALA network; auto: none for vectors, nature for images of 36 pixels
-    or more each way, impala for smaller ones."""
+    or more each way, impala for smaller ones. In few-shot classification conv4, the four blocks of
+    the papers, or mlp."""
+    filters: int = 64
+    """Filters of each block of conv4."""
 
     hidden: tuple[int, ...] = (64, 64)
     """Sizes of the hidden layers."""
@@ -53,6 +56,8 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.hidden):
             raise UserError(f"policy.hidden sizes must be at least 1, got {self.hidden}")
+        if self.filters < 1:
+            raise UserError(f"policy.filters must be at least 1, got {self.filters}")
         if self.context < 1:
             raise UserError(f"policy.context must be at least 1, got {self.context}")
         for name in ("initial_std", "min_std", "output_scale"):

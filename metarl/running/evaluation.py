@@ -12,16 +12,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
+from metarl.envs.few_shot import FewShotFamily
+from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.inner_loop import NonFiniteError
+from metarl.learning.networks import Params
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
-from metarl.learning.policies import MLPPolicy, Params
+from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
 from metarl.running import stable_baselines
 from metarl.running.config import Config, available_threads
@@ -29,7 +32,7 @@ from metarl.running.loading import load
 from metarl.running.memory import check_memory, need
 from metarl.running.meta_policy import MetaPolicy, random_meta_policy
 from metarl.running.presets import reference_step_sizes
-from metarl.running.results import Curve, EvaluationResult
+from metarl.running.results import RETURN, Curve, EvaluationResult, Measure
 from metarl.running.runs import but_seed, group_name
 from metarl.running.scratch import (
     LEARNING_RATE,
@@ -40,6 +43,7 @@ from metarl.running.scratch import (
     train_from_scratch,
 )
 from metarl.running.statistics import Floats
+from metarl.running.supervised_evaluation import SupervisedProtocol
 from metarl.sampling.rollouts import Address
 from metarl.sampling.spaces import ActionMode
 from metarl.sampling.workers import AnyCollector, make_collector
@@ -47,6 +51,9 @@ from metarl.sampling.workers import AnyCollector, make_collector
 What = MetaPolicy | str | Path
 Sizes = Sequence[float] | Callable[[MetaPolicy], Sequence[float]] | None
 """Of the inner steps: given, or by policy; none takes the policy's own."""
+
+EPISODES = 20
+"""A task, unless others are asked for."""
 
 PATHS = 6
 """Tasks whose paths are kept."""
@@ -107,6 +114,11 @@ class _Protocol:
     collectors: dict[tuple[MLPPolicy, ActionMode], AnyCollector] = field(default_factory=dict)
     """By what they are made for: policies of one kind share the environments."""
 
+    @property
+    def measure(self) -> Measure:
+        """What is measured."""
+        return RETURN
+
     def close(self) -> None:
         """Close the environments."""
         for collector in self.collectors.values():
@@ -159,26 +171,10 @@ class _Protocol:
             np.mean(success, axis=0) if self.family.tells_success else None,
         )
 
-    def tuned(self, members: Sequence[MetaPolicy]) -> dict[float, float]:
-        """Return the return after one step, mean of tasks and seeds, by the factor of its size.
-
-        None are tried where the policy learned its sizes, or takes no step. A factor whose step is
-        not finite has minus infinity.
-        """
-        row = members[0].algorithm
-        if row.learned_steps != "no" or row.observes_task:
-            return {}
-        returns = {}
-        for factor in FACTORS:
-            try:
-                returns[factor] = self.curve(members, _scaled(factor)).returns[1]
-            except NonFiniteError:
-                returns[factor] = -math.inf
-        return returns
-
-    def scratch(self, config: Config, learning_rate: float) -> dict[str, Curve]:
+    def scratch(self, like: MetaPolicy, learning_rate: float) -> dict[str, Curve]:
         """Return what training from scratch earns, ours and, where it is installed, PPO of
         stable-baselines3, by name."""
+        config = like.config
         policy = scratch_policy(config, self.family)
         seed, updates = self.address.seed, TIMES * self.steps
         trainer = ScratchTrainer(policy, len(self.goals), seed, learning_rate)
@@ -195,6 +191,17 @@ class _Protocol:
             )  # fmt: skip
             found |= curves(", SB3 PPO", returns, self.steps, seed)
         return found
+
+    def setting(self) -> dict[str, Any]:
+        """Return what gives the returns their meaning, plain JSON values."""
+        setting: dict[str, Any] = {
+            "horizon": self.family.horizon,
+            "achieved_by": dict(self.family.achieved),
+            "episodes": self.episodes,
+        }
+        if (best := self.family.optimal_return(self.goals)) is not None:
+            setting["optimal_returns"] = best.tolist()
+        return setting
 
     def _rollouts(
         self, policy: MetaPolicy, sizes: Sequence[float] | None, adapts: bool
@@ -228,6 +235,27 @@ class _Protocol:
                 for k, fast in enumerate(iterates)
             ]
         return loop.adapter.mean_step_sizes(meta, self.steps) if adapts else [], rollouts
+
+
+_AnyProtocol = _Protocol | SupervisedProtocol
+
+
+def _tuned(protocol: _AnyProtocol, members: Sequence[MetaPolicy]) -> dict[float, float]:
+    """Return the measure after one step, mean of tasks and seeds, by the factor of its size.
+
+    None are tried where the policy learned its sizes, or takes no step. A factor whose step is not
+    finite has the worst, minus or plus infinity.
+    """
+    row = members[0].algorithm
+    if row.learned_steps != "no" or row.observes_task:
+        return {}
+    returns = {}
+    for factor in FACTORS:
+        try:
+            returns[factor] = protocol.curve(members, _scaled(factor)).returns[1]
+        except NonFiniteError:
+            returns[factor] = -math.inf * protocol.measure.sign
+    return returns
 
 
 def _scaled(factor: float) -> Callable[[MetaPolicy], Sequence[float]]:
@@ -274,7 +302,7 @@ def evaluate(
     meta_policy: What | Sequence[What],
     *,
     tasks: int = 40,
-    episodes: int = 20,
+    episodes: int = EPISODES,
     steps: int = 3,
     seed: int = 0,
     step_sizes: Sequence[float] | None = None,
@@ -335,7 +363,10 @@ def evaluate(
     for size in (*(step_sizes or ()), *(random_step_sizes or ()), *(pretrained_step_sizes or ())):
         if not (math.isfinite(size) and size > 0.0):
             raise UserError(f"step sizes must be positive, got {size}")
-    family, config = first.family, first.config
+    family, config = first.source, first.config
+    if isinstance(family, SupervisedFamily) and (deterministic or episodes != EPISODES):
+        key = "deterministic" if deterministic else "episodes"
+        raise UserError(f"{key} has no effect on the supervised tasks of {family.name}")
     others = {key: _members(other, key) for key, other in (references or {}).items()}
     for key, reference in others.items():
         same = (reference[0].config.family, dict(reference[0].config.family_options))
@@ -353,6 +384,8 @@ def evaluate(
     def tasks_of(part: Literal["test", "validation"]) -> tuple[Address, Floats]:
         address = Address(seed, split=part)
         if part == "validation":
+            if isinstance(family, FewShotFamily):
+                return address, family.tasks.sample(address.tasks(), tasks, part)
             return address, family.tasks.sample(address.tasks(), tasks)
         if drawn:
             return address, family.tasks.sample(address.tasks(), tasks, "test")
@@ -363,20 +396,23 @@ def evaluate(
     def sizes_of(key: str, group: Sequence[MetaPolicy], given: Sizes, usual: Sizes) -> Sizes:
         if given or not tune_step_sizes or not steps:
             return given or usual or None
-        tried[key] = choosing.tuned(group)
+        tried[key] = _tuned(choosing, group)
         if not tried[key]:
             return None
-        best = max(tried[key], key=tried[key].__getitem__)
-        return _scaled(best)
+        sign = choosing.measure.sign
+        return _scaled(max(tried[key], key=lambda factor: sign * tried[key][factor]))
 
     address, goals = tasks_of(split)
     given = {"random": random_step_sizes, "pretrained": pretrained_step_sizes}
     with one_intraop_thread(), ChunkPool(threads or available_threads()) as pool:
-        protocol = _Protocol(family, goals, episodes, steps, address, deterministic, pool, workers)
-        choosing = protocol
-        if tune_step_sizes:
-            where, others_goals = tasks_of("validation")
-            choosing = _Protocol(family, others_goals, episodes, 1, where, False, pool, workers)
+
+        def made(address: Address, goals: Floats, steps: int, mode: bool) -> _AnyProtocol:
+            if isinstance(family, SupervisedFamily):
+                return SupervisedProtocol(family, goals, steps, address, pool)
+            return _Protocol(first.family, goals, episodes, steps, address, mode, pool, workers)
+
+        protocol = made(address, goals, steps, deterministic)
+        choosing = made(*tasks_of("validation"), 1, False) if tune_step_sizes else protocol
         try:
             own = protocol.curve(members, sizes_of(name, members, step_sizes, None))
             results = {}
@@ -390,7 +426,9 @@ def evaluate(
                 curve = protocol.curve(start, sizes_of("random", start, random_step_sizes, usual))
                 results["random"] = dataclasses.replace(curve, algorithm="random")
             if from_scratch and steps:
-                results |= protocol.scratch(config, scratch_learning_rate)
+                results |= protocol.scratch(first, scratch_learning_rate)
+            if isinstance(protocol, SupervisedProtocol):
+                results |= protocol.nearest_prototype()
         except NonFiniteError as error:
             raise UserError(f"{family.name}: {error}") from error
         finally:
@@ -401,12 +439,10 @@ def evaluate(
         "family": config.family,
         "family_options": dict(config.family_options),
         "preset": config.preset,
-        "horizon": family.horizon,
         "components": list(family.tasks.names),
-        "achieved_by": dict(family.achieved),
         "units": dict(family.units),
         "tasks": goals.tolist(),
-        "episodes": episodes,
+        **protocol.setting(),
         "seed": seed,
         "split": split,
         "drawn": drawn,
@@ -417,6 +453,4 @@ def evaluate(
             for key, returns in tried.items()
         },
     }
-    if (best := family.optimal_return(goals)) is not None:
-        setting["optimal_returns"] = best.tolist()
     return EvaluationResult(own, results, setting, name)

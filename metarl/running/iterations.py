@@ -27,10 +27,13 @@ from metarl.learning.meta_gradients import (
     annealed_weights,
     cosine,
 )
-from metarl.learning.objectives import Batch, Loss, clipped_ratio, likelihood_ratio
+from metarl.learning.networks import Params
+from metarl.learning.objectives import Loss, clipped_ratio, likelihood_ratio
 from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import GaussianMLP, MLPPolicy, Params
+from metarl.learning.policies import GaussianMLP, MLPPolicy
+from metarl.learning.predictors import Predictor
 from metarl.learning.ranks import ALONE, CHUNK, Ranks, device_of
+from metarl.learning.samples import Samples
 from metarl.learning.trajectories import Rollout
 from metarl.learning.trust_region import TrustRegion
 from metarl.running.config import Config
@@ -115,17 +118,17 @@ def make_problem(
         adapter: how tasks adapt.
         pool: threads to share the work.
     """
+    batches = adapted.batches
     common: dict[str, Any] = {
-        # A GPU takes all tasks at once; a processor's cache a few.
-        "chunk": CHUNK if config.device == "cpu" else config.tasks,
+        "chunk": chunk_size(adapter, config, batches),
         "device": device_of(config.device),
         "sampled_with": params,
         "iterates": adapted.iterates[1:],
     }
-    batches = adapted.batches
     if row.gradient == "displacement":
         return DisplacementProblem(adapter, batches, pool, **common)
-    outer_loss: Loss = likelihood_ratio
+    model = adapter.model
+    outer_loss: Loss = model.loss if isinstance(model, Predictor) else likelihood_ratio
     if row.outer == "clipped":
         outer_loss = partial(clipped_ratio, clip=config.adam.clip)
     if row.gradient == "implicit":
@@ -152,8 +155,29 @@ def make_problem(
     )
 
 
+_CACHED = 1 << 18  # activations, 1 MB of them
+
+
+def chunk_size(adapter: Adapter, config: Config, batches: Sequence[Samples]) -> int:
+    """Return how many tasks are differentiated together.
+
+    A GPU takes all tasks at once; a processor's cache a few of those that policies sample, and of
+    small data sets so many that calls do not cost more than numbers.
+    """
+    if config.device != "cpu":
+        return config.tasks
+    if not isinstance(adapter.model, Predictor):
+        return CHUNK
+    each = max(batch.weight.shape[1] for batch in batches) * adapter.model.activations
+    return min(max(_CACHED // each, 1), config.tasks)
+
+
 def fisher_samples(
-    row: Algorithm, config: Config, iteration: int, batches: Sequence[Batch], ranks: Ranks = ALONE
+    row: Algorithm,
+    config: Config,
+    iteration: int,
+    batches: Sequence[Samples],
+    ranks: Ranks = ALONE,
 ) -> list[Tensor | None]:
     """Return for each batch the samples that Fisher products use, as `Batch.select` takes them.
 
@@ -189,7 +213,7 @@ def fisher_samples(
     return chosen
 
 
-def minibatches(config: Config, iteration: int, batches: Sequence[Batch]) -> list[Tensor]:
+def minibatches(config: Config, iteration: int, batches: Sequence[Samples]) -> list[Tensor]:
     """Return the samples of each minibatch; none where there is but one."""
     if config.adam.minibatches == 1:
         return []

@@ -106,10 +106,10 @@ def load(what: str | Path) -> MetaPolicy:
     provenance: dict[str, Any] = {k: checkpoints.count_of(path, metadata, k) for k in counts}
     if "versions" in metadata:
         provenance["versions"] = metadata["versions"]
-    if "layer0.weight" not in params:
+    if not any(name.endswith(".weight") for name in params):
         raise CheckpointError(f"{path} holds no policy")
     meta = MetaPolicy(params, config, provenance)
-    shapes = make_adapter(meta.algorithm, config, meta.policy).shapes()
+    shapes = make_adapter(meta.algorithm, config, meta.model).shapes()
     return dataclasses.replace(meta, params=checkpoints.in_shapes(path, params, shapes))
 
 

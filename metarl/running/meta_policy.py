@@ -12,20 +12,26 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from metarl.envs import TaskFamily, make_family
+from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
+from metarl.envs.family import Family, find_family
+from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.adaptation import FACTOR
 from metarl.learning.algorithms import Algorithm, find_algorithm
 from metarl.learning.inner_loop import InnerLoop
+from metarl.learning.networks import Model, Params
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
-from metarl.learning.policies import MLPPolicy, Params
+from metarl.learning.policies import MLPPolicy
+from metarl.learning.predictors import Predictor
 from metarl.running import checkpoints
+from metarl.running.adapted_predictor import AdaptedPredictor, as_examples
 from metarl.running.building import (
     context_dim,
     make_adapter,
     make_policy,
+    model_for,
     policy_for,
     scaled_tasks,
 )
@@ -52,9 +58,29 @@ class MetaPolicy:
         return find_algorithm(self.config.algorithm)
 
     @cached_property
+    def source(self) -> Family:
+        """The family it was trained on, of environments or of supervised tasks."""
+        return find_family(self.config.family, **self.config.family_options)
+
+    @property
     def family(self) -> TaskFamily:
-        """The family it was trained on."""
-        return make_family(self.config.family, **self.config.family_options)
+        """The family of environments it was trained on.
+
+        Raises:
+            UserError: it was trained on supervised tasks.
+        """
+        if not isinstance(self.source, TaskFamily):
+            raise UserError(
+                f"{self.config.family} has supervised tasks, and this needs environments"
+            )
+        return self.source
+
+    @cached_property
+    def model(self) -> Model:
+        """What adapts: the policy, or the predictor of supervised tasks."""
+        if isinstance(self.source, SupervisedFamily):
+            return model_for(self.algorithm, self.config, self.source)
+        return self.policy
 
     @cached_property
     def policy(self) -> MLPPolicy:
@@ -77,7 +103,7 @@ class MetaPolicy:
         those of training.
         """
         given = tuple(step_sizes or self.config.inner.test_step_sizes)
-        adapter = make_adapter(self.algorithm, self.config, self.policy)
+        adapter = make_adapter(self.algorithm, self.config, self.model)
         params = dict(self.params)
         if given:
             adapter = dataclasses.replace(adapter, step_sizes=given, learned="no", fitted=False)
@@ -94,7 +120,7 @@ class MetaPolicy:
         """Return what the policy observes of tasks [T, task_dim], as an entry of its parameters."""
         if not self.algorithm.observes_task:
             return {}
-        return {"context": scaled_tasks(self.family, tasks)}
+        return {"context": scaled_tasks(self.source, tasks)}
 
     def adapt(
         self,
@@ -164,6 +190,42 @@ class MetaPolicy:
         provenance = {"task": task, "steps": steps, "episodes": episodes, "seed": seed}
         return Policy(self.policy, params, space, self.family.horizon, self.config, provenance)
 
+    def adapt_to(
+        self,
+        inputs: ArrayLike,
+        targets: ArrayLike,
+        *,
+        steps: int = 1,
+        step_sizes: Sequence[float] | None = None,
+    ) -> AdaptedPredictor:
+        """Adapt to one supervised task by its examples.
+
+        Args:
+            inputs: [n, *shape]; bytes are scaled to [0, 1].
+            targets: [n, size] or [n] to regress on, or [n] class numbers from 0.
+            steps: inner steps, each on all examples.
+            step_sizes: one a step, the last repeated; by default those of evaluation.
+
+        Raises:
+            UserError: they do not fit the model, or it was trained on environments or by an oracle.
+        """
+        if not isinstance(self.model, Predictor):
+            raise UserError(f"{self.config.family} has environments: adapt to one of them")
+        if self.algorithm.observes_task:
+            raise UserError("an oracle is told its task and does not adapt")
+        if steps < 0:
+            raise UserError(f"steps must be at least 0, got {steps}")
+        support = as_examples(self.model, inputs, targets)
+        with one_intraop_thread(), ChunkPool(1) as pool:
+            loop, meta = self.inner_loop(pool, step_sizes)
+            adapted = loop.run(lambda params, k: support, meta, 1, steps=steps, query="none")
+            theta = adapted.iterates[-1]
+            if not steps:
+                theta = loop.start(theta, adapted.slow, support)
+        params = {**adapted.slow, **{name: p[0].clone() for name, p in theta.items()}}
+        provenance = {"steps": steps, "examples": support.weight.numel()}
+        return AdaptedPredictor(self.model, params, provenance)
+
     def adapter(
         self,
         action_space: gym.Space | None = None,
@@ -194,6 +256,6 @@ class MetaPolicy:
 
 def random_meta_policy(like: MetaPolicy, seed: int = 0) -> MetaPolicy:
     """Return the random initialization that a run with this seed starts from."""
-    adapter = make_adapter(like.algorithm, like.config, like.policy)
-    params = adapter.init(like.policy.init(stream(seed, 0, "init")))
+    adapter = make_adapter(like.algorithm, like.config, like.model)
+    params = adapter.init(like.model.init(stream(seed, 0, "init")))
     return dataclasses.replace(like, params=params, provenance={})

@@ -29,6 +29,8 @@ _TENSORBOARD = {
     "return_pre": "rollout/ep_rew_mean_pre",
     "return_post": "rollout/ep_rew_mean_post",
     "gain": "rollout/adaptation_gain",
+    "loss_pre": "rollout/loss_pre",
+    "loss_post": "rollout/loss_post",
     "diverged_episodes": "rollout/diverged_episodes",
     "kl": "train/approx_kl",
     "surrogate_before": "train/surrogate_before",
@@ -49,8 +51,14 @@ _TENSORBOARD = {
     "seconds_update": "time/seconds_update",
 }
 
-_NEEDED = ("iteration", "env_steps", "return_pre", "return_post", "seconds_iteration")
-"""Numbers that a row is drawn by, null where there is none."""
+_NEEDED = ("iteration", "env_steps", "seconds_iteration")
+"""Numbers that a row is drawn by, besides its measure before and after adaptation; null where there
+is none."""
+
+
+def measure_of(row: Mapping[str, Any]) -> str:
+    """Return what a row measures adaptation by: return, or loss."""
+    return "loss" if "loss_pre" in row else "return"
 
 
 def measured_time(name: str) -> bool:
@@ -92,14 +100,15 @@ class MetricsLog:
         if missing := [i for i in range(1, iteration + 1) if i not in there]:
             _log.warning("%s has no row of iteration %s", path, _ranges(missing))
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Record an iteration; numbers that are not finite are written as null.
+    def write(self, *rows: dict[str, Any]) -> None:
+        """Record iterations; numbers that are not finite are written as null.
 
         Raises:
-            OSError: it cannot be written; then no part of it is.
+            OSError: they cannot be written; then no part of them is.
         """
-        self._file.append(_line(row))
-        self._show(row)
+        self._file.append(b"".join(_line(row) for row in rows))
+        for row in rows:
+            self._show(row)
 
     def _show(self, row: dict[str, Any]) -> None:
         shown = {tag: row[name] for name, tag in _TENSORBOARD.items() if row.get(name) is not None}
@@ -290,7 +299,8 @@ def _check(row: Any) -> None:
     """Raise ValueError unless this can be a row."""
     if not isinstance(row, dict):
         raise ValueError("no JSON object")
-    for name in _NEEDED:
+    measure = measure_of(row)
+    for name in (*_NEEDED, f"{measure}_pre", f"{measure}_post"):
         value = row.get(name, "missing")
         if isinstance(value, bool | str | list | dict):
             raise ValueError(f"{name} is {value}")

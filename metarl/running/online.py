@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
 from metarl.learning.inner_loop import InnerLoop
+from metarl.learning.networks import Params, stack
 from metarl.learning.parallel import one_intraop_thread
-from metarl.learning.policies import Params, stack
+from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
 from metarl.running.config import Config
 from metarl.running.policy import Policy
@@ -68,7 +69,8 @@ class OnlineAdapter:
             config: of the training behind it.
             seed: of the actions.
         """
-        self._loop, self._network = loop, loop.adapter.policy
+        assert isinstance(loop.adapter.model, MLPPolicy)
+        self._loop, self._network = loop, loop.adapter.model
         self._space, self._horizon, self._config, self._seed = action_space, horizon, config, seed
         fast, self._slow, self._step_sizes = loop.adapter.split(params)
         self._start = self._fast = stack(fast, 1)
@@ -189,6 +191,6 @@ class OnlineAdapter:
             with torch.inference_mode():
                 seen = torch.from_numpy(memory.observation[:, e, :steps])
                 dist = policy.distribution(params, seen)
-                memory.output[0, e, :steps] = dist[policy.output][0].numpy()
+                memory.output[0, e, :steps] = dist[policy.parameter][0].numpy()
         detached = {name: p.detach() for name, p in params.items()}
         return memory.rollout(policy, detached, np.full((1, 0), np.nan))

@@ -14,7 +14,8 @@ from torch import nn
 
 from metarl.envs.errors import UserError
 from metarl.learning.modules import Bounded, Chosen, make_module
-from metarl.learning.policies import CategoricalMLP, MLPPolicy, Params
+from metarl.learning.networks import Params
+from metarl.learning.policies import CategoricalMLP, MLPPolicy
 from metarl.running import checkpoints
 from metarl.running.config import Config
 from metarl.sampling.episodes import episode

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metarl.envs.errors import UserError
-from metarl.envs.family import did_you_mean, option_defaults
+from metarl.envs.family import did_you_mean, option_defaults, training_values
 from metarl.learning.algorithms import Algorithm, find_algorithm
 from metarl.running.config import Config, config_keys
 
@@ -27,6 +27,8 @@ class Preset:
     """What differs at another scale."""
     halved_in_evaluation: bool = False
     """Evaluation takes a first step as in training, then half of it."""
+    supervised: bool = False
+    """Whether it is of supervised tasks, and not of policies."""
     references: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
     """Step sizes that reference algorithms are evaluated with, by family; there are none for a
     family that the paper does not have."""
@@ -96,6 +98,17 @@ PRESETS = {
         {"iterations": 500},
         scale="promp2019",
     ),
+    "reptile2018": Preset(
+        "Nichol et al. 2018, arXiv:1803.02999, and its code, on sinusoids: phases of up to 2 pi",
+        {
+            "iterations": 30000,
+            "policy.hidden": (64, 64),
+            "policy.activation": "tanh",
+            "inner.steps": 5,
+            "inner.step_sizes": (0.02,),
+        },
+        supervised=True,
+    ),
     "pearl2019": Preset(
         "tasks of Rakelly et al. 2019, arXiv:1903.08254; hyper-parameters of promp2019",
         {"iterations": 500},
@@ -125,8 +138,11 @@ def resolve(
 ) -> Config:
     """Return the config of a run: the preset's values, the algorithm's, and those given.
 
-    Each goes before those named earlier. What is derived from other values follows from the
-    outcome, unless it is given too: the step sizes of evaluation, iMAML's proximal strength.
+    Each goes before those named earlier. A family of supervised tasks has values of its own: the
+    preset goes before the general ones, and those for the algorithm go before the algorithm's.
+
+    What is derived from other values follows from the outcome, unless it is given too: the step
+    sizes of evaluation, iMAML's proximal strength.
     A family that has a `scale` is made at the preset's, unless its options say otherwise.
 
     Args:
@@ -143,19 +159,25 @@ def resolve(
     config = dataclasses.replace(_preset_values(preset, family, options), algorithm=algorithm)
     for section, values in row.defaults.items():
         config = _replaced(config, {f"{section}.{key}": value for key, value in values.items()})
+    config = _replaced(config, training_values(family).get(algorithm, {}))
     config = _replaced(config, said)
     return _replaced(config, _derived(config, row, said))
 
 
 def _preset_values(name: str | None, family: str, given: Mapping[str, Any]) -> Config:
+    usual = {k: v for k, v in training_values(family).items() if not isinstance(v, Mapping)}
     if name is None:
-        return Config(family=family, family_options=given)
+        return _replaced(Config(family=family, family_options=given), usual)
     preset = find_preset(name)
+    if preset.supervised != bool(usual):
+        kind = "supervised tasks" if preset.supervised else "reinforcement learning"
+        raise UserError(f"preset {name} is for {kind}, which {family} is not: leave it out")
     options = {"scale": preset.scale} if "scale" in option_defaults(family) else {}
     options |= given
     config = Config(family=family, preset=name, family_options=options)
     at_scale = preset.scales.get(str(options.get("scale")), {})
-    return _replaced(config, {**preset.values, **at_scale, **preset.families.get(family, {})})
+    own = {**preset.values, **at_scale, **preset.families.get(family, {})}
+    return _replaced(_replaced(config, usual), own)
 
 
 def _replaced(config: Config, values: Mapping[str, Any]) -> Config:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -18,6 +19,9 @@ from typing import Any
 from metarl.running.config import Config
 from metarl.running.metrics import MetricsLog
 from metarl.running.runs import State, save_checkpoint
+
+SAVE_SECONDS = 5.0
+"""Between checkpoints of a run on a data set: an iteration takes less time than to write it."""
 
 _log = logging.getLogger(__name__)
 
@@ -30,12 +34,21 @@ class Recorder:
         config: of the run.
         state: that it goes on from; metrics of later iterations are forgotten.
         check: raises where the folder is no longer at its place.
+        between: seconds that pass between two checkpoints, but for those that are kept.
     """
 
     def __init__(
-        self, folder: Path, config: Config, state: State, check: Callable[[], None]
+        self,
+        folder: Path,
+        config: Config,
+        state: State,
+        check: Callable[[], None],
+        between: float = 0.0,
     ) -> None:
         self._folder, self._config, self._check = folder, config, check
+        self._between, self._saved = between, time.monotonic()
+        self._rows: list[dict[str, Any]] = []  # that are not written yet
+        self._state = state
         text = json.dumps(config.to_json(), indent=2)
         self._metrics = MetricsLog(folder, state.iteration, text)
         self._thread = ThreadPoolExecutor(1, "metarl-recorder")
@@ -48,17 +61,32 @@ class Recorder:
             RunError: the folder was moved, by the time the iteration before was to be written.
             OSError: the iteration before cannot be written; no part of it is.
         """
-        self.wait()
-        self._writing = self._thread.submit(self._write, row, replace(state))
+        self._rows.append(row)
+        self._state = replace(state)
+        kept = state.iteration % self._config.checkpoint_every == 0
+        if kept or time.monotonic() - self._saved >= self._between:
+            self._begin()
 
-    def _write(self, row: dict[str, Any], state: State) -> None:
+    def _begin(self) -> None:
+        """Begin to write what was recorded, once the iteration before is written."""
+        self._join()
+        rows, self._rows, self._saved = self._rows, [], time.monotonic()
+        self._writing = self._thread.submit(self._write, rows, self._state)
+
+    def _write(self, rows: list[dict[str, Any]], state: State) -> None:
         self._check()
-        self._metrics.write(row)
-        # After the metrics: a crash in between repeats the iteration, and its row.
+        self._metrics.write(*rows)
+        # After the metrics: a crash in between repeats iterations, and their rows.
         save_checkpoint(self._folder, self._config, state)
 
     def wait(self) -> None:
         """Wait until all is written; raises as `record` does."""
+        self._join()
+        if self._rows:
+            self._begin()
+            self._join()
+
+    def _join(self) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()

@@ -18,13 +18,37 @@ from metarl.running.statistics import (
     interquartile_mean_interval,
 )
 
-REFERENCES = (*(name for name, row in ALGORITHMS.items() if row.reference), "from-scratch")
+REFERENCES = (
+    "nearest-prototype",
+    *(name for name, row in ALGORITHMS.items() if row.reference),
+    "from-scratch",
+)
 """Algorithms that others are measured by, in the order of the table."""
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What curves are of."""
+
+    name: str
+    sign: float
+    """1 where more is better, -1 where less is."""
+    digits: int
+    """After the decimal point."""
+
+    def number(self, value: float | np.floating, *, signed: bool = True) -> str:
+        """Return a value as it is printed."""
+        return f"{value:{'+' if signed else ''}.{self.digits}f}"
+
+
+RETURN = Measure("return", 1.0, 1)
+ACCURACY = Measure("accuracy, %", 1.0, 1)
+SQUARED_ERROR = Measure("mean squared error", -1.0, 3)
+
+
+@dataclass(frozen=True)
 class Curve:
-    """Returns of one policy after 0 ... K inner steps."""
+    """Returns of one policy, or another measure, after 0 ... K inner steps."""
 
     step_sizes: list[float]
     """Of the K steps; none for an oracle, which is told its task and takes no step."""
@@ -39,6 +63,10 @@ class Curve:
     """Of a place, one episode of the first tasks, [tasks, K + 1, time], NaN after its end."""
     success: Floats | None = None
     """Part of the episodes in which the task is done, [tasks, K + 1], where the family tells."""
+    functions: Floats | None = None
+    """What the first tasks' adapted predictors are, [tasks, K + 1, points], of functions of a
+    number."""
+    measure: Measure = RETURN
 
     @property
     def per_task(self) -> Floats:
@@ -66,9 +94,16 @@ class Curve:
         return [interquartile_mean_interval(scores) for scores in np.moveaxis(self.per_seed, 2, 0)]
 
     def gain(self, steps: int = 1) -> tuple[float, float, float]:
-        """Return the mean gain of `steps` inner steps and its interval, paired by task."""
-        gains = _known(self.per_task[:, steps] - self.per_task[:, 0])
+        """Return the mean gain of `steps` inner steps and its interval, paired by task.
+
+        More is better, whatever the measure.
+        """
+        gains = _known(self.gains(steps))
         return (float(gains.mean()), *bootstrap_interval(gains))
+
+    def gains(self, steps: int = 1) -> Floats:
+        """Return each task's gain of `steps` inner steps, [tasks]; more is better."""
+        return self.measure.sign * (self.per_task[:, steps] - self.per_task[:, 0])
 
     def verdict(self) -> str:
         """Say in one sentence whether adaptation gains anything."""
@@ -77,23 +112,24 @@ class Curve:
         if self.algorithm == "oracle":
             return "An oracle is told its task and takes no inner step."
         mean, low, high = self.gain()
-        gains = _known(self.per_task[:, 1] - self.per_task[:, 0])
+        said, gains = self.measure.number, _known(self.gains())
         improved = f"{100.0 * float((gains > 0.0).mean()):.0f} % of tasks improve"
         if len(gains) < 2:
-            return f"One step gains {mean:+.1f} on a single task; several give an interval."
+            return f"One step gains {said(mean)} on a single task; several give an interval."
         if len(gains) < FEWEST:
             return (
-                f"One step gains {mean:+.1f} on {len(gains)} tasks ({improved});"
+                f"One step gains {said(mean)} on {len(gains)} tasks ({improved});"
                 f" whether that is chance takes at least {FEWEST} tasks to tell."
             )
         if low <= 0.0 <= high:
             return (
                 f"The gain of one adaptation step cannot be told from zero:"
-                f" {mean:+.1f}, 95 % interval [{low:+.1f}, {high:+.1f}]."
+                f" {said(mean)}, 95 % interval [{said(low)}, {said(high)}]."
             )
         word = "gains" if mean > 0.0 else "LOSES"
         return (
-            f"Adaptation {word} {abs(mean):.1f} ± {(high - low) / 2.0:.1f} after one step"
+            f"Adaptation {word} {said(abs(mean), signed=False)} ±"
+            f" {said((high - low) / 2.0, signed=False)} after one step"
             f" ({improved})."
         )
 
@@ -120,6 +156,8 @@ class Curve:
             result["success_per_task"] = self.success.tolist()
         if self.achieved:
             result["achieved"] = {name: values.tolist() for name, values in self.achieved.items()}
+        if self.functions is not None:
+            result["functions"] = self.functions.tolist()
         return _finite(result)
 
     def _flat(self) -> Floats:
@@ -159,7 +197,8 @@ class EvaluationResult:
         random = next((c for c in self.rows.values() if c.algorithm == "random"), None)
         if oracle is None or random is None:
             return None
-        floor, ceiling = random.per_task[:, 0], oracle.per_task.mean(axis=1)
+        sign = curve.measure.sign
+        floor, ceiling = sign * random.per_task[:, 0], sign * oracle.per_task.mean(axis=1)
         if not np.nanmean(ceiling) > np.nanmean(floor):
             return None
 
@@ -169,7 +208,7 @@ class EvaluationResult:
                 return (adapted - low) / (high - low)
 
         result = []
-        for adapted in curve.per_task.T:
+        for adapted in sign * curve.per_task.T:
             scores = _known(np.stack([adapted, floor, ceiling], axis=1))
             interval = bootstrap_interval(scores, share)
             result.append((float(share(scores[None])[0]), *interval))
@@ -185,24 +224,28 @@ class EvaluationResult:
         if len(curve.returns) < 2 or curve.algorithm in REFERENCES:
             return []
         said = []
-        gains = curve.per_task[:, 1] - curve.per_task[:, 0]
+        measure, gains = curve.measure, curve.gains()
         for name, other in others.items():
             known = np.isfinite(gains).sum() >= FEWEST
             if not known or len(other.returns) < 2:
                 continue
             if other.algorithm == "random":
-                own = other.per_task[:, 1] - other.per_task[:, 0]
-                more = _difference(gains, own)
+                own = other.gains()
+                more = _difference(gains, own, measure)
                 earned = (
                     f"what meta-training adds to that cannot be told from zero, {more}"
                     if more.low <= 0.0 <= more.high
                     else f"meta-training adds {more} to that"
                 )
-                said.append(f"The random initialization gains {np.nanmean(own):+.1f}; {earned}.")
-                start = _difference(curve.per_task[:, 0], other.per_task[:, 0])
+                said.append(
+                    f"The random initialization gains {measure.number(np.nanmean(own))}; {earned}."
+                )
+                ours, theirs = (measure.sign * c.per_task[:, 0] for c in (curve, other))
+                start = _difference(ours, theirs, measure)
                 said.append(f"Before any step meta-training earns {start}.")
             if other.algorithm == "from-scratch":
-                more = _difference(curve.per_task[:, 1], other.per_task[:, 1])
+                ours, theirs = (measure.sign * c.per_task[:, 1] for c in (curve, other))
+                more = _difference(ours, theirs, measure)
                 said.append(f"After one step it earns {more} more than training {name}.")
         return said
 
@@ -233,25 +276,29 @@ class EvaluationResult:
 
     def table(self) -> str:
         """Return a plain-text table: a row a policy, a column a number of inner steps."""
-        rows = self.rows
+        rows, measure = self.rows, self.curve.measure
         steps = len(self.curve.returns)
-        width = max(len(name) for name in [*rows, "gap closed", "interquartile mean"]) + 1
+        width = (
+            max(len(name) for name in [*rows, measure.name, "gap closed", "interquartile mean"]) + 1
+        )
         counts = ["before", "1 step", *(f"{k} steps" for k in range(2, steps))][:steps]
 
         def line(name: str, cells: Sequence[str]) -> str:
             return f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells)
 
-        lines = [f"{line('return', counts)}   step sizes"]
+        lines = [f"{line(measure.name, counts)}   step sizes"]
         for name, curve in rows.items():
             sizes = ", ".join(f"{size:g}" for size in curve.step_sizes) or "none"
-            lines.append(f"{line(name, _cells(curve.returns, curve.ci95, 1))}   {sizes}")
+            lines.append(
+                f"{line(name, _cells(curve.returns, curve.ci95, measure.digits))}   {sizes}"
+            )
         if best := self.setting.get("optimal_returns"):
             lines.append(f"{line('optimum', [f'{np.mean(best):.1f}'])}, exact")
         several = {n: c for n, c in rows.items() if len(c.seeds) > 1}
         if several:
             lines += ["", line("interquartile mean", counts)]
             for name, curve in several.items():
-                lines.append(line(name, _cells(curve.iqm, curve.iqm_ci95, 1)))
+                lines.append(line(name, _cells(curve.iqm, curve.iqm_ci95, measure.digits)))
         told = {name: curve.success for name, curve in rows.items() if curve.success is not None}
         if told:
             lines += ["", line("success rate, %", counts)]
@@ -269,12 +316,13 @@ class EvaluationResult:
         """Return a plain-text table of the policy: a row a task, a column a number of steps."""
         names = self.setting["components"]
         steps = range(len(self.curve.returns))
-        heads = [*names, *(f"return {k}" for k in steps)]
+        digits = self.curve.measure.digits
+        heads = [*names, *(f"{self.curve.measure.name} {k}" for k in steps)]
         heads += [f"{name} achieved {k}" for name in self.curve.achieved for k in steps]
         widths = [max(len(head), 9) + 2 for head in heads]
         lines = ["".join(f"{head:>{w}}" for head, w in zip(heads, widths, strict=True))]
         for t, goal in enumerate(self.setting["tasks"]):
-            cells = [f"{x:.2f}" for x in goal] + [f"{r:.1f}" for r in self.curve.per_task[t]]
+            cells = [f"{x:.2f}" for x in goal] + [f"{r:.{digits}f}" for r in self.curve.per_task[t]]
             cells += [f"{x:.2f}" for a in self.curve.achieved.values() for x in a[t]]
             lines.append("".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
         return "\n".join(lines)
@@ -287,15 +335,17 @@ class _Difference:
     mean: float
     low: float
     high: float
+    measure: Measure
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        mean, low, high = map(self.measure.number, (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
 
 
-def _difference(ours: Floats, theirs: Floats) -> _Difference:
+def _difference(ours: Floats, theirs: Floats, measure: Measure) -> _Difference:
     """Return the mean of differences paired by task, with its 95 % interval."""
     paired = _known(ours - theirs)
-    return _Difference(float(paired.mean()), *bootstrap_interval(paired))
+    return _Difference(float(paired.mean()), *bootstrap_interval(paired), measure)
 
 
 def _cells(means: Sequence[float], intervals: Sequence[Sequence[float]], digits: int) -> list[str]:

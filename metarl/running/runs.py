@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metarl.envs.errors import UserError
-from metarl.learning.policies import Params
+from metarl.learning.networks import Params
 from metarl.learning.trust_region import OuterState
 from metarl.running import checkpoints
 from metarl.running.checkpoints import (
@@ -143,9 +143,9 @@ def save_checkpoint(folder: Path, config: Config, state: State) -> None:
         "machine": machine(), **counters,
     }  # fmt: skip
     checkpoints.save(checkpoint_path(folder, state.iteration), tensors, metadata)
-    before = state.iteration - 1
-    if before % config.checkpoint_every:
-        checkpoint_path(folder, before).unlink(missing_ok=True)
+    for before, path in checkpoints_of(folder).items():
+        if before < state.iteration and before % config.checkpoint_every:
+            path.unlink(missing_ok=True)
 
 
 def load_state(folder: Path, config: Config, like: State, start: int | None = None) -> State:

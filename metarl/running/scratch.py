@@ -16,9 +16,10 @@ from metarl.envs import TaskFamily
 from metarl.learning.advantages import estimate
 from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import NonFiniteError
+from metarl.learning.networks import Params, stack
 from metarl.learning.objectives import Batch, clipped_ratio, make_batch
 from metarl.learning.parallel import ChunkPool, slices
-from metarl.learning.policies import MLPPolicy, Params, stack
+from metarl.learning.policies import MLPPolicy
 from metarl.running.building import policy_for
 from metarl.running.config import Config
 from metarl.running.results import Curve

@@ -8,36 +8,34 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from metarl.envs import make_family
+from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
+from metarl.envs.family import Family, find_family
 from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError, Query
-from metarl.learning.parallel import ChunkPool, one_intraop_thread, slices
-from metarl.learning.policies import Params
-from metarl.learning.ranks import ALONE, CHUNK, Ranks, local_ranks
+from metarl.learning.objectives import Batch
+from metarl.learning.parallel import ChunkPool, one_intraop_thread
+from metarl.learning.ranks import ALONE, Ranks
 from metarl.learning.signals import support_agreement
 from metarl.learning.trajectories import Rollout
-from metarl.running.building import make_adapter, policy_for, scaled_tasks, spaces_of
+from metarl.running.building import make_adapter, model_for, row_for
 from metarl.running.checkpoints import versions
 from metarl.running.checks import check_combination, check_device
 from metarl.running.config import Config
 from metarl.running.iterations import (
     make_outer,
     make_problem,
-    rollout_metrics,
     schedule,
     schedule_change,
 )
 from metarl.running.loading import checkpoints_of
-from metarl.running.memory import check_memory, need
 from metarl.running.meta_policy import MetaPolicy
-from metarl.running.recording import Recorder
+from metarl.running.recording import SAVE_SECONDS, Recorder
 from metarl.running.runs import (
     RunError,
     State,
@@ -50,9 +48,10 @@ from metarl.running.runs import (
     run_config,
     save_checkpoint,
 )
+from metarl.running.sources import Episodes, make_source
 from metarl.sampling.rollouts import Address
 from metarl.sampling.seeding import stream
-from metarl.sampling.workers import START_SECONDS, make_collector
+from metarl.sampling.workers import START_SECONDS
 
 SKIPPED_LIMIT = 10
 """Updates skipped in a row after which a run stops."""
@@ -69,47 +68,24 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
         self.config, self.ranks = config, ranks
         self.block = ranks.block(config.tasks)
-        self._tasks = self.block.stop - self.block.start
-        self.algorithm = find_algorithm(config.algorithm)
-        self.family = make_family(config.family, **config.family_options)
-        self.policy = policy_for(self.algorithm, config, self.family)
-        self.action_space = spaces_of(self.family)[1]
-        check_combination(self.algorithm, config)
+        self.family = find_family(config.family, **config.family_options)
+        self.algorithm = row_for(find_algorithm(config.algorithm), self.family)
+        self.model = model_for(self.algorithm, config, self.family)
+        check_combination(self.algorithm, config, self.family)
         check_device(config.device)
-        if config.workers and not self.family.parallel and ranks.limit <= START_SECONDS:
-            raise UserError(
-                f"rank_timeout must be above {START_SECONDS:g}, the seconds that workers may take"
-                f" to start, got {ranks.limit:g}"
-            )
-        self._check_memory()
-        adapter = make_adapter(self.algorithm, config, self.policy)
-        params = adapter.init(self.policy.init(stream(config.seed, 0, "init")))
+        _check_ranks(config, self.family, ranks)
+        adapter = make_adapter(self.algorithm, config, self.model)
+        params = adapter.init(self.model.init(stream(config.seed, 0, "init")))
         self._outer = make_outer(self.algorithm, config)
         self.state = State(params, self._outer.init(params))
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(one_intraop_thread())
         self.pool = self._stack.enter_context(ChunkPool(config.threads, ranks))
-        self._collector = make_collector(
-            self.family, self.policy, self._tasks, config.episodes, self.pool,
-            config.policy.action, workers=config.workers, timeout=config.worker_timeout,
-        )  # fmt: skip
-        self._stack.callback(self._collector.close)
-        self.inner_loop = InnerLoop(adapter, config.advantage, self.pool)
-
-    def _check_memory(self) -> None:
-        config, second = self.config, self.algorithm.order == 2
-        trust_region = self.algorithm.outer == "trust-region"
-        needed = need(
-            self.policy,
-            tasks=self._tasks,
-            episodes=config.episodes,
-            horizon=self.family.horizon,
-            rollouts=config.inner.steps + 1,
-            workers=0 if self.family.parallel else config.workers,
-            chunks=config.threads if second else 1,
-            fisher_fraction=config.trust_region.fisher_fraction if trust_region else 0.0,
+        self.source = make_source(
+            self.algorithm, config, self.family, adapter, self.pool, self.block
         )
-        check_memory(needed, config.family, local_ranks())
+        self._stack.callback(self.source.close)
+        self.inner_loop = InnerLoop(adapter, config.advantage, self.pool)
 
     def close(self) -> None:
         """Close the environments; end threads and worker processes."""
@@ -132,47 +108,32 @@ class Trainer:
         row, config, state, ranks = self.algorithm, self.config, self.state, self.ranks
         start, processor = time.perf_counter(), time.process_time()
         ranks.check_same(torch.cat([x.flatten() for x in self._carried()]))
-        before = ranks.traffic.seconds
+        waited = ranks.traffic.seconds
         address = Address(config.seed, state.iteration, first_task=self.block.start)
-        distribution = self.family.tasks
-        draw = distribution.stratified if config.stratified else distribution.sample
-        tasks = draw(address.tasks(), config.tasks)[self.block]
-        rollouts: list[Rollout] = []
-        seconds = {"rollout": 0.0}
-        context = {"context": scaled_tasks(self.family, tasks)} if row.observes_task else {}
-
-        def sample(params: Params, k: int) -> Rollout:
-            begin = time.perf_counter()
-            where = replace(address, inner_step=k)
-            rollout = self._collector.collect({**params, **context}, tasks, where)
-            seconds["rollout"] += time.perf_counter() - begin
-            rollouts.append(rollout)
-            return rollout
-
+        opened = self.source.open(address)
+        tasks = self.block.stop - self.block.start
+        seconds: dict[str, float] = {}
         stats: dict[str, Any] = {"finite": False}
         inner = dict.fromkeys(("inner_kl", "step_size", "support_agreement"), math.nan)
-        params, outer = state.params, state.outer
+        before = params = state.params
+        outer = state.outer
         query: Query = "none" if row.gradient == "displacement" else "batch"
         try:
-            adapted = self.inner_loop.run(
-                sample,
-                state.params,
-                self._tasks,
-                steps=config.inner.steps,
-                query=query,
-                kl=config.inner.kl,
-            )
+            common: dict[str, Any] = {"steps": config.inner.steps, "query": query}
+            if self.source.fixed:
+                adapted = self.inner_loop.draw(opened.sample, params, tasks, **common)
+            else:
+                common["kl"] = config.inner.kl
+                adapted = self.inner_loop.run(opened.sample, params, tasks, **common)
             params = adapted.meta
             if config.inner.steps:
-                size = self.inner_loop.adapter.mean_step_sizes(params, 1)[0]
-                inner = {
-                    "inner_kl": adapted.inner_kl,
-                    "step_size": size,
-                    "support_agreement": support_agreement(
-                        self.inner_loop.adapter, params, adapted.batches[0]
-                    ),
-                }
-            seconds["adapt"] = time.perf_counter() - start - seconds["rollout"]
+                adapter = self.inner_loop.adapter
+                inner["inner_kl"] = adapted.inner_kl
+                inner["step_size"] = adapter.mean_step_sizes(params, 1)[0]
+                support = adapted.batches[0]
+                if isinstance(support, Batch):
+                    inner["support_agreement"] = support_agreement(adapter, params, support)
+            seconds["adapt"] = time.perf_counter() - start - opened.seconds
             problem = make_problem(
                 row, config, state.iteration, adapted, params, self.inner_loop.adapter, self.pool
             )
@@ -181,37 +142,33 @@ class Trainer:
         except NonFiniteError as error:
             stats["skipped"] = str(error)
         if stats.pop("finite"):
-            if config.policy.normalize:
-                chunks = slices(self._tasks, CHUNK)
-                parts = [r.observation[c][r.valid[c]] for c in chunks for r in rollouts]
-                params = self.policy.track_observations(params, parts, ranks)
+            params = opened.observed(params)
             state.params, state.outer, state.skipped_in_a_row = params, outer, 0
         else:
             stats.setdefault("skipped", "the meta-gradient is not finite")
             state.skipped_updates += 1
             state.skipped_in_a_row += 1
         state.iteration += 1
-        env_steps = ranks.total(sum(rollout.env_steps for rollout in rollouts))
-        state.env_steps += env_steps
-        if on_rollouts is not None:
-            on_rollouts(rollouts)
-        told = rollout_metrics(
-            row, config, self.policy, state.params, self.action_space, rollouts, ranks
-        )
+        count = ranks.total(opened.count)
+        state.env_steps += count
+        if on_rollouts is not None and isinstance(opened, Episodes):
+            on_rollouts(opened.rollouts)
+        recorded = opened.metrics(before, state.params, stats)
         total = time.perf_counter() - start
         return {
             "iteration": state.iteration,
             "env_steps": state.env_steps,
-            **told,
+            **recorded,
             "skipped_updates": state.skipped_updates,
             **inner,
             **stats,
+            "seconds_rollout": opened.seconds,
             **{f"seconds_{name}": value for name, value in seconds.items()},
-            "seconds_update": total - seconds["rollout"],
+            "seconds_update": total - opened.seconds,
             "seconds_iteration": total,
             "seconds_processor": time.process_time() - processor,
-            "seconds_ranks": ranks.traffic.seconds - before,
-            "env_steps_per_second": env_steps / total,
+            "seconds_ranks": ranks.traffic.seconds - waited,
+            "env_steps_per_second": count / total,
         }
 
     def _carried(self) -> list[torch.Tensor]:
@@ -227,6 +184,19 @@ class Trainer:
             "versions": versions(),
         }
         return MetaPolicy(dict(state.params), self.config, provenance)
+
+
+def _check_ranks(config: Config, family: Family, ranks: Ranks) -> None:
+    """Raise UserError unless a family's tasks can be dealt out to ranks."""
+    if ranks.size == 1:
+        return
+    if not isinstance(family, TaskFamily):
+        raise UserError(f"{family.name}: supervised tasks train on one rank, got {ranks.size}")
+    if config.workers and not family.parallel and ranks.limit <= START_SECONDS:
+        raise UserError(
+            f"rank_timeout must be above {START_SECONDS:g}, the seconds that workers may take"
+            f" to start, got {ranks.limit:g}"
+        )
 
 
 def train(
@@ -272,7 +242,8 @@ def train(
             if ranks.is_main:
                 opened = _continued(folder, trainer, start, notice) if resume else None
                 check = stack.enter_context(opened or _begun(folder, trainer))
-                recorder = Recorder(folder, config, trainer.state, check)
+                between = SAVE_SECONDS if trainer.source.fixed else 0.0
+                recorder = Recorder(folder, config, trainer.state, check, between)
                 stack.enter_context(recorder)
             trainer.state = ranks.from_main(trainer.state)
         try:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metarl.learning.policies import MLPPolicy, Params
+from metarl.learning.networks import Params
+from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
 from metarl.sampling.rollouts import Address, RolloutBuffer
 from metarl.sampling.spaces import ActionMode, check_spaces, env_action
@@ -72,7 +73,7 @@ def collect_episodes(
         dist = policy.distribution(params, seen)
         action = policy.mode(dist) if deterministic else policy.sample(dist, noise[e, t])
         buffer.action[0, e, t] = action[0].numpy()
-        buffer.output[0, e, t] = dist[policy.output][0].numpy()
+        buffer.output[0, e, t] = dist[policy.parameter][0].numpy()
         return env_action(action[0].numpy(), env.action_space, mode)
 
     with torch.inference_mode():

@@ -18,8 +18,9 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from metarl.envs import TaskFamily, TaskVectorEnv
+from metarl.learning.networks import Params
 from metarl.learning.parallel import ChunkPool, slices
-from metarl.learning.policies import MLPPolicy, Params
+from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
 from metarl.sampling.seeding import episode_seeds, stream
 from metarl.sampling.spaces import ActionMode, check_spaces, env_action
@@ -49,6 +50,10 @@ class Address:
         """Return the stream of a task's action noise."""
         where = (self.inner_step, self.first_task + task)
         return stream(self.seed, self.iteration, self._phase("noise"), *where)
+
+    def examples(self) -> np.random.Generator:
+        """Return the stream that all tasks' examples are drawn from."""
+        return stream(self.seed, self.iteration, self._phase("examples"), self.inner_step)
 
     def tasks(self) -> np.random.Generator:
         """Return the stream that tasks are drawn from."""
@@ -161,7 +166,7 @@ def collect_into(
             action = policy.mode(dist) if deterministic else policy.sample(dist, noise[:, :, t])
             act = action.numpy()
             buffer.action[where, :, t] = act
-            buffer.output[where, :, t] = dist[policy.output].numpy()
+            buffer.output[where, :, t] = dist[policy.parameter].numpy()
             observation, reward, terminated, truncated, info = env.step(
                 env_action(act.reshape(flat), space, mode)
             )

@@ -40,8 +40,9 @@ from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
 from metarl.envs.processes import pack
 from metarl.envs.vector import describe_progress
+from metarl.learning.networks import Params
 from metarl.learning.parallel import ChunkPool, slices
-from metarl.learning.policies import MLPPolicy, Params
+from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
 from metarl.sampling.rollouts import Address, Collector, RolloutBuffer, clear_after_the_end
 from metarl.sampling.spaces import ActionMode

@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 
 from metarl.envs.errors import UserError
 from metarl.running.files import write_atomically
-from metarl.running.metrics import read_metrics
-from metarl.running.results import Curve, EvaluationResult
+from metarl.running.metrics import measure_of, read_metrics
+from metarl.running.results import ACCURACY, EvaluationResult
 from metarl.running.runs import but_seed, group_name, run_config
 from metarl.running.statistics import Floats
 
@@ -111,34 +111,86 @@ def plot_evaluation(result: EvaluationResult, path: Path) -> list[Path]:
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
         axes.plot(steps, curve.returns, label=label, **style)
     axes.set_title(_title(setting))
-    axes.set_xlabel(f"inner steps ({setting['episodes']} episodes each)")
-    axes.set_ylabel(
-        f"return (sum of {setting['horizon']} rewards)\n"
-        f"mean of {len(setting['tasks'])} tasks, 95 % interval"
+    supervised = "support" in setting
+    each = (
+        f"{setting['support']} examples" if supervised else f"{setting['episodes']} episodes each"
     )
+    axes.set_xlabel(f"inner steps ({each})")
+    axes.set_ylabel(f"{_measured(result)}\nmean of {len(setting['tasks'])} tasks, 95 % interval")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     _legend(figure, axes, 2)
     return _save(figure, path)
 
 
+def _measured(result: EvaluationResult) -> str:
+    """Return what a result measures, in words for an axis."""
+    if "horizon" in result.setting:
+        return f"return (sum of {result.setting['horizon']} rewards)"
+    return result.curve.measure.name
+
+
+_BESIDE = ("pretrained",)
+"""Algorithms whose functions stand beside a predictor's."""
+
+
+def plot_functions(result: EvaluationResult, path: Path) -> list[Path]:
+    """Draw the first tasks' functions: true, before and after adaptation; and other predictors'.
+
+    As figure 2 of Finn et al. 2017. Nothing is drawn, and no path returned, where there are none.
+    """
+    rows = {name: c for name, c in result.rows.items() if c.functions is not None}
+    if "functions" not in result.setting or not rows:
+        return []
+    known = {key: np.array(value) for key, value in result.setting["functions"].items()}
+    shown = {n: c for i, (n, c) in enumerate(rows.items()) if i == 0 or c.algorithm in _BESIDE}
+    tasks = min(2, len(known["truth"]))
+    figure = _figure(4.2 * tasks, 3.6 * len(shown))
+    panels = figure.subplots(len(shown), tasks, squeeze=False, sharex=True, sharey="col")
+    for line, (name, curve) in zip(panels, shown.items(), strict=True):
+        assert curve.functions is not None
+        last = curve.functions.shape[1] - 1
+        for t, axes in enumerate(line):
+            axes.plot(known["x"], known["truth"][t], color="black", label="truth")
+            for i, steps in enumerate(sorted({0, min(1, last), last})):
+                axes.plot(
+                    known["x"], curve.functions[t, steps], color=_STYLES[i][0],
+                    linestyle=(":", "--", "-")[i], label=_after(steps), linewidth=1.8,
+                )  # fmt: skip
+            axes.plot(
+                known["support_x"][t], known["support_y"][t], "^", color=_BEFORE, markersize=8,
+                label="examples",
+            )  # fmt: skip
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel(_LABELS.get(name, name))
+    for t, axes in enumerate(panels[0]):
+        goal = zip(result.setting["components"], result.setting["tasks"][t], strict=True)
+        axes.set_title(", ".join(f"{name} {value:.2f}" for name, value in goal))
+    for axes in panels[-1]:
+        axes.set_xlabel("x")
+    figure.suptitle(_title(result.setting))
+    _legend(figure, panels[0][0], 3)
+    return _save(figure, path)
+
+
 def plot_tasks(result: EvaluationResult, path: Path) -> list[Path]:
     """Draw each task's return before and after adaptation against its goal.
 
-    Where the family says what comes of a task's component, that is drawn against it too.
+    Where the family says what comes of a task's component, that is drawn against it too. Of tasks
+    that are classes nothing is drawn.
     """
     setting, curve = result.setting, result.curve
     goals, names = np.array(setting["tasks"]), setting["components"]
     shown = sorted({0, min(1, len(curve.returns) - 1)})
+    if curve.measure is ACCURACY:
+        return []
     if len(names) == 2:
-        return _save(_returns_in_the_plane(setting, curve, goals, shown), path)
+        return _save(_returns_in_the_plane(result, goals, shown), path)
     achieved = {n: v for n, v in curve.achieved.items() if n == names[0]}
     figure = _figure(6.0 * (1 + len(achieved)), 4.6)
     panels = figure.subplots(1, 1 + len(achieved), squeeze=False)[0]
     _against_goal(panels[0], goals[:, 0], curve.per_task[:, shown], shown)
-    panels[0].set_ylabel(
-        f"return (sum of {setting['horizon']} rewards)\nmean of {setting['episodes']} episodes"
-    )
+    panels[0].set_ylabel(f"{_measured(result)}\nmean of {setting['episodes']} episodes")
     for axes, (name, values) in zip(panels[1:], achieved.items(), strict=True):
         key = setting["achieved_by"][name]
         _against_goal(axes, goals[:, 0], values[:, shown], shown)
@@ -176,9 +228,8 @@ def _against_goal(axes: Axes, goals: Floats, values: Floats, shown: Sequence[int
         axes.set_xlim(-0.6, len(distinct) - 0.4)
 
 
-def _returns_in_the_plane(
-    setting: Mapping[str, Any], curve: Curve, goals: Floats, shown: Sequence[int]
-) -> Figure:
+def _returns_in_the_plane(result: EvaluationResult, goals: Floats, shown: Sequence[int]) -> Figure:
+    setting, curve = result.setting, result.curve
     figure = _figure(4.4 * len(shown) + 1.4, 5.2, "compressed")
     panels = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
     values = curve.per_task[:, shown]
@@ -194,10 +245,9 @@ def _returns_in_the_plane(
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(_with_unit(setting["components"][1], setting))
     assert dots is not None
-    figure.colorbar(
-        dots, ax=list(panels), label=f"return (sum of up to {setting['horizon']} rewards)"
-    )
-    figure.suptitle(f"{_title(setting)}: return at each goal")
+    measured = _measured(result).replace("sum of", "sum of up to")
+    figure.colorbar(dots, ax=list(panels), label=measured)
+    figure.suptitle(f"{_title(setting)}: {curve.measure.name} at each goal")
     return figure
 
 
@@ -266,24 +316,29 @@ def plot_learning(
     still = {name for name, members in groups.items() if not run_config(members[0]).inner.steps}
     traces = {name: [_trace(run, against, smooth) for run in m] for name, m in groups.items()}
     longest = max(trace["x"][-1] for several in traces.values() for trace in several)
-    unit, label = (1e6, "env steps (millions)")
+    measures = {measure_of(read_metrics(run)[0]) for run in runs}
+    if len(measures) > 1:
+        raise UserError("losses and returns do not share a picture: plot the runs apart")
+    losses = "loss" in measures
+    sampled = "examples" if losses else "env steps"
+    unit, label = (1e6, f"{sampled} (millions)")
     if against == "time":
         hours = longest > 3 * 3600
         unit, label = (3600.0, "hours") if hours else (60.0, "minutes")
         label = f"wall-clock time of training ({label})"
     elif longest < 1e5:
-        unit, label = (1.0, "env steps")
+        unit, label = (1.0, sampled)
     figure = _figure(7.2, 4.9)
     axes = figure.add_subplot()
     for i, (name, several) in enumerate(traces.items()):
         style = _style(i)
         common = min((trace["x"] for trace in several), key=lambda x: x[-1])
         seeds = f" ({len(several)} seeds)" if len(several) > 1 else ""
-        for kind in ("return_pre", "return_post"):
+        for kind in ("pre", "post"):
             curves = np.array([np.interp(common, t["x"], t[kind]) for t in several])
             if not np.isfinite(curves).any():
                 continue  # Reptile samples nothing with its adapted parameters
-            after = kind == "return_post"
+            after = kind == "post"
             if not after and name in still:
                 continue  # one curve says it all
             when = "no" if name in still else "after" if after else "before"
@@ -301,7 +356,8 @@ def plot_learning(
     axes.set_xlabel(label)
     mean = f"\nmean of {smooth} iterations" if smooth > 1 else ""
     bands = "\nband: range of seeds" if any(len(m) > 1 for m in traces.values()) else ""
-    axes.set_ylabel(f"return on training tasks (sum of rewards){mean}{bands}")
+    measured = "loss on training tasks" if losses else "return on training tasks (sum of rewards)"
+    axes.set_ylabel(f"{measured}{mean}{bands}")
     axes.set_title(", ".join(families))
     axes.grid(alpha=0.3)
     _legend(figure, axes, 2)
@@ -326,7 +382,7 @@ def _alike(runs: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _trace(run: Path, against: Against, smooth: int) -> dict[str, Floats]:
-    """Return x, return_pre and return_post along a run, [iterations] each, smoothed."""
+    """Return x, and the measure before (pre) and after (post) adaptation, [iterations] each."""
     rows = read_metrics(run)
     if not rows:
         raise UserError(f"{run} has no iteration to draw yet")
@@ -335,8 +391,10 @@ def _trace(run: Path, against: Against, smooth: int) -> dict[str, Floats]:
     else:
         x = np.array([row["env_steps"] for row in rows], np.float64)
     trace = {"x": x}
-    for kind in ("return_pre", "return_post"):
-        values = np.array([np.nan if row[kind] is None else row[kind] for row in rows], np.float64)
+    measure = measure_of(rows[0])
+    for kind in ("pre", "post"):
+        found = [row[f"{measure}_{kind}"] for row in rows]
+        values = np.array([np.nan if value is None else value for value in found], np.float64)
         sums = np.cumsum(np.insert(values, 0, 0.0))
         first = np.maximum(np.arange(len(values)) + 1 - smooth, 0)
         trace[kind] = (sums[1:] - sums[first]) / (np.arange(len(values)) + 1 - first)

@@ -35,10 +35,11 @@ pre { background: #f5f5f5; padding: .75rem; overflow-x: auto; white-space: pre; 
 """
 
 _PICTURES = (
-    ("evaluation", "Adaptation", "Return against inner steps on held-out tasks."),
+    ("evaluation", "Adaptation", "How held-out tasks go after each number of inner steps."),
     ("evaluation-tasks", "Task by task", "Each held-out task before and after adaptation."),
+    ("evaluation-functions", "Functions", "True, before and after adaptation; and pretrained."),
     ("evaluation-paths", "Paths", "One episode of some tasks, before and after adaptation."),
-    ("learning", "Learning", "Return on training tasks before and after adaptation."),
+    ("learning", "Learning", "Training tasks before and after adaptation."),
 )
 
 
@@ -121,11 +122,18 @@ def _setting(evaluation: Mapping[str, Any]) -> str:
     trained = evaluation["trained"]
     after = ""
     if "env_steps" in trained:
-        after = f" after {trained['iteration']} iterations, {trained['env_steps']:,} env steps"
+        steps = "examples" if "support" in evaluation else "env steps"
+        after = f" after {trained['iteration']} iterations, {trained['env_steps']:,} {steps}"
+    if "support" in evaluation:
+        samples = f"{evaluation['support']} examples to adapt to"
+    else:
+        samples = (
+            f"{evaluation['episodes']} episodes of {evaluation['horizon']} steps for each inner"
+            " step and each return"
+        )
     text = (
         f"{evaluation['algorithm']} on {evaluation['family']}{options}{after};"
-        f" evaluated on {len(evaluation['tasks'])} held-out tasks with {evaluation['episodes']}"
-        f" episodes of {evaluation['horizon']} steps for each inner step and each return."
+        f" evaluated on {len(evaluation['tasks'])} held-out tasks with {samples}."
         " Behind ± stands half the 95 % bootstrap interval over tasks."
     )
     return f"<p>{html.escape(text)}</p>"
@@ -136,12 +144,14 @@ def _table(evaluation: Mapping[str, Any]) -> str:
     steps = len(evaluation["returns"])
     counts = ["before", "1 step", *(f"{k} steps" for k in range(2, steps))][:steps]
     gaps = any("gap_closed" in row for row in rows.values())
-    heads = ["return", *counts, "step sizes"]
+    digits = evaluation.get("digits", 1)
+    heads = [evaluation.get("measure", "return"), *counts, "step sizes"]
     if gaps:
         heads.append("gap closed, before to last step")
     lines = [_row(heads, "th")]
     for name, row in rows.items():
-        cells = [_cell(mean, pair) for mean, pair in zip(row["returns"], row["ci95"], strict=True)]
+        pairs = zip(row["returns"], row["ci95"], strict=True)
+        cells = [_cell(mean, pair, digits) for mean, pair in pairs]
         cells.append(", ".join(f"{size:g}" for size in row["step_sizes"]) or "none")
         if gaps:
             shares = [f"{x:.2f}" for x in row.get("gap_closed", ()) if x is not None]
@@ -152,15 +162,16 @@ def _table(evaluation: Mapping[str, Any]) -> str:
     if several:
         lines.append(_row(["interquartile mean", *counts], "th"))
     for name, row in several.items():
-        cells = [_cell(*pair) for pair in zip(row["iqm"], row["iqm_ci95"], strict=True)]
+        pairs = zip(row["iqm"], row["iqm_ci95"], strict=True)
+        cells = [_cell(mean, pair, digits) for mean, pair in pairs]
         lines.append(_row([f"{name}, seeds {', '.join(map(str, row['seeds']))}", *cells], "td"))
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
-def _cell(mean: float | None, pair: Sequence[float | None]) -> str:
+def _cell(mean: float | None, pair: Sequence[float | None], digits: int) -> str:
     low, high = pair
-    half = "" if low is None or high is None else f" ± {(high - low) / 2.0:.1f}"
-    return "" if mean is None else f"{mean:.1f}{half}"
+    half = "" if low is None or high is None else f" ± {(high - low) / 2.0:.{digits}f}"
+    return "" if mean is None else f"{mean:.{digits}f}{half}"
 
 
 def _row(cells: Sequence[str], kind: str, attributes: str = "") -> str:

@@ -1,0 +1,114 @@
+"""Families of supervised tasks: a task vector says what to learn, and examples are drawn of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metarl.envs.errors import UserError
+from metarl.envs.family import Family, Tasks
+
+Floats = NDArray[np.float64]
+
+
+class Data(NamedTuple):
+    """N examples of each of T tasks."""
+
+    inputs: NDArray[np.float32]
+    """[T, N, *input_shape]"""
+    targets: NDArray
+    """[T, N, size] float32 to regress on, or [T, N] int64 class numbers."""
+    valid: NDArray[np.bool_]
+    """[T, N]; False where a task has fewer examples than others."""
+    classes: NDArray[np.bool_] | None = None
+    """[T, C]; which classes a task has; None: all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedFamily(Family, ABC):
+    """Supervised tasks that differ by a task vector."""
+
+    queries: int = 10
+    """Examples a task, or a class of it, that the adapted model is trained by."""
+    test_queries: int = 100
+    """The same in evaluation."""
+
+    kind: ClassVar[Literal["regression", "classification"]] = "regression"
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> int:
+        """Numbers to regress on, or classes of a task at most."""
+
+    @property
+    @abstractmethod
+    def support_size(self) -> int:
+        """Examples of a task's support at most."""
+
+    @abstractmethod
+    def draw(
+        self, tasks: Tasks, rng: np.random.Generator, *, supports: int, queries: int
+    ) -> list[Data]:
+        """Draw `supports` supports of tasks [T, task_dim], then a query disjoint from them.
+
+        Args:
+            queries: examples of the query, a task's or a class's; 0: there is no query.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionFamily(SupervisedFamily):
+    """Regression on a function of one number and the task, drawn uniformly from an interval."""
+
+    function: Callable[[Floats, Tasks], Floats]
+    """(x [T, N], tasks [T, task_dim]) -> y [T, N]"""
+    interval: tuple[float, float]
+    shots: int = 10
+    """Examples of the support."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "shots", "queries", "test_queries")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (1,)
+
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    @property
+    def support_size(self) -> int:
+        return self.shots
+
+    def draw(
+        self, tasks: Tasks, rng: np.random.Generator, *, supports: int, queries: int
+    ) -> list[Data]:
+        counts = [self.shots] * supports + [queries] * bool(queries)
+        return [self.at(rng.uniform(*self.interval, (len(tasks), n)), tasks) for n in counts]
+
+    def at(self, x: Floats, tasks: Tasks) -> Data:
+        """Return the examples at x, [T, N]."""
+        y = self.function(x, tasks)
+        inputs, targets = (values[..., None].astype(np.float32) for values in (x, y))
+        return Data(inputs, targets, np.ones(x.shape, bool))
+
+
+def check_counts(family: SupervisedFamily, *names: str) -> None:
+    """Raise UserError unless these are whole numbers of at least 1."""
+    for name in names:
+        value = getattr(family, name)
+        if type(value) is not int or value < 1:
+            raise UserError(
+                f"{family.name}: {name} must be a whole number of at least 1, got {value!r}"
+            )

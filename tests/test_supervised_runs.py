@@ -1,0 +1,314 @@
+"""Runs on supervised tasks: train, resume, evaluate, plot, report; faults; data from folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import metarl
+from metarl.commands.cli import main
+from metarl.envs import FewShotFamily, UserError
+from metarl.envs.family import find_family
+from metarl.running import supervised_evaluation
+from metarl.running.metrics import read_metrics
+from metarl.running.presets import resolve
+from metarl.running.trainer import Trainer, train
+
+SMALL = ["--threads", "1", "--iterations", "4", "--tasks", "6"]
+CHARACTERS = {"size": 8, "classes": 40, "drawings": 8, "queries": 2, "test_queries": 3}
+FEW = [*SMALL, "--policy.filters", "4", "--family-options",
+       *(f"{key}={value}" for key, value in CHARACTERS.items())]  # fmt: skip
+
+
+def small(algorithm="maml-trpo", family="characters", **said):
+    options = {"family_options": CHARACTERS} if family == "characters" else {}
+    values = {"iterations": 4, "tasks": 6, "threads": 1, **options, **said}
+    if family == "characters":
+        values = {"policy.filters": 4, **values}
+    return resolve(None, family, algorithm, values)
+
+
+@pytest.fixture(scope="module")
+def sinusoids(tmp_path_factory):
+    """Two short runs on sinusoids: maml-trpo, pretrained."""
+    folder = tmp_path_factory.mktemp("sinusoids")
+    for name in ("maml-trpo", "pretrained"):
+        train(small(name, "sinusoid"), folder / name)
+    return folder
+
+
+def test_training_is_recorded(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "sinusoid", "--shots", "5", *SMALL, "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "the outer step is Adam's" in said.err
+    assert "done: 4 iterations, 360 examples" in said.out  # 4 x 6 x (5 + 10)
+    assert json.loads((out / "config.json").read_text())["config"]["family_options"]["shots"] == 5
+    rows = read_metrics(out)
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    assert all(np.isfinite([row["loss_pre"], row["loss_post"]]).all() for row in rows)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    whole = train(small(family="sinusoid", iterations=6), tmp_path / "whole")
+    train(small(family="sinusoid", iterations=3), tmp_path / "part")
+    part = train(small(family="sinusoid", iterations=6), tmp_path / "part", resume=True)
+    for name, p in whole.params.items():
+        assert torch.equal(p, part.params[name]), name
+    assert len(read_metrics(tmp_path / "part")) == 6
+
+
+@pytest.mark.parametrize("algorithm", ["maml-trpo", "leopard"])
+def test_threads_do_not_change_a_run(algorithm, monkeypatch):
+    monkeypatch.setattr("metarl.running.iterations._CACHED", 1)  # a task a chunk
+    found = []
+    for threads in (1, 2):
+        with Trainer(small(algorithm, threads=threads)) as trainer:
+            trainer.iterate()
+            found.append(trainer.state.params)
+    for name, p in found[0].items():
+        assert torch.equal(p, found[1][name]), name
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    ["maml-trpo", "fomaml-trpo", "maml++", "meta-sgd", "anil", "cavia", "reptile", "imaml",
+     "protomaml", "leopard", "pretrained"],
+)  # fmt: skip
+def test_every_row_runs_on_characters(algorithm):
+    with Trainer(small(algorithm)) as trainer:
+        before = {name: p.clone() for name, p in trainer.state.params.items()}
+        row = trainer.iterate()
+        moved = [
+            name for name, p in trainer.state.params.items() if not torch.equal(p, before[name])
+        ]
+    assert "skipped" not in row
+    assert moved
+    assert np.isfinite(row["loss_pre"])
+
+
+def test_tasks_of_several_sizes_in_one_run():
+    options = {**CHARACTERS, "ways": (2, 4)}
+    for algorithm in ("protomaml", "leopard", "maml-trpo"):
+        with Trainer(small(algorithm, family_options=options)) as trainer:
+            row = trainer.iterate()
+        assert "skipped" not in row, algorithm
+
+
+def test_an_evaluation_tells_the_error_after_each_step(sinusoids, capsys, monkeypatch):
+    command = ["evaluate", str(sinusoids / "maml-trpo"), str(sinusoids / "pretrained")]
+    assert main([*command, "--tasks", "30", "--steps", "2", "--threads", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "30 held-out tasks, 10 examples each to adapt to" in said
+    assert "mean squared error" in said
+    folder = sinusoids / "maml-trpo"
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["references"].keys() == {"random", "pretrained"}
+    assert (folder / "evaluation-functions.png").exists()
+    # By hand: the first task's error before any step.
+    meta = metarl.load(folder)
+    protocol = supervised_evaluation.SupervisedProtocol(
+        meta.source, np.array(found["tasks"]), 2,
+        supervised_evaluation.Address(0, split="test"), None,
+    )  # fmt: skip
+    _, _, query = next(protocol.groups())
+    x = query.inputs[0]
+    for i in range(3):
+        x = x @ meta.params[f"layer{i}.weight"] + meta.params[f"layer{i}.bias"]
+        x = x.relu() if i < 2 else x
+    expected = float((x - query.targets[0]).square().mean())
+    assert found["per_task"][0][0] == pytest.approx(expected, rel=1e-4)
+    assert found["gain"]["mean"] == pytest.approx(found["returns"][0] - found["returns"][1])
+
+
+def test_pictures_and_the_page(sinusoids, tmp_path, capsys):
+    run = str(sinusoids / "maml-trpo")
+    assert main(["plot", run, "--out", str(tmp_path / "p.png")]) == 0
+    assert (tmp_path / "p.png").exists()
+    out = tmp_path / "page.html"
+    assert main(["report", run, "--tasks", "8", "--threads", "1", "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "mean squared error" in page
+    assert "Functions" in page
+
+
+def test_an_oracle_is_told_its_task(tmp_path):
+    train(small("oracle", "sinusoid"), tmp_path / "oracle")
+    result = metarl.evaluate(tmp_path / "oracle", tasks=8, steps=2, threads=1)
+    assert result.curve.step_sizes == []
+    assert len(set(result.curve.returns)) == 1
+
+
+def test_accuracy_beside_nearest_prototype_and_from_scratch(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervised_evaluation, "UPDATES", 3)
+    train(small("protomaml"), tmp_path / "run")
+    result = metarl.evaluate(tmp_path / "run", tasks=30, steps=2, threads=1, from_scratch=True)
+    rows = result.rows
+    assert {"nearest prototype", "random"} < rows.keys()
+    assert all(0.0 <= x <= 100.0 for curve in rows.values() for x in curve.returns)
+    # By hand: the nearest mean of a class's images.
+    meta = metarl.load(tmp_path / "run")
+    protocol = supervised_evaluation.SupervisedProtocol(
+        meta.source, np.array(result.setting["tasks"]), 2,
+        supervised_evaluation.Address(0, split="test"), None,
+    )  # fmt: skip
+    _, support, query = next(protocol.groups())
+    x, q = support.inputs[0].flatten(1), query.inputs[0].flatten(1)
+    nearest = (q[:, None] - x[None]).square().sum(-1).argmin(1)  # one shot: an image a class
+    expected = 100.0 * (nearest == query.targets[0]).double().mean()
+    assert rows["nearest prototype"].per_task[0, 0] == pytest.approx(float(expected))
+
+
+def test_one_task_is_adapted_to(sinusoids, capsys):
+    run = str(sinusoids / "maml-trpo")
+    assert main(["adapt", run, "--task", "amplitude=2", "phase=1", "--steps", "3"]) == 0
+    assert "mean squared error" in capsys.readouterr().out
+    meta = metarl.load(run)
+    x = np.linspace(-5, 5, 12)[:, None]
+    adapted = meta.adapt_to(x, np.sin(x), steps=2)
+    # By hand, with torch's own gradient.
+    theta = {name: p.clone().requires_grad_() for name, p in meta.params.items()}
+    inputs, targets = torch.from_numpy(x).float(), torch.from_numpy(np.sin(x)).float()
+
+    def predicted(theta, x):
+        for i in range(3):
+            x = x @ theta[f"layer{i}.weight"] + theta[f"layer{i}.bias"]
+            x = x.relu() if i < 2 else x
+        return x
+
+    for _ in range(2):
+        loss = (predicted(theta, inputs) - targets).square().mean()
+        slope = torch.autograd.grad(loss, list(theta.values()))
+        theta = {n: (p - 0.01 * g).detach().requires_grad_()
+                 for (n, p), g in zip(theta.items(), slope, strict=True)}  # fmt: skip
+    expected = predicted(theta, inputs).detach().numpy()
+    np.testing.assert_allclose(adapted.predict(x), expected, atol=1e-5)
+    for inputs, targets, message in (
+        (x[:, [0, 0]], x, "inputs must be"),
+        (x, x[:5], "targets must be finite"),
+        (np.full_like(x, np.nan), x, "inputs must be finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            meta.adapt_to(inputs, targets)
+
+
+def test_step_sizes_are_chosen_by_the_error(sinusoids):
+    result = metarl.evaluate(
+        sinusoids / "maml-trpo", tasks=10, steps=1, threads=1, tune_step_sizes=True
+    )
+    tried = dict(result.setting["tried_step_factors"]["this policy"])
+    best = min((f for f in tried if tried[f] is not None), key=tried.__getitem__)
+    assert result.curve.step_sizes == pytest.approx([best * 0.01])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sinusoid", "--algorithm", "promp"], "promp needs a policy"),
+        (["characters", "--algorithm", "oracle"], "oracle is told its task"),
+        (["sinusoid", "--preset", "icml2017"], "preset icml2017 is for reinforcement learning"),
+        (["navigation-2d", "--preset", "reptile2018"], "reptile2018 is for supervised tasks"),
+        (["sinusoid", "--episodes", "7"], "episodes has no effect on the supervised tasks"),
+        (["sinusoid", "--advantage.trace", "0.5"], "advantage has no effect on the supervised"),
+        (["sinusoid", "--trust-region.max-kl", "0.1"], "trust_region has no effect with"),
+        (["sinusoid", "--inner.kl", "0.3"], "inner.kl has no effect on the supervised tasks"),
+        (["characters", "--ways", "90"], "90 ways need as many test classes, there are 80 of 400"),
+        (["characters", "--shots", "19"], "has 20 examples, and 19 shots with 15 queries need 34"),
+        (["characters", "--policy.network", "impala"], "policy.network impala does not read"),
+        (["sinusoid", "--shot", "3"], "no option '--shot'"),
+        (["sinusoid", "--shots"], "--shots needs a value"),
+        (["omniglot"], "omniglot needs its folder"),
+        (["characters", "--algorithm", "protomaml", "--inner.steps", "0"], "needs inner.steps of"),
+        (["sinusoid", "--policy.normalize"], "policy.normalize has no effect on the supervised"),
+    ],
+)  # fmt: skip
+def test_faults_are_told_in_a_line(words, message, tmp_path, capsys):
+    assert main(["train", *words, "--out", str(tmp_path / "run")]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(said) == 1
+    assert message in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_commands_about_environments_are_refused(sinusoids, capsys):
+    run = str(sinusoids / "maml-trpo")
+    for words in (["record", run], ["check", "sinusoid"], ["benchmark", "sinusoid"]):
+        assert main(words) == 2
+        assert "supervised tasks, and this needs environments" in capsys.readouterr().err
+    assert main(["evaluate", run, "--episodes", "3"]) == 2
+    assert "episodes has no effect" in capsys.readouterr().err
+
+
+# Folders and other data ---------------------------------------------------------------------------
+
+
+def picture(path: Path, value: int, size: int = 20) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size, size, 3), value, np.uint8)).save(path)
+
+
+def test_omniglot_folders(tmp_path):
+    for place, alphabets in (("images_background", 2), ("images_evaluation", 1)):
+        for a in range(alphabets):
+            for c in range(9):
+                for i in range(4):
+                    where = tmp_path / place / f"Alphabet{a}" / f"character{c:02}"
+                    picture(where / f"{a}_{i}.png", 255 - 10 * c)
+    options = {"folder": str(tmp_path), "ways": 3, "queries": 2, "test_queries": 2, "size": 8}
+    family = find_family("omniglot", **options)
+    assert {part: len(c) for part, c in family.tasks.parts.items()} == {
+        "train": 60, "validation": 12, "test": 36,
+    }  # fmt: skip
+    assert family.input_shape == (8, 8)
+    assert sorted(set(family.pixels.ravel().tolist())) == [10 * c for c in range(9)]
+    plain = find_family("omniglot", **options, rotations=False)
+    assert len(plain.tasks.parts["test"]) == 9
+    with pytest.raises(UserError, match="images_background has no ALPHABET/CHARACTER folders"):
+        find_family("omniglot", **{**options, "folder": str(tmp_path / "images_background")})
+
+
+@pytest.mark.parametrize("layout", ["folders", "tables"])
+def test_mini_imagenet_folders(tmp_path, layout):
+    for part, count in (("train", 5), ("val", 3), ("test", 3)):
+        lines = ["filename,label"]
+        for c in range(count):
+            for i in range(4):
+                name = f"{part}{c}_{i}.png"
+                lines.append(f"{name},n{part}{c}")
+                where = f"{part}/n{part}{c}" if layout == "folders" else "images"
+                picture(tmp_path / where / name, 20 * c)
+        if layout == "tables":
+            (tmp_path / f"{part}.csv").write_text("\n".join(lines) + "\n")
+    options = {"folder": str(tmp_path), "ways": 3, "queries": 2, "test_queries": 2, "size": 8}
+    family = find_family("mini-imagenet", **options)
+    assert {part: len(c) for part, c in family.tasks.parts.items()} == {
+        "train": 5, "validation": 3, "test": 3,
+    }  # fmt: skip
+    assert family.input_shape == (8, 8, 3)
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    for place in ("images_background", "images_evaluation"):
+        folder = tmp_path / place / "A" / "c"
+        folder.mkdir(parents=True)
+        (folder / "1.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"1\.png cannot be read as an image"):
+        find_family("omniglot", folder=str(tmp_path))
+
+
+def digits() -> FewShotFamily:
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    return FewShotFamily(data.images / 16.0, data.target, ways=2, shots=1)
+
+
+@pytest.mark.learning
+def test_digits_are_learned(tmp_path):
+    said = {"iterations": 100, "tasks": 8, "policy.filters": 8, "threads": 1}
+    train(resolve(None, "test_supervised_runs:digits", "protomaml", said), tmp_path / "run")
+    result = metarl.evaluate(tmp_path / "run", tasks=200, steps=1, threads=2)
+    assert result.curve.returns[1] > 80.0
