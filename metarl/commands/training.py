@@ -141,7 +141,8 @@ def _starting_config(arguments: Sequence[str], *, preset: str | None, family: st
 
 def _resolved(parsed: Config, arguments: Sequence[str], options: Mapping[str, Any]) -> Config:
     """Return the config of the values that were given, and what follows from them."""
-    free = [key for key in config_keys(parsed) if key not in ("family", "preset", "algorithm")]
+    apart = ("family", "preset", "algorithm", "family_options")
+    free = [key for key in config_keys(parsed) if key not in apart]
     values: dict[str, Any] = {"workers": parsed.workers, "family_options": options}
     for key in said(arguments, free):
         section, dot, name = key.rpartition(".")
