@@ -620,7 +620,7 @@ def test_one_huge_gradient_is_bounded_and_counted():
 
 def test_ten_rewards_that_are_nan_stop_with_the_last_good_state(tmp_path, monkeypatch):
     family = replace(counting_family(), env=Poisoned)
-    monkeypatch.setattr("metarl.running.trainer.make_family", lambda *_, **__: family)
+    monkeypatch.setattr("metarl.running.trainer.find_family", lambda *_, **__: family)
     config = replace(TINY, family="counting", family_options={}, iterations=12)
     monkeypatch.setattr("test_trainer.bad_above", 100.0)
     meta = train(replace(config, iterations=1), tmp_path / "run")
@@ -635,7 +635,7 @@ def test_ten_rewards_that_are_nan_stop_with_the_last_good_state(tmp_path, monkey
 
 def test_a_simulation_that_diverges_leaves_the_others_as_they_are(monkeypatch):
     family = make_family("half-cheetah-dir", horizon=8)
-    monkeypatch.setattr("metarl.running.trainer.make_family", lambda *_, **__: family)
+    monkeypatch.setattr("metarl.running.trainer.find_family", lambda *_, **__: family)
     config = small(family="half-cheetah-dir", family_options={}, threads=1)
     seen = []
     for sabotaged in (False, True):

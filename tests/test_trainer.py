@@ -223,7 +223,7 @@ bad_above = 0.0
 
 def poisoned_config(tmp_path, monkeypatch) -> Config:
     family = dataclasses.replace(counting_family(), env=Poisoned)
-    monkeypatch.setattr("metarl.running.trainer.make_family", lambda *_, **__: family)
+    monkeypatch.setattr("metarl.running.trainer.find_family", lambda *_, **__: family)
     return small(family="counting", family_options={}, iterations=20)
 
 
@@ -270,7 +270,7 @@ def test_tasks_are_stratified_where_asked_for():
 
 def test_a_diverging_family_is_counted_and_trains_on(monkeypatch):
     family = make_family("half-cheetah-dir", horizon=8)
-    monkeypatch.setattr("metarl.running.trainer.make_family", lambda *_, **__: family)
+    monkeypatch.setattr("metarl.running.trainer.find_family", lambda *_, **__: family)
     with Trainer(small(family="half-cheetah-dir", family_options={}, threads=1)) as trainer:
         env = trainer.source.collector._envs[0]
         begin = env._begin
@@ -354,7 +354,7 @@ def test_an_environment_of_ones_own_that_raises_shows_its_traceback(tmp_path, mo
             raise ZeroDivisionError("mine")
 
     family = dataclasses.replace(counting_family(), env=Broken)
-    monkeypatch.setattr("metarl.running.trainer.make_family", lambda *_, **__: family)
+    monkeypatch.setattr("metarl.running.trainer.find_family", lambda *_, **__: family)
     with pytest.raises(ZeroDivisionError, match="mine"):
         train(small(family="counting", family_options={}), tmp_path / "run")
     assert not (tmp_path / "run").exists()  # so that the same command works once it is mended

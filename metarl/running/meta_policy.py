@@ -78,7 +78,8 @@ class MetaPolicy:
     @cached_property
     def model(self) -> Model:
         """What adapts: the policy, or the predictor of supervised tasks."""
-        if isinstance(self.source, SupervisedFamily):
+        gaussian = "log_std" in self.params  # which needs no family, and so none of its files
+        if not gaussian and isinstance(self.source, SupervisedFamily):
             return model_for(self.algorithm, self.config, self.source)
         return self.policy
 
