@@ -193,7 +193,7 @@ def test_an_adapted_policy_is_saved_and_loaded(tmp_path):
     policy = meta.adapt(GOAL, steps=2, episodes=3, seed=4)
     policy.save(tmp_path / "adapted")
     again = metarl.load_policy(tmp_path / "adapted")
-    assert again.record == {"task": GOAL.tolist(), "steps": 2, "episodes": 3, "seed": 4}
+    assert again.provenance == {"task": GOAL.tolist(), "steps": 2, "episodes": 3, "seed": 4}
     # A new policy of the same adaptation draws the same noise from the start.
     env = meta.family.make(GOAL)
     assert again.play(env, seed=1) == policy.play(env, seed=1)
