@@ -314,9 +314,13 @@ def description(name: str) -> str:
 def training_values(name: str) -> Mapping[str, Any]:
     """Return the values of the config that a run on a family starts from, by dotted key.
 
-    An entry that is a mapping holds those of the algorithm that is its key.
+    An entry that is a mapping holds those of the algorithm that is its key. None, where the family
+    cannot be loaded, which is told where it is made.
     """
-    return getattr(_find(name), "training", {})
+    try:
+        return getattr(_find(name), "training", {})
+    except UserError:
+        return {}
 
 
 def make_family(name: str, **options: Any) -> TaskFamily:
