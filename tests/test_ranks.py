@@ -22,7 +22,7 @@ from metarl.running.checkpoints import load
 from metarl.running.config import available_threads
 from metarl.running.metrics import measured_time, read_metrics
 from metarl.running.presets import resolve
-from metarl.running.trainer import train
+from metarl.running.trainer import Trainer, train
 
 HERE = Path(__file__).parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -109,6 +109,13 @@ def test_more_ranks_than_chunks_are_refused():
     ranks.size = 11
     with pytest.raises(UserError, match="40 tasks are 10 chunks of 4, too few for 11 ranks"):
         ranks.block(40)
+
+
+def test_supervised_tasks_train_on_one_rank():
+    ranks = Ranks()
+    ranks.size = 2
+    with pytest.raises(UserError, match="sinusoid: supervised tasks train on one rank, got 2"):
+        Trainer(resolve(None, "sinusoid"), ranks)
 
 
 def test_one_process_is_the_identity():
