@@ -130,7 +130,7 @@ def table_config(name: str, **changes) -> Config:
     return dataclasses.replace(base, iterations=ITERATIONS, policy=policy, **{**values, **changes})
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", [n for n, row in ALGORITHMS.items() if row.head == "meta"])
 def test_an_iterations_problem_is_the_algorithms(name):
     row, config = TABLE[name], table_config(name)
     outer = Trainer(config)
