@@ -75,9 +75,13 @@ class Recorder:
 
     def _write(self, rows: list[dict[str, Any]], state: State) -> None:
         self._check()
-        self._metrics.write(*rows)
-        # After the metrics: a crash in between repeats iterations, and their rows.
-        save_checkpoint(self._folder, self._config, state)
+        try:
+            self._metrics.write(*rows)
+            # After the metrics: a crash in between repeats iterations, and their rows.
+            save_checkpoint(self._folder, self._config, state)
+        except OSError:
+            self._check()  # a folder that went meanwhile is told as such
+            raise
 
     def wait(self) -> None:
         """Wait until all is written; raises as `record` does."""

@@ -73,7 +73,11 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
             raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(path)) from error
 
         def check() -> None:
-            if not (path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno()))):
+            try:
+                there = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+            except FileNotFoundError:
+                there = False
+            if not there:
                 raise RunError(
                     f"{folder} was moved or deleted while it was trained in; where it is now, go on"
                     " with: metarl train --resume FOLDER"
