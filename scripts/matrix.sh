@@ -16,7 +16,7 @@ END
 
 try() {
   echo "strict: $*"
-  env "$@" "$python" -m pytest -q -m strict -p no:cacheprovider
+  env "$@" "$python" -m pytest -q -m "strict and not slow" -p no:cacheprovider
 }
 
 try ATEN_CPU_CAPABILITY=default

@@ -217,6 +217,14 @@ def test_ctrl_c_while_it_starts_is_a_line(tmp_path, command):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("buffering", ["", "1"])
+def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path, monkeypatch, buffering):
+    monkeypatch.setenv("PYTHONUNBUFFERED", buffering)
+    with starting("algorithms", cwd=tmp_path) as process:
+        process.stdout.close()
+        assert (process.wait(timeout=300), process.stderr.read()) == (141, "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",

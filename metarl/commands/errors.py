@@ -1,7 +1,7 @@
 """How commands fail: one line that says what is wrong and what to do, and an exit code.
 
-2: whoever runs the command can mend it. 130: Ctrl-C. What is a fault of the program raises, with
-its traceback.
+2: whoever runs the command can mend it. 130: Ctrl-C. 141: whoever read the output has left, as
+`head` does. What is a fault of the program raises, with its traceback.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -36,10 +37,14 @@ _REMEDIES = {
 def exit_code(command: Callable[[], int]) -> int:
     """Return a command's exit code; tell its error in a line."""
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
     except UserError as error:
         return _told(str(error), error)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 141
         if error.filename is None:
             raise
         notes = [_REMEDIES.get(error.errno or 0, ""), *getattr(error, "__notes__", ())]
@@ -48,6 +53,16 @@ def exit_code(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _reader_left() -> bool:
+    """Return whether nobody reads standard output any more; if so it is silent from then on."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # errors and hang-ups are told without being asked for
+    left = bool(poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 def _told(message: str, error: Exception) -> int:

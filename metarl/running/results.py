@@ -1,9 +1,9 @@
-"""What an evaluation finds: curves, what is said of them, tables, JSON."""
+"""What an evaluation finds: curves, what is said of them, JSON."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from metarl.running.statistics import (
     interquartile_mean,
     interquartile_mean_interval,
 )
+from metarl.running.tables import as_text, tables, task_table
 
 REFERENCES = (
     "nearest-prototype",
@@ -275,57 +276,12 @@ class EvaluationResult:
         }  # fmt: skip
 
     def table(self) -> str:
-        """Return a plain-text table: a row a policy, a column a number of inner steps."""
-        rows, measure = self.rows, self.curve.measure
-        steps = len(self.curve.returns)
-        width = (
-            max(len(name) for name in [*rows, measure.name, "gap closed", "interquartile mean"]) + 1
-        )
-        counts = ["before", "1 step", *(f"{k} steps" for k in range(2, steps))][:steps]
-
-        def line(name: str, cells: Sequence[str]) -> str:
-            return f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells)
-
-        lines = [f"{line(measure.name, counts)}   step sizes"]
-        for name, curve in rows.items():
-            sizes = ", ".join(f"{size:g}" for size in curve.step_sizes) or "none"
-            lines.append(
-                f"{line(name, _cells(curve.returns, curve.ci95, measure.digits))}   {sizes}"
-            )
-        if best := self.setting.get("optimal_returns"):
-            lines.append(f"{line('optimum', [f'{np.mean(best):.1f}'])}, exact")
-        several = {n: c for n, c in rows.items() if len(c.seeds) > 1}
-        if several:
-            lines += ["", line("interquartile mean", counts)]
-            for name, curve in several.items():
-                lines.append(line(name, _cells(curve.iqm, curve.iqm_ci95, measure.digits)))
-        told = {name: curve.success for name, curve in rows.items() if curve.success is not None}
-        if told:
-            lines += ["", line("success rate, %", counts)]
-            for name, rates in told.items():
-                lines.append(line(name, [f"{100.0 * r:.1f}" for r in rates.mean(axis=0)]))
-        gaps = {name: self.gap_closed(curve) for name, curve in rows.items()}
-        if any(gaps.values()):
-            lines += ["", line("gap closed", counts)]
-            for name, gap in gaps.items():
-                if gap is not None and rows[name].algorithm != "oracle":
-                    lines.append(line(name, _cells([g[0] for g in gap], [g[1:] for g in gap], 2)))
-        return "\n".join(lines)
+        """Return plain-text tables: a row a policy, a column a number of inner steps."""
+        return as_text(tables(self.to_json()))
 
     def task_table(self) -> str:
         """Return a plain-text table of the policy: a row a task, a column a number of steps."""
-        names = self.setting["components"]
-        steps = range(len(self.curve.returns))
-        digits = self.curve.measure.digits
-        heads = [*names, *(f"{self.curve.measure.name} {k}" for k in steps)]
-        heads += [f"{name} achieved {k}" for name in self.curve.achieved for k in steps]
-        widths = [max(len(head), 9) + 2 for head in heads]
-        lines = ["".join(f"{head:>{w}}" for head, w in zip(heads, widths, strict=True))]
-        for t, goal in enumerate(self.setting["tasks"]):
-            cells = [f"{x:.2f}" for x in goal] + [f"{r:.{digits}f}" for r in self.curve.per_task[t]]
-            cells += [f"{x:.2f}" for a in self.curve.achieved.values() for x in a[t]]
-            lines.append("".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
-        return "\n".join(lines)
+        return as_text([task_table(self.to_json())])
 
 
 @dataclass(frozen=True)
@@ -346,14 +302,6 @@ def _difference(ours: Floats, theirs: Floats, measure: Measure) -> _Difference:
     """Return the mean of differences paired by task, with its 95 % interval."""
     paired = _known(ours - theirs)
     return _Difference(float(paired.mean()), *bootstrap_interval(paired), measure)
-
-
-def _cells(means: Sequence[float], intervals: Sequence[Sequence[float]], digits: int) -> list[str]:
-    cells = []
-    for mean, (low, high) in zip(means, intervals, strict=True):
-        half = f" ± {(high - low) / 2.0:.{digits}f}" if math.isfinite(high - low) else ""
-        cells.append(f"{mean:.{digits}f}{half}")
-    return cells
 
 
 def _known(values: Floats) -> Floats:

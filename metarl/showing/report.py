@@ -16,6 +16,7 @@ from metarl.running.checkpoints import machine, versions
 from metarl.running.diagnosis import findings
 from metarl.running.files import write_atomically
 from metarl.running.metrics import read_metrics
+from metarl.running.tables import tables
 from metarl.showing.videos import to_webm
 
 _STYLE = """
@@ -63,7 +64,7 @@ def write_report(
     evaluation = json.loads((folder / "evaluation.json").read_text())
     parts = [f"<h1>{html.escape(title)}</h1>", _setting(evaluation)]
     parts.append(f'<p class="verdict">{html.escape(evaluation["verdict"])}</p>')
-    parts.append(_table(evaluation))
+    parts.append(_tables(evaluation))
     stratified = run is not None and run["config"].get("stratified", False)
     if said := findings(read_metrics(folder), stratified=stratified):
         parts.append("<h2>Is it adapting?</h2>")
@@ -139,39 +140,14 @@ def _setting(evaluation: Mapping[str, Any]) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
-def _table(evaluation: Mapping[str, Any]) -> str:
-    rows = {evaluation["name"]: evaluation, **evaluation["references"]}
-    steps = len(evaluation["returns"])
-    counts = ["before", "1 step", *(f"{k} steps" for k in range(2, steps))][:steps]
-    gaps = any("gap_closed" in row for row in rows.values())
-    digits = evaluation.get("digits", 1)
-    heads = [evaluation.get("measure", "return"), *counts, "step sizes"]
-    if gaps:
-        heads.append("gap closed, before to last step")
-    lines = [_row(heads, "th")]
-    for name, row in rows.items():
-        pairs = zip(row["returns"], row["ci95"], strict=True)
-        cells = [_cell(mean, pair, digits) for mean, pair in pairs]
-        cells.append(", ".join(f"{size:g}" for size in row["step_sizes"]) or "none")
-        if gaps:
-            shares = [f"{x:.2f}" for x in row.get("gap_closed", ()) if x is not None]
-            cells.append(" → ".join(shares) if row["algorithm"] != "oracle" else "")
-        own = ' class="own"' if row is evaluation else ""
-        lines.append(_row([name, *cells], "td", own))
-    several = {n: r for n, r in rows.items() if "iqm" in r}
-    if several:
-        lines.append(_row(["interquartile mean", *counts], "th"))
-    for name, row in several.items():
-        pairs = zip(row["iqm"], row["iqm_ci95"], strict=True)
-        cells = [_cell(mean, pair, digits) for mean, pair in pairs]
-        lines.append(_row([f"{name}, seeds {', '.join(map(str, row['seeds']))}", *cells], "td"))
+def _tables(evaluation: Mapping[str, Any]) -> str:
+    lines = []
+    for table in tables(evaluation):
+        lines.append(_row(table.heads, "th"))
+        for row in table.rows:
+            own = ' class="own"' if row[0] == evaluation["name"] else ""
+            lines.append(_row(row, "td", own))
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
-
-
-def _cell(mean: float | None, pair: Sequence[float | None], digits: int) -> str:
-    low, high = pair
-    half = "" if low is None or high is None else f" ± {(high - low) / 2.0:.{digits}f}"
-    return "" if mean is None else f"{mean:.{digits}f}{half}"
 
 
 def _row(cells: Sequence[str], kind: str, attributes: str = "") -> str:

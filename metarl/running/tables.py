@@ -1,0 +1,114 @@
+"""The tables of an evaluation, from the content of `evaluation.json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: a row a policy or a task, a column a number of inner steps."""
+
+    heads: Sequence[str]
+    """What the figures are, then the number of steps of each column."""
+    rows: Sequence[Sequence[str]]
+    """A policy's name, or a task's first component, then the other cells."""
+    named: bool = True
+    """Whether rows begin with a name, which stands on the left."""
+
+
+def tables(evaluation: Mapping[str, Any]) -> list[Table]:
+    """Return the tables that an evaluation's figures fill.
+
+    The measure with the step sizes comes first; then interquartile means over seeds, success rates
+    and shares of the gap from random to oracle, where there are any.
+    """
+    curves = {evaluation["name"]: evaluation, **evaluation["references"]}
+    steps = len(evaluation["returns"])
+    counts = ["before", "1 step", *(f"{k} steps" for k in range(2, steps))][:steps]
+    digits = evaluation.get("digits", 1)
+    first = []
+    for name, curve in curves.items():
+        cells = _cells(curve["returns"], curve["ci95"], digits)
+        sizes = ", ".join(f"{size:g}" for size in curve["step_sizes"]) or "none"
+        first.append([name, *cells, *[""] * (steps - len(cells)), sizes])
+    if best := evaluation.get("optimal_returns"):
+        mean = sum(best) / len(best)
+        first.append(["optimum", f"{mean:.1f}", *[""] * (steps - 1), "exact"])
+    several = [
+        [
+            f"{name}, seeds {', '.join(map(str, curve['seeds']))}",
+            *_cells(curve["iqm"], curve["iqm_ci95"], digits),
+        ]
+        for name, curve in curves.items()
+        if "iqm" in curve
+    ]
+    told = [
+        [name, *(f"{100.0 * rate:.1f}" for rate in curve["success"])]
+        for name, curve in curves.items()
+        if "success" in curve
+    ]
+    gaps = [
+        [name, *_cells(curve["gap_closed"], curve["gap_closed_ci95"], 2)]
+        for name, curve in curves.items()
+        if "gap_closed" in curve and curve["algorithm"] != "oracle"
+    ]
+    found = [Table([evaluation.get("measure", "return"), *counts, "step sizes"], first)]
+    for what, rows in (
+        ("interquartile mean", several),
+        ("success rate, %", told),
+        ("gap closed", gaps),
+    ):
+        if rows:
+            found.append(Table([what, *counts], rows))
+    return found
+
+
+def task_table(evaluation: Mapping[str, Any]) -> Table:
+    """Return the table of the evaluated policy by task: its vector, its returns after each number
+    of steps, and what was achieved of it."""
+    digits = evaluation.get("digits", 1)
+    measure, steps = evaluation.get("measure", "return"), range(len(evaluation["returns"]))
+    achieved = evaluation.get("achieved", {})
+    heads = [*evaluation["components"], *(f"{measure} {k}" for k in steps)]
+    heads += [f"{name} achieved {k}" for name in achieved for k in steps]
+    rows = []
+    for t, task in enumerate(evaluation["tasks"]):
+        cells = [f"{x:.2f}" for x in task]
+        cells += [_number(x, digits) for x in evaluation["per_task"][t]]
+        rows.append(cells + [_number(x, 2) for values in achieved.values() for x in values[t]])
+    return Table(heads, rows, named=False)
+
+
+def as_text(found: Sequence[Table]) -> str:
+    """Return tables as plain text, one below the other, their columns in line."""
+    lines = [line for table in found for line in (table.heads, *table.rows)]
+    columns = range(max(map(len, lines)))
+    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in columns]
+
+    def text(line: Sequence[str], named: bool) -> str:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=False)]
+        if named:
+            cells[0] = line[0].ljust(widths[0])
+        return "  ".join(cells).rstrip()
+
+    return "\n\n".join(
+        "\n".join(text(line, table.named) for line in (table.heads, *table.rows)) for table in found
+    )
+
+
+def _cells(
+    means: Sequence[float | None], intervals: Sequence[Sequence[float | None]], digits: int
+) -> list[str]:
+    cells = []
+    for mean, (low, high) in zip(means, intervals, strict=True):
+        half = "" if low is None or high is None else f" ± {(high - low) / 2.0:.{digits}f}"
+        cells.append(_number(mean, digits) + half)
+    return cells
+
+
+def _number(value: float | None, digits: int) -> str:
+    return f"{math.nan if value is None else value:.{digits}f}"

@@ -1,0 +1,65 @@
+"""The tables of an evaluation: the same figures in the terminal and in the report."""
+
+from __future__ import annotations
+
+from metarl.running.tables import as_text, tables, task_table
+
+EVALUATION = {
+    "name": "mine",
+    "algorithm": "maml-trpo",
+    "seeds": [0, 3],
+    "returns": [1.0, 2.25],
+    "ci95": [[0.5, 1.5], [2.0, 2.5]],
+    "iqm": [1.5, None],
+    "iqm_ci95": [[1.0, 2.0], [None, None]],
+    "step_sizes": [0.1],
+    "components": ["goal"],
+    "tasks": [[0.5], [1.0]],
+    "per_task": [[1.0, 2.0], [1.0, None]],
+    "achieved": {"goal": [[0.25, 0.5], [0.75, 1.0]]},
+    "success": [0.0, 0.125],
+    "gap_closed": [0.1, 0.5],
+    "gap_closed_ci95": [[0.0, 0.2], [0.4, 0.6]],
+    "references": {
+        "oracle": {
+            "algorithm": "oracle",
+            "returns": [9.0],
+            "ci95": [[None, None]],
+            "step_sizes": [],
+            "gap_closed": [1.0],
+            "gap_closed_ci95": [[1.0, 1.0]],
+        }
+    },
+}
+
+
+def test_tables_hold_every_figure_that_is_known():
+    returns, several, success, gaps = tables(EVALUATION)
+    assert returns.heads == ["return", "before", "1 step", "step sizes"]
+    assert returns.rows == [
+        ["mine", "1.0 ± 0.5", "2.2 ± 0.2", "0.1"],
+        ["oracle", "9.0", "", "none"],
+    ]
+    assert several.rows == [["mine, seeds 0, 3", "1.5 ± 0.5", "nan"]]
+    assert success.rows == [["mine", "0.0", "12.5"]]
+    assert gaps.rows == [["mine", "0.10 ± 0.10", "0.50 ± 0.10"]]  # an oracle's is 1 by definition
+
+
+def test_text_keeps_columns_in_line():
+    lines = as_text(tables(EVALUATION)).splitlines()
+    assert len({line.index("1 step") for line in lines if "1 step" in line}) == 1
+    assert lines[2].split() == ["oracle", "9.0", "none"]
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_the_table_by_task_says_what_was_achieved():
+    table = task_table(EVALUATION)
+    assert table.heads == [
+        "goal", "return 0", "return 1", "goal achieved 0", "goal achieved 1",
+    ]  # fmt: skip
+    assert table.rows == [
+        ["0.50", "1.0", "2.0", "0.25", "0.50"],
+        ["1.00", "1.0", "nan", "0.75", "1.00"],
+    ]
+    lines = as_text([table]).splitlines()
+    assert len({len(line) for line in lines}) == 1  # figures end where their heads do
