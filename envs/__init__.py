@@ -34,19 +34,13 @@ from metarl.envs import (  # noqa: F401  (they register their families)
 )
 from metarl.envs.checker import Finding, check_task_family
 from metarl.envs.errors import UserError
-from metarl.envs.family import (
-    Finite,
-    TaskDistribution,
-    TaskFamily,
-    Uniform,
-    family_names,
-    make_family,
-    register,
-)
+from metarl.envs.family import TaskFamily
 from metarl.envs.few_shot import FewShotFamily
 from metarl.envs.gymnasium_family import GymnasiumFamily
 from metarl.envs.mujoco_vector import MujocoFamily
+from metarl.envs.registry import family_names, make_family, register
 from metarl.envs.supervised import FunctionFamily, SupervisedFamily
+from metarl.envs.tasks import Finite, TaskDistribution, Uniform
 from metarl.envs.vector import TaskVectorEnv
 
 __all__ = [

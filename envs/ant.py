@@ -37,8 +37,7 @@ from functools import partial
 import mujoco
 import numpy as np
 
-from metarl.envs.errors import UserError
-from metarl.envs.family import TaskDistribution, Uniform, did_you_mean, register
+from metarl.envs.errors import UserError, did_you_mean
 from metarl.envs.mujoco_bodies import observe_ant, rllab_pose
 from metarl.envs.mujoco_rewards import (
     UNITS,
@@ -52,6 +51,8 @@ from metarl.envs.mujoco_rewards import (
 )
 from metarl.envs.mujoco_simulation import Reward, Sim, Step, add_centre_of_mass
 from metarl.envs.mujoco_vector import STOCK, MujocoFamily
+from metarl.envs.registry import register
+from metarl.envs.tasks import TaskDistribution, Uniform
 from metarl.envs.vector import Floats
 
 COSTS = {"control": 0.005, "contact": 5e-4}

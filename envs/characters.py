@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
-from metarl.envs.family import register_data
 from metarl.envs.few_shot import TRAINING, FewShotFamily
+from metarl.envs.registry import register_data
 
 _POINTS = 24  # along a stroke
 _JITTER = 0.035  # of a stroke's points, the character's size being 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from metarl.envs.family import Uniform, register
 from metarl.envs.gymnasium_family import GymnasiumFamily
+from metarl.envs.registry import register
+from metarl.envs.tasks import Uniform
 from metarl.envs.vector import Floats
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from metarl.envs.errors import UserError
-from metarl.envs.family import TaskDistribution, Tasks
 from metarl.envs.supervised import Data, SupervisedFamily, check_counts
+from metarl.envs.tasks import TaskDistribution, Tasks
 
 Part = Literal["train", "validation", "test"]
 

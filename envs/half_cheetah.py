@@ -28,8 +28,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from metarl.envs.errors import UserError
-from metarl.envs.family import TaskDistribution, Uniform, did_you_mean, register
+from metarl.envs.errors import UserError, did_you_mean
 from metarl.envs.mujoco_bodies import observe_planar, rllab_pose
 from metarl.envs.mujoco_rewards import (
     UNITS,
@@ -42,6 +41,8 @@ from metarl.envs.mujoco_rewards import (
 )
 from metarl.envs.mujoco_simulation import Sim, add_centre_of_mass
 from metarl.envs.mujoco_vector import STOCK, MujocoFamily
+from metarl.envs.registry import register
+from metarl.envs.tasks import TaskDistribution, Uniform
 from metarl.envs.vector import Floats
 
 CONTROL_COST = 0.05

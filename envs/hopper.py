@@ -6,11 +6,11 @@ in +-1. Episodes end where the stock hopper falls.
 
 from __future__ import annotations
 
-from metarl.envs.family import register
 from metarl.envs.mujoco_bodies import BODIES
 from metarl.envs.mujoco_parameters import parameter_tasks, scaled_parameters
 from metarl.envs.mujoco_simulation import load_model
 from metarl.envs.mujoco_vector import MujocoFamily
+from metarl.envs.registry import register
 
 
 @register

@@ -11,11 +11,12 @@ from functools import partial
 
 import numpy as np
 
-from metarl.envs.family import Uniform, register
 from metarl.envs.mujoco_bodies import mass_centre_xy, observe_humanoid
 from metarl.envs.mujoco_rewards import costs_and_bonus
 from metarl.envs.mujoco_simulation import Reward, Step
 from metarl.envs.mujoco_vector import MujocoFamily
+from metarl.envs.registry import register
+from metarl.envs.tasks import Uniform
 
 
 def heading_reward(step: Step) -> Reward:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from metarl.envs.errors import UserError
-from metarl.envs.family import register_data
 from metarl.envs.few_shot import TRAINING, FewShotFamily
+from metarl.envs.registry import register_data
 
 _IMAGENET = {"train": "train", "validation": "val", "test": "test"}
 _SUFFIXES = (".png", ".jpg", ".jpeg")

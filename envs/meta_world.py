@@ -24,8 +24,10 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.envs.errors import UserError
-from metarl.envs.family import Split, TaskDistribution, TaskFamily, Tasks, did_you_mean, register
+from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.family import TaskFamily
+from metarl.envs.registry import register
+from metarl.envs.tasks import Split, TaskDistribution, Tasks
 from metarl.envs.vector import CLOSE, RESET, STEP, Bools, Floats, SingleTaskEnv, TaskVectorEnv
 
 MAX_HORIZON = 500

@@ -16,8 +16,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.envs.errors import UserError
-from metarl.envs.family import did_you_mean
+from metarl.envs.errors import UserError, did_you_mean
 from metarl.envs.mujoco_rewards import costs_and_bonus, forward_velocity, root_x
 from metarl.envs.mujoco_simulation import Reward, Sim, Step
 from metarl.envs.vector import Bools, Floats

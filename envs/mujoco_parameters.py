@@ -9,7 +9,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.envs.family import Tasks, Uniform
+from metarl.envs.tasks import Tasks, Uniform
 
 # Field, what its components are called, and the base of the multiplier.
 _SCALED = (

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.envs.family import Finite
 from metarl.envs.mujoco_simulation import Reward, Sim, Step
+from metarl.envs.tasks import Finite
 from metarl.envs.vector import Floats
 
 UNITS = {

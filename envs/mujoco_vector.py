@@ -26,12 +26,13 @@ import numpy as np
 from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
-from metarl.envs.errors import UserError
-from metarl.envs.family import TaskFamily, Tasks, did_you_mean
+from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.family import TaskFamily
 from metarl.envs.mujoco_bodies import find_body
 from metarl.envs.mujoco_rewards import root_x
 from metarl.envs.mujoco_simulation import Sim, Step, load_model
 from metarl.envs.serial_batch import DATA_FIELDS, SerialBatch
+from metarl.envs.tasks import Tasks
 from metarl.envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
 
 try:

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
-from metarl.envs.family import TaskFamily, Uniform, register
+from metarl.envs.family import TaskFamily
+from metarl.envs.registry import register
+from metarl.envs.tasks import Uniform
 from metarl.envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
 
 STEP = 0.1  # the longest displacement along an axis

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from metarl.envs.errors import UserError
-from metarl.envs.family import TaskFamily, import_source, make_family
+from metarl.envs.family import TaskFamily
+from metarl.envs.registry import import_source, make_family
 
 
 @dataclass(frozen=True)

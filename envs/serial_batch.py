@@ -17,7 +17,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.envs.family import did_you_mean
+from metarl.envs.errors import did_you_mean
 
 Ids = Sequence[int] | NDArray | None
 

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
-from metarl.envs.family import Tasks, Uniform, register_data
+from metarl.envs.registry import register_data
 from metarl.envs.supervised import Floats, FunctionFamily
+from metarl.envs.tasks import Tasks, Uniform
 
 # Finn et al. 2017, section 5.1 and appendix A.1, and the authors' code: 70,000 iterations of 25
 # tasks, Adam at 0.001. Where a part adapts, or a context, the sizes are those of Zintgraf et al.

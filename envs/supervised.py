@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
-from metarl.envs.family import Family, Tasks
+from metarl.envs.family import Family
+from metarl.envs.tasks import Tasks
 
 Floats = NDArray[np.float64]
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from metarl.envs.family import Uniform, register
 from metarl.envs.mujoco_rewards import UNITS, velocity_reward
 from metarl.envs.mujoco_vector import MujocoFamily
+from metarl.envs.registry import register
+from metarl.envs.tasks import Uniform
 
 
 @register

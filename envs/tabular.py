@@ -17,7 +17,9 @@ from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
-from metarl.envs.family import Split, TaskDistribution, TaskFamily, Tasks, Uniform, register
+from metarl.envs.family import TaskFamily
+from metarl.envs.registry import register
+from metarl.envs.tasks import Split, TaskDistribution, Tasks, Uniform
 from metarl.envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
 
 _GRID_SEEDS = {"train": 1, "test": 2}

@@ -16,10 +16,11 @@ from functools import partial
 
 import numpy as np
 
-from metarl.envs.errors import UserError
-from metarl.envs.family import TaskFamily, Tasks, Uniform, did_you_mean
+from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.family import TaskFamily
 from metarl.envs.gymnasium_family import GymnasiumFamily
 from metarl.envs.processes import Parcel, pack, unpack
+from metarl.envs.tasks import Tasks, Uniform
 from metarl.envs.traces import (
     BEHAVIOURS,
     EPISODES,

@@ -14,7 +14,8 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
-from metarl.envs.family import TaskFamily, Tasks
+from metarl.envs.family import TaskFamily
+from metarl.envs.tasks import Tasks
 
 EPISODES = 2  # of each task
 LONGEST = 500  # steps of an episode that is compared

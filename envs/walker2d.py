@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from metarl.envs.family import Uniform, register
 from metarl.envs.mujoco_bodies import BODIES
 from metarl.envs.mujoco_parameters import parameter_tasks, scaled_parameters
 from metarl.envs.mujoco_rewards import UNITS, direction_reward, direction_tasks, velocity_reward
 from metarl.envs.mujoco_simulation import load_model
 from metarl.envs.mujoco_vector import MujocoFamily
+from metarl.envs.registry import register
+from metarl.envs.tasks import Uniform
 
 CONTROL_COST = 1e-3
 

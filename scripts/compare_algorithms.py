@@ -23,7 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import metarl
-from metarl.envs.family import parse_options
+from metarl.envs.registry import parse_options
 from metarl.learning.algorithms import ALGORITHMS, find_algorithm
 from metarl.running.config import Config
 from metarl.running.metrics import read_metrics

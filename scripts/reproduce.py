@@ -117,8 +117,10 @@ def train(row: Row, folder: Path, seed: int, arguments: Arguments) -> None:
     else:
         flags = flags_of(row, arguments)
         command[4:4] = [*flags, "--seed", str(seed), "--out", str(folder)]
-    with open(folder.with_suffix(".log"), "a") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log)
+    log = folder.with_suffix(".log")
+    with open(log, "a") as file:
+        if subprocess.run(command, stdout=file, stderr=file).returncode:
+            raise SystemExit(f"error: {' '.join(command)} failed; {log} says why")
 
 
 def choose(folder: Path, last: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 import metarl
 from metarl.commands import cli
 from metarl.commands.cli import main
-from metarl.envs import family, family_names
+from metarl.envs import family_names, registry
 from metarl.learning.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def _folder_of_a_user(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("metarl.learning.algorithms.ALGORITHMS", dict(ALGORITHMS))
-    monkeypatch.setattr(family, "_factories", dict(family._factories))
+    monkeypatch.setattr(registry, "_factories", dict(registry._factories))
 
 
 @pytest.mark.parametrize(("page", "code"), PYTHON, ids=[page for page, _ in PYTHON])

@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 
 from metarl.envs import Finite, GymnasiumFamily, TaskFamily, Uniform, make_family, register
 from metarl.envs.errors import UserError
-from metarl.envs.family import family_names, parse_options
+from metarl.envs.registry import family_names, parse_options
 
 DISABLED = AutoresetMode.DISABLED
 
@@ -134,7 +134,7 @@ def test_options_are_python_literals_or_strings():
 
 
 def test_register_names_a_family_after_its_function(monkeypatch):
-    monkeypatch.setattr("metarl.envs.family._factories", {})
+    monkeypatch.setattr("metarl.envs.registry._factories", {})
 
     @register
     def my_own_family() -> TaskFamily:

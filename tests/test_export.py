@@ -12,7 +12,7 @@ from conftest import SPACES, counting_family
 
 import metarl.running.export
 from metarl.commands.cli import main
-from metarl.envs import make_family
+from metarl.envs import make_family, registry
 from metarl.envs.errors import UserError
 from metarl.learning.encoders import NatureCNN
 from metarl.learning.parallel import ChunkPool
@@ -137,8 +137,7 @@ def test_actions_of_the_environment_are_taken_back(mode):
 
 def test_transitions_adapt_as_episodes_do(monkeypatch):
     # Ragged episodes, two steps: what the adapter makes of them is what `adapt` makes.
-    monkeypatch.setitem(__import__("metarl.envs.family").envs.family._factories, "counting",
-                        counting_family)  # fmt: skip
+    monkeypatch.setitem(registry._factories, "counting", counting_family)
     config = Config(family="counting", policy=PolicyConfig(hidden=(5,)))
     policy = make_policy(config, (1,), gym.spaces.Box(-1.0, 1.0, (1,)))
     meta = MetaPolicy(policy.init(np.random.default_rng(0)), config)

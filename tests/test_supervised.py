@@ -10,7 +10,7 @@ import torch
 
 from metarl.envs import FewShotFamily, FunctionFamily, Uniform, UserError
 from metarl.envs.characters import draw_characters
-from metarl.envs.family import find_family, make_family
+from metarl.envs.registry import find_family, make_family
 from metarl.learning.adaptation import Adapter
 from metarl.learning.algorithms import ALGORITHMS
 from metarl.learning.encoders import FourBlocks, normalize_batch

@@ -13,7 +13,7 @@ from PIL import Image
 import metarl
 from metarl.commands.cli import main
 from metarl.envs import FewShotFamily, UserError
-from metarl.envs.family import find_family
+from metarl.envs.registry import find_family
 from metarl.running import supervised_evaluation
 from metarl.running.metrics import read_metrics
 from metarl.running.presets import resolve

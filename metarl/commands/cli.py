@@ -12,8 +12,7 @@ from typing import Any
 
 from metarl.commands import errors
 from metarl.commands.interrupts import interruptible
-from metarl.envs.errors import UserError
-from metarl.envs.family import did_you_mean
+from metarl.envs.errors import UserError, did_you_mean
 
 COMMANDS = {
     "train": ("training", "Meta-train a policy on a task family."),

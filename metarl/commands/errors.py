@@ -124,7 +124,7 @@ _PATTERNS: Mapping[str, str] = {
 
 def _one_line(box: str, known: list[str]) -> str:
     """Return what a box of tyro's says above its first rule."""
-    from metarl.envs.family import did_you_mean
+    from metarl.envs.errors import did_you_mean
 
     text = re.sub(r"\x1b\[[\d;]*m", "", box)
     sections: list[list[str]] = [[]]

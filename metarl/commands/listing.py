@@ -9,7 +9,7 @@ import tyro
 
 from metarl.envs.checker import CHECKS, checks
 from metarl.envs.errors import UserError
-from metarl.envs.family import (
+from metarl.envs.registry import (
     data_names,
     description,
     family_names,

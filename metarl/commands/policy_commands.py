@@ -13,7 +13,8 @@ import tyro
 from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
-from metarl.envs.family import Family, make_family
+from metarl.envs.family import Family
+from metarl.envs.registry import make_family
 from metarl.envs.supervised import SupervisedFamily
 
 

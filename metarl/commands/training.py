@@ -17,7 +17,7 @@ import tyro
 
 from metarl.commands.arguments import peek, said
 from metarl.envs.errors import UserError
-from metarl.envs.family import (
+from metarl.envs.registry import (
     data_names,
     family_names,
     find_family,

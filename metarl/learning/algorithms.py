@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from metarl.envs.errors import UserError
-from metarl.envs.family import did_you_mean
+from metarl.envs.errors import UserError, did_you_mean
 from metarl.learning.adaptation import Fast, Learned
 from metarl.learning.objectives import Loss, dice, likelihood_ratio, log_likelihood
 from metarl.learning.predictors import Head

@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from metarl.envs.errors import UserError
-from metarl.envs.family import did_you_mean
+from metarl.envs.errors import UserError, did_you_mean
 from metarl.learning.advantages import AdvantageConfig
 from metarl.learning.first_order import AdamConfig
 from metarl.learning.networks import Activation

@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
-from metarl.envs.family import Family, find_family
+from metarl.envs.family import Family
+from metarl.envs.registry import find_family
 from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.adaptation import FACTOR
 from metarl.learning.algorithms import Algorithm, find_algorithm

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from metarl.envs.errors import UserError
-from metarl.envs.family import did_you_mean, option_defaults, training_values
+from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.registry import option_defaults, training_values
 from metarl.learning.algorithms import Algorithm, find_algorithm
 from metarl.running.config import Config, config_keys
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from metarl.envs import TaskFamily
-from metarl.envs.family import Family, Tasks
+from metarl.envs.family import Family
 from metarl.envs.supervised import Data, SupervisedFamily
+from metarl.envs.tasks import Tasks
 from metarl.learning.adaptation import Adapter
 from metarl.learning.algorithms import Algorithm
 from metarl.learning.networks import Model, Params

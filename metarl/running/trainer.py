@@ -15,7 +15,8 @@ import torch
 
 from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
-from metarl.envs.family import Family, find_family
+from metarl.envs.family import Family
+from metarl.envs.registry import find_family
 from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError, Query
 from metarl.learning.objectives import Batch

@@ -1,0 +1,193 @@
+"""Distributions of tasks: what varies, where training and held-out tasks come from.
+
+A task is a float64 vector whose components have names.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metarl.envs.errors import UserError, did_you_mean
+
+Split = Literal["train", "test"]
+Tasks = NDArray[np.float64]  # [tasks, task_dim]
+
+
+class TaskDistribution(ABC):
+    """Where tasks are drawn from: named components, a train and a test split."""
+
+    names: tuple[str, ...]
+
+    @property
+    def dim(self) -> int:
+        """Number of components of a task vector."""
+        return len(self.names)
+
+    @abstractmethod
+    def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
+        """Draw n tasks, [n, task_dim]. The test split of few tasks is drawn balanced."""
+
+    def stratified(self, rng: np.random.Generator, n: int) -> Tasks:
+        """Draw n training tasks that cover their distribution evenly, [n, task_dim].
+
+        Each alone is distributed as `sample` draws it. A distribution that has no such draw of its
+        own samples independently.
+        """
+        return self.sample(rng, n)
+
+    @abstractmethod
+    def grid(self, n: int, split: Split = "test") -> Tasks:
+        """Return n tasks that cover a split evenly, [n, task_dim], the same at every call."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return the components and their training values in words."""
+
+    @abstractmethod
+    def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the smallest and the largest value of each component, [task_dim] both."""
+
+    def vector(self, components: Mapping[str, float]) -> NDArray[np.float64]:
+        """Return the task vector of named components.
+
+        Raises:
+            UserError: a name is unknown or missing, or a value is not a finite number.
+        """
+        for name in components:
+            if name not in self.names:
+                raise UserError(
+                    f"no task component {name!r}{did_you_mean(name, self.names)}"
+                    f" (components: {', '.join(self.names)})"
+                )
+        missing = [name for name in self.names if name not in components]
+        if missing:
+            raise UserError(f"task component {missing[0]!r} is missing")
+        task = np.array([components[name] for name in self.names], np.float64)
+        if not np.isfinite(task).all():
+            raise UserError(f"a task must be finite numbers, got {dict(components)}")
+        return task
+
+
+class Uniform(TaskDistribution):
+    """Tasks drawn uniformly from a box, such as `Uniform({"velocity": (0.0, 2.0)})`.
+
+    Train and test tasks of one box are kept apart by their random streams; `test` names another
+    box to test on, for extrapolation.
+
+    Raises:
+        UserError: a lower bound is not below its upper bound, or `test` has other components.
+    """
+
+    def __init__(
+        self,
+        bounds: Mapping[str, tuple[float, float]],
+        test: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        self.names = tuple(bounds)
+        if test is not None and tuple(test) != self.names:
+            raise UserError(f"test must have the components {self.names}, got {tuple(test)}")
+        self._boxes = {
+            "train": np.array([bounds[name] for name in self.names], np.float64),
+            "test": np.array([(test or bounds)[name] for name in self.names], np.float64),
+        }
+        for box in self._boxes.values():
+            for name, (low, high) in zip(self.names, box, strict=True):
+                if not (np.isfinite(low) and np.isfinite(high) and low < high):
+                    raise UserError(f"{name} must have low < high, got [{low:g}, {high:g}]")
+
+    def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
+        low, high = self.bounds(split)
+        return rng.uniform(low, high, (n, self.dim))
+
+    def stratified(self, rng: np.random.Generator, n: int) -> Tasks:
+        # A Latin hypercube (McKay et al. 1979): one task in each of n slices along every axis.
+        low, high = self.bounds("train")
+        slices = rng.permuted(np.tile(np.arange(n), (self.dim, 1)), axis=1).T
+        return low + (slices + rng.uniform(size=(n, self.dim))) / n * (high - low)
+
+    def grid(self, n: int, split: Split = "test") -> Tasks:
+        low, high = self.bounds(split)
+        if self.dim == 1:
+            unit = (np.arange(n)[:, None] + 0.5) / n
+        elif self.dim > 8:
+            # A Latin hypercube: even along each axis, where no lattice of few points is.
+            order = np.random.default_rng(0).permuted(np.tile(np.arange(n), (self.dim, 1)), axis=1)
+            unit = (order.T + 0.5) / n
+        else:
+            # Kronecker lattice of the generalized golden ratio: even cover in any dimension.
+            ratio = 2.0
+            for _ in range(64):
+                ratio = (1.0 + ratio) ** (1.0 / (self.dim + 1))
+            steps = ratio ** -np.arange(1, self.dim + 1)
+            unit = (0.5 + np.arange(n)[:, None] * steps) % 1.0
+        return low + unit * (high - low)
+
+    def describe(self) -> str:
+        box = zip(self.names, self._boxes["train"], strict=True)
+        words = [f"{name} in [{low:g}, {high:g}]" for name, (low, high) in box]
+        return ", ".join(words if self.dim <= 8 else [*words[:3], f"… ({self.dim} components)"])
+
+    def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        box = self._boxes[split]
+        return box[:, 0], box[:, 1]
+
+
+class Finite(TaskDistribution):
+    """Tasks drawn from a list, such as `Finite(("direction",), [[-1.0], [1.0]])`.
+
+    Args:
+        names: names of the components.
+        values: the training tasks, [n, task_dim].
+        test: the test tasks; by default the training tasks, where a family has no others.
+        balanced: draw each training task equally often, instead of independently.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        values: Sequence[Sequence[float]],
+        test: Sequence[Sequence[float]] | None = None,
+        balanced: bool = False,
+    ) -> None:
+        self.names = tuple(names)
+        self.balanced = balanced
+        self._values = {
+            "train": np.array(values, np.float64),
+            "test": np.array(values if test is None else test, np.float64),
+        }
+        for split, tasks in self._values.items():
+            if tasks.ndim != 2 or tasks.shape[1] != self.dim or not len(tasks):
+                raise UserError(f"{split} tasks must be [n, {self.dim}], got {tasks.shape}")
+
+    def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
+        values = self._values[split]
+        if self.balanced or split == "test":
+            return _rounds(values, rng, n)
+        return values[rng.integers(len(values), size=n)]
+
+    def stratified(self, rng: np.random.Generator, n: int) -> Tasks:
+        return _rounds(self._values["train"], rng, n)
+
+    def grid(self, n: int, split: Split = "test") -> Tasks:
+        values = self._values[split]
+        return values[np.arange(n) % len(values)]
+
+    def describe(self) -> str:
+        tasks = [", ".join(f"{x:g}" for x in task) for task in self._values["train"][:8]]
+        more = ", …" if len(self._values["train"]) > 8 else ""
+        return f"{', '.join(self.names)} one of {'; '.join(tasks)}{more}"
+
+    def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return self._values[split].min(0), self._values[split].max(0)
+
+
+def _rounds(values: Tasks, rng: np.random.Generator, n: int) -> Tasks:
+    """Return whole rounds of all values, then a random part of one more round."""
+    whole = np.tile(np.arange(len(values)), n // len(values))
+    rest = rng.permutation(len(values))[: n % len(values)]
+    return values[np.concatenate([whole, rest])]

@@ -1,0 +1,120 @@
+"""Is another setting better? Trains each over several seeds; compares at equal env steps and time.
+
+    python scripts/compare_settings.py half-cheetah-vel \
+        --settings preset trust_region.fisher_fraction=0.3 --iterations 60 --out runs/settings
+
+A setting is options of `metarl train` joined by commas, or `preset` for none. Runs lie in --out:
+stopped anywhere, the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from metarl.running.config import available_threads
+from metarl.running.metrics import read_metrics
+
+LAST = 5
+"""Iterations that a figure is the mean of: one batch of tasks alone is noisy."""
+
+
+@dataclass
+class Arguments:
+    """Compare settings over seeds, by the return after one inner step on training tasks."""
+
+    family: Annotated[str, tyro.conf.Positional]
+    """Task family."""
+    out: Path
+    """Folder for the runs."""
+    settings: tuple[str, ...]
+    """Such as `preset trust_region.growth_steps=3 tasks=40,episodes=10`."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of each setting."""
+    iterations: int = 40
+    """Meta-iterations of each run."""
+    preset: str = "metarl2026"
+    """Preset of all runs."""
+    family_options: tuple[str, ...] = ()
+    """Options of the family, as `metarl train` takes them."""
+    jobs: int = 1
+    """Trainings at a time; they share the processors."""
+
+
+def train(folder: Path, setting: str, seed: int, arguments: Arguments) -> None:
+    """Train one run, or go on with it."""
+    threads = max(1, available_threads() // arguments.jobs)
+    command = [sys.executable, "-m", "metarl", "train", "--threads", str(threads)]
+    if (folder / "config.json").exists():
+        command += ["--resume", str(folder)]
+    else:
+        command += [arguments.family, "--preset", arguments.preset, "--seed", str(seed)]
+        command += ["--iterations", str(arguments.iterations), "--out", str(folder)]
+        if arguments.family_options:
+            command += ["--family-options", *arguments.family_options]
+        for pair in [] if setting == "preset" else setting.split(","):
+            key, _, value = pair.partition("=")
+            command += [f"--{key.replace('_', '-')}", *value.split()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(f"{folder.name}.log")
+    with open(log, "a") as file:
+        if subprocess.run(command, stdout=file, stderr=file).returncode:
+            raise SystemExit(f"error: {' '.join(command)} failed; {log} says why")
+
+
+def score(rows: Sequence[Mapping[str, Any]], minutes: float) -> float:
+    """Return what a run earns after one step when it has taken so much processor time."""
+    taken = np.cumsum([row["seconds_processor"] for row in rows]) / 60.0
+    end = max(int(np.searchsorted(taken, minutes, side="right")), LAST)
+    found = [row["return_post"] for row in rows[:end][-LAST:]]
+    return float(np.mean(found)) if found else np.nan
+
+
+def main(arguments: Arguments) -> None:
+    folders = {
+        setting: [arguments.out / f"{setting}-{seed}" for seed in arguments.seeds]
+        for setting in arguments.settings
+    }
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        # Seeds outside, settings inside: what is not yet done lacks seeds, not settings.
+        trainings = [
+            pool.submit(train, folders[setting][i], setting, seed, arguments)
+            for i, seed in enumerate(arguments.seeds)
+            for setting in arguments.settings
+        ]
+        for training in trainings:
+            training.result()
+    runs = {setting: [read_metrics(f) for f in folders[setting]] for setting in folders}
+    minutes = {
+        setting: [sum(row["seconds_processor"] for row in rows) / 60.0 for rows in seeds]
+        for setting, seeds in runs.items()
+    }
+    shortest = min(map(min, minutes.values()))
+    steps = min(rows[-1]["env_steps"] for seeds in runs.values() for rows in seeds)
+    print(
+        f"| setting | core-minutes for {steps / 1e6:.1f}M env steps | return then, by seed | median"
+        f" | after {shortest:.1f} core-minutes, by seed | median | worst |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |"
+    )
+    for setting, seeds in runs.items():
+        within = [[row for row in rows if row["env_steps"] <= steps] for rows in seeds]
+        full = [score(rows, np.inf) for rows in within]
+        equal = [score(rows, shortest) for rows in seeds]
+        cells = [
+            f"`{setting}`", f"{np.mean(minutes[setting]):.1f}",
+            ", ".join(f"{x:.1f}" for x in full), f"{np.median(full):.1f}",
+            ", ".join(f"{x:.1f}" for x in equal), f"{np.median(equal):.1f}", f"{min(equal):.1f}",
+        ]  # fmt: skip
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=Arguments.__doc__))
