@@ -7,6 +7,7 @@ which is told its task, before any). Runs take one thread each, and the plot sho
 so several of these scripts may share a machine and an output folder, each with some of the
 algorithms. A run that exists already is resumed, and what was evaluated is not evaluated again; so
 a broken comparison goes on where it stopped, and one with all the algorithms joins the parts.
+Started by torchrun, the ranks share the tasks of each run and of each evaluation.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from matplotlib.figure import Figure
 import metarl
 from metarl.envs.registry import parse_options
 from metarl.learning.algorithms import ALGORITHMS, find_algorithm
+from metarl.learning.ranks import Ranks, joined
 from metarl.running.config import Config
 from metarl.running.metrics import read_metrics
 
@@ -82,18 +84,19 @@ def run_config(arguments: Arguments, name: str, seed: int) -> Config:
     )
 
 
-def curve(folder: Path, steps: int) -> list[dict[str, float]]:
+def curve(folder: Path, steps: int, ranks: Ranks) -> list[dict[str, float]]:
     """Held-out returns of a run's checkpoints, with env steps and seconds of training."""
     rows = read_metrics(folder)
     seconds = np.cumsum([row["seconds_processor"] for row in rows])
     store = folder / "comparison.json"
-    known = {p["iteration"]: p for p in json.loads(store.read_text())} if store.exists() else {}
+    stored = ranks.from_main(json.loads(store.read_text()) if store.exists() else [])
+    known = {p["iteration"]: p for p in stored}
     points = []
     for path in sorted((folder / "checkpoints").glob("*.safetensors")):
         meta = metarl.load(path)
         iteration = meta.provenance["iteration"]
         if iteration not in known:
-            result = metarl.evaluate(meta, steps=steps, threads=1)
+            result = metarl.evaluate(meta, steps=steps, threads=1, ranks=ranks)
             known[iteration] = {
                 "iteration": iteration,
                 "env_steps": meta.provenance["env_steps"],
@@ -104,7 +107,8 @@ def curve(folder: Path, steps: int) -> list[dict[str, float]]:
                 "high": result.curve.ci95[-1][1],
             }
         points.append(known[iteration])
-    store.write_text(json.dumps(points, indent=2))
+    if ranks.is_main:
+        store.write_text(json.dumps(points, indent=2))
     return points
 
 
@@ -165,16 +169,18 @@ def table(results: Results) -> str:
     return "\n".join(rows) + "\n"
 
 
-def main(arguments: Arguments) -> None:
+def main(arguments: Arguments, ranks: Ranks) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     results: Results = {}
 
     def run(name: str, seed: int) -> None:
         folder = arguments.out / f"{name}-{seed}"
         config = run_config(arguments, name, seed)
-        metarl.train(config, folder, resume=(folder / "config.json").exists())
-        points = curve(folder, steps=0 if find_algorithm(name).observes_task else 1)
+        metarl.train(config, folder, resume="auto", ranks=ranks)
+        points = curve(folder, 0 if find_algorithm(name).observes_task else 1, ranks)
         results.setdefault(name, {})[seed] = points
+        if not ranks.is_main:
+            return
         print(f"{name}, seed {seed}: {points[-1]['after']:.1f} after one step", flush=True)
         (arguments.out / "table.md").write_text(table(results))
         (arguments.out / "results.json").write_text(json.dumps(results, indent=2))
@@ -192,4 +198,6 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=Arguments.__doc__))
+    arguments = tyro.cli(Arguments, description=Arguments.__doc__)
+    with joined() as ranks:
+        main(arguments, ranks)

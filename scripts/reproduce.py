@@ -4,13 +4,15 @@
 
 Each seed is a run of `metarl train` whose checkpoint is chosen on validation tasks; all seeds are
 evaluated on the same held-out tasks. Runs, choices and evaluations lie in --out: stopped anywhere,
-the same command goes on where it was. A row's figures are stored in docs/records/ROW.json, and the
+the same command goes on where it was. Started by torchrun on machines that share --out, each rank
+trains some of the seeds. A row's figures are stored in docs/records/ROW.json, and the
 table in docs/results.md is written from these files alone; without a row, that is all it does.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +27,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import metarl
+from metarl.commands.errors import exit_code
+from metarl.envs.errors import UserError
+from metarl.learning.ranks import Ranks, joined
 from metarl.running.checkpoints import machine, versions, write_atomically
 from metarl.running.config import available_threads
 from metarl.running.metrics import read_metrics
@@ -33,6 +38,7 @@ from metarl.running.statistics import interquartile_mean
 
 DOCS = Path(__file__).parents[1] / "docs"
 TRAINED = Path(__file__).parents[1] / "metarl" / "trained"
+LONGEST = 30 * 24 * 3600.0  # seconds that ranks wait for the trainings of the others
 BEGIN, END = "<!-- records: written by scripts/reproduce.py -->", "<!-- end of records -->"
 
 
@@ -108,6 +114,11 @@ def flags_of(row: Row, arguments: Arguments) -> list[str]:
     ]  # fmt: skip
 
 
+def alone() -> dict[str, str]:
+    """Return the environment of a process that is no rank."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+
+
 def train(row: Row, folder: Path, seed: int, arguments: Arguments) -> None:
     """Train one seed, or go on with it."""
     threads = max(1, available_threads() // arguments.jobs)
@@ -119,8 +130,8 @@ def train(row: Row, folder: Path, seed: int, arguments: Arguments) -> None:
         command[4:4] = [*flags, "--seed", str(seed), "--out", str(folder)]
     log = folder.with_suffix(".log")
     with open(log, "a") as file:
-        if subprocess.run(command, stdout=file, stderr=file).returncode:
-            raise SystemExit(f"error: {' '.join(command)} failed; {log} says why")
+        if subprocess.run(command, stdout=file, stderr=file, env=alone()).returncode:
+            raise UserError(f"{' '.join(command)} failed; {log} says why")
 
 
 def choose(folder: Path, last: int) -> dict[str, Any]:
@@ -250,22 +261,22 @@ def write_docs(docs: Path = DOCS) -> str:
     return text
 
 
-def main(arguments: Arguments) -> None:
+def main(arguments: Arguments, ranks: Ranks) -> int:
     for name in arguments.rows:
         if name not in ROWS:
-            raise SystemExit(f"error: no row {name!r} (rows: {', '.join(ROWS)})")
+            raise UserError(f"no row {name!r} (rows: {', '.join(ROWS)})")
     for name in arguments.rows:
         row = ROWS[name]
         place = arguments.out / name
         place.mkdir(parents=True, exist_ok=True)
         folders = [place / f"seed-{seed}" for seed in arguments.seeds]
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            trainings = [
-                pool.submit(train, row, folder, seed, arguments)
-                for folder, seed in zip(folders, arguments.seeds, strict=True)
-            ]
+        own = list(zip(folders, arguments.seeds, strict=True))[ranks.rank :: ranks.size]
+        with ranks.agreeing(), ThreadPoolExecutor(arguments.jobs) as pool:
+            trainings = [pool.submit(train, row, *one, arguments) for one in own]
             for training in trainings:
                 training.result()
+        if not ranks.is_main:
+            continue
         found = record(name, row, folders, arguments)
         text = json.dumps(found, indent=1).encode()
         write_atomically(place / "record.json", text)
@@ -279,9 +290,12 @@ def main(arguments: Arguments) -> None:
             middle = folders[arguments.seeds.index(found["median_seed"])]
             median = metarl.load(choose(middle, arguments.last)["checkpoint"])
             median.save(TRAINED / f"{name}.safetensors")
-    if arguments.env_steps is None:
+    if arguments.env_steps is None and ranks.is_main:
         write_docs()
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=Arguments.__doc__))
+    arguments = tyro.cli(Arguments, description=Arguments.__doc__)
+    with joined(LONGEST) as ranks:
+        raise SystemExit(exit_code(lambda: main(arguments, ranks)))

@@ -263,3 +263,21 @@ def test_killed_ranks_are_started_again_to_the_same_end(tmp_path):
     assert process.returncode == 0, err
     assert ended(seen)
     same(alone, out)
+
+
+def test_ranks_share_an_evaluation_and_one_of_them_writes_it(tmp_path):
+    # Tuning meets steps that are not finite, and the paths of the first tasks are of both ranks.
+    command = [
+        "-m", "metarl", "evaluate", "navigation-2d-icml2017", "--tasks", "6", "--episodes", "2",
+        "--steps", "1", "--tune-step-sizes", "--from-scratch", "--threads", "1", "--out",
+    ]  # fmt: skip
+    alone = subprocess.run(
+        [sys.executable, *command, "alone"], cwd=tmp_path, check=True, capture_output=True
+    )
+    out = run(2, *command, "shared", cwd=tmp_path)
+    assert out.replace("shared", "alone") == alone.stdout.decode()
+    one, other = (
+        json.loads((tmp_path / name / "evaluation.json").read_text())
+        for name in ("alone", "shared")
+    )
+    assert one == other

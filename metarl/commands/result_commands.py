@@ -6,13 +6,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from metarl.commands.policy_commands import film, results_folder
 from metarl.envs.errors import UserError
 from metarl.running.config import default_workers
+
+if TYPE_CHECKING:
+    from metarl.learning.ranks import Ranks
+    from metarl.running.results import EvaluationResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,24 +101,31 @@ class Report:
 
 def evaluate(command: Evaluate) -> int:
     """Run `metarl evaluate`."""
-    result, files = _evaluate(
-        command.what,
-        command.out,
-        tasks=command.tasks,
-        episodes=command.episodes,
-        steps=command.steps,
-        seed=command.seed,
-        step_sizes=command.step_sizes,
-        random_step_sizes=command.random_step_sizes,
-        pretrained_step_sizes=command.pretrained_step_sizes,
-        tune_step_sizes=command.tune_step_sizes,
-        deterministic=command.deterministic,
-        drawn=command.drawn,
-        from_scratch=command.from_scratch,
-        scratch_learning_rate=command.scratch_learning_rate,
-        threads=command.threads,
-        workers=command.workers,
-    )
+    from metarl.learning.ranks import joined
+
+    with joined() as ranks, ranks.agreeing():
+        found = _evaluate(
+            command.what,
+            command.out,
+            tasks=command.tasks,
+            episodes=command.episodes,
+            steps=command.steps,
+            seed=command.seed,
+            step_sizes=command.step_sizes,
+            random_step_sizes=command.random_step_sizes,
+            pretrained_step_sizes=command.pretrained_step_sizes,
+            tune_step_sizes=command.tune_step_sizes,
+            deterministic=command.deterministic,
+            drawn=command.drawn,
+            from_scratch=command.from_scratch,
+            scratch_learning_rate=command.scratch_learning_rate,
+            threads=command.threads,
+            workers=command.workers,
+            ranks=ranks,
+        )
+    if found is None:
+        return 0
+    result, files = found
     if command.json:
         print(json.dumps(result.to_json(), indent=2))
         return 0
@@ -131,8 +142,14 @@ def evaluate(command: Evaluate) -> int:
     return 0
 
 
-def _evaluate(what: Sequence[str], out: Path | None, **options: Any) -> tuple[Any, list[Path]]:
-    """Evaluate policies; leave the result and its pictures in the first one's folder, or out."""
+def _evaluate(
+    what: Sequence[str], out: Path | None, ranks: Ranks | None = None, **options: Any
+) -> tuple[EvaluationResult, list[Path]] | None:
+    """Evaluate policies; leave the result and its pictures in the first one's folder, or out.
+
+    None on all ranks but rank 0.
+    """
+    from metarl.learning.ranks import ALONE
     from metarl.running import evaluation
     from metarl.running.files import write_atomically
     from metarl.running.metrics import show_adaptation
@@ -144,7 +161,10 @@ def _evaluate(what: Sequence[str], out: Path | None, **options: Any) -> tuple[An
     (name, members), *others = groups.items()
     references = {key: list(other.values()) for key, other in others}
     seeds = list(members.values())
-    result = evaluation.evaluate(seeds, references=references, name=name, **options)
+    ranks = ranks or ALONE
+    result = evaluation.evaluate(seeds, references=references, name=name, ranks=ranks, **options)
+    if not ranks.is_main:
+        return None
     folder = results_folder(next(iter(members)), out)
     files = [folder / "evaluation.json"]
     write_atomically(files[0], json.dumps(result.to_json(), indent=2).encode())

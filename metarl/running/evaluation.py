@@ -10,53 +10,32 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-import torch
-
-from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
 from metarl.envs.few_shot import FewShotFamily
 from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.inner_loop import NonFiniteError
-from metarl.learning.networks import Params
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
-from metarl.learning.policies import MLPPolicy
-from metarl.learning.trajectories import Rollout
-from metarl.running import stable_baselines
-from metarl.running.config import Config, available_threads
+from metarl.learning.ranks import ALONE, Ranks
+from metarl.running.config import available_threads
 from metarl.running.loading import load
-from metarl.running.memory import check_memory, need
 from metarl.running.meta_policy import MetaPolicy, random_meta_policy
+from metarl.running.policy_evaluation import PolicyProtocol, Sizes
 from metarl.running.presets import reference_step_sizes
-from metarl.running.results import RETURN, Curve, EvaluationResult, Measure
+from metarl.running.results import EvaluationResult
 from metarl.running.runs import but_seed, group_name
 from metarl.running.scratch import (
     LEARNING_RATE,
-    TIMES,
-    ScratchTrainer,
-    curves,
-    scratch_policy,
-    train_from_scratch,
 )
 from metarl.running.statistics import Floats
 from metarl.running.supervised_evaluation import SupervisedProtocol
 from metarl.sampling.rollouts import Address
-from metarl.sampling.spaces import ActionMode
-from metarl.sampling.workers import AnyCollector, make_collector
 
 What = MetaPolicy | str | Path
-Sizes = Sequence[float] | Callable[[MetaPolicy], Sequence[float]] | None
-"""Of the inner steps: given, or by policy; none takes the policy's own."""
-
 EPISODES = 20
 """A task, unless others are asked for."""
-
-PATHS = 6
-"""Tasks whose paths are kept."""
 
 FACTORS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 """Of a policy's own step in training: sizes among which `tune_step_sizes` chooses."""
@@ -99,145 +78,7 @@ def grouped(what: Sequence[str | Path]) -> dict[str, dict[str, MetaPolicy]]:
     return dict(sorted(named.items(), key=is_reference))
 
 
-@dataclass(frozen=True)
-class _Protocol:
-    """What all policies are measured by."""
-
-    family: TaskFamily
-    goals: Floats
-    episodes: int
-    steps: int
-    address: Address
-    deterministic: bool
-    pool: ChunkPool
-    workers: int
-    collectors: dict[tuple[MLPPolicy, ActionMode], AnyCollector] = field(default_factory=dict)
-    """By what they are made for: policies of one kind share the environments."""
-
-    @property
-    def measure(self) -> Measure:
-        """What is measured."""
-        return RETURN
-
-    def close(self) -> None:
-        """Close the environments."""
-        for collector in self.collectors.values():
-            collector.close()
-
-    def _collector(self, policy: MLPPolicy, config: Config) -> AnyCollector:
-        key = policy, config.policy.action
-        if key not in self.collectors:
-            needed = need(
-                policy, tasks=len(self.goals), episodes=self.episodes, horizon=self.family.horizon,
-                rollouts=self.steps + 1, workers=0 if self.family.parallel else self.workers,
-                info_keys=len(self.family.achieved), chunks=self.pool.threads,
-            )  # fmt: skip
-            check_memory(needed, self.family.name)
-            self.collectors[key] = make_collector(
-                self.family, policy, len(self.goals), self.episodes, self.pool, key[1],
-                workers=self.workers, timeout=config.worker_timeout,
-                info_keys=list(self.family.achieved.values()),
-            )  # fmt: skip
-        return self.collectors[key]
-
-    def curve(self, members: Sequence[MetaPolicy], sizes: Sizes) -> Curve:
-        """Return the curve of a policy's seeds; an oracle takes no step."""
-        names = self.family.achieved
-        adapts = not members[0].algorithm.observes_task
-        scores, success, achieved, paths = [], [], [], {}
-        used: list[float] = []
-        for i, member in enumerate(members):
-            given = sizes(member) if callable(sizes) else sizes
-            sizes_of_one, rollouts = self._rollouts(member, given, adapts)
-            if i == 0:
-                used = sizes_of_one
-                if len(names) == 2:
-                    paths = {
-                        name: np.stack([_path(rollout, key) for rollout in rollouts], axis=1)
-                        for name, key in names.items()
-                    }
-            scores.append(np.stack([r.mean_returns().numpy() for r in rollouts], axis=1))
-            success.append(np.stack([r.success_rates().numpy() for r in rollouts], axis=1))
-            came = _last if len(names) == 2 else _mean
-            achieved.append([[came(r, key) for r in rollouts] for key in names.values()])
-        means = np.mean(np.array(achieved), axis=0)
-        return Curve(
-            used,
-            np.stack(scores),
-            members[0].config.algorithm,
-            [member.config.seed for member in members],
-            {name: values.T for name, values in zip(names, means, strict=True)},
-            paths,
-            np.mean(success, axis=0) if self.family.tells_success else None,
-        )
-
-    def scratch(self, like: MetaPolicy, learning_rate: float) -> dict[str, Curve]:
-        """Return what training from scratch earns, ours and, where it is installed, PPO of
-        stable-baselines3, by name."""
-        config = like.config
-        policy = scratch_policy(config, self.family)
-        seed, updates = self.address.seed, TIMES * self.steps
-        trainer = ScratchTrainer(policy, len(self.goals), seed, learning_rate)
-        returns = train_from_scratch(
-            trainer, self._collector(policy, config), self.goals, config, self.pool, self.address,
-            updates,
-        )  # fmt: skip
-        found = curves("", returns, self.steps, seed)
-        if stable_baselines.installed():
-            returns = stable_baselines.train_by_ppo(
-                self.family, self.goals, config, episodes=self.episodes, updates=updates,
-                measured={times * k for times in (1, TIMES) for k in range(self.steps + 1)},
-                address=self.address,
-            )  # fmt: skip
-            found |= curves(", SB3 PPO", returns, self.steps, seed)
-        return found
-
-    def setting(self) -> dict[str, Any]:
-        """Return what gives the returns their meaning, plain JSON values."""
-        setting: dict[str, Any] = {
-            "horizon": self.family.horizon,
-            "achieved_by": dict(self.family.achieved),
-            "episodes": self.episodes,
-        }
-        if (best := self.family.optimal_return(self.goals)) is not None:
-            setting["optimal_returns"] = best.tolist()
-        return setting
-
-    def _rollouts(
-        self, policy: MetaPolicy, sizes: Sequence[float] | None, adapts: bool
-    ) -> tuple[list[float], list[Rollout]]:
-        tasks = len(self.goals)
-        loop, meta = policy.inner_loop(self.pool, sizes)
-        context = policy.context(self.goals)
-        collector = self._collector(policy.policy, policy.config)
-
-        def sample(params: Params, k: int, *, deterministic: bool = False) -> Rollout:
-            return collector.collect(
-                {**params, **context},
-                self.goals,
-                dataclasses.replace(self.address, inner_step=k),
-                deterministic=deterministic,
-            )
-
-        if adapts:
-            adapted = loop.run(sample, meta, tasks, steps=self.steps, query="rollout")
-            iterates, rollouts = adapted.iterates, adapted.rollouts
-        else:
-            adapted = loop.run(sample, meta, tasks, steps=0, query="none")
-            iterates, rollouts = adapted.iterates * (self.steps + 1), []
-        if self.deterministic or not rollouts:
-            rollouts = [
-                sample(
-                    loop.adapter.params(fast, adapted.slow, tasks),
-                    k,
-                    deterministic=self.deterministic,
-                )
-                for k, fast in enumerate(iterates)
-            ]
-        return loop.adapter.mean_step_sizes(meta, self.steps) if adapts else [], rollouts
-
-
-_AnyProtocol = _Protocol | SupervisedProtocol
+_AnyProtocol = PolicyProtocol | SupervisedProtocol
 
 
 def _tuned(protocol: _AnyProtocol, members: Sequence[MetaPolicy]) -> dict[float, float]:
@@ -266,25 +107,6 @@ def _scaled(factor: float) -> Callable[[MetaPolicy], Sequence[float]]:
         return (first, first / 2)
 
     return sizes
-
-
-def _mean(rollout: Rollout, key: str) -> Floats:
-    """Mean of an info entry over the steps of each task's episodes, [tasks]."""
-    total = torch.where(rollout.valid, rollout.info[key], 0.0).sum(dim=(1, 2))
-    return (total / rollout.valid.sum(dim=(1, 2))).numpy()
-
-
-def _last(rollout: Rollout, key: str) -> Floats:
-    """Mean of an info entry at the end of each task's episodes, [tasks]."""
-    last = (rollout.valid.sum(dim=2, keepdim=True) - 1).clamp(min=0)
-    ends = rollout.info[key].gather(2, last)[..., 0].masked_fill(rollout.diverged, math.nan)
-    return ends.nanmean(dim=1).numpy()
-
-
-def _path(rollout: Rollout, key: str) -> Floats:
-    """An info entry in the first episode of the first tasks, [tasks, time]."""
-    values = rollout.info[key].masked_fill(~rollout.valid, math.nan)
-    return values[:PATHS, 0].numpy()
 
 
 def _members(what: What | Sequence[What], name: str) -> list[MetaPolicy]:
@@ -318,6 +140,7 @@ def evaluate(
     from_scratch: bool = False,
     scratch_learning_rate: float = LEARNING_RATE,
     name: str = "this policy",
+    ranks: Ranks = ALONE,
 ) -> EvaluationResult:
     """Return a meta-policy's returns after 0 ... `steps` inner steps on held-out tasks.
 
@@ -347,6 +170,7 @@ def evaluate(
             and with ten times as many; by PPO of stable-baselines3 too, where it is installed.
         scratch_learning_rate: of our own such training.
         name: what the policy is called in tables and pictures.
+        ranks: that share the tasks; all return the whole result.
 
     Raises:
         UserError: a number is out of range, the family cannot be made, or a reference is of
@@ -367,6 +191,8 @@ def evaluate(
     if isinstance(family, SupervisedFamily) and (deterministic or episodes != EPISODES):
         key = "deterministic" if deterministic else "episodes"
         raise UserError(f"{key} has no effect on the supervised tasks of {family.name}")
+    if isinstance(family, SupervisedFamily) and ranks.size > 1:
+        raise UserError(f"{family.name}: supervised tasks are evaluated on one rank")
     others = {key: _members(other, key) for key, other in (references or {}).items()}
     for key, reference in others.items():
         same = (reference[0].config.family, dict(reference[0].config.family_options))
@@ -404,12 +230,15 @@ def evaluate(
 
     address, goals = tasks_of(split)
     given = {"random": random_step_sizes, "pretrained": pretrained_step_sizes}
-    with one_intraop_thread(), ChunkPool(threads or available_threads()) as pool:
+    count = threads or available_threads()
+    with ranks.agreeing(), one_intraop_thread(), ChunkPool(count, ranks) as pool:
 
         def made(address: Address, goals: Floats, steps: int, mode: bool) -> _AnyProtocol:
             if isinstance(family, SupervisedFamily):
                 return SupervisedProtocol(family, goals, steps, address, pool)
-            return _Protocol(first.family, goals, episodes, steps, address, mode, pool, workers)
+            return PolicyProtocol(
+                first.family, goals, episodes, steps, address, mode, pool, workers
+            )
 
         protocol = made(address, goals, steps, deterministic)
         choosing = made(*tasks_of("validation"), 1, False) if tune_step_sizes else protocol
