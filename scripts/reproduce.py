@@ -68,13 +68,13 @@ ROWS = {
     ),
     "navigation-2d-icml2017": Row("navigation-2d", "icml2017", 8e6, (-11.7, -3.3, -3.2), FINN),
     "half-cheetah-dir-promp2019": Row(
-        "half-cheetah-dir", "promp2019", 4.8e6, (310.0, None, 405.0), f"{PROMP}; learn2learn"
+        "half-cheetah-dir", "promp2019", 9.6e6, (310.0, None, 405.0), f"{PROMP}; learn2learn"
     ),
     "half-cheetah-vel-promp2019": Row(
-        "half-cheetah-vel", "promp2019", 4.8e6, (-31.1, None, None), PROMP
+        "half-cheetah-vel", "promp2019", 9.6e6, (-31.1, None, None), PROMP
     ),
-    "half-cheetah-dir-pearl2019": Row("half-cheetah-dir", "pearl2019", 40e6),
-    "half-cheetah-vel-pearl2019": Row("half-cheetah-vel", "pearl2019", 40e6),
+    "half-cheetah-dir-pearl2019": Row("half-cheetah-dir", "pearl2019", 9.6e6),
+    "half-cheetah-vel-pearl2019": Row("half-cheetah-vel", "pearl2019", 9.6e6),
 }
 
 
