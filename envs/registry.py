@@ -12,6 +12,7 @@ import importlib.metadata
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,8 +26,16 @@ _data_sets: dict[str, Factory] = {}
 
 
 def register(factory: Factory) -> Factory:
-    """Offer a function that returns a family under its own name, '_' read as '-' (decorator)."""
-    _factories[factory.__name__.replace("_", "-")] = factory
+    """Offer a function that returns a family under its own name, '_' read as '-' (decorator).
+
+    Raises:
+        UserError: another function has that name already.
+    """
+    name = factory.__name__.replace("_", "-")
+    before = _factories.get(name, factory)
+    if (before.__module__, before.__qualname__) != (factory.__module__, factory.__qualname__):
+        raise UserError(f"{before.__module__} has a family {name!r} already: take another name")
+    _factories[name] = factory
     return factory
 
 
@@ -96,6 +105,8 @@ def find_family(name: str, **options: Any) -> Family:
     factory = _find(name)
     if factory is None:
         hint = did_you_mean(name, [*family_names(), *data_names()])
+        if os.path.exists(f"{name}.py"):
+            hint = f"; a family in {name}.py is {name}:ITS_NAME"
         raise UserError(f"no task family {name!r}{hint} (metarl families lists them)")
     if not isinstance(factory, Family) and not callable(factory):
         raise UserError(
@@ -107,8 +118,14 @@ def find_family(name: str, **options: Any) -> Family:
             raise UserError(f"{name} is a family, not a function: it takes no options")
         family = factory
     else:
+        known = _parameters(factory)
+        needed = [key for key, default in known.items() if default is inspect.Parameter.empty]
+        if missing := [key for key in needed if key not in options]:
+            raise UserError(
+                f"{name} needs {', '.join(missing)}: give --family-options, or a default; or it is"
+                " not the function that returns the family"
+            )
         for option in options:
-            known = _parameters(factory)
             if option not in known:
                 takes = f"it takes {', '.join(known)}" if known else "it takes none"
                 raise UserError(
@@ -116,11 +133,12 @@ def find_family(name: str, **options: Any) -> Family:
                 )
         try:
             family = factory(**options)
-        except (TypeError, ValueError) as error:
-            if isinstance(error, UserError) or not options:
-                raise
+        except UserError:
+            raise
+        except Exception as error:
             given = ", ".join(f"{key}={value!r}" for key, value in options.items())
-            raise UserError(f"{name} cannot be made with {given}: {error}") from error
+            how = f" with {given}" if given else ""
+            raise UserError(f"{name} cannot be made{how}: {_blamed(error)}") from error
         if not isinstance(family, Family):
             raise UserError(f"{name} must return a TaskFamily, got {type(family).__name__}")
     return dataclasses.replace(family, source=(name, dict(options)))
@@ -184,18 +202,35 @@ def _find(name: str) -> Any:
         raise UserError(f"{name} of {package} cannot be loaded: {error}") from error
 
 
+def _blamed(error: Exception) -> str:
+    """Return what is wrong and the line of the file where it came up."""
+    if isinstance(error, SyntaxError):
+        return f"{error.msg} ({os.path.basename(error.filename or '')}, line {error.lineno})"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{os.path.basename(last.filename)}, line {last.lineno}"
+    return f"{type(error).__name__}: {error} ({place})"
+
+
 def _import_attribute(name: str) -> Any:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise UserError(f"a family is named module:attribute, got {name!r}")
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
+    if module_name.endswith(".py"):
+        raise UserError(f"a family is named without .py: {name.replace('.py:', ':')}")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise  # a module that the user's module needs, not the one asked for
-        raise UserError(f"no module {module_name!r} here or among the installed ones") from error
+    except UserError:
+        raise
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module_name}.".startswith(f"{missing}."):
+            raise UserError(
+                f"no module {module_name!r} here or among the installed ones: run this in its"
+                " folder, or put that on PYTHONPATH"
+            ) from error
+        raise UserError(f"{module_name} cannot be imported: {_blamed(error)}") from error
     if not hasattr(module, attribute):
         hint = did_you_mean(attribute, vars(module))
         raise UserError(f"module {module_name!r} has no {attribute!r}{hint}")

@@ -222,9 +222,12 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
         if ranks.is_main:
             print(line, **options)
 
-    tell(f"{config.algorithm} on {config.family} in {folder}", file=sys.stderr)
-    if config.family in data_names() and find_algorithm(config.algorithm).outer == "trust-region":
-        tell("the outer step is Adam's: a trust region is a policy's", file=sys.stderr)
+    def started() -> None:
+        tell(f"{config.algorithm} on {config.family} in {folder}", file=sys.stderr)
+        bounded = find_algorithm(config.algorithm).outer == "trust-region"
+        if bounded and config.family in data_names():
+            tell("the outer step is Adam's: a trust region is a policy's", file=sys.stderr)
+
     with _Stop(ranks) as stop:
         try:
             meta = trainer.train(
@@ -235,6 +238,7 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
                 stop=stop,
                 notice=lambda line: print(line, file=sys.stderr),
                 start=command.start,
+                started=started,
                 ranks=ranks,
             )
         finally:

@@ -40,8 +40,8 @@ def findings(rows: Sequence[Mapping[str, Any]], *, stratified: bool = False) -> 
          "An inner step moves policies by a mean KL of only {:.2g}: adaptation is nearly a no-op."
          " Larger inner.step_sizes, or inner.kl 0.5, which fits the step, let it go further."),
         ("inner_kl", lambda x: x > _LARGE_KL,
-         "An inner step moves policies by a mean KL of {:.2g}, further than its samples tell"
-         " about. Smaller inner.step_sizes, or inner.kl 0.5, which fits the step, keep it near."),
+         "An inner step moves policies by a mean KL of {:.2g}, further than its samples support."
+         " Take smaller inner.step_sizes; inner.kl only lengthens a step."),
         ("saturation", lambda x: x > _SATURATED,
          "{:.0%} of the actions lie beyond the bounds, where they make no difference and the"
          " gradient is noise. policy.output_scale 0.1, policy.normalize or a smaller"

@@ -105,10 +105,14 @@ def is_free(folder: Path) -> bool:
 
 def check_free(folder: Path) -> None:
     """Raise RunError unless a run can begin in a folder; see `is_free`."""
-    if not is_free(folder):
+    if is_free(folder):
+        return
+    if (folder / "config.json").exists():
         raise RunError(
             f"{folder} exists; continue it with --resume {folder}, or choose another --out"
         )
+    kind = "a folder with other things in it" if folder.is_dir() else "a file"
+    raise RunError(f"{folder} is {kind}; choose another --out")
 
 
 def create_run(folder: Path, config: Config) -> None:

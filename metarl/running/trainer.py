@@ -209,6 +209,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     start: int | None = None,
     notice: Callable[[str], object] = warnings.warn,
+    started: Callable[[], object] = lambda: None,
     ranks: Ranks = ALONE,
 ) -> MetaPolicy:
     """Train in a run folder and return the meta-policy.
@@ -221,6 +222,7 @@ def train(
         stop: asked after each iteration. The run ends once that is saved.
         start: with `resume`, the checkpoint's iteration; by default the newest.
         notice: is given a line where a resumed run's new length changes its schedules.
+        started: is called once nothing is wrong with the config, the family and the folder.
         ranks: that share the tasks. Rank 0 alone reads and writes the folder.
 
     Raises:
@@ -247,6 +249,7 @@ def train(
                 recorder = Recorder(folder, config, trainer.state, check, between)
                 stack.enter_context(recorder)
             trainer.state = ranks.from_main(trainer.state)
+        started()
         try:
             _train(trainer, folder, recorder, progress, stop)
         except OSError as error:
