@@ -89,6 +89,11 @@ class Uniform(TaskDistribution):
         test: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         self.names = tuple(bounds)
+        if not self.names:
+            raise UserError("a box of tasks needs a component, such as velocity=(0.0, 2.0)")
+        for name, pair in [*bounds.items(), *(test or {}).items()]:
+            if np.shape(pair) != (2,):
+                raise UserError(f"{name} takes two bounds, (low, high), got {pair!r}")
         if test is not None and tuple(test) != self.names:
             raise UserError(f"test must have the components {self.names}, got {tuple(test)}")
         self._boxes = {
@@ -154,12 +159,17 @@ class Finite(TaskDistribution):
         test: Sequence[Sequence[float]] | None = None,
         balanced: bool = False,
     ) -> None:
+        if isinstance(names, str):
+            raise UserError(f"names are several, such as ({names!r},), got {names!r}")
         self.names = tuple(names)
         self.balanced = balanced
-        self._values = {
-            "train": np.array(values, np.float64),
-            "test": np.array(values if test is None else test, np.float64),
-        }
+        try:
+            self._values = {
+                "train": np.array(values, np.float64),
+                "test": np.array(values if test is None else test, np.float64),
+            }
+        except (TypeError, ValueError) as error:
+            raise UserError(f"tasks must be numbers, [n, {self.dim}]: {error}") from error
         for split, tasks in self._values.items():
             if tasks.ndim != 2 or tasks.shape[1] != self.dim or not len(tasks):
                 raise UserError(f"{split} tasks must be [n, {self.dim}], got {tasks.shape}")

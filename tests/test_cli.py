@@ -72,6 +72,10 @@ def test_adapt_record_plot_and_report(tmp_path, capsys):
     assert "after 2 steps of 3 episodes each" in out
     assert "next: metarl record adapted" in out
     assert metarl.load_policy("adapted").provenance["task"] == [0.3, -0.2]
+    far = ["--task", "goal_x=9", "goal_y=0", "--episodes", "1"]
+    assert run("adapt", "run-0", *far) == 0
+    said = "note: goal_x=9 is outside the tasks of training, [-0.5, 0.5]\n"
+    assert capsys.readouterr().err == said
     assert run("record", "adapted", "--out", "films/adapted.mp4") == 0
     assert run("record", "run-0", "--tensorboard", "--episodes", "2", "--speed", "2") == 0
     for name in ("films/adapted.mp4", "films/adapted.gif", "run-0/video.mp4", "run-0/video.gif"):
@@ -104,6 +108,9 @@ def test_adapt_record_plot_and_report(tmp_path, capsys):
     assert run("report", "run-1", "--no-video", *small) == 0  # its evaluation was of another policy
     stored = json.loads((tmp_path / "run-1" / "evaluation.json").read_text())
     assert stored["trained"]["iteration"] == 3
+    assert run("report", "run-1", "--no-video", "--tasks", "5", "--steps", "1") == 0  # as asked for
+    stored = json.loads((tmp_path / "run-1" / "evaluation.json").read_text())
+    assert len(stored["tasks"]) == 5
 
 
 def test_without_gl_all_but_the_video_is_reported(tmp_path, monkeypatch, capsys):

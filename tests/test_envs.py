@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+import sys
 
 import gymnasium as gym
 import mujoco
@@ -576,3 +578,43 @@ def test_dict_observations_are_flattened():
 
     vector = pendulum(env=Both, name="both").make_vec(1, 1)
     assert vector.reset(seed=0)[0].tolist() == [[0.0, 0.0, 0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("import no_such_package", "mine cannot be imported: ModuleNotFoundError: No module named"),
+        ("x = 1\nfamily = )", "mine cannot be imported: unmatched ')' (mine.py, line 2)"),
+        ("def family():\n    return 1 / 0", "mine:family cannot be made: ZeroDivisionError: "),
+        ("def family(low):\n    return low", "mine:family needs low: give --family-options, or"),
+    ],
+)
+def test_a_fault_of_ones_own_file_is_a_line_that_names_it(tmp_path, monkeypatch, text, told):
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    with pytest.raises(UserError, match=re.escape(told)):
+        make_family("mine:family")
+
+
+def test_a_name_that_is_taken_is_refused():
+    def navigation_2d():
+        """Another one."""
+
+    with pytest.raises(UserError, match=r"metarl\.envs\.navigation has a family 'navigation-2d'"):
+        register(navigation_2d)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Uniform({}), "a box of tasks needs a component"),
+        (lambda: Uniform({"low": (1.0,)}), r"low takes two bounds, \(low, high\), got \(1.0,\)"),
+        (lambda: Finite("a", [[1.0]]), r"names are several, such as \('a',\)"),
+        (lambda: Finite(("a",), [["x"]]), r"tasks must be numbers, \[n, 1\]: could not convert"),
+    ],
+)
+def test_what_makes_no_distribution_is_told(make, told):
+    with pytest.raises(UserError, match=told):
+        make()

@@ -129,3 +129,18 @@ def test_a_run_evaluates_with_what_was_said(flags, sizes, test_sizes, proximal, 
     assert main(["train", "--resume", str(out), "--iterations", "2"]) == 0
     assert load(str(out)).config.inner == run_config(out).inner
     assert list(run_config(out).inner.test_step_sizes) == test_sizes
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("iterations", "3", "iterations must be a whole number, got '3'"),
+        ("tasks", True, "tasks must be a whole number, got True"),
+        ("inner.step_sizes", ("a",), r"inner.step_sizes must be numbers, got \('a',\)"),
+        ("trust_region.max_kl", None, "trust_region.max_kl must be a number, got None"),
+        ("stratified", 1, "stratified must be True or False, got 1"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(key, value, told):
+    with pytest.raises(UserError, match=told):
+        resolve(None, "navigation-2d", overrides={key: value})

@@ -160,8 +160,13 @@ def test_a_user_family_trains_by_module_and_attribute(tmp_path, monkeypatch):
 def test_a_folder_that_exists_or_is_no_run_is_refused(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thing").write_text("mine")
-    with pytest.raises(RunError, match="exists; continue it with --resume"):
+    with pytest.raises(RunError, match="full is a folder with other things in it; choose another"):
         train(small(), tmp_path / "full")
+    with pytest.raises(RunError, match="thing is a file; choose another --out"):
+        train(small(), tmp_path / "full" / "thing")
+    train(small(iterations=1), tmp_path / "run")
+    with pytest.raises(RunError, match="run exists; continue it with --resume"):
+        train(small(), tmp_path / "run")
     with pytest.raises(RunError, match="not a run folder"):
         train(small(), tmp_path / "full", resume=True)
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thing"]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from metarl.envs.errors import UserError
 
 
 def names_first(arguments: Sequence[str], kind: type) -> list[str]:
@@ -13,13 +16,15 @@ def names_first(arguments: Sequence[str], kind: type) -> list[str]:
         return list(arguments)
     names, flags = [], []
     wanted: Callable[[str], bool] | None = None  # whether a word is the last flag's value
-    for word in arguments:
+    for i, word in enumerate(arguments):
         if word.startswith("--"):
             key, equals, _ = word[2:].partition("=")
             flag = types.get(key.replace("-", "_"), bool)
             wanted = None
             if not equals and typing.get_origin(flag) is tuple:
-                wanted = _is_number if float in typing.get_args(flag) else lambda x: "=" in x
+                numbers = float in typing.get_args(flag)
+                wanted = _is_number if numbers else lambda x: "=" in x
+                _check_first(word, arguments[i + 1 : i + 2], wanted, numbers)
             elif not equals and flag is not bool:
                 wanted = _once()
             flags.append(word)
@@ -28,6 +33,22 @@ def names_first(arguments: Sequence[str], kind: type) -> list[str]:
         else:
             names.append(word)
     return names + flags
+
+
+def _check_first(
+    flag: str, following: Sequence[str], wanted: Callable[[str], bool], numbers: bool
+) -> None:
+    """Raise UserError where the word after a list's flag is no value of it."""
+    for word in following:
+        if not word.startswith("-") and not wanted(word):
+            form = "numbers, as in 0.1 0.05" if numbers else "component=value, as in goal_x=0.3"
+            raise UserError(f"{flag} takes {form}, got {word!r}")
+
+
+def check_suffix(flag: str, path: Path | None, suffixes: Sequence[str]) -> None:
+    """Raise UserError where a file's name says another format than those it is written in."""
+    if path is not None and path.suffix and path.suffix not in suffixes:
+        raise UserError(f"{flag} {path} must end in {' or '.join(suffixes)}")
 
 
 def _once() -> Callable[[str], bool]:

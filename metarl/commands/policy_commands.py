@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
+from metarl.commands.arguments import check_suffix
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.registry import make_family
@@ -74,8 +76,9 @@ class Export(_Adaptation):
     what: Annotated[tuple[str, ...], tyro.conf.Positional]
     """A policy file that `metarl adapt` wrote; or a run folder, a policy file or the name of a
     shipped policy, exported as it is or, with --task, adapted first."""
-    format: Literal["torchscript", "onnx"] = "torchscript"
-    """onnx needs the package onnx (the extra `onnx`)."""
+    format: Literal["torchscript", "onnx"] | None = None
+    """By default what the suffix of --out says, else torchscript; onnx needs the package onnx (the
+    extra `onnx`)."""
     task: tuple[str, ...] = ()
     """Task to adapt an initialization to, as component=value for each component."""
     out: Path | None = None
@@ -86,6 +89,8 @@ def results_folder(what: str, out: Path | None = None) -> Path:
     """Make and return the folder for what is found out about a policy: its run's, if it has one."""
     source = Path(what)
     folder = out or (source if source.is_dir() else Path("runs") / f"{source.stem}-evaluation")
+    if folder.is_file():
+        raise UserError(f"--out {folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -103,19 +108,28 @@ def _one(what: Sequence[str]) -> str:
 
 
 def parse_task(family: Family, texts: Sequence[str]) -> NDArray[np.float64]:
-    """Return the task vector of ("velocity=1.7",).
+    """Return the task vector of ("velocity=1.7",); say where it is outside the range of training.
 
     Raises:
-        UserError: a text is no component=value, or a component is unknown or missing.
+        UserError: a text is no component=value, or a component is unknown, missing or repeated.
     """
-    components = {}
+    components: dict[str, float] = {}
     for text in texts:
         name, _, value = text.partition("=")
+        if name in components:
+            raise UserError(f"task component {name!r} is given twice")
         try:
             components[name] = float(value)
         except ValueError as error:
             raise UserError(f"a task is written component=value, got {text!r}") from error
-    return family.tasks.vector(components)
+    task = family.tasks.vector(components)
+    for name, value, low, high in zip(
+        family.tasks.names, task, *family.tasks.bounds(), strict=True
+    ):
+        if not low <= value <= high:
+            outside = f"{name}={value:g} is outside the tasks of training, [{low:g}, {high:g}]"
+            print(f"note: {outside}", file=sys.stderr)
+    return task
 
 
 def adapt(command: Adapt) -> int:
@@ -123,6 +137,11 @@ def adapt(command: Adapt) -> int:
     from metarl.running.loading import load
 
     what = _one(command.what)
+    if command.save is not None:
+        if command.save.is_dir():
+            raise UserError(f"--save {command.save} is a folder; name a file")
+        if not command.save.absolute().parent.is_dir():
+            raise UserError(f"--save {command.save}: there is no folder {command.save.parent}")
     meta = load(what)
     if not command.task:
         names = " ".join(f"{name}=..." for name in meta.source.tasks.names)
@@ -179,11 +198,17 @@ def _adapt_to_examples(
 def export(command: Export) -> int:
     """Run `metarl export`."""
     from metarl.running import checkpoints
-    from metarl.running.export import CHECKED, SUFFIXES
+    from metarl.running.export import CHECKED, SUFFIXES, Format
     from metarl.running.export import export as write
     from metarl.running.loading import load, load_policy
 
     what = _one(command.what)
+    check_suffix("--out", command.out, tuple(SUFFIXES.values()))
+    formats: dict[str, Format] = {suffix: name for name, suffix in SUFFIXES.items()}
+    said = formats.get(command.out.suffix) if command.out is not None else None
+    if command.format and said and command.format != said:
+        raise UserError(f"--out {command.out} is a name for {said}, and --format {command.format}")
+    kind = command.format or said or "torchscript"
     adapted = Path(what).is_file() and checkpoints.load(Path(what))[1].get("kind") == "adapted"
     if adapted:
         if command.task:
@@ -200,9 +225,9 @@ def export(command: Export) -> int:
         space = env.observation_space
     source = Path(what)
     folder = source if source.is_dir() else source.parent
-    out = command.out or (folder / source.stem).with_suffix(SUFFIXES[command.format])
+    out = command.out or (folder / source.stem).with_suffix(SUFFIXES[kind])
     out.parent.mkdir(parents=True, exist_ok=True)
-    gap = write(policy, out, command.format, space)
+    gap = write(policy, out, kind, space)
     seen = " x ".join(map(str, policy.policy.observation_shape))
     print(
         f"{out}: observations [n, {seen}] to the most likely actions;"
@@ -214,6 +239,7 @@ def export(command: Export) -> int:
 def record(command: Record) -> int:
     """Run `metarl record`."""
     what = _one(command.what)
+    check_suffix("--out", command.out, (".mp4", ".gif"))
     video = film(
         what,
         command.task,

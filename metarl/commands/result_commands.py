@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from metarl.commands.arguments import check_suffix
 from metarl.commands.policy_commands import film, results_folder
 from metarl.envs.errors import UserError
 from metarl.running.config import default_workers
@@ -84,13 +86,13 @@ class Report:
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional]
     """A run folder, a policy file or the name of a shipped policy; further ones stand beside it.
-    An existing evaluation is used, unless further policies are named."""
-    tasks: int = 40
-    """Held-out tasks of the evaluation."""
-    episodes: int = 20
-    """Episodes a task, for each inner step and for each return."""
-    steps: int = 3
-    """Inner steps."""
+    An existing evaluation is used, unless further policies are named or it has other settings."""
+    tasks: int | None = None
+    """Held-out tasks of the evaluation; by default those of an existing one, else 40."""
+    episodes: int | None = None
+    """Episodes a task, for each inner step and for each return; likewise, 20."""
+    steps: int | None = None
+    """Inner steps; likewise, 3."""
     threads: int | None = None
     """Threads; results do not depend on it."""
     video: bool = True
@@ -186,6 +188,7 @@ def plot(command: Plot) -> int:
 
     if not command.what:
         raise UserError("name a run folder to plot")
+    check_suffix("--out", command.out, (".png", ".svg"))
     out = command.out or command.what[0] / "learning.png"
     paths = plot_learning(command.what, out, against=command.against, smooth=command.smooth)
     print(", ".join(map(str, paths)))
@@ -204,14 +207,18 @@ def report(command: Report) -> int:
     what = command.what[0]
     trained = dict(load(what).provenance)
     folder = results_folder(what)
-    try:
-        fresh = json.loads((folder / "evaluation.json").read_text())["trained"] == trained
-    except (OSError, ValueError, KeyError):
-        fresh = False
-    if not fresh or len(command.what) > 1:
-        options: dict[str, Any] = {"tasks": command.tasks, "episodes": command.episodes}
-        options["workers"] = default_workers()
-        _evaluate(command.what, folder, **options, steps=command.steps, threads=command.threads)
+    named = {"tasks": command.tasks, "episodes": command.episodes, "steps": command.steps}
+    asked: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    fresh, usable = False, False
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        found = json.loads((folder / "evaluation.json").read_text())
+        fresh = found["trained"] == trained
+        has = {"tasks": len(found["tasks"]), "steps": len(found["returns"]) - 1}
+        has["episodes"] = found.get("episodes", asked.get("episodes"))
+        usable = fresh and all(has[key] == value for key, value in asked.items())
+    if not usable or len(command.what) > 1:
+        threads, workers = command.threads, default_workers()
+        _evaluate(command.what, folder, threads=threads, workers=workers, **asked)
     if read_metrics(folder):
         plot_learning([folder], folder / "learning.png")
     why = "" if command.video else "None was asked for."

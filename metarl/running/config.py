@@ -212,6 +212,22 @@ def config_keys(config: Config) -> list[str]:
     return keys
 
 
+def check_type(key: str, value: Any, like: Any) -> None:
+    """Raise UserError where a value is not of the kind that a key has, numbers say."""
+    kinds: dict[type, tuple[str, tuple[type, ...]]] = {
+        bool: ("True or False", (bool,)),
+        int: ("a whole number", (int,)),
+        float: ("a number", (int, float)),
+        str: ("a text", (str,)),
+        tuple: ("numbers", (tuple, list)),
+    }
+    said, allowed = kinds.get(type(like), ("", (object,)))
+    inside = value if isinstance(like, tuple) and isinstance(value, (tuple, list)) else ()
+    good = isinstance(value, allowed) and isinstance(value, bool) <= isinstance(like, bool)
+    if not good or any(not isinstance(x, (int, float)) for x in inside):
+        raise UserError(f"{key} must be {said}, got {value!r}")
+
+
 def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored config's values by the keys of today."""
     values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
@@ -230,9 +246,11 @@ def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
     known = {f.name for f in dataclasses.fields(kind)}
-    for name in values:
+    usual = kind()
+    for name, value in values.items():
         if name not in known:
             raise UserError(f"no config key {prefix + name!r}{did_you_mean(name, known)}")
+        check_type(prefix + name, value, getattr(usual, name))
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

@@ -182,6 +182,8 @@ def evaluate(
     for key, value, least in (*least_values, ("seed", seed, 0), ("workers", workers, 0)):
         if value < least:
             raise UserError(f"{key} must be at least {least}, got {value}")
+    if split not in ("test", "validation"):
+        raise UserError(f"split must be 'test' or 'validation', got {split!r}")
     if not (math.isfinite(scratch_learning_rate) and scratch_learning_rate > 0.0):
         raise UserError(f"scratch_learning_rate must be positive, got {scratch_learning_rate}")
     for size in (*(step_sizes or ()), *(random_step_sizes or ()), *(pretrained_step_sizes or ())):

@@ -19,7 +19,7 @@ from metarl.running.checkpoints import write_atomically
 from metarl.running.policy import Policy
 
 Format = Literal["torchscript", "onnx"]
-SUFFIXES = {"torchscript": ".pt", "onnx": ".onnx"}
+SUFFIXES: dict[Format, str] = {"torchscript": ".pt", "onnx": ".onnx"}
 
 CHECKED = 1000
 """Observations that an exported policy is compared on."""

@@ -155,18 +155,19 @@ class MetaPolicy:
                 raise UserError(f"{name} must be at least {least}, got {value}")
         if isinstance(env, gym.vector.VectorEnv):
             raise UserError("adapt takes one environment, got a vector environment")
-        made = None if isinstance(env, gym.Env) else self.family.make(np.asarray(env, np.float64))
+        given = None if isinstance(env, gym.Env) else self._task(env)
+        made = None if given is None else self.family.make(given)
         target = env if isinstance(env, gym.Env) else made
         assert target is not None
         mode = self.config.policy.action
-        task = None if made is None else np.asarray(env, np.float64).tolist()
+        task = None if given is None else given.tolist()
         context: Params = {}
         if self.algorithm.observes_task:
-            if made is None:
+            if given is None:
                 raise UserError(
                     "an oracle is told its task: give the task vector, not an environment"
                 )
-            context = self.context(np.asarray(env, np.float64)[None])
+            context = self.context(given[None])
 
         def sample(params: Params, k: int) -> Any:
             return collect_episodes(
@@ -191,6 +192,20 @@ class MetaPolicy:
         params = {name: p[0].clone() for name, p in params.items()}
         provenance = {"task": task, "steps": steps, "episodes": episodes, "seed": seed}
         return Policy(self.policy, params, space, self.family.horizon, self.config, provenance)
+
+    def _task(self, value: ArrayLike) -> NDArray[np.float64]:
+        """Return a task vector of the family."""
+        names = self.family.tasks.names
+        try:
+            task = np.asarray(value, np.float64)
+        except (TypeError, ValueError):
+            task = np.array(np.nan)
+        if task.shape != (len(names),) or not np.isfinite(task).all():
+            raise UserError(
+                f"adapt takes an environment, or a task of {len(names)} finite numbers"
+                f" ({', '.join(names)}), got {value!r}"
+            )
+        return task
 
     def adapt_to(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 from metarl.envs.errors import UserError, did_you_mean
 from metarl.envs.registry import option_defaults, training_values
 from metarl.learning.algorithms import Algorithm, find_algorithm
-from metarl.running.config import Config, config_keys
+from metarl.running.config import Config, check_type, config_keys
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,12 @@ def _replaced(config: Config, values: Mapping[str, Any]) -> Config:
         if key not in keys:
             raise UserError(f"no config key {key!r}{did_you_mean(key, keys)}")
         section, _, name = key.rpartition(".")
-        if isinstance(getattr(getattr(config, section) if section else config, name), tuple):
+        before = getattr(getattr(config, section) if section else config, name)
+        if isinstance(before, tuple):
             if not isinstance(value, (tuple, list)):
                 raise UserError(f"{key} takes several values, such as ({value},), got {value!r}")
             value = tuple(value)
+        check_type(key, value, before)
         sections.setdefault(section, {})[name] = value
     changed = sections.pop("", {})
     for section, part in sections.items():

@@ -233,6 +233,8 @@ def train(
         OSError: a file cannot be written; what was saved before is whole.
         RanksError: another rank was lost.
     """
+    if not isinstance(config, Config):
+        raise UserError(f"train takes a Config, which metarl.resolve makes, got {config!r}")
     folder = Path(out)
     with contextlib.ExitStack() as stack:
         recorder = None
