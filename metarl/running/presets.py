@@ -60,7 +60,6 @@ PRESETS = {
             "navigation-2d": {
                 "tasks": 40,
                 "policy.normalize": False,
-                "policy.output_scale": 1.0,
                 "inner.step_sizes": (0.5, 0.25),
                 "inner.kl": 0.0,
                 "trust_region.max_kl": 0.01,
