@@ -148,6 +148,13 @@ def test_every_config_field_is_a_documented_flag(capsys):
             assert f"--{flag.replace('_', '-')}" in text
 
 
+def test_a_help_text_is_one_paragraph(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert run("train", "--help") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--resume {None}" in line]
+    assert "auto: continue the run in --out" in line  # a line break in the source
+
+
 def test_presets_fill_in_what_is_not_given(tmp_path):
     arguments = ["--preset", "icml2017", "--iterations", "1", "--tasks", "1", "--episodes", "1"]
     assert run("train", "half-cheetah-vel", *arguments, "--out", "run") == 0

@@ -1,13 +1,16 @@
 """The command line: a table of commands, each imported when it is asked for.
 
-Exit codes: 0 done, 2 the user can mend it, 130 Ctrl-C, 143 SIGTERM, 1 anything else.
+Exit codes: 0 done, 2 the user can fix it, 130 Ctrl-C, 143 SIGTERM, 1 anything else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
+import typing
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from metarl.commands import errors
@@ -78,6 +81,8 @@ def _run(arguments: list[str]) -> int:
     rest = names_first(arguments[1:], kind)
     if hasattr(kind, "rewritten"):
         rest = kind.rewritten(rest)
+    if not {"-h", "--help"}.isdisjoint(rest):
+        _join_help_lines(kind)
     default: Any = kind.starting(rest) if hasattr(kind, "starting") else tyro.MISSING_NONPROP
     text = COMMANDS[name][1]
     command = errors.parse(
@@ -87,6 +92,20 @@ def _run(arguments: list[str]) -> int:
         importlib.import_module(f"metarl.{module}")
     with interruptible():
         return function(command.resolved(rest) if hasattr(command, "resolved") else command)
+
+
+def _join_help_lines(kind: Any) -> None:
+    """Make each option's help text one paragraph; tyro would keep the line breaks of the source."""
+    from docstring_parser import parse_from_object  # tyro reads docstrings by it
+
+    documented = (parent for parent in kind.__mro__ if dataclasses.is_dataclass(parent))
+    texts = {p.arg_name: p.description for c in documented for p in parse_from_object(c).params}
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            _join_help_lines(hints[field.name])
+        elif text := texts.get(field.name):
+            field.metadata = MappingProxyType({"help": " ".join(text.split())})
 
 
 def command_of(name: str) -> tuple[Any, Callable[[Any], int]]:

@@ -1,7 +1,7 @@
 """How commands fail: one line that says what is wrong and what to do, and an exit code.
 
-2: whoever runs the command can mend it. 130: Ctrl-C. 141: whoever read the output has left, as
-`head` does. What is a fault of the program raises, with its traceback.
+2: the user can fix it. 130: Ctrl-C. 141: the reader of the output has left, as `head` does. A
+fault of the program raises, with its traceback.
 """
 
 from __future__ import annotations

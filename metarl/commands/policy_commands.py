@@ -25,7 +25,7 @@ class _Adaptation:
     """How a policy is adapted to a task."""
 
     steps: int = 1
-    """Inner steps."""
+    """Number of inner steps."""
     episodes: int = 20
     """Episodes for each inner step."""
     step_sizes: tuple[float, ...] = ()
@@ -56,17 +56,18 @@ class Record(_Adaptation):
     """Film a policy on one task before and after adaptation, side by side."""
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """A run folder, a policy file (adapted ones too) or the name of a shipped policy."""
+    """A run folder, a policy file (also an adapted one) or the name of a shipped policy."""
     task: tuple[str, ...] = ()
     """The task, as component=value for each component; by default one of the test tasks."""
     deterministic: bool = False
-    """Film the mean action instead of a sampled one."""
+    """Take the mean action instead of a sampled one."""
     speed: float = 1.0
     """Speed of playback; 1 is real time."""
     tensorboard: bool = False
-    """Show the video in the run's TensorBoard too."""
+    """Also show the video in the run's TensorBoard."""
     out: Path | None = None
-    """Video to write, MP4 and GIF; by default video.mp4 in the run folder."""
+    """Video to write, as MP4 and GIF; by default video.mp4 in the run folder, or in
+    runs/NAME-evaluation for a policy file or a shipped policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +76,14 @@ class Export(_Adaptation):
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional]
     """A policy file that `metarl adapt` wrote; or a run folder, a policy file or the name of a
-    shipped policy, exported as it is or, with --task, adapted first."""
+    shipped policy, which --task adapts first and which is exported as it is otherwise."""
     format: Literal["torchscript", "onnx"] | None = None
-    """By default what the suffix of --out says, else torchscript; onnx needs the package onnx (the
-    extra `onnx`)."""
+    """File format; by default that of the suffix of --out, else torchscript. onnx needs the package
+    onnx (the extra `onnx`)."""
     task: tuple[str, ...] = ()
     """Task to adapt an initialization to, as component=value for each component."""
     out: Path | None = None
-    """File to write; by default the policy's name with .pt or .onnx."""
+    """File to write; by default NAME.pt or NAME.onnx beside the policy."""
 
 
 def results_folder(what: str, out: Path | None = None) -> Path:

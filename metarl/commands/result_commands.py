@@ -26,14 +26,14 @@ class Evaluate:
     """Measure how well meta-policies adapt to held-out tasks."""
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders, policy files or names of shipped policies. Those that differ only by their seed
-    are one row; those of the algorithms pretrained, random and oracle are references."""
+    """Run folders, policy files or names of shipped policies. Runs that differ only in their seed
+    make one row; runs of the algorithms pretrained, random and oracle are references."""
     tasks: int = 40
-    """Held-out tasks."""
+    """Number of held-out tasks."""
     episodes: int = 20
-    """Episodes a task, for each inner step and for each return."""
+    """Episodes per task, for each inner step and for each measured return."""
     steps: int = 3
-    """Inner steps."""
+    """Number of inner steps."""
     step_sizes: tuple[float, ...] = ()
     """Size of each inner step of the first policy, the last repeated; by default its own."""
     random_step_sizes: tuple[float, ...] = ()
@@ -48,22 +48,25 @@ class Evaluate:
     deterministic: bool = False
     """Measure returns with the mean action instead of a sampled one."""
     from_scratch: bool = False
-    """Show training from scratch on each task beside it, by clipped policy gradients: with the env
-    steps of adaptation, and with ten times as many. PPO of stable-baselines3 too, if installed."""
+    """Compare with training from scratch on each task by clipped policy gradients, with the env
+    steps of adaptation and with ten times as many; and with PPO of stable-baselines3 if it is
+    installed."""
     scratch_learning_rate: float = 3e-3
-    """Learning rate of our own training from scratch."""
+    """Learning rate of the built-in training from scratch."""
     drawn: bool = False
-    """Draw the tasks at random, as the papers do, instead of covering the test split evenly."""
+    """Draw the held-out tasks at random, as the papers do, instead of covering the test split
+    evenly."""
     threads: int | None = None
-    """Threads; results do not depend on it."""
+    """Threads; by default one per available processor. Results do not depend on their number."""
     workers: int = field(default_factory=default_workers)
     """Worker processes for environments without a native backend; 0 steps them in this process."""
     out: Path | None = None
-    """Folder for evaluation.json and the pictures; by default the run folder."""
+    """Folder for evaluation.json and the pictures; by default the run folder, or
+    runs/NAME-evaluation for a policy file or a shipped policy."""
     per_task: bool = False
-    """Print each task's returns, and what was achieved of what it asks for."""
+    """Print the returns of each task, and what was achieved of its goal."""
     json: bool = False
-    """Print the content of evaluation.json."""
+    """Print the content of evaluation.json instead of tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +74,11 @@ class Plot:
     """Draw learning curves of runs, before and after adaptation."""
 
     what: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders; those that differ only by their seed share a line and a band."""
+    """Run folders; runs that differ only in their seed share a line and a band."""
     against: Literal["env-steps", "time"] = "env-steps"
-    """What to draw against; time is wall-clock."""
+    """Horizontal axis: env steps, or wall-clock time."""
     smooth: int = 1
-    """Iterations that each point averages."""
+    """Iterations that each point is the mean of."""
     out: Path | None = None
     """Picture to write, PNG and SVG; by default learning.png in the first run folder."""
 
@@ -85,18 +88,19 @@ class Report:
     """Write one HTML page about a run: returns, pictures, a video, config and versions."""
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """A run folder, a policy file or the name of a shipped policy; further ones stand beside it.
-    An existing evaluation is used, unless further policies are named or it has other settings."""
+    """A run folder, a policy file or the name of a shipped policy, and others to compare it with.
+    An existing evaluation is reused unless others are named or it has other settings."""
     tasks: int | None = None
-    """Held-out tasks of the evaluation; by default those of an existing one, else 40."""
+    """Number of held-out tasks; by default that of an existing evaluation, else 40."""
     episodes: int | None = None
-    """Episodes a task, for each inner step and for each return; likewise, 20."""
+    """Episodes per task, for each inner step and for each measured return; by default as in an
+    existing evaluation, else 20."""
     steps: int | None = None
-    """Inner steps; likewise, 3."""
+    """Number of inner steps; by default that of an existing evaluation, else 3."""
     threads: int | None = None
-    """Threads; results do not depend on it."""
+    """Threads; by default one per available processor. Results do not depend on their number."""
     video: bool = True
-    """Film a video if there is none."""
+    """Record a video if there is none."""
     out: Path | None = None
     """Page to write; by default report.html in the run folder."""
 

@@ -38,16 +38,16 @@ class Train:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     out: Path | None = None
-    """Run folder to make; by default runs/FAMILY-PRESET-ALGORITHM-SEED."""
+    """New run folder; by default runs/FAMILY-PRESET-ALGORITHM-SEED."""
     resume: Path | None = None
-    """Run folder to continue, up to --iterations; its other options hold and need not be given. Or
-    auto: continue in --out where there is a run, and else begin one; for jobs that start again."""
+    """Run folder to continue, up to --iterations; other options are taken from the run. auto:
+    continue the run in --out if there is one, else start it, for jobs that may be restarted."""
     start: Annotated[int | None, tyro.conf.arg(name="from")] = None
-    """With --resume: iteration of the checkpoint to go on from, by default the newest."""
+    """With --resume: iteration of the checkpoint to continue from; by default the newest."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value (metarl families lists them)."""
     rank_timeout: float = LIMIT_SECONDS
-    """Under torchrun, seconds after which a rank that the others wait for is given up."""
+    """Under torchrun: seconds after which a rank that the others wait for is considered dead."""
 
     @staticmethod
     def rewritten(arguments: Sequence[str]) -> list[str]:
@@ -81,13 +81,13 @@ class Benchmark:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     repeats: int = 3
-    """Measured iterations, after one to warm up."""
+    """Iterations to measure, after one to warm up."""
     json: bool = False
     """Print one JSON object."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value."""
     rank_timeout: float = LIMIT_SECONDS
-    """Under torchrun, seconds after which a rank that the others wait for is given up."""
+    """Under torchrun: seconds after which a rank that the others wait for is considered dead."""
 
     @staticmethod
     def starting(arguments: Sequence[str]) -> Benchmark:

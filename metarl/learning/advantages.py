@@ -127,9 +127,9 @@ class AdvantageConfig:
     discount: float = 0.99
     """Discount of future rewards (gamma)."""
     trace: float = 1.0
-    """Trace decay of generalized advantages (lambda); 1 weighs whole returns."""
+    """Trace decay of generalized advantage estimation (lambda); 1 uses whole returns."""
     ridge: float = 1e-5
-    """Ridge of the linear feature baseline."""
+    """Ridge regularization of the linear feature baseline."""
     normalize: bool = True
     """Scale each task's advantages to mean 0 and standard deviation 1."""
 

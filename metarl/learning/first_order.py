@@ -17,23 +17,23 @@ from metarl.learning.trust_region import OuterState
 
 @dataclass(frozen=True, kw_only=True)
 class AdamConfig:
-    """The outer step by Adam."""
+    """The outer step with Adam."""
 
     learning_rate: float = 1e-3
     """Adam's step size."""
     steps: int = 1
     """Gradient steps on one iteration's samples."""
     minibatches: int = 1
-    """Parts that the samples are split into; each step's gradient uses one, in turn: as many steps
-    as minibatches are one pass."""
+    """Parts that the samples are split into. Each step uses one part, in turn, so that as many
+    steps as parts make one pass over the samples."""
     clip: float = 0.3
-    """Likelihood ratios count up to 1 +- this, where the algorithm clips them."""
+    """Likelihood ratios are clipped to 1 +- this, where the algorithm clips them."""
     max_kl: float = 0.05
-    """Mean KL from the sampling policies: beyond it further steps are left out, and the whole step
-    is shortened until it is within."""
+    """Upper bound on the mean KL of the adapted policies from those that drew the query samples. No
+    further step is taken beyond it, and the whole update is shortened until it is within it."""
     max_norm: float = 10.0
-    """Longer gradients are scaled to this norm before they enter Adam's moments, which one huge
-    gradient would spoil for hundreds of steps."""
+    """Upper bound on the gradient's norm: a longer one is scaled down to it before it enters Adam's
+    moments, which it would spoil for hundreds of steps."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "steps", "minibatches", "clip", "max_kl", "max_norm"):

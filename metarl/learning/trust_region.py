@@ -18,24 +18,24 @@ from metarl.learning.stopwatch import Stopwatch
 
 @dataclass(frozen=True, kw_only=True)
 class TrustRegionConfig:
-    """The outer step by a trust region."""
+    """The outer step with a trust region (TRPO)."""
 
     max_kl: float = 0.01
-    """Largest mean KL of the adapted policies from those that drew the query samples."""
+    """Upper bound on the mean KL of the adapted policies from those that drew the query samples."""
     cg_iterations: int = 10
-    """Iterations of conjugate gradient."""
+    """Iterations of the conjugate gradient method."""
     cg_damping: float = 1e-5
     """Added to the Fisher matrix's diagonal."""
     line_search_steps: int = 15
-    """Step lengths tried before the update is given up."""
+    """Step lengths that the line search tries before it gives the update up."""
     backtrack: float = 0.8
     """Factor between one step length and the next."""
     growth_steps: int = 0
-    """Longer steps tried, where the first is accepted with its KL well below the bound; 0 keeps to
-    that step."""
+    """Longer steps that the line search tries if the first one is accepted with a KL well below the
+    bound; 0 never lengthens a step."""
     fisher_fraction: float = 0.1
-    """Fraction of the samples that Fisher products use, but no fewer than 200 a task; the gradient
-    and the line search always use all."""
+    """Fraction of each task's samples used in Fisher-vector products, at least 200 of them; the
+    gradient and the line search use all samples."""
 
     def __post_init__(self) -> None:
         for name in ("max_kl", "cg_iterations", "line_search_steps"):

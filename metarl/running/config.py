@@ -27,12 +27,12 @@ class PolicyConfig:
     """The policy: an MLP gives a Gaussian's mean, or the logits of Discrete actions."""
 
     network: Network = "auto"
-    """What reads observations: of images (uint8) a convolutional network goes before the MLP, the
-    Nature CNN or a small IMPALA network; auto: none for vectors, nature for images of 36 pixels
-    or more each way, impala for smaller ones. In few-shot classification conv4, the four blocks of
-    the papers, or mlp."""
+    """Network before the hidden layers. For image observations (uint8): nature, the Nature CNN, or
+    impala, a small residual network. auto: none for vectors, nature for images of at least 36 x 36
+    pixels, impala for smaller ones. In few-shot classification: conv4, the papers' four blocks, or
+    mlp."""
     filters: int = 64
-    """Filters of each block of conv4."""
+    """Filters in each block of conv4."""
 
     hidden: tuple[int, ...] = (64, 64)
     """Sizes of the hidden layers."""
@@ -41,16 +41,17 @@ class PolicyConfig:
     initial_std: float = 1.0
     """Standard deviation of the actions at the start."""
     min_std: float = 1e-6
-    """Floor of the standard deviation."""
+    """Smallest standard deviation of the actions."""
     context: int = 8
-    """Size of the context input, where the algorithm adapts one (CAVIA)."""
+    """Size of the context vector, where the algorithm adapts one (CAVIA)."""
     action: ActionMode = "clip"
-    """How actions fit the environment's bounds: cut to them, or [-1, 1] mapped onto them first."""
+    """How actions are fitted to the environment's bounds: clip cuts them off there; scale maps
+    [-1, 1] onto the bounds first."""
     normalize: bool = False
     """Scale observations by their running mean and standard deviation."""
     output_scale: float = 1.0
-    """Factor of the last layer's initial weights. Small, actions start near zero, within their
-    bounds, and all seeds start alike."""
+    """Factor of the last layer's initial weights. With a small one, mean actions start near zero,
+    within the bounds, for every seed."""
 
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.hidden):
@@ -70,20 +71,20 @@ class InnerConfig:
     steps: int = 1
     """Gradient steps per task in training, each on fresh episodes."""
     step_sizes: tuple[float, ...] = (0.1,)
-    """Size of each step; steps beyond those given repeat the last."""
+    """Size of each inner step; steps beyond those given repeat the last."""
     test_step_sizes: tuple[float, ...] = ()
-    """Size of each step in evaluation; none: those of training, or those learned."""
+    """Size of each inner step in evaluation; by default those learned, else those of training."""
     updates: int = 1
-    """Gradient steps on each batch of episodes; more than one need likelihood ratios."""
+    """Gradient steps on each batch of episodes; more than one need an inner loss with likelihood
+    ratios."""
     kl: float = 0.0
-    """Least mean KL over tasks that the first step of training moves policies by: where
-    `step_sizes` go less far, each iteration fits a factor of them to it, which the policy keeps;
-    0 takes `step_sizes` as they are."""
+    """Lower bound on the mean KL of the first inner step: if --inner.step-sizes move policies less,
+    training scales them all up to it, and the policy keeps the factor; 0: off."""
     proximal: float = 0.0
     """Strength of the pull towards the initialization (iMAML's lambda)."""
     dice_decay: float = 1.0
-    """What each later step keeps of an action's score (loaded DiCE's lambda): 1 is unbiased, less
-    has less variance."""
+    """Discount of earlier actions' scores at later time steps (lambda of loaded DiCE): 1 is
+    unbiased, smaller values have less variance."""
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -108,13 +109,14 @@ class MetaConfig:
     """What algorithms add to the meta-objective."""
 
     credit: float = 0.0
-    """Weight of what pre-update sampling earns for the post-update return (E-MAML)."""
+    """Weight of the term that credits pre-update sampling for the post-update return (E-MAML)."""
     inner_kl: float = 0.0
-    """Weight of the KL from the pre-update policies that drew the support samples (ProMP)."""
+    """Weight of the penalty on the KL from the policies that drew the support samples (ProMP)."""
     anneal_fraction: float = 0.0
-    """Part of the run over which multi-step loss and first order give way (MAML++)."""
+    """Share of the run in which the losses of earlier inner steps fade out and the meta-gradient is
+    of first order; afterwards it is of second order (MAML++)."""
     cosine: bool = False
-    """Let the outer step fall along a cosine, to zero at the end of the run (MAML++)."""
+    """Decay the outer step along a cosine to zero at the end of the run (MAML++)."""
 
     def __post_init__(self) -> None:
         for name in ("credit", "inner_kl"):
@@ -129,26 +131,32 @@ class MetaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One training run."""
+    """One training run. `metarl.resolve` makes one from a preset, a family and an algorithm.
+
+    Raises:
+        UserError: a value is out of range.
+    """
 
     family: Annotated[str, tyro.conf.Positional] = ""
     """Task family: a name that `metarl families` lists, or module:attribute of your own."""
     family_options: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Options of the family; --family-options on the command line."""
     preset: str | None = None
-    """Preset that the other values start from: metarl2026, icml2017, promp2019 or pearl2019."""
+    """Preset that sets the defaults: metarl2026, icml2017, promp2019, pearl2019, or reptile2018 for
+    sinusoids."""
     algorithm: str = "maml-trpo"
     """Meta-learning algorithm (metarl algorithms lists them)."""
     iterations: int = 100
-    """Meta-iterations in total, those before a resume included."""
+    """Meta-iterations in total, including those before a resume."""
     tasks: int = 40
     """Tasks per meta-iteration."""
     stratified: bool = False
-    """Draw an iteration's tasks evenly over their distribution, instead of independently."""
+    """Spread the tasks of an iteration evenly over their distribution instead of drawing them
+    independently."""
     episodes: int = 20
-    """Episodes per task and inner step."""
+    """Episodes per task, for each inner step and for the outer step."""
     seed: int = 0
-    """Seed of every random stream."""
+    """Seed of all random numbers."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     inner: InnerConfig = field(default_factory=InnerConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
@@ -156,16 +164,16 @@ class Config:
     trust_region: TrustRegionConfig = field(default_factory=TrustRegionConfig)
     adam: AdamConfig = field(default_factory=AdamConfig)
     threads: int = field(default_factory=lambda: available_threads())
-    """Threads for physics and for the update; results do not depend on it."""
+    """Threads for the physics and for the update; results do not depend on their number."""
     workers: int = 0
     """Worker processes for environments without a native backend; 0 steps them in this process.
-    Results do not depend on it."""
+    Results do not depend on their number."""
     worker_timeout: float = 60.0
-    """Seconds after which an environment that does not come back from a step is given up."""
+    """Seconds after which an environment that does not return from a step is considered dead."""
     device: str = "cpu"
-    """Where the update runs: cpu, or cuda where there is a GPU."""
+    """Where the update runs: cpu, or cuda on a GPU."""
     checkpoint_every: int = 10
-    """Iterations between checkpoints that are kept; the newest is always saved."""
+    """Iterations between checkpoints that are kept; the newest one is always kept."""
 
     def __post_init__(self) -> None:
         for name in ("iterations", "tasks", "episodes", "threads", "checkpoint_every"):
