@@ -33,13 +33,13 @@ from metarl.envs.traces import Doubt, raised
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault of a family, or doubt about it, and how to mend it."""
+    """One fault of a family, or a warning about it, and how to fix it."""
 
     check: str
     """A name in `CHECKS`."""
     message: str
     severity: Literal["fault", "warning"] = "fault"
-    """A warning is what a few episodes cannot prove."""
+    """"warning": it is harmless here, or a few episodes cannot prove that it is a fault."""
 
     def __str__(self) -> str:
         return f"{self.check}: {self.message}"
@@ -116,8 +116,9 @@ def checks(family: TaskFamily) -> Iterator[Checked]:
 
 
 def check_task_family(family: TaskFamily) -> list[Finding]:
-    """Return what is wrong with a family; an empty list where all is well.
+    """Return the faults of a family and warnings about it; an empty list if there are none.
 
-    Takes seconds: episodes of several ways of acting here, and of random actions in a worker.
+    The `severity` of each says which it is. A family that only has warnings may be trained. The
+    checks take seconds: they play episodes in this process and in a worker process.
     """
     return [finding for checked in checks(family) for finding in checked.findings]

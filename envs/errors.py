@@ -1,4 +1,4 @@
-"""The one error that means: whoever runs this can mend it."""
+"""The error that a user can fix."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ class TaskFamily(Family, ABC):
     horizon: int
     """Steps after which an episode is truncated."""
     achieved: Mapping[str, str] = field(default_factory=dict)
-    """Entry of `info`, a number each step, that a component of the task asks for: velocity asked,
-    x_velocity achieved. Two of them are a place in the plane."""
+    """Entry of `info`, a number for each step, by the component of the task that sets its goal, as
+    {"velocity": "x_velocity"}. Two of them are a position in the plane."""
 
     parallel: ClassVar[bool] = False
     """Whether several vector environments of the family run at once on threads of one process."""
@@ -56,13 +56,28 @@ class TaskFamily(Family, ABC):
     def make(
         self, task: NDArray[np.float64] | None = None, *, render_mode: str | None = None
     ) -> gym.Env:
-        """Return one environment, fixed to a task, or drawing a new one at every reset."""
+        """Return one environment.
+
+        Args:
+            task: [task_dim]; it stays the environment's task. None: every reset draws one.
+            render_mode: as in `gymnasium.make`.
+
+        Raises:
+            UserError: the environment cannot be made, or does not take the task or render_mode.
+        """
 
     @abstractmethod
     def make_vec(self, num_tasks: int, episodes: int, **options: Any) -> TaskVectorEnv:
-        """Return num_tasks x episodes environments in one, task-major.
+        """Return num_tasks x episodes environments as one vector environment, task-major.
 
-        Options are those of `TaskVectorEnv`; native ones also take `threads`.
+        Args:
+            num_tasks: number of tasks.
+            episodes: sub-environments of each task.
+            options: `autoreset_mode`, `render_mode` and, for families that are stepped natively,
+                `threads`.
+
+        Raises:
+            UserError: a number is below 1, or the environments cannot be made.
         """
 
     def optimal_return(self, tasks: Tasks) -> NDArray[np.float64] | None:

@@ -88,15 +88,17 @@ class FewShotFamily(SupervisedFamily):
         labels: [n], numbers or names.
         ways: classes of a task, or the fewest and the most of them.
         shots: examples of each class in the support.
-        queries: of each class, disjoint from the support, in training.
+        queries: examples of each class in the query, disjoint from the support, in training.
         test_queries: the same in evaluation.
-        train, validation, test: labels of the classes of each kind of tasks; by default the last
-            20 % of the sorted labels are for test tasks, 16 % before them for validation, and what
-            is named nowhere else is for training.
+        train, validation, test: labels of the classes of each kind of tasks. Without `train`, the
+            last 20 % of the sorted labels are for test tasks and the 16 % before them for
+            validation, unless named, and all that are left are for training. With `train`, `test`
+            must be given too, and there are validation tasks only if `validation` is given.
 
     Raises:
-        UserError: a class has too few examples, or is in two parts; there are fewer classes than
-            ways; a pixel is not finite.
+        UserError: images and labels have other shapes; a pixel is not finite; ways is below 2, or
+            shots, queries or test_queries below 1; a named class has no image, is in two parts, or
+            has too few examples; training or test tasks have fewer classes than ways.
     """
 
     images: ArrayLike

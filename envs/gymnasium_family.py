@@ -213,7 +213,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
 class GymnasiumFamily(TaskFamily):
     """A family over any Gymnasium environment.
 
-    For example, pendulums in different gravity, a keyword argument of theirs:
+    For example, pendulums under different gravity, which is a keyword argument of `Pendulum-v1`:
 
         GymnasiumFamily(
             name="pendulum-gravity",
@@ -231,9 +231,10 @@ class GymnasiumFamily(TaskFamily):
     keywords: bool = False
     """The task's components are keyword arguments, floats, of the id or function."""
     reward: Reward | None = None
-    """Pays n steps at once, in place of the environment's own reward: arrays (observation
-    [n, observation_dim], action [n, ...], next observation, info of arrays [n, ...], task
-    [n, task_dim]) to [n]. n is 1 for a single environment, and counts only those that moved."""
+    """Rewards [n] of n steps at once, in place of the environment's own: a function of the
+    observation before the step [n, *observation_shape], the action that the environment was given
+    [n, *action_shape], the next observation, info (arrays [n, ...] by name) and the task
+    [n, task_dim]. n is 1 for a single environment; of several, only those that moved count."""
     env_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the id or function."""
 
@@ -276,7 +277,7 @@ class GymnasiumFamily(TaskFamily):
     def make_bare(self, render_mode: str | None = None, task: Floats | None = None) -> gym.Env:
         """Return the environment cut at the horizon, with flat observations or an image.
 
-        A task matters with `keywords` only; a task is else put in by `put`.
+        The task matters only with `keywords`; otherwise `apply_task` puts it in.
         """
         env = self.make_raw(render_mode, task)
         space = env.observation_space

@@ -52,19 +52,26 @@ STOCK: Any = None
 class MujocoFamily(TaskFamily):
     """A family over one MuJoCo model, stepped natively.
 
-    Of a stock Gymnasium body, such as hoppers of different masses:
+    For example, stock Gymnasium hoppers of different masses:
+
+        def scale_masses(model, tasks):
+            return {"body_mass": tasks[:, :1] * model.body_mass}
 
         MujocoFamily(
-            name="hopper-mass",
+            name="heavy-hopper",
             env="Hopper-v5",
             tasks=Uniform({"mass": (0.5, 2.0)}),
-            model_fields=lambda model, tasks: {"body_mass": tasks[:, :1] * model.body_mass},
+            model_fields=scale_masses,
             horizon=200,
         )
 
-    What is left out is the stock body's. A family over a model file of one's own gives `xml`,
-    `frame_skip`, `observe`, `reward` and `initial_state`. All functions take every simulation at
-    once, and functions of a module, not lambdas, can be pickled.
+    Whatever is left out is that of the stock body. With a model file of your own, give `xml`,
+    `frame_skip`, `observe`, `reward` and `initial_state`. All functions but `initial_state` and
+    `edit` are called for all simulations at once. Use functions of a module: lambdas cannot be
+    pickled.
+
+    Raises:
+        UserError: there is no such body or field, a part is missing, or a number is below 1.
     """
 
     env: str | None = None
@@ -72,33 +79,36 @@ class MujocoFamily(TaskFamily):
     xml: str = STOCK
     """Model file: a path, or a name among Gymnasium's own MuJoCo models."""
     frame_skip: int = STOCK
-    """Physics steps an environment step."""
+    """Physics steps per environment step."""
     observe: Callable[[Sim], Floats] = STOCK
     """Observations [simulations, observation_dim], a new array."""
     reward: Callable[[Step], tuple[Floats, dict[str, Any]]] = STOCK
-    """Rewards [simulations], and info arrays."""
+    """Rewards [simulations], and info arrays [simulations, ...] by name."""
     initial_state: Callable[[np.random.Generator, mujoco.MjModel], tuple[Floats, Floats]] = STOCK
-    """Draws the qpos and qvel that one episode starts from."""
+    """Draws the qpos [nq] and qvel [nv] that one episode starts from."""
     track: Callable[[Sim], Floats] = STOCK
-    """What a reward needs to know of the state before the step; with a reward of one's own, the
-    root's x."""
+    """What a reward needs to know of the state before the step, [simulations, ...]; by default,
+    with a reward of your own, the root's x [simulations]."""
     terminated: Callable[[Sim], Bools] | None = None
-    """Episodes that end at the present state; without env, None for none."""
+    """Whether the task has ended in the present state, [simulations]; without env, None means
+    never."""
     fields: tuple[str, ...] = ()
     """Derived fields of MjData that the functions above read, as `sim["xpos"]`. They lag a physics
-    step behind, as in Gymnasium, unless a `stage` is asked for. Contact forces (`cfrc_ext`) cost
-    about 10 microseconds an environment step; they are zero at the start of an episode, as in
-    Gymnasium, unless a stage is asked for."""
+    step behind, as in Gymnasium, unless a `stage` is given. Contact forces (`cfrc_ext`) cost about
+    10 microseconds per environment step; they are zero at the start of an episode, as in Gymnasium,
+    unless a stage is given."""
     model_fields: Callable[[mujoco.MjModel, Tasks], Mapping[str, NDArray]] | None = None
-    """Fields of MjModel that tasks [n, task_dim] change, [n, ...] each; constants that MuJoCo
-    derives from them (mj_setConst) follow."""
+    """Fields of MjModel, [n, ...] each, that tasks [n, task_dim] change; constants that MuJoCo
+    derives from them (mj_setConst) are recomputed."""
     edit: Callable[[mujoco.MjSpec], None] | None = None
     """Changes the model before it is compiled, to add sensors for instance."""
     stage: int = int(mujoco.mjtStage.mjSTAGE_NONE)
-    """Stages to compute at the new state (mjtStage); none leaves derived fields one step behind."""
+    """Stages to compute at the new state (mjtStage); mjSTAGE_NONE leaves derived fields one physics
+    step behind."""
     action_scale: float = 1.0
     """The policy's action for a full-strength control: actions in [-s, s] map to the bounds."""
     camera: str | None = "track"
+    """Camera of the model to render with; a free camera, if the model has none of that name."""
 
     parallel: ClassVar[bool] = Batch is not SerialBatch
 

@@ -72,8 +72,8 @@ def description(name: str) -> str:
 def training_values(name: str) -> Mapping[str, Any]:
     """Return the values of the config that a run on a family starts from, by dotted key.
 
-    An entry that is a mapping holds those of the algorithm that is its key. None, where the family
-    cannot be loaded, which is told where it is made.
+    An entry that is a mapping holds those of the algorithm that is its key. There are none where
+    the family cannot be loaded; making it raises the error.
     """
     try:
         return getattr(_find(name), "training", {})
@@ -82,10 +82,10 @@ def training_values(name: str) -> Mapping[str, Any]:
 
 
 def make_family(name: str, **options: Any) -> TaskFamily:
-    """Return a family of environments by its name, or by `module:attribute`; see `find_family`.
+    """Return a family of environments by its name, or by `module:attribute`, as `find_family` does.
 
     Raises:
-        UserError: besides, its tasks are supervised ones.
+        UserError: as by `find_family`, or the family has supervised tasks.
     """
     family = find_family(name, **options)
     if not isinstance(family, TaskFamily):

@@ -69,11 +69,16 @@ class SupervisedFamily(Family, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionFamily(SupervisedFamily):
-    """Regression on a function of one number and the task, drawn uniformly from an interval."""
+    """Regression on y = function(x, task), for numbers x drawn uniformly from an interval.
+
+    Raises:
+        UserError: shots, queries or test_queries is no whole number of at least 1.
+    """
 
     function: Callable[[Floats, Tasks], Floats]
     """(x [T, N], tasks [T, task_dim]) -> y [T, N]"""
     interval: tuple[float, float]
+    """Smallest and largest x."""
     shots: int = 10
     """Examples of the support."""
 

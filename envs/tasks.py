@@ -30,7 +30,11 @@ class TaskDistribution(ABC):
 
     @abstractmethod
     def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
-        """Draw n tasks, [n, task_dim]. The test split of few tasks is drawn balanced."""
+        """Draw n tasks of a split, [n, task_dim].
+
+        They are drawn independently, but for test tasks from a list (`Finite`), of which each is
+        drawn equally often.
+        """
 
     def stratified(self, rng: np.random.Generator, n: int) -> Tasks:
         """Draw n training tasks that cover their distribution evenly, [n, task_dim].
@@ -148,8 +152,11 @@ class Finite(TaskDistribution):
     Args:
         names: names of the components.
         values: the training tasks, [n, task_dim].
-        test: the test tasks; by default the training tasks, where a family has no others.
+        test: the test tasks, [m, task_dim]; by default the training tasks.
         balanced: draw each training task equally often, instead of independently.
+
+    Raises:
+        UserError: there are no tasks, or they have another number of components than names.
     """
 
     def __init__(

@@ -1,18 +1,4 @@
-"""Vector environments over tasks: their semantics, once for all backends.
-
-`TaskVectorEnv` is a `gymnasium.vector.VectorEnv` of `num_tasks x episodes` sub-environments,
-task-major: sub-environment `t * episodes + e` is episode e of task t.
-
-- `set_tasks` takes effect at the next reset. Without it, every reset of a sub-environment draws a
-  training task of its own.
-- `reset(seed=...)` takes None, one int (sub-environment i gets seed + i) or a list of ints, and
-  `options={"reset_mask": ...}` resets a part.
-- With `autoreset_mode` DISABLED a finished sub-environment stands still: reward 0, observation and
-  flags as at its end, until it is reset. With NEXT_STEP the step after the end resets it, reward 0.
-- An episode whose simulation diverged is truncated and marked in `info["diverged"]`.
-- `progress` says what is being done, for whoever watches from another process; an exception that
-  an environment raises carries it as a note.
-"""
+"""Vector environments over tasks: `TaskVectorEnv`, with the same rules for all backends."""
 
 from __future__ import annotations
 
@@ -44,7 +30,28 @@ def describe_progress(progress: Sequence[int], tasks: Floats) -> str:
 
 
 class TaskVectorEnv(VectorEnv):
-    """The semantics above; a backend supplies `_begin`, `_advance` and `_observe`."""
+    """A `gymnasium.vector.VectorEnv` of `num_tasks x episodes` sub-environments, task-major.
+
+    Sub-environment `t * episodes + e` is episode e of task t.
+
+    - `set_tasks` takes effect at the next reset. Without it, every reset of a sub-environment draws
+      a training task of its own.
+    - `reset(seed=...)` takes None, one int (sub-environment i gets seed + i) or a list of ints, and
+      `options={"reset_mask": ...}`, booleans [num_envs], resets only some. It returns observations
+      [num_envs, *observation_shape] and info with "task" [num_envs, task_dim].
+    - `step` takes actions [num_envs, *action_shape]. It returns observations, rewards (float64),
+      terminated and truncated (bool), [num_envs] each, and info of arrays [num_envs, ...].
+    - With `autoreset_mode` DISABLED a finished sub-environment stays as it is, with reward 0, until
+      it is reset. With NEXT_STEP the step after its end resets it, with reward 0.
+    - An episode whose simulation diverged is truncated and marked in `info["diverged"]`.
+    - `progress` says what is being done, to be read from another process. An exception from an
+      environment has it as a note.
+
+    A backend supplies `_begin`, `_advance` and `_observe`.
+
+    Raises:
+        UserError: num_tasks or episodes is below 1, or autoreset_mode is SAME_STEP.
+    """
 
     def __init__(
         self,

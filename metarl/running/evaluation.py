@@ -142,39 +142,46 @@ def evaluate(
     name: str = "this policy",
     ranks: Ranks = ALONE,
 ) -> EvaluationResult:
-    """Return a meta-policy's returns after 0 ... `steps` inner steps on held-out tasks.
+    """Measure a meta-policy's returns after 0 ... `steps` inner steps on held-out tasks.
+
+    Returns:
+        an `EvaluationResult`: `table()` and `verdict()` are text, `to_json()` is the content of
+        evaluation.json, `curve.per_task` has the returns [tasks, steps + 1], and `references` a
+        curve for each reference by name.
 
     Args:
         meta_policy: a meta-policy, or what `load` takes; or several seeds of one.
-        tasks: held-out tasks; few possible ones are drawn equally often.
-        episodes: episodes a task, for each update and for each return.
-        seed: of episodes, and of drawn tasks; the same ones for every policy.
-        step_sizes: one a step, the last repeated; by default the policy's own for evaluation.
+        tasks: number of held-out tasks. If there are fewer different ones, they are repeated.
+        episodes: episodes per task, for each inner step and for each measured return.
+        seed: seed of the episodes, and of drawn tasks; the same for every policy.
+        step_sizes: one for each step, the last repeated; by default the policy's own.
         references: other policies of the family, evaluated on the same tasks. One of the algorithm
             random takes the place of the random initialization that is always there; with an
             oracle, which takes no steps, the gap closed is known.
-        random_step_sizes: those of the random initialization; by default its preset's, or the
+        random_step_sizes: step sizes of the random initialization; by default its preset's, or the
             policy's.
-        pretrained_step_sizes: those of references of the algorithm pretrained; by default its
-            preset's, or its own.
+        pretrained_step_sizes: step sizes of references of the algorithm pretrained; by default
+            its preset's, or its own.
         tune_step_sizes: choose the first step's size for each policy, references included, by the
             return after it on as many validation tasks; later steps take half of it. Sizes that are
             given, or that a policy learned, are kept.
         deterministic: act by the mean instead of a sample, in the returns only.
         drawn: draw the tasks at random, as the papers do, instead of covering the test split
-            evenly, which tells the mean over the split with less chance.
+            evenly, which estimates the mean over the split with less variance.
         split: "validation" draws other tasks and episodes, for choosing between policies.
-        threads: for physics and updates; results do not depend on it.
+        threads: for physics and updates, by default one per available processor; results do not
+            depend on their number.
         workers: processes for environments without a native backend; 0 steps them in this one.
-        from_scratch: show what training from scratch on each task earns with the same env steps,
-            and with ten times as many; by PPO of stable-baselines3 too, where it is installed.
-        scratch_learning_rate: of our own such training.
+        from_scratch: also train on each task from scratch, with the env steps of adaptation and
+            with ten times as many; also by PPO of stable-baselines3, where it is installed.
+        scratch_learning_rate: learning rate of the built-in training from scratch.
         name: what the policy is called in tables and pictures.
-        ranks: that share the tasks; all return the whole result.
+        ranks: processes that share the tasks; all return the whole result.
 
     Raises:
-        UserError: a number is out of range, the family cannot be made, or a reference is of
-            another family.
+        UserError: a number is out of range, the family cannot be made, a reference is of another
+            family, or adaptation leads to numbers that are not finite.
+        CheckpointError: a policy cannot be loaded.
     """
     members = _members(meta_policy, name)
     first = members[0]

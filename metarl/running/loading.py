@@ -63,10 +63,15 @@ def newest_good(run: Path, before: int, use: Callable[[Path], Any]) -> int | Non
 
 
 def load(what: str | Path) -> MetaPolicy:
-    """Return a meta-policy from a run folder, a policy file or the name of a shipped policy.
+    """Return a meta-policy.
+
+    Args:
+        what: a run folder, whose newest checkpoint is read; a checkpoint file of a run; a file that
+            `MetaPolicy.save` wrote; or the name of a shipped policy.
 
     Raises:
         CheckpointError: it is none of them, or its file is damaged.
+        UserError: the family that it was trained on is needed and cannot be made.
     """
     path = Path(what)
     if path.is_dir():
@@ -117,7 +122,9 @@ def load_policy(path: str | Path) -> Policy:
     """Return an adapted policy from the file that `metarl adapt` or `Policy.save` wrote.
 
     Raises:
-        CheckpointError: it is missing, damaged or no adapted policy.
+        CheckpointError: the file is missing, damaged or no adapted policy.
+        UserError: the family that it was trained on cannot be made; one of your own must be
+            importable under its name.
     """
     path = Path(path)
     tensors, metadata = checkpoints.load(path)

@@ -1,7 +1,7 @@
-"""How much memory a run needs, told in advance.
+"""How much memory a run needs, estimated before it starts.
 
-What rollouts take is arithmetic, and refused where it cannot be had. What an update takes besides
-is an estimate, and warned of.
+What rollouts take is exact: a run whose rollouts do not fit is refused. What an update takes
+besides is an estimate: where it does not fit, there is a warning.
 """
 
 from __future__ import annotations

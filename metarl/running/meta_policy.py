@@ -49,9 +49,11 @@ class MetaPolicy:
     """Meta-parameters, how they adapt, and where they come from."""
 
     params: Params
+    """Meta-parameters by name, float32, not stacked: the network's, such as `layer0.weight`
+    [inputs, outputs], and learned step sizes or the fitted factor of step sizes, if any."""
     config: Config
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Iterations, env steps and versions of the training behind it."""
+    """Iterations, env steps and versions of its training."""
 
     @cached_property
     def algorithm(self) -> Algorithm:
@@ -137,14 +139,17 @@ class MetaPolicy:
 
         Args:
             env: a Gymnasium environment with the spaces of the training family, or a task vector
-                of that family.
+                [task_dim] of that family. An oracle needs the task vector.
             steps: inner steps; 0 returns the initialization as it is.
             episodes: episodes sampled for each step.
-            seed: of the environment's resets and the actions.
-            step_sizes: one a step, the last repeated; by default those of evaluation.
+            seed: seed of the environment's resets and of the actions.
+            step_sizes: one for each step, the last repeated; by default those of evaluation, else
+                those learned, else those of training.
 
         Raises:
-            UserError: a number is out of range, or the environment has other spaces.
+            UserError: a number is out of range, the environment or the task does not fit the
+                family, or the family has supervised tasks.
+            NonFiniteError: a sample or an adapted parameter is not finite (it is a UserError).
         """
         for name, value, least in (
             ("steps", steps, 0),
@@ -218,13 +223,15 @@ class MetaPolicy:
         """Adapt to one supervised task by its examples.
 
         Args:
-            inputs: [n, *shape]; bytes are scaled to [0, 1].
-            targets: [n, size] or [n] to regress on, or [n] class numbers from 0.
+            inputs: [n, *input_shape]; bytes are scaled to [0, 1].
+            targets: for regression [n, size] or [n]; for classification class numbers from 0, [n].
             steps: inner steps, each on all examples.
-            step_sizes: one a step, the last repeated; by default those of evaluation.
+            step_sizes: one for each step, the last repeated; by default those of evaluation.
 
         Raises:
-            UserError: they do not fit the model, or it was trained on environments or by an oracle.
+            UserError: the examples do not fit the model, steps is negative, it was trained on
+                environments, or it is an oracle.
+            NonFiniteError: an adapted parameter is not finite (it is a UserError).
         """
         if not isinstance(self.model, Predictor):
             raise UserError(f"{self.config.family} has environments: adapt to one of them")
@@ -250,12 +257,15 @@ class MetaPolicy:
         seed: int = 0,
         step_sizes: Sequence[float] | None = None,
     ) -> OnlineAdapter:
-        """Return what adapts to one task by transitions as they come; see `OnlineAdapter`.
+        """Return an `OnlineAdapter`, which adapts to one task from transitions as they come.
 
         Args:
-            action_space: of the environment that is acted in; by default the family's.
-            seed: of the actions.
-            step_sizes: one a step, the last repeated; by default those of evaluation.
+            action_space: that of your environment; by default the family's.
+            seed: seed of the actions.
+            step_sizes: one for each step, the last repeated; by default those of evaluation.
+
+        Raises:
+            UserError: it is an oracle, or was trained on supervised tasks.
         """
         if self.algorithm.observes_task:
             raise UserError("an oracle is told its task and does not adapt")
@@ -266,7 +276,11 @@ class MetaPolicy:
         return OnlineAdapter(loop, params, action_space, self.family.horizon, self.config, seed)
 
     def save(self, path: str | Path) -> None:
-        """Write a policy file that `load` reads."""
+        """Write a policy file that `load` reads.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         metadata = {"kind": "policy", "config": self.config.to_json(), **self.provenance}
         checkpoints.save(Path(path), self.params, metadata)
 

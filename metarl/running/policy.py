@@ -35,14 +35,16 @@ class Policy:
         config: Config,
         provenance: Mapping[str, Any],
     ) -> None:
-        """Make a policy of a network and its parameters.
+        """Make a policy of a network and its parameters; `MetaPolicy.adapt` does so for users.
 
         Args:
-            space: of the actions.
-            horizon: of the training family.
-            config: of the training behind it.
-            provenance: `task` (a vector, None where it is not known), `steps`, `episodes` and
-                `seed` of the adaptation.
+            policy: the network.
+            params: its parameters by name, not stacked.
+            space: the environment's action space.
+            horizon: steps of an episode at most, as in the training family.
+            config: the config that it was trained with.
+            provenance: `task` (a list of numbers, or None if it is not known), `steps`, `episodes`
+                and `seed` of the adaptation; the seed is also that of the actions.
         """
         self.policy, self.params = policy, params
         self.config, self.provenance = config, provenance
@@ -51,11 +53,18 @@ class Policy:
         self._rng = stream(provenance["seed"], 0, "test-noise", provenance["steps"])
 
     def act(self, observation: Any, *, deterministic: bool = False) -> NDArray:
-        """Return the action as the environment takes it: one, or n of them.
+        """Return the action for an observation, as the environment takes it.
 
         Args:
             observation: one, [*observation_shape], or a batch [n, *observation_shape].
-            deterministic: the most likely action instead of a sample.
+            deterministic: take the most likely action instead of a sampled one.
+
+        Returns:
+            one action, [*action_shape], or a batch [n, *action_shape], fitted to the bounds of the
+            action space.
+
+        Raises:
+            UserError: the observation has another shape, or is not finite.
         """
         return self.act_raw(observation, deterministic=deterministic)[0]
 
@@ -92,11 +101,18 @@ class Policy:
         deterministic: bool = False,
         on_step: Callable[[int, float], None] | None = None,
     ) -> float:
-        """Act for one episode, of the horizon at most; return its return.
+        """Act for one episode, which the horizon cuts, and return the sum of its rewards.
 
         Args:
-            on_step: is told after the reset and after every step how many steps were taken, and the
-                return so far.
+            env: an environment with the spaces that the policy was adapted in.
+            seed: seed of the environment's reset; None leaves it unseeded. Sampled actions have a
+                stream of their own, which goes on from call to call.
+            deterministic: take the most likely action instead of a sampled one.
+            on_step: called after the reset and after every step, with the number of steps taken and
+                the return so far.
+
+        Raises:
+            UserError: an observation has another shape than the policy's, or is not finite.
         """
         taken, total = 0, 0.0
 
@@ -127,6 +143,10 @@ class Policy:
         return make_module(self.policy, self.params, last)
 
     def save(self, path: str | Path) -> None:
-        """Write a policy file that `load_policy` reads."""
+        """Write a policy file that `load_policy` reads.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         metadata = {"kind": "adapted", "config": self.config.to_json(), "adapted": self.provenance}
         checkpoints.save(Path(path), self.params, {**metadata, "versions": checkpoints.versions()})

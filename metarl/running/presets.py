@@ -15,7 +15,7 @@ from metarl.running.config import Config, check_type, config_keys
 
 @dataclass(frozen=True)
 class Preset:
-    """Hyper-parameters of a paper, by dotted key."""
+    """Hyper-parameters of a paper or of this package, by dotted key."""
 
     source: str
     values: Mapping[str, Any]
@@ -135,22 +135,25 @@ def resolve(
     algorithm: str = "maml-trpo",
     overrides: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Return the config of a run: the preset's values, the algorithm's, and those given.
+    """Return the config of a run: defaults, preset, algorithm and overrides, in this order.
 
-    Each goes before those named earlier. A family of supervised tasks has values of its own: the
-    preset goes before the general ones, and those for the algorithm go before the algorithm's.
+    Later ones override earlier ones. A family of supervised tasks has defaults of its own: the
+    preset overrides the general ones, and those for an algorithm override the algorithm's.
 
-    What is derived from other values follows from the outcome, unless it is given too: the step
-    sizes of evaluation, iMAML's proximal strength.
-    A family that has a `scale` is made at the preset's, unless its options say otherwise.
+    Values that follow from others are computed last, unless they are given: the step sizes of
+    evaluation, iMAML's step sizes and proximal strength. A family that has a `scale` is made at the
+    preset's, unless its options say otherwise.
 
     Args:
-        preset: its name; None gives the defaults.
-        overrides: values by key, a section's as "inner.step_sizes"; `family_options` join those of
-            the preset.
+        preset: a name in `PRESETS`, such as "icml2017"; None: no preset.
+        family: a name that `metarl families` lists, or "module:attribute" for one of your own.
+        algorithm: a name that `metarl algorithms` lists.
+        overrides: values by key, those of a section as "inner.step_sizes"; `family_options` is a
+            mapping that is added to the preset's.
 
     Raises:
-        UserError: there is no such preset, algorithm or key, or a value is not allowed.
+        UserError: there is no such preset, algorithm or key, a value is out of range, or the preset
+            is not for this kind of family.
     """
     row = find_algorithm(algorithm)
     said = dict(overrides or {})
