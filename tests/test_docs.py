@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import shlex
@@ -16,6 +17,7 @@ import metarl
 from metarl.commands import cli
 from metarl.commands.cli import main
 from metarl.envs import family_names, registry
+from metarl.envs.registry import data_names, option_defaults
 from metarl.learning.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +118,23 @@ def test_commands_are_taken(command, tmp_path, monkeypatch):
 
         create_run(tmp_path / words[words.index("--resume") + 1], small())
     assert main(words[1:]) == 0
+
+
+def test_every_option_that_the_text_names_exists(capsys):
+    for name in cli.COMMANDS:
+        with contextlib.suppress(SystemExit):
+            main([name, "--help"])
+    known = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
+    of_families = {option for name in data_names() for option in option_defaults(name)}
+    known |= {f"--{option.replace('_', '-')}" for option in of_families}
+    known |= {option.partition(".")[0] for option in known}  # a whole section
+    known |= {"--version", "--max-restarts", "--nnodes"}  # the last two are torchrun's
+    for page, text in TEXTS.items():
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+        for span in re.findall(r"`([^`\n]+)`", prose):
+            if not span.startswith(("python ", "torchrun ", "pip ")):
+                unknown = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", span)) - known
+                assert not unknown, f"{page}: {span}"
 
 
 def test_every_family_of_ones_own_is_checked():
