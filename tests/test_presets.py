@@ -144,3 +144,10 @@ def test_a_run_evaluates_with_what_was_said(flags, sizes, test_sizes, proximal, 
 def test_a_value_of_another_kind_is_refused(key, value, told):
     with pytest.raises(UserError, match=told):
         resolve(None, "navigation-2d", overrides={key: value})
+
+
+def test_what_a_family_chose_for_an_algorithm_is_kept():
+    inner = resolve(None, "characters", "imaml").inner
+    assert (inner.proximal, inner.step_sizes) == (2.0, (0.1,))
+    inner = resolve(None, "characters", "imaml", {"inner.proximal": 5.0}).inner
+    assert (inner.proximal, inner.step_sizes) == (5.0, (0.1,))

@@ -161,9 +161,9 @@ def resolve(
     config = dataclasses.replace(_preset_values(preset, family, options), algorithm=algorithm)
     for section, values in row.defaults.items():
         config = _replaced(config, {f"{section}.{key}": value for key, value in values.items()})
-    config = _replaced(config, training_values(family).get(algorithm, {}))
-    config = _replaced(config, said)
-    return _replaced(config, _derived(config, row, said))
+    chosen = {**training_values(family).get(algorithm, {}), **said}
+    config = _replaced(config, chosen)
+    return _replaced(config, _derived(config, row, chosen))
 
 
 def _preset_values(name: str | None, family: str, given: Mapping[str, Any]) -> Config:
@@ -204,7 +204,7 @@ def _replaced(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def _derived(config: Config, row: Algorithm, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what follows from a config's other values, but for what was given."""
+    """Return what follows from a config's other values, but for what was given or chosen."""
     sizes, derived = config.inner.step_sizes, {}
     if "inner.kl" not in said and (row.learned_steps != "no" or row.gradient == "implicit"):
         derived["inner.kl"] = 0.0  # their sizes are learned, or those of the proximal problem
