@@ -12,7 +12,7 @@ EVALUATION = {
     "ci95": [[0.5, 1.5], [2.0, 2.5]],
     "iqm": [1.5, None],
     "iqm_ci95": [[1.0, 2.0], [None, None]],
-    "step_sizes": [0.1],
+    "step_sizes": [0.1, 0.05, 0.05],
     "components": ["goal"],
     "tasks": [[0.5], [1.0]],
     "per_task": [[1.0, 2.0], [1.0, None]],
@@ -37,7 +37,7 @@ def test_tables_hold_every_figure_that_is_known():
     returns, several, success, gaps = tables(EVALUATION)
     assert returns.heads == ["return", "before", "1 step", "step sizes"]
     assert returns.rows == [
-        ["mine", "1.0 ± 0.5", "2.2 ± 0.2", "0.1"],
+        ["mine", "1.0 ± 0.5", "2.2 ± 0.2", "0.1, 0.05"],
         ["oracle", "9.0", "", "none"],
     ]
     assert several.rows == [["mine, seeds 0, 3", "1.5 ± 0.5", "nan"]]

@@ -33,7 +33,7 @@ def tables(evaluation: Mapping[str, Any]) -> list[Table]:
     first = []
     for name, curve in curves.items():
         cells = _cells(curve["returns"], curve["ci95"], digits)
-        sizes = ", ".join(f"{size:g}" for size in curve["step_sizes"]) or "none"
+        sizes = ", ".join(_without_repeats(curve["step_sizes"])) or "none"
         first.append([name, *cells, *[""] * (steps - len(cells)), sizes])
     if best := evaluation.get("optimal_returns"):
         mean = sum(best) / len(best)
@@ -108,6 +108,14 @@ def _cells(
         half = "" if low is None or high is None else f" ± {(high - low) / 2.0:.{digits}f}"
         cells.append(_number(mean, digits) + half)
     return cells
+
+
+def _without_repeats(sizes: Sequence[float]) -> list[str]:
+    """Return step sizes as options take them: the last is repeated."""
+    said = [f"{size:g}" for size in sizes]
+    while len(said) > 1 and said[-1] == said[-2]:
+        said.pop()
+    return said
 
 
 def _number(value: float | None, digits: int) -> str:
