@@ -9,8 +9,6 @@ stopped anywhere, the same command goes on where it was.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +17,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from trainings import train
 
-from metarl.running.config import available_threads
+from metarl.commands.errors import exit_code
 from metarl.running.metrics import read_metrics
 
 LAST = 5
@@ -49,25 +48,16 @@ class Arguments:
     """Trainings at a time; they share the processors."""
 
 
-def train(folder: Path, setting: str, seed: int, arguments: Arguments) -> None:
-    """Train one run, or go on with it."""
-    threads = max(1, available_threads() // arguments.jobs)
-    command = [sys.executable, "-m", "metarl", "train", "--threads", str(threads)]
-    if (folder / "config.json").exists():
-        command += ["--resume", str(folder)]
-    else:
-        command += [arguments.family, "--preset", arguments.preset, "--seed", str(seed)]
-        command += ["--iterations", str(arguments.iterations), "--out", str(folder)]
-        if arguments.family_options:
-            command += ["--family-options", *arguments.family_options]
-        for pair in [] if setting == "preset" else setting.split(","):
-            key, _, value = pair.partition("=")
-            command += [f"--{key.replace('_', '-')}", *value.split()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.with_name(f"{folder.name}.log")
-    with open(log, "a") as file:
-        if subprocess.run(command, stdout=file, stderr=file).returncode:
-            raise SystemExit(f"error: {' '.join(command)} failed; {log} says why")
+def flags_of(setting: str, seed: int, arguments: Arguments) -> list[str]:
+    """Options of `metarl train` but for threads and folder."""
+    flags = [arguments.family, "--preset", arguments.preset, "--seed", str(seed)]
+    flags += ["--iterations", str(arguments.iterations)]
+    if arguments.family_options:
+        flags += ["--family-options", *arguments.family_options]
+    for pair in [] if setting == "preset" else setting.split(","):
+        key, _, value = pair.partition("=")
+        flags += [f"--{key.replace('_', '-')}", *value.split()]
+    return flags
 
 
 def score(rows: Sequence[Mapping[str, Any]], minutes: float) -> float:
@@ -78,7 +68,7 @@ def score(rows: Sequence[Mapping[str, Any]], minutes: float) -> float:
     return float(np.mean(found)) if found else np.nan
 
 
-def main(arguments: Arguments) -> None:
+def main(arguments: Arguments) -> int:
     folders = {
         setting: [arguments.out / f"{setting}-{seed}" for seed in arguments.seeds]
         for setting in arguments.settings
@@ -86,7 +76,9 @@ def main(arguments: Arguments) -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         # Seeds outside, settings inside: what is not yet done lacks seeds, not settings.
         trainings = [
-            pool.submit(train, folders[setting][i], setting, seed, arguments)
+            pool.submit(
+                train, folders[setting][i], flags_of(setting, seed, arguments), arguments.jobs
+            )
             for i, seed in enumerate(arguments.seeds)
             for setting in arguments.settings
         ]
@@ -114,7 +106,9 @@ def main(arguments: Arguments) -> None:
             ", ".join(f"{x:.1f}" for x in equal), f"{np.median(equal):.1f}", f"{min(equal):.1f}",
         ]  # fmt: skip
         print("| " + " | ".join(cells) + " |")
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=Arguments.__doc__))
+    given = tyro.cli(Arguments, description=Arguments.__doc__)
+    raise SystemExit(exit_code(lambda: main(given)))

@@ -12,9 +12,6 @@ table in docs/results.md is written from these files alone; without a row, that 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,13 +22,13 @@ import numpy as np
 import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from trainings import train
 
 import metarl
 from metarl.commands.errors import exit_code
 from metarl.envs.errors import UserError
 from metarl.learning.ranks import Ranks, joined
 from metarl.running.checkpoints import machine, versions, write_atomically
-from metarl.running.config import available_threads
 from metarl.running.metrics import read_metrics
 from metarl.running.results import EvaluationResult
 from metarl.running.statistics import interquartile_mean
@@ -112,26 +109,6 @@ def flags_of(row: Row, arguments: Arguments) -> list[str]:
         row.family, "--preset", arguments.preset, *scale, "--iterations", str(count),
         "--checkpoint-every", str(keep), *row.flags,
     ]  # fmt: skip
-
-
-def alone() -> dict[str, str]:
-    """Return the environment of a process that is no rank."""
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-
-
-def train(row: Row, folder: Path, seed: int, arguments: Arguments) -> None:
-    """Train one seed, or go on with it."""
-    threads = max(1, available_threads() // arguments.jobs)
-    command = [sys.executable, "-m", "metarl", "train", "--threads", str(threads)]
-    if (folder / "config.json").exists():
-        command[4:4] = ["--resume", str(folder)]
-    else:
-        flags = flags_of(row, arguments)
-        command[4:4] = [*flags, "--seed", str(seed), "--out", str(folder)]
-    log = folder.with_suffix(".log")
-    with open(log, "a") as file:
-        if subprocess.run(command, stdout=file, stderr=file, env=alone()).returncode:
-            raise UserError(f"{' '.join(command)} failed; {log} says why")
 
 
 def choose(folder: Path, last: int) -> dict[str, Any]:
@@ -272,7 +249,11 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
         folders = [place / f"seed-{seed}" for seed in arguments.seeds]
         own = list(zip(folders, arguments.seeds, strict=True))[ranks.rank :: ranks.size]
         with ranks.agreeing(), ThreadPoolExecutor(arguments.jobs) as pool:
-            trainings = [pool.submit(train, row, *one, arguments) for one in own]
+            flags = flags_of(row, arguments)
+            trainings = [
+                pool.submit(train, folder, [*flags, "--seed", str(seed)], arguments.jobs)
+                for folder, seed in own
+            ]
             for training in trainings:
                 training.result()
         if not ranks.is_main:

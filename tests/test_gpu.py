@@ -15,6 +15,7 @@ from metarl.learning.networks import Params, flatten
 from metarl.learning.parallel import ChunkPool
 from metarl.running.config import Config
 from metarl.running.iterations import make_problem
+from metarl.running.metrics import read_metrics
 from metarl.running.presets import resolve
 from metarl.running.trainer import Trainer, train
 from metarl.sampling.rollouts import Address
@@ -77,3 +78,4 @@ def test_gradients_and_fisher_products_are_those_of_the_processor(algorithm):
 @pytest.mark.parametrize("algorithm", ROWS)
 def test_a_run_on_a_gpu_goes_to_its_end(tmp_path, algorithm):
     train(config_of(algorithm, device=GPU, iterations=2), tmp_path / "run")
+    assert [row["skipped_updates"] for row in read_metrics(tmp_path / "run")] == [0, 0]

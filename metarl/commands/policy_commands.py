@@ -91,7 +91,7 @@ def results_folder(what: str, out: Path | None = None) -> Path:
     source = Path(what)
     folder = out or (source if source.is_dir() else Path("runs") / f"{source.stem}-evaluation")
     if folder.is_file():
-        raise UserError(f"--out {folder} is a file; name a folder")
+        raise UserError(f"{folder} is a file, and results need a folder: name one with --out")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

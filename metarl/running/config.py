@@ -221,7 +221,7 @@ def config_keys(config: Config) -> list[str]:
 
 
 def check_type(key: str, value: Any, like: Any) -> None:
-    """Raise UserError where a value is not of the kind that a key has, numbers say."""
+    """Raise UserError unless a value is of the kind that `like`, the key's usual value, is of."""
     kinds: dict[type, tuple[str, tuple[type, ...]]] = {
         bool: ("True or False", (bool,)),
         int: ("a whole number", (int,)),

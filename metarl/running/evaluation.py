@@ -26,14 +26,13 @@ from metarl.running.policy_evaluation import PolicyProtocol, Sizes
 from metarl.running.presets import reference_step_sizes
 from metarl.running.results import EvaluationResult
 from metarl.running.runs import but_seed, group_name
-from metarl.running.scratch import (
-    LEARNING_RATE,
-)
+from metarl.running.scratch import LEARNING_RATE
 from metarl.running.statistics import Floats
 from metarl.running.supervised_evaluation import SupervisedProtocol
 from metarl.sampling.rollouts import Address
 
 What = MetaPolicy | str | Path
+
 EPISODES = 20
 """A task, unless others are asked for."""
 

@@ -1,0 +1,35 @@
+"""Trainings that the scripts start: a process each, gone on with where one was stopped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from metarl.envs.errors import UserError
+from metarl.running.config import available_threads
+
+
+def train(folder: Path, flags: Sequence[str], jobs: int) -> None:
+    """Run `metarl train` in a folder, or go on with the run there; its output is kept beside it.
+
+    Args:
+        flags: of a new run, but for its folder and threads.
+        jobs: trainings that share the processors.
+
+    Raises:
+        UserError: it failed.
+    """
+    threads = max(1, available_threads() // jobs)
+    begun = (folder / "config.json").exists()
+    where = ["--resume", str(folder)] if begun else [*flags, "--out", str(folder)]
+    command = [sys.executable, "-m", "metarl", "train", *where, "--threads", str(threads)]
+    # A rank's script starts processes that are no ranks.
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    log = folder.with_name(f"{folder.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        if subprocess.run(command, stdout=file, stderr=file, env=alone).returncode:
+            raise UserError(f"{' '.join(command)} failed; {log} says why")
