@@ -32,6 +32,7 @@ from metarl.learning.networks import Params
 from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import GaussianMLP
 from metarl.learning.trajectories import Rollout
+from metarl.running.benchmark import _loop, _plain
 from metarl.running.building import make_adapter
 from metarl.running.config import Config
 from metarl.running.trainer import Trainer
@@ -407,9 +408,30 @@ def test_the_benchmark_compares_workers_with_one_process_and_async_vector_env(ca
     result = json.loads(capsys.readouterr().out)["processes"]
     assert result["environments"] == 40
     assert result["workers"] == 1
-    rates = [result[f"{name}_env_steps_per_second"] for name in ("one_process", "workers")]
-    assert result["workers_to_one_process"] == pytest.approx(rates[1] / rates[0])
-    assert result["workers_to_async_vector_env"] > 0.0
+    rate = {
+        name: result[f"{name}_env_steps_per_second"]
+        for name in ("plain_loop", "one_process", "workers", "async_vector_env")
+    }
+    for name in ("plain_loop", "one_process", "async_vector_env"):
+        assert result[f"workers_to_{name}"] == pytest.approx(rate["workers"] / rate[name])
+    ratio = rate["one_process"] / rate["plain_loop"]
+    assert result["one_process_to_plain_loop"] == pytest.approx(ratio)
+
+
+def test_the_plain_loop_replays_the_rollout():
+    family, address = walk(), Address(3)
+    rollout = in_process(family, TASKS, address)
+    paid = []
+
+    class Noted(gym.Wrapper):
+        def step(self, action):
+            result = self.env.step(action)
+            paid.append(result[1])
+            return result
+
+    envs = [Noted(_plain(family, task)) for task in TASKS]
+    _loop(envs, rollout, address, Config(family="walk"))
+    np.testing.assert_array_equal(np.float32(paid), rollout.reward[rollout.valid].numpy())
 
 
 # Programs that a worker cannot read ---------------------------------------------------------------

@@ -5,7 +5,8 @@ from the same initial states. It is measured in turn with the training iteration
 machine whose speed drifts slows both.
 
 For a family without a native backend, one process, worker processes and Gymnasium's
-`AsyncVectorEnv` step the same few environments in turn.
+`AsyncVectorEnv` step the same few environments in turn; and a plain loop replays the actions of
+the one process, without policy or records.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,8 +25,9 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
 
-from metarl.envs import MujocoFamily
+from metarl.envs import GymnasiumFamily, MujocoFamily, TaskFamily
 from metarl.envs.errors import UserError
 from metarl.learning.networks import Params, stack
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
@@ -137,7 +140,9 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
     params = {**params, **trainer.meta_policy().context(tasks)}
     workers = min(config.workers or available_threads(), count)
     make = [partial(family.make, task) for task in tasks for _ in range(episodes)]
-    seconds: dict[str, list[float]] = {"async_vector_env": [], "one_process": [], "workers": []}
+    names = ("plain_loop", "async_vector_env", "one_process", "workers")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    plain = [_plain(family, task) for task in tasks]
     with contextlib.ExitStack() as closing:
         closing.enter_context(one_intraop_thread())
         vector = gym.vector.AsyncVectorEnv(make)  # forks: before there are workers
@@ -151,6 +156,8 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
         }  # fmt: skip
         for collector in collectors.values():
             closing.callback(collector.close)
+        for env in plain:
+            closing.callback(env.close)
         for _ in range(1 + repeats):  # the first to warm up
             start = time.perf_counter()
             steps = _step_all(vector, family.horizon, policy, params, count, config)
@@ -159,14 +166,44 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
                 start = time.perf_counter()
                 rollout = collector.collect(params, tasks, address)
                 seconds[name].append((time.perf_counter() - start) / rollout.env_steps)
+                if name == "one_process":
+                    seconds["plain_loop"].append(_loop(plain, rollout, address, config))
     each = {name: np.array(values[1:]) for name, values in seconds.items()}
     return {
         "environments": count * episodes,
         "workers": workers,
         **{f"{n}_env_steps_per_second": float(1.0 / np.median(s)) for n, s in each.items()},
+        "one_process_to_plain_loop": float(np.median(each["plain_loop"] / each["one_process"])),
+        "workers_to_plain_loop": float(np.median(each["plain_loop"] / each["workers"])),
         "workers_to_one_process": float(np.median(each["one_process"] / each["workers"])),
         "workers_to_async_vector_env": float(np.median(each["async_vector_env"] / each["workers"])),
     }
+
+
+def _plain(family: TaskFamily, task: NDArray) -> gym.Env:
+    """Return a task's environment as its own package makes it, without the family's around it."""
+    if not isinstance(family, GymnasiumFamily):
+        return family.make(task)
+    env = family.make_raw(task=task)
+    family.apply_task(env, task)
+    return env
+
+
+def _loop(envs: Sequence[gym.Env], rollout: Rollout, address: Address, config: Config) -> float:
+    """Return the seconds of an env step where a plain loop takes a rollout's actions."""
+    episodes = rollout.valid.shape[1]
+    actions = [
+        env_action(action.numpy(), env.action_space, config.policy.action)
+        for env, action in zip(envs, rollout.action, strict=True)
+    ]
+    lengths = rollout.valid.sum(-1).tolist()
+    start = time.perf_counter()
+    for task, env in enumerate(envs):
+        for episode, seed in enumerate(address.episode_seeds(task, episodes)):
+            env.reset(seed=seed)
+            for action in actions[task][episode, : lengths[task][episode]]:
+                env.step(action)
+    return (time.perf_counter() - start) / rollout.env_steps
 
 
 def _step_all(
@@ -253,14 +290,15 @@ def table(result: dict[str, Any]) -> str:
     if processes is not None:
         lines += ["", f"{processes['environments']} environments, policy included"]
         names = {
+            "plain_loop": "plain loop, no policy",
             "one_process": "one process",
             "workers": f"{processes['workers']} workers",
             "async_vector_env": "AsyncVectorEnv",
         }
         for key, name in names.items():
             lines.append(f"{name:<28}{processes[f'{key}_env_steps_per_second']:>12,.0f}")
-        for key in ("one_process", "async_vector_env"):
-            name = f"workers to {names[key]}"
+        for key in ("plain_loop", "one_process", "async_vector_env"):
+            name = f"workers to {names[key].partition(',')[0]}"
             lines.append(f"{name:<28}{processes[f'workers_to_{key}']:>12.2f}")
     lines.append("")
     lines.append(f"{'phase':<28}{'seconds':>12}")
