@@ -3,10 +3,12 @@
     python scripts/reproduce.py navigation-2d-icml2017 --seeds 0 1 2 3 4 --jobs 2
 
 Each seed is a run of `metarl train` whose checkpoint is chosen on validation tasks; all seeds are
-evaluated on the same held-out tasks. Runs, choices and evaluations lie in --out: stopped anywhere,
-the same command goes on where it was. Started by torchrun on machines that share --out, each rank
-trains some of the seeds. A row's figures are stored in docs/records/ROW.json, and the
-table in docs/results.md is written from these files alone; without a row, that is all it does.
+evaluated on the same held-out tasks. With --references, a pretrained policy and an oracle are
+trained on as many env steps, and compared with step sizes that one procedure chooses for all of
+them on validation tasks. Runs, choices and evaluations lie in --out: stopped anywhere, the same
+command goes on where it was. Started by torchrun on machines that share --out, each rank trains
+some of the runs. A row's figures are stored in docs/records/ROW.json, and the table in
+docs/results.md is written from these files alone; without a row, that is all it does.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class Row:
     """Further options of `metarl train`."""
 
 
+REFERENCES = ("pretrained", "oracle")
 FINN, PROMP = "Finn et al. 2017", "Rothfuss et al. 2019"
 ROWS = {
     "make-train": Row("half-cheetah-dir", "icml2017", 6.4e6, (293.2, 313.5, 315.7), FINN),
@@ -93,21 +96,25 @@ class Arguments:
     """Newest checkpoints among which one is chosen on validation tasks."""
     ship: bool = False
     """Put the median seed's policy into metarl/trained, by the name of its row."""
+    references: bool = False
+    """Also train the references pretrained and oracle, on the first of the seeds."""
     out: Path = field(default_factory=lambda: Path("runs/reproduce"))
     """Folder for runs, chosen policies and evaluations."""
 
 
-def flags_of(row: Row, arguments: Arguments) -> list[str]:
+def flags_of(row: Row, arguments: Arguments, algorithm: str = "maml-trpo") -> list[str]:
     """Options of `metarl train` but for seed, threads and folder."""
     scale = ["--family-options", f"scale={row.scale}"] if row.family != "navigation-2d" else []
-    base = metarl.resolve(arguments.preset, row.family)
+    base = metarl.resolve(arguments.preset, row.family, algorithm)
     horizon = metarl.envs.make_family(row.family, **dict(s.split("=") for s in scale[1:])).horizon
-    iteration = base.tasks * base.episodes * (base.inner.steps + 1) * horizon
+    batches = 1 if algorithm in REFERENCES else base.inner.steps + 1
+    iteration = base.tasks * base.episodes * batches * horizon
     count = round((arguments.env_steps or row.env_steps) / iteration)
     keep = max(1, count // 20)
     return [
         row.family, "--preset", arguments.preset, *scale, "--iterations", str(count),
         "--checkpoint-every", str(keep), *row.flags,
+        *(["--algorithm", algorithm] if algorithm in REFERENCES else []),
     ]  # fmt: skip
 
 
@@ -146,6 +153,20 @@ def record(name: str, row: Row, folders: Sequence[Path], arguments: Arguments) -
         "curves": [[r["return_post"] for r in rows] for rows in metrics],
         "machine": machine(),
         "versions": versions(),
+    }
+
+
+def compare(name: str, seeds: Sequence[str], references: Sequence[Path]) -> dict[str, Any]:
+    """Return the returns of chosen checkpoints beside the references', by tuned step sizes."""
+    others = {key: [path] for key, path in zip(REFERENCES, references, strict=True)}
+    result = metarl.evaluate(seeds, references=others, tune_step_sizes=True, name=name)
+    return {
+        key: {
+            "returns": curve.returns,
+            "half_interval": [(high - low) / 2 for low, high in curve.ci95],
+            "step_sizes": curve.step_sizes,
+        }
+        for key, curve in {"MAML": result.curve, **result.references}.items()
     }
 
 
@@ -215,6 +236,23 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         drawn = " / ".join(f"{x:.1f}" for x in one["drawn"]["interquartile_mean"])
         sizes = ", ".join(f"{size:.3g}" for size in one["even"]["step_sizes"])
         lines.append(f"| `{one['row']}` | {by_seed} | {drawn} | {sizes} |")
+    compared = [one for one in records if "references" in one]
+    if compared:
+        lines += [
+            "",
+            "Beside the references, with step sizes that one procedure chose for each of them on"
+            " validation tasks; ± half of a 95 % interval over tasks:",
+            "",
+            "| row | policy | before | 1 step | 2 steps | 3 steps | step sizes |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+    for one in compared:
+        for key, curve in one["references"].items():
+            pairs = zip(curve["returns"], curve["half_interval"], strict=True)
+            cells = [f"{mean:.1f} ± {half:.1f}" for mean, half in pairs]
+            sizes = ", ".join(f"{size:.3g}" for size in curve["step_sizes"]) or "none"
+            row = [f"`{one['row']}`", key, *cells, *[""] * (4 - len(cells)), sizes]
+            lines.append(f"| {' | '.join(row)} |")
     lines += ["", "Each row's command, machine and versions:", ""]
     for one in records:
         where = one["machine"]
@@ -247,18 +285,25 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
         place = arguments.out / name
         place.mkdir(parents=True, exist_ok=True)
         folders = [place / f"seed-{seed}" for seed in arguments.seeds]
-        own = list(zip(folders, arguments.seeds, strict=True))[ranks.rank :: ranks.size]
+        references = [place / key for key in REFERENCES] if arguments.references else []
+        wanted = {
+            folder: [*flags_of(row, arguments), "--seed", str(seed)]
+            for folder, seed in zip(folders, arguments.seeds, strict=True)
+        }
+        for folder in references:
+            flags = flags_of(row, arguments, folder.name)
+            wanted[folder] = [*flags, "--seed", str(arguments.seeds[0])]
+        own = list(wanted.items())[ranks.rank :: ranks.size]
         with ranks.agreeing(), ThreadPoolExecutor(arguments.jobs) as pool:
-            flags = flags_of(row, arguments)
-            trainings = [
-                pool.submit(train, folder, [*flags, "--seed", str(seed)], arguments.jobs)
-                for folder, seed in own
-            ]
+            trainings = [pool.submit(train, folder, flags, arguments.jobs) for folder, flags in own]
             for training in trainings:
                 training.result()
         if not ranks.is_main:
             continue
         found = record(name, row, folders, arguments)
+        if references:
+            seeds = [choose(folder, arguments.last)["checkpoint"] for folder in folders]
+            found["references"] = compare(name, seeds, references)
         text = json.dumps(found, indent=1).encode()
         write_atomically(place / "record.json", text)
         draw(name, found, place / "curves.png")
