@@ -64,7 +64,7 @@ ROWS = {
         "half-cheetah-dir", "icml2017", 64e6, (293.2, 313.5, 315.7), FINN
     ),
     "half-cheetah-vel-icml2017": Row(
-        "half-cheetah-vel", "icml2017", 16e6, (-78.6, -66.6, -60.8), FINN
+        "half-cheetah-vel", "icml2017", 32e6, (-78.6, -66.6, -60.8), FINN
     ),
     "navigation-2d-icml2017": Row("navigation-2d", "icml2017", 8e6, (-11.7, -3.3, -3.2), FINN),
     "half-cheetah-dir-promp2019": Row(

@@ -54,8 +54,14 @@ PRESETS = {
             "trust_region.max_kl": 0.05,
         },
         {
-            # Of longer steps the gradient tells the side that the goal is on, not how far it is.
-            "half-cheetah-vel": {"inner.step_sizes": (0.01, 0.005)},
+            # How far off the goal is shows in the size of the gradient, which one scale of the
+            # advantages for all tasks keeps; the outer step has to become small in the end.
+            "half-cheetah-vel": {
+                "iterations": 200,
+                "inner.step_sizes": (0.02, 0.01),
+                "advantage.normalize": False,
+                "meta.cosine": True,
+            },
             # A step of that KL overshoots where a point has but to learn a direction.
             "navigation-2d": {
                 "tasks": 40,
