@@ -212,6 +212,7 @@ def test_benchmark_prints_one_object(capsys):
         (["train", "navigation-2d", "--itertions", "3"], "--iterations"),
         (["train", "navigation-2d", "--iterations", "many"], "many"),
         (["train", "navigation-2d", "--tasks", "0"], "tasks must be at least 1, got 0"),
+        (["evaluate", "x", "--rank-timeout", "0"], "rank_timeout must be positive, got 0"),
         (["train", "navigation-2d", "--inner.step-sizes", "-0.1"], "inner.step_sizes must be pos"),
         (
             ["train", "navigation-2d", "--trust-region.max-kl", "0"],

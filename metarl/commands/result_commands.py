@@ -67,6 +67,9 @@ class Evaluate:
     """Print the returns of each task, and what was achieved of its goal."""
     json: bool = False
     """Print the content of evaluation.json instead of tables."""
+    rank_timeout: float | None = None
+    """Under torchrun: seconds after which a rank that the others wait for is considered dead; by
+    default as in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +110,10 @@ class Report:
 
 def evaluate(command: Evaluate) -> int:
     """Run `metarl evaluate`."""
-    from metarl.learning.ranks import joined
+    from metarl.learning.ranks import LIMIT_SECONDS, joined
 
-    with joined() as ranks, ranks.agreeing():
+    limit = LIMIT_SECONDS if command.rank_timeout is None else command.rank_timeout
+    with joined(limit) as ranks, ranks.agreeing():
         found = _evaluate(
             command.what,
             command.out,
