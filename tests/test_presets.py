@@ -10,6 +10,7 @@ import pytest
 from metarl import UserError, load, resolve
 from metarl.commands.cli import main
 from metarl.envs import make_family
+from metarl.envs.registry import training_values
 from metarl.learning.algorithms import find_algorithm
 from metarl.running.checks import check_combination
 from metarl.running.config import Config, config_keys
@@ -148,6 +149,8 @@ def test_a_value_of_another_kind_is_refused(key, value, told):
 
 def test_what_a_family_chose_for_an_algorithm_is_kept():
     inner = resolve(None, "characters", "imaml").inner
-    assert (inner.proximal, inner.step_sizes) == (2.0, (0.1,))
+    chosen = training_values("characters")["imaml"]
+    assert inner.proximal == chosen["inner.proximal"] != 0.5 / inner.step_sizes[0]
+    assert inner.step_sizes == chosen["inner.step_sizes"]
     inner = resolve(None, "characters", "imaml", {"inner.proximal": 5.0}).inner
-    assert (inner.proximal, inner.step_sizes) == (5.0, (0.1,))
+    assert (inner.proximal, inner.step_sizes) == (5.0, chosen["inner.step_sizes"])
