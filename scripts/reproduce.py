@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from trainings import train
 
 import metarl
+from metarl import MetaPolicy
 from metarl.commands.errors import exit_code
 from metarl.envs.errors import UserError
 from metarl.envs.registry import parse_options
@@ -135,7 +136,9 @@ def choose(folder: Path, last: int) -> dict[str, Any]:
     return best
 
 
-def record(name: str, row: Row, folders: Sequence[Path], arguments: Arguments) -> dict[str, Any]:
+def record(
+    name: str, row: Row, folders: Sequence[Path], references: Sequence[Path], arguments: Arguments
+) -> dict[str, Any]:
     """Evaluate the chosen checkpoints and return the row's figures."""
     chosen = [choose(folder, arguments.last) for folder in folders]
     policies = [metarl.load(one["checkpoint"]) for one in chosen]
@@ -156,13 +159,16 @@ def record(name: str, row: Row, folders: Sequence[Path], arguments: Arguments) -
         "curves": [[r["return_post"] for r in rows] for rows in metrics],
         "machine": machine(),
         "versions": versions(),
+        **({"references": compare(name, policies, references)} if references else {}),
     }
 
 
-def compare(name: str, seeds: Sequence[str], references: Sequence[Path]) -> dict[str, Any]:
+def compare(
+    name: str, policies: Sequence[MetaPolicy], references: Sequence[Path]
+) -> dict[str, Any]:
     """Return the returns of chosen checkpoints beside the references', by tuned step sizes."""
-    others = {key: [path] for key, path in zip(REFERENCES, references, strict=True)}
-    result = metarl.evaluate(seeds, references=others, tune_step_sizes=True, name=name)
+    others = {path.name: [path] for path in references}
+    result = metarl.evaluate(policies, references=others, tune_step_sizes=True, name=name)
     return {
         key: {
             "returns": curve.returns,
@@ -303,10 +309,7 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
                 training.result()
         if not ranks.is_main:
             continue
-        found = record(name, row, folders, arguments)
-        if references:
-            seeds = [choose(folder, arguments.last)["checkpoint"] for folder in folders]
-            found["references"] = compare(name, seeds, references)
+        found = record(name, row, folders, references, arguments)
         text = json.dumps(found, indent=1).encode()
         write_atomically(place / "record.json", text)
         draw(name, found, place / "curves.png")

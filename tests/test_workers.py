@@ -430,7 +430,7 @@ def test_the_plain_loop_replays_the_rollout():
             return result
 
     envs = [Noted(_plain(family, task)) for task in TASKS]
-    _loop(envs, rollout, address, Config(family="walk"))
+    _loop(family, envs, rollout, address, Config(family="walk"))
     np.testing.assert_array_equal(np.float32(paid), rollout.reward[rollout.valid].numpy())
 
 

@@ -142,7 +142,6 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
     make = [partial(family.make, task) for task in tasks for _ in range(episodes)]
     names = ("plain_loop", "async_vector_env", "one_process", "workers")
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    plain = [_plain(family, task) for task in tasks]
     with contextlib.ExitStack() as closing:
         closing.enter_context(one_intraop_thread())
         vector = gym.vector.AsyncVectorEnv(make)  # forks: before there are workers
@@ -156,8 +155,7 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
         }  # fmt: skip
         for collector in collectors.values():
             closing.callback(collector.close)
-        for env in plain:
-            closing.callback(env.close)
+        plain = [closing.enter_context(contextlib.closing(_plain(family, t))) for t in tasks]
         for _ in range(1 + repeats):  # the first to warm up
             start = time.perf_counter()
             steps = _step_all(vector, family.horizon, policy, params, count, config)
@@ -167,7 +165,7 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
                 rollout = collector.collect(params, tasks, address)
                 seconds[name].append((time.perf_counter() - start) / rollout.env_steps)
                 if name == "one_process":
-                    seconds["plain_loop"].append(_loop(plain, rollout, address, config))
+                    seconds["plain_loop"].append(_loop(family, plain, rollout, address, config))
     each = {name: np.array(values[1:]) for name, values in seconds.items()}
     return {
         "environments": count * episodes,
@@ -182,14 +180,16 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
 
 def _plain(family: TaskFamily, task: NDArray) -> gym.Env:
     """Return a task's environment as its own package makes it, without the family's around it."""
-    if not isinstance(family, GymnasiumFamily):
-        return family.make(task)
-    env = family.make_raw(task=task)
-    family.apply_task(env, task)
-    return env
+    return family.make_raw(task=task) if isinstance(family, GymnasiumFamily) else family.make(task)
 
 
-def _loop(envs: Sequence[gym.Env], rollout: Rollout, address: Address, config: Config) -> float:
+def _loop(
+    family: TaskFamily,
+    envs: Sequence[gym.Env],
+    rollout: Rollout,
+    address: Address,
+    config: Config,
+) -> float:
     """Return the seconds of an env step where a plain loop takes a rollout's actions."""
     episodes = rollout.valid.shape[1]
     actions = [
@@ -197,11 +197,14 @@ def _loop(envs: Sequence[gym.Env], rollout: Rollout, address: Address, config: C
         for env, action in zip(envs, rollout.action, strict=True)
     ]
     lengths = rollout.valid.sum(-1).tolist()
+    tasks = rollout.tasks.numpy()
     start = time.perf_counter()
-    for task, env in enumerate(envs):
-        for episode, seed in enumerate(address.episode_seeds(task, episodes)):
+    for i, env in enumerate(envs):
+        for episode, seed in enumerate(address.episode_seeds(i, episodes)):
+            if isinstance(family, GymnasiumFamily):  # a reset may have undone it
+                family.apply_task(env, tasks[i])
             env.reset(seed=seed)
-            for action in actions[task][episode, : lengths[task][episode]]:
+            for action in actions[i][episode, : lengths[i][episode]]:
                 env.step(action)
     return (time.perf_counter() - start) / rollout.env_steps
 
