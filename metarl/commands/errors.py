@@ -142,9 +142,14 @@ def _one_line(box: str, known: list[str]) -> str:
         words = match[1].split(", ")
         option = next((word for word in words if word.startswith("-")), None)
         if option is None:
-            return f"{words[0]!r} is not expected here"
+            if words[0].lower() not in ("true", "false"):
+                return f"{words[0]!r} is not expected here"
+            switch = next((name for name in known if re.search(r"\bno-", name)), "--no-NAME")
+            return f"{words[0]!r} is not expected here: a switch is turned off as in {switch}"
         name = option.partition("=")[0]
-        return f"no option {name!r}{did_you_mean(name, known)}"
+        # A section's switch is turned off by --section.no-name.
+        off = re.sub(r"^--no-(.*\.)", r"--\1no-", name)
+        return f"no option {name!r}{did_you_mean(off, known)}"
     pattern = r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)\."
     if match := re.fullmatch(pattern, line):
         value, option, choices = match.groups()
