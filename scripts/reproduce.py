@@ -8,13 +8,15 @@ trained on as many env steps, and compared with step sizes that one procedure ch
 them on validation tasks. Runs, choices and evaluations lie in --out: stopped anywhere, the same
 command goes on where it was. Started by torchrun on machines that share --out, each rank trains
 some of the runs. A row's figures are stored in docs/records/ROW.json, and the table in
-docs/results.md is written from these files alone; without a row, that is all it does.
+docs/results.md is written from these files alone; without a row, that is all it does. With
+--repeat NAME, on another machine say, the figures are stored beside the record's, in
+docs/records/ROW.NAME.json.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +108,8 @@ class Arguments:
     """Put the median seed's policy into metarl/trained, by the name of its row."""
     references: bool = False
     """Also train the references pretrained and oracle, on the first of the seeds."""
+    repeat: str = ""
+    """Store the figures as a repetition of the record, by this name: of another machine, say."""
     out: Path = field(default_factory=lambda: Path("runs/reproduce"))
     """Folder for runs, chosen policies and evaluations."""
 
@@ -218,8 +222,13 @@ def draw(name: str, found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Return the table of all rows in Markdown."""
+def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any]] = {}) -> str:
+    """Return the table of all rows in Markdown.
+
+    Args:
+        records: of the rows.
+        repeats: further records of these rows, by "ROW.NAME".
+    """
     lines = [
         "| row | env steps | seeds | before | 1 step | 2 steps | 3 steps | worst seed, 1 step"
         " | published, 1 / 2 / 3 steps | core-minutes per seed |",
@@ -268,6 +277,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             sizes = ", ".join(f"{size:.3g}" for size in curve["step_sizes"]) or "none"
             row = [f"`{one['row']}`", key, *cells, *[""] * (4 - len(cells)), sizes]
             lines.append(f"| {' | '.join(row)} |")
+    lines += repeated(records, repeats)
     lines += ["", "Each row's command, machine and versions:", ""]
     for one in records:
         where = one["machine"]
@@ -279,14 +289,41 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def repeated(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Return the table of repetitions, each beside its record; no lines, if there are none."""
+    if not repeats:
+        return []
+    lines = [
+        "",
+        "Repeated; plain means over tasks, and in the last column over seeds too:",
+        "",
+        "| row | machine | by seed, 1 step | 0 / 1 / 2 / 3 steps |",
+        "| --- | --- | --- | --- |",
+    ]
+    for one in records:
+        own = {key: again for key, again in repeats.items() if again["row"] == one["row"]}
+        for name, found in ({"the record": one} | own).items() if own else ():
+            scores = np.asarray(found["even"]["by_seed"])
+            by_seed = ", ".join(
+                f"{seed}: {score:.1f}"
+                for seed, score in zip(found["seeds"], scores[:, 1], strict=True)
+            )
+            means = " / ".join(f"{mean:.1f}" for mean in scores.mean(axis=0))
+            where = name.removeprefix(f"{one['row']}.")
+            lines.append(f"| `{one['row']}` | {where} | {by_seed} | {means} |")
+    return lines
+
+
 def write_docs(docs: Path = DOCS) -> str:
     """Write the table of all records into docs/results.md and return the page."""
     stored = [docs / "records" / f"{name}.json" for name in ROWS]
     records = [json.loads(path.read_text()) for path in stored if path.exists()]
+    again = sorted((docs / "records").glob("*.*.json"))
+    repeats = {path.stem: json.loads(path.read_text()) for path in again}
     page = docs / "results.md"
     before, _, rest = page.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
-    text = f"{before}{BEGIN}\n\n{table(records)}\n\n{END}{after}"
+    text = f"{before}{BEGIN}\n\n{table(records, repeats)}\n\n{END}{after}"
     write_atomically(page, text.encode())
     return text
 
@@ -322,8 +359,10 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
         print(table([found]))
         if arguments.env_steps is None:
             (DOCS / "records").mkdir(exist_ok=True)
-            write_atomically(DOCS / "records" / f"{name}.json", text)
-            draw(name, found, DOCS / "records" / f"{name}.png")
+            stem = f"{name}.{arguments.repeat}" if arguments.repeat else name
+            write_atomically(DOCS / "records" / f"{stem}.json", text)
+            if not arguments.repeat:
+                draw(name, found, DOCS / "records" / f"{name}.png")
         if arguments.ship:
             middle = folders[arguments.seeds.index(found["median_seed"])]
             median = metarl.load(choose(middle, arguments.last)["checkpoint"])
