@@ -339,6 +339,8 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
     for name in arguments.rows:
         if name not in ROWS:
             raise UserError(f"no row {name!r} (rows: {', '.join(ROWS)})")
+    if arguments.ship and arguments.repeat:
+        raise UserError("--ship is of a record, and --repeat of another run of it: leave one out")
     for name in arguments.rows:
         row = ROWS[name]
         place = arguments.out / name
