@@ -106,7 +106,7 @@ class Arguments:
     jobs: int = 1
     """Trainings at a time; they share the processors."""
     preset: str = "metarl2026"
-    """Preset of the trainings."""
+    """Preset of the trainings. With another than the default nothing is recorded in docs."""
     env_steps: float | None = None
     """Budget of each seed; by default the row's. Another one is not recorded in docs."""
     last: int = 5
@@ -229,7 +229,7 @@ def draw(name: str, found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any]] = {}) -> str:
+def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any]]) -> str:
     """Return the table of all rows in Markdown.
 
     Args:
@@ -260,13 +260,9 @@ def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any
         "| --- | --- | --- | --- |",
     ]
     for one in records:
-        by_seed = ", ".join(
-            f"{seed}: {scores[1]:.1f}"
-            for seed, scores in zip(one["seeds"], one["even"]["by_seed"], strict=True)
-        )
         drawn = " / ".join(f"{x:.1f}" for x in one["drawn"]["interquartile_mean"])
         sizes = ", ".join(f"{size:.3g}" for size in one["even"]["step_sizes"])
-        lines.append(f"| `{one['row']}` | {by_seed} | {drawn} | {sizes} |")
+        lines.append(f"| `{one['row']}` | {by_seed(one)} | {drawn} | {sizes} |")
     compared = [one for one in records if "references" in one]
     if compared:
         lines += [
@@ -296,6 +292,12 @@ def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any
     return "\n".join(lines)
 
 
+def by_seed(found: dict[str, Any]) -> str:
+    """Return each seed's return after one step, on evenly spread tasks."""
+    pairs = zip(found["seeds"], found["even"]["by_seed"], strict=True)
+    return ", ".join(f"{seed}: {scores[1]:.1f}" for seed, scores in pairs)
+
+
 def repeated(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any]]) -> list[str]:
     """Return the table of repetitions, each beside its record; no lines, if there are none."""
     if not repeats:
@@ -309,15 +311,12 @@ def repeated(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, 
     ]
     for one in records:
         own = {key: again for key, again in repeats.items() if again["row"] == one["row"]}
-        for name, found in ({"the record": one} | own).items() if own else ():
-            scores = np.asarray(found["even"]["by_seed"])
-            by_seed = ", ".join(
-                f"{seed}: {score:.1f}"
-                for seed, score in zip(found["seeds"], scores[:, 1], strict=True)
-            )
-            means = " / ".join(f"{mean:.1f}" for mean in scores.mean(axis=0))
+        if not own:
+            continue
+        for name, found in {"the record": one, **own}.items():
+            means = " / ".join(f"{mean:.1f}" for mean in np.mean(found["even"]["by_seed"], axis=0))
             where = name.removeprefix(f"{one['row']}.")
-            lines.append(f"| `{one['row']}` | {where} | {by_seed} | {means} |")
+            lines.append(f"| `{one['row']}` | {where} | {by_seed(found)} | {means} |")
     return lines
 
 
@@ -341,6 +340,7 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
             raise UserError(f"no row {name!r} (rows: {', '.join(ROWS)})")
     if arguments.ship and arguments.repeat:
         raise UserError("--ship is of a record, and --repeat of another run of it: leave one out")
+    recorded = arguments.env_steps is None and arguments.preset == Arguments.preset
     for name in arguments.rows:
         row = ROWS[name]
         place = arguments.out / name
@@ -365,8 +365,8 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
         text = json.dumps(found, indent=1).encode()
         write_atomically(place / "record.json", text)
         draw(name, found, place / "curves.png")
-        print(table([found]))
-        if arguments.env_steps is None:
+        print(table([found], {}))
+        if recorded:
             (DOCS / "records").mkdir(exist_ok=True)
             stem = f"{name}.{arguments.repeat}" if arguments.repeat else name
             write_atomically(DOCS / "records" / f"{stem}.json", text)
@@ -376,7 +376,7 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
             middle = folders[arguments.seeds.index(found["median_seed"])]
             median = metarl.load(choose(middle, arguments.last)["checkpoint"])
             median.save(TRAINED / f"{name}.safetensors")
-    if arguments.env_steps is None and ranks.is_main:
+    if recorded and ranks.is_main:
         write_docs()
     return 0
 
