@@ -25,6 +25,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the group of the time of this import as a default argument. An optimizer also
+# imports it; were that first, the group would outlive its end, and Python could end while a thread
+# of gloo drops its last tensor: "terminate called without an active exception".
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed import (
     PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
