@@ -155,6 +155,16 @@ def test_a_help_text_is_one_paragraph(capsys, monkeypatch):
     assert "auto: continue the run in --out" in line  # a line break in the source
 
 
+@pytest.mark.parametrize(
+    ("command", "operand"),
+    [("train", "[FAMILY]"), ("check", "[FAMILY]"), ("evaluate", "POLICY ..."), ("plot", "RUN ...")],
+)
+def test_help_names_what_a_command_works_on(command, operand, capsys):
+    assert run(command, "--help") == 0
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    assert operand in usage
+
+
 def test_presets_fill_in_what_is_not_given(tmp_path):
     arguments = ["--preset", "icml2017", "--iterations", "1", "--tasks", "1", "--episodes", "1"]
     assert run("train", "half-cheetah-vel", *arguments, "--out", "run") == 0
@@ -212,6 +222,7 @@ def test_benchmark_prints_one_object(capsys):
         (["train", "navigation-2d", "--itertions", "3"], "--iterations"),
         (["train", "navigation-2d", "--iterations", "many"], "many"),
         (["train", "navigation-2d", "--tasks", "0"], "tasks must be at least 1, got 0"),
+        (["benchmark", "--checkpoint-every=4"], "--checkpoint-every changes nothing here: --rep"),
         (["evaluate", "x", "--rank-timeout", "0"], "rank_timeout must be positive, got 0"),
         (["train", "navigation-2d", "--inner.step-sizes", "-0.1"], "inner.step_sizes must be pos"),
         (

@@ -23,7 +23,7 @@ from metarl.envs.registry import (
 class Check:
     """Options of `metarl check`."""
 
-    family: Annotated[str, tyro.conf.Positional] = ""
+    family: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[FAMILY]")] = ""
     """Task family: a name that `metarl families` lists, or module:attribute of your own."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value."""

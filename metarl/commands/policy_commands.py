@@ -43,7 +43,7 @@ class _Adaptation:
 class Adapt(_Adaptation):
     """Adapt a meta-policy to one task; save an ordinary policy."""
 
-    what: Annotated[tuple[str, ...], tyro.conf.Positional]
+    what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY")]
     """A run folder, a policy file or the name of a shipped policy."""
     task: tuple[str, ...] = ()
     """The task, as component=value for each component (metarl families lists them)."""
@@ -55,7 +55,7 @@ class Adapt(_Adaptation):
 class Record(_Adaptation):
     """Film a policy on one task before and after adaptation, side by side."""
 
-    what: Annotated[tuple[str, ...], tyro.conf.Positional]
+    what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY")]
     """A run folder, a policy file (also an adapted one) or the name of a shipped policy."""
     task: tuple[str, ...] = ()
     """The task, as component=value for each component; by default one of the test tasks."""
@@ -74,7 +74,7 @@ class Record(_Adaptation):
 class Export(_Adaptation):
     """Write a policy to a file that other programs run (TorchScript or ONNX)."""
 
-    what: Annotated[tuple[str, ...], tyro.conf.Positional]
+    what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY")]
     """A policy file that `metarl adapt` wrote; or a run folder, a policy file or the name of a
     shipped policy, which --task adapts first and which is exported as it is otherwise."""
     format: Literal["torchscript", "onnx"] | None = None

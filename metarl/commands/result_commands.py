@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Evaluate:
     """Measure how well meta-policies adapt to held-out tasks."""
 
-    what: Annotated[tuple[str, ...], tyro.conf.Positional]
+    what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY ...")]
     """Run folders, policy files or names of shipped policies. Runs that differ only in their seed
     make one row; runs of the algorithms pretrained, random and oracle are references."""
     tasks: int = 40
@@ -76,7 +76,7 @@ class Evaluate:
 class Plot:
     """Draw learning curves of runs, before and after adaptation."""
 
-    what: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    what: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
     """Run folders; runs that differ only in their seed share a line and a band."""
     against: Literal["env-steps", "time"] = "env-steps"
     """Horizontal axis: env steps, or wall-clock time."""
@@ -90,7 +90,7 @@ class Plot:
 class Report:
     """Write one HTML page about a run: returns, pictures, a video, config and versions."""
 
-    what: Annotated[tuple[str, ...], tyro.conf.Positional]
+    what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY ...")]
     """A run folder, a policy file or the name of a shipped policy, and others to compare it with.
     An existing evaluation is reused unless others are named or it has other settings."""
     tasks: int | None = None

@@ -99,6 +99,9 @@ class Benchmark:
 
     def resolved(self, arguments: Sequence[str]) -> Benchmark:
         """Return the command with a config that follows from what was said."""
+        for key in said(arguments, ("iterations", "checkpoint_every")):
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(f"{flag} changes nothing here: --repeats says how many are measured")
         config = _resolved(self.config, arguments, parse_options(self.family_options))
         return dataclasses.replace(self, config=config)
 

@@ -137,7 +137,7 @@ class Config:
         UserError: a value is out of range.
     """
 
-    family: Annotated[str, tyro.conf.Positional] = ""
+    family: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[FAMILY]")] = ""
     """Task family: a name that `metarl families` lists, or module:attribute of your own."""
     family_options: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Options of the family; --family-options on the command line."""
