@@ -92,6 +92,16 @@ ROWS = {
         "half-cheetah-dir", "pearl2019", 40e6, flags=("--meta.cosine",)
     ),
     "half-cheetah-vel-pearl2019": Row("half-cheetah-vel", "pearl2019", 16e6),
+    # Episodes that end early take fewer env steps than the budget.
+    "ant-dir-icml2017": Row(
+        "ant-dir",
+        "icml2017",
+        17.6e6,
+        (499.2, 500.7, 499.1),
+        FINN,
+        flags=("--checkpoint-every", "3"),
+    ),
+    "ant-vel-icml2017": Row("ant-vel", "icml2017", 9.6e6, (96.7, 100.1, 101.4), FINN),
 }
 
 
@@ -133,7 +143,8 @@ def flags_of(row: Row, arguments: Arguments, algorithm: str = "maml-trpo") -> li
     return [
         row.family, "--preset", arguments.preset,
         *(["--family-options", *options] if options else []),
-        "--iterations", str(count), "--checkpoint-every", str(keep),
+        "--iterations", str(count),
+        *(["--checkpoint-every", str(keep)] if "--checkpoint-every" not in row.flags else []),
         *row.flags,
         *(["--algorithm", algorithm] if algorithm in REFERENCES else []),
     ]  # fmt: skip
