@@ -68,7 +68,7 @@ PRESETS = {
                 "policy.normalize": False,
                 "inner.step_sizes": (0.5, 0.25),
                 "inner.kl": 0.0,
-                "trust_region.max_kl": 0.005,
+                "trust_region.max_kl": 0.01,
             },
         },
         scale="icml2017",
