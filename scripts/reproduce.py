@@ -161,15 +161,16 @@ def flags_of(row: Row, arguments: Arguments, algorithm: str = "maml-trpo") -> li
 def choose(folder: Path, last: int) -> dict[str, Any]:
     """Return the best of the newest checkpoints by its return on validation tasks."""
     store = folder / "chosen.json"
-    if store.exists():
-        return json.loads(store.read_text())
-    found = []
-    for path in sorted((folder / "checkpoints").glob("*.safetensors"))[-last:]:
-        result = metarl.evaluate(path, tasks=20, steps=1, split="validation")
-        found.append({"checkpoint": str(path), "return": result.curve.returns[1]})
-    best = max(found, key=lambda one: one["return"]) | {"compared": found}
-    write_atomically(store, json.dumps(best, indent=2).encode())
-    return best
+    if not store.exists():
+        found = []
+        for path in sorted((folder / "checkpoints").glob("*.safetensors"))[-last:]:
+            result = metarl.evaluate(path, tasks=20, steps=1, split="validation")
+            found.append({"checkpoint": path.name, "return": result.curve.returns[1]})
+        best = max(found, key=lambda one: one["return"]) | {"compared": found}
+        write_atomically(store, json.dumps(best, indent=2).encode())
+    best = json.loads(store.read_text())
+    # A name alone: runs may be moved, and read from another working directory.
+    return best | {"checkpoint": str(folder / "checkpoints" / Path(best["checkpoint"]).name)}
 
 
 def record(
