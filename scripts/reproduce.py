@@ -60,6 +60,8 @@ class Row:
     """Further options of the family."""
     flags: Sequence[str] = ()
     """Further options of the trainings."""
+    kept: int = 20
+    """Checkpoints that a run keeps, about."""
 
 
 REFERENCES = ("pretrained", "oracle")
@@ -93,23 +95,8 @@ ROWS = {
     ),
     "half-cheetah-vel-pearl2019": Row("half-cheetah-vel", "pearl2019", 16e6),
     # Episodes that end early take fewer env steps than the budget.
-    # The run on direction went on after 60 iterations, and keeps checkpoints as those 60 did.
-    "ant-dir-icml2017": Row(
-        "ant-dir",
-        "icml2017",
-        17.6e6,
-        (499.2, 500.7, 499.1),
-        FINN,
-        flags=("--checkpoint-every", "3"),
-    ),
-    "ant-vel-icml2017": Row(
-        "ant-vel",
-        "icml2017",
-        17.6e6,
-        (96.7, 100.1, 101.4),
-        FINN,
-        flags=("--checkpoint-every", "3"),
-    ),
+    "ant-dir-icml2017": Row("ant-dir", "icml2017", 17.6e6, (499.2, 500.7, 499.1), FINN, kept=36),
+    "ant-vel-icml2017": Row("ant-vel", "icml2017", 17.6e6, (96.7, 100.1, 101.4), FINN, kept=36),
 }
 
 
@@ -147,12 +134,11 @@ def flags_of(row: Row, arguments: Arguments, algorithm: str = "maml-trpo") -> li
     batches = 1 if algorithm in REFERENCES else base.inner.steps + 1
     iteration = base.tasks * base.episodes * batches * horizon
     count = round((arguments.env_steps or row.env_steps) / iteration)
-    keep = max(1, count // 20)
+    keep = max(1, count // row.kept)
     return [
         row.family, "--preset", arguments.preset,
         *(["--family-options", *options] if options else []),
-        "--iterations", str(count),
-        *(["--checkpoint-every", str(keep)] if "--checkpoint-every" not in row.flags else []),
+        "--iterations", str(count), "--checkpoint-every", str(keep),
         *row.flags,
         *(["--algorithm", algorithm] if algorithm in REFERENCES else []),
     ]  # fmt: skip

@@ -78,7 +78,7 @@ def until(todo: dict[str, tuple], iterations: int) -> dict[str, tuple]:
     return {name: (*parts[:-1], iterations) for name, parts in todo.items()}
 
 
-def same(one: Path, other: Path) -> None:
+def assert_same(one: Path, other: Path) -> None:
     """Assert that two runs learned the same bits and recorded the same numbers."""
     newest = sorted((one / "checkpoints").glob("*.safetensors"))[-1].name
     (a, _), (b, _) = (load(run / "checkpoints" / newest) for run in (one, other))
@@ -142,7 +142,7 @@ def test_two_ranks_and_a_resume_on_one_have_the_same_bits_bit_for_bit(tmp_path):
     # Half of them go on on one rank; each of the others had two iterations on both.
     run_alone(todo, tmp_path / "two")
     for name in todo:
-        same(tmp_path / "one" / name, tmp_path / "two" / name)
+        assert_same(tmp_path / "one" / name, tmp_path / "two" / name)
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_any_number_of_ranks_has_the_same_bits_bit_for_bit(ranks, tmp_path):
     run_cases(ranks, until(todo, 3), tmp_path / "some")
     run_cases(5 - min(ranks, 3), todo, tmp_path / "some")
     for name in todo:
-        same(tmp_path / "one" / name, tmp_path / "some" / name)
+        assert_same(tmp_path / "one" / name, tmp_path / "some" / name)
 
 
 def test_ranks_agree_on_what_fails(tmp_path):
@@ -262,7 +262,7 @@ def test_killed_ranks_are_started_again_to_the_same_end(tmp_path):
         process.kill()
     assert process.returncode == 0, err
     assert ended(seen)
-    same(alone, out)
+    assert_same(alone, out)
 
 
 def test_ranks_share_an_evaluation_and_one_of_them_writes_it(tmp_path):
