@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -192,3 +193,15 @@ def test_every_algorithm_and_family_is_described():
 def test_the_cited_version_is_the_newest():
     (newest, *_) = re.findall(r"^## (\d+\.\d+\.\d+)", TEXTS["CHANGELOG.md"], re.M)
     assert f"\nversion: {newest}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_records_are_of_their_rows_and_the_page_is_written_from_them(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    reproduce = importlib.import_module("reproduce")
+    for name, row in reproduce.ROWS.items():
+        record = json.loads((ROOT / "docs" / "records" / f"{name}.json").read_text())
+        flags = reproduce.flags_of(row, reproduce.Arguments())
+        assert record["command"] == " ".join(["metarl train", *flags, "--seed SEED"])
+    shutil.copytree(ROOT / "docs" / "records", tmp_path / "records")
+    shutil.copy(ROOT / "docs" / "results.md", tmp_path)
+    assert reproduce.write_docs(tmp_path) == TEXTS["docs/results.md"]
