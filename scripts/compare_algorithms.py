@@ -24,11 +24,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import metarl
+from metarl.commands.errors import exit_code
 from metarl.envs.registry import parse_options
 from metarl.learning.algorithms import ALGORITHMS, find_algorithm
 from metarl.learning.ranks import Ranks, joined
 from metarl.running.config import Config
 from metarl.running.metrics import read_metrics
+
+OF_POLICIES = [row.name for row in ALGORITHMS.values() if row.head == "meta"]
+"""Other algorithms are for few-shot classification alone."""
 
 
 @dataclass
@@ -39,26 +43,18 @@ class Arguments:
     """Task family."""
     out: Path
     """Folder for the runs, table.md, results.json and comparison.png."""
-    preset: str = "icml2017"
+    preset: str = "metarl2026"
     """Preset of all runs."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value."""
-    algorithms: tuple[str, ...] = field(default_factory=lambda: tuple(ALGORITHMS))
+    algorithms: tuple[str, ...] = field(default_factory=lambda: tuple(OF_POLICIES))
     """Algorithms to compare."""
     tasks: int | None = None
     """Tasks a meta-iteration; by default the preset's."""
     env_steps: int = 5_000_000
     """Budget of each run."""
-    seed: int = 0
-    """Seed of each algorithm's run."""
-    best: int = 0
-    """How many of the best algorithms (references apart) are run with further seeds."""
-    best_seeds: tuple[int, ...] = (1, 2)
-    """The further seeds."""
-    hidden: tuple[int, ...] = (64, 64)
-    """Hidden layers (tanh) of all policies."""
-    trace: float = 0.95
-    """Trace decay of all advantages."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of each algorithm's runs."""
     points: int = 5
     """Checkpoints evaluated along each run."""
 
@@ -79,8 +75,6 @@ def run_config(arguments: Arguments, name: str, seed: int) -> Config:
         threads=1,
         iterations=iterations,
         checkpoint_every=max(1, iterations // arguments.points),
-        policy=dataclasses.replace(base.policy, hidden=arguments.hidden, activation="tanh"),
-        advantage=dataclasses.replace(base.advantage, trace=arguments.trace),
     )
 
 
@@ -103,8 +97,6 @@ def curve(folder: Path, steps: int, ranks: Ranks) -> list[dict[str, float]]:
                 "seconds": float(seconds[iteration - 1]) if iteration else 0.0,
                 "before": result.curve.returns[0],
                 "after": result.curve.returns[-1],
-                "low": result.curve.ci95[-1][0],
-                "high": result.curve.ci95[-1][1],
             }
         points.append(known[iteration])
     if ranks.is_main:
@@ -120,6 +112,7 @@ def last_returns(runs: dict[int, list[dict[str, float]]]) -> list[float]:
 
 
 def plot(results: Results, family: str, path: Path) -> None:
+    """Draw the mean over seeds, with a band from the worst one to the best."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -130,20 +123,19 @@ def plot(results: Results, family: str, path: Path) -> None:
             np.array([[p[key] for p in points] for points in runs.values()])
             for key in ("after", "env_steps", "seconds")
         )
-        label = name if len(runs) == 1 else f"{name} ({len(runs)} seeds)"
-        left.plot(steps.mean(0) / 1e6, after.mean(0), markersize=4, **style)
-        right.plot(seconds.mean(0) / 60, after.mean(0), markersize=4, label=label, **style)
-        if len(runs) > 1:
-            band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
-            left.fill_between(steps.mean(0) / 1e6, after.min(0), after.max(0), **band)
-            right.fill_between(seconds.mean(0) / 60, after.min(0), after.max(0), **band)
+        for axes, x in ((left, steps.mean(0) / 1e6), (right, seconds.mean(0) / 60)):
+            label = name if axes is right else None
+            axes.plot(x, after.mean(0), markersize=4, label=label, **style)
+            axes.fill_between(
+                x, after.min(0), after.max(0), color=style["color"], alpha=0.08, linewidth=0
+            )
     left.set_xlabel("env steps (millions)")
     left.set_ylabel(f"return on {family}\nafter one inner step, 40 held-out tasks")
     right.set_xlabel("processor time of training (core-minutes)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     if "random" in results:  # what falls far below it is off the picture
-        floor, top = last_returns(results["random"])[0], left.get_ylim()[1]
+        floor, top = min(last_returns(results["random"])), left.get_ylim()[1]
         left.set_ylim(floor - 0.1 * (top - floor), top)
     figure.legend(loc="outside right center")
     figure.savefig(path, dpi=130)
@@ -151,25 +143,21 @@ def plot(results: Results, family: str, path: Path) -> None:
 
 def table(results: Results) -> str:
     rows = [
-        "| algorithm | seeds | env steps | core-minutes | before | after one step |",
+        "| algorithm | env steps | core-minutes | before | after one step, mean | by seed |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, runs in sorted(results.items(), key=lambda item: -np.mean(last_returns(item[1]))):
         last = [points[-1] for points in runs.values()]
         before, minutes = (np.mean([p[key] for p in last]) for key in ("before", "seconds"))
         after = last_returns(runs)
-        spread = (last[0]["high"] - last[0]["low"]) / 2
-        shown = f"{after[0]:.1f} ± {spread:.1f}"
-        if len(runs) > 1:
-            shown = f"{np.mean(after):.1f} ({', '.join(f'{a:.1f}' for a in after)})"
         rows.append(
-            f"| {name} | {len(runs)} | {last[0]['env_steps'] / 1e6:.1f}M | {minutes / 60:.1f}"
-            f" | {before:.1f} | {shown} |"
+            f"| {name} | {last[0]['env_steps'] / 1e6:.1f}M | {minutes / 60:.1f} | {before:.1f}"
+            f" | {np.mean(after):.1f} | {', '.join(f'{a:.1f}' for a in after)} |"
         )
     return "\n".join(rows) + "\n"
 
 
-def main(arguments: Arguments, ranks: Ranks) -> None:
+def main(arguments: Arguments, ranks: Ranks) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     results: Results = {}
 
@@ -186,18 +174,13 @@ def main(arguments: Arguments, ranks: Ranks) -> None:
         (arguments.out / "results.json").write_text(json.dumps(results, indent=2))
         plot(results, arguments.family, arguments.out / "comparison.png")
 
-    for name in arguments.algorithms:
-        run(name, arguments.seed)
-    ranked = sorted(
-        (name for name in results if not ALGORITHMS[name].reference),
-        key=lambda name: -last_returns(results[name])[0],
-    )
-    for name in ranked[: arguments.best]:
-        for seed in arguments.best_seeds:
+    for seed in arguments.seeds:
+        for name in arguments.algorithms:
             run(name, seed)
+    return 0
 
 
 if __name__ == "__main__":
     arguments = tyro.cli(Arguments, description=Arguments.__doc__)
     with joined() as ranks:
-        main(arguments, ranks)
+        raise SystemExit(exit_code(lambda: main(arguments, ranks)))
