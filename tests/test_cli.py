@@ -176,6 +176,25 @@ def test_presets_fill_in_what_is_not_given(tmp_path):
     assert config.preset == "icml2017"
 
 
+@pytest.mark.parametrize(
+    ("words", "preset", "scale", "fitted"),
+    [
+        (["half-cheetah-dir"], "metarl2026", "icml2017", 0.5),
+        (["half-cheetah-dir", "--family-options", "scale=stock"], "metarl2026", "stock", 0.5),
+        (["half-cheetah-dir", "--preset", "None"], None, None, 0.0),
+        (["bandit"], None, None, 0.0),
+    ],
+)
+def test_the_packages_own_preset_is_taken_where_it_is_recorded(
+    words, preset, scale, fitted, tmp_path
+):
+    small = ["--iterations", "1", "--tasks", "2", "--episodes", "1", "--policy.hidden", "8"]
+    assert run("train", *words, *small, "--out", "run") == 0
+    config = run_config(tmp_path / "run")
+    assert (config.preset, config.family_options.get("scale")) == (preset, scale)
+    assert config.inner.kl == fitted
+
+
 def test_listings(capsys):
     assert run("families") == 0
     out = capsys.readouterr().out
@@ -233,7 +252,7 @@ def test_benchmark_prints_one_object(capsys):
         (["train", "navigation-2d", "--family-options", "horizon"], "name=value, got 'horizon'"),
         (["train", "navigation-2d", "--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
         (["train", "navigation-2d", "--family-options", "horizon=2.5"], "a whole number"),
-        (["train", "half-cheetah-vel", "--family-options", "low=x"], "cannot be made with low='x'"),
+        (["train", "half-cheetah-vel", "--family-options", "low=x"], "low='x': ValueError"),
         (["train", "--resume", "nowhere"], "nowhere is not a run folder"),
         (["train", "nowhere:family"], "no module 'nowhere'"),
         (["check"], "name a task family"),
@@ -269,7 +288,7 @@ def test_a_resume_with_other_options_is_refused(capsys):
     assert run("train", "navigation-2d", *SMALL, "--iterations", "1", "--out", "run") == 0
     for extra, message in (
         (["--tasks", "9"], "tasks is 4, not 9"),
-        (["--preset", "icml2017"], "preset is None, not icml2017"),
+        (["--preset", "icml2017"], "preset is metarl2026, not icml2017"),
         (["--out", "other"], "leave --out out"),
     ):
         capsys.readouterr()

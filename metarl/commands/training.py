@@ -27,7 +27,7 @@ from metarl.envs.registry import (
 )
 from metarl.learning.ranks import LIMIT_SECONDS, Ranks, joined
 from metarl.running.config import Config, config_keys, default_workers
-from metarl.running.presets import resolve
+from metarl.running.presets import resolve, usual_preset
 
 _AUTO = "auto"
 
@@ -62,7 +62,7 @@ class Train:
             from metarl.running.runs import run_config
 
             return Train(config=run_config(Path(folder)))
-        return Train(config=_starting_config(arguments, preset=None, family=""))
+        return Train(config=_starting_config(arguments, family=""))
 
     def resolved(self, arguments: Sequence[str]) -> Train:
         """Return the command with a config that follows from what was said."""
@@ -94,7 +94,7 @@ class Benchmark:
         """Return what the flags change: a preset's values."""
         if arguments and arguments[0] in data_names():
             make_family(arguments[0])  # raises: there is no simulation to measure
-        config = _starting_config(arguments, preset="pearl2019", family="half-cheetah-dir")
+        config = _starting_config(arguments, family="half-cheetah-dir", preset="pearl2019")
         return Benchmark(config=config)
 
     def resolved(self, arguments: Sequence[str]) -> Benchmark:
@@ -133,13 +133,15 @@ def _family_flags(arguments: Sequence[str]) -> list[str]:
     return [*words, "--family-options", *found]
 
 
-def _starting_config(arguments: Sequence[str], *, preset: str | None, family: str) -> Config:
+def _starting_config(arguments: Sequence[str], *, family: str, preset: str = "") -> Config:
     family = next((a for a in arguments[:1] if not a.startswith("-")), family)
     if family and family not in (*family_names(), *data_names()) and ":" not in family:
         find_family(family)  # raises, with the nearest name
     algorithm = peek(arguments, "--algorithm") or "maml-trpo"
-    preset = peek(arguments, "--preset") or preset
-    return resolve(preset, family, algorithm, {"workers": default_workers()})
+    named = peek(arguments, "--preset") or preset or usual_preset(family)
+    return resolve(
+        None if named == "None" else named, family, algorithm, {"workers": default_workers()}
+    )
 
 
 def _resolved(parsed: Config, arguments: Sequence[str], options: Mapping[str, Any]) -> Config:

@@ -32,6 +32,8 @@ class Preset:
     references: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
     """Step sizes that reference algorithms are evaluated with, by family; there are none for a
     family that the paper does not have."""
+    usual_for: tuple[str, ...] = ()
+    """Families that `metarl train` takes it for, if no preset is named."""
 
 
 # The authors' evaluation takes other sizes on velocity than elsewhere; on navigation the policy's.
@@ -74,6 +76,7 @@ PRESETS = {
         scale="icml2017",
         # Actions reach to 10 there: a standard deviation of 1 explores a tenth of them.
         scales={name: {"policy.initial_std": 4.0} for name in ("promp2019", "pearl2019")},
+        usual_for=("half-cheetah-dir", "half-cheetah-vel", "ant-dir", "ant-vel", "navigation-2d"),
     ),
     "icml2017": Preset(
         "Finn et al. 2017, arXiv:1703.03400, and its code (rllab)",
@@ -120,6 +123,15 @@ PRESETS = {
         scale="pearl2019",
     ),
 }
+
+
+def usual_preset(family: str) -> str | None:
+    """Return the preset that `metarl train` takes if none is named.
+
+    It is this package's own on the families that it is recorded on; elsewhere it has no lead
+    (docs/results.md), and none is taken.
+    """
+    return next((name for name, preset in PRESETS.items() if family in preset.usual_for), None)
 
 
 def find_preset(name: str) -> Preset:
