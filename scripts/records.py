@@ -202,8 +202,9 @@ def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any
             "Beside the references, with step sizes that one procedure chose for each of them on"
             " validation tasks; ± half of a 95 % interval over tasks:",
             "",
-            "| row | policy | before | 1 step | 2 steps | 3 steps | step sizes | published |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| row | policy | seeds | before | 1 step | 2 steps | 3 steps"
+            " | step sizes | published |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
     for one in compared:
         for key, curve in one["references"].items():
@@ -212,7 +213,7 @@ def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any
             sizes = ", ".join(f"{size:.3g}" for size in curve["step_sizes"]) or "none"
             there = published_of(ROWS[one["row"]], key)
             paper = " / ".join(f"{value:.1f}" for value in there) or "none"
-            row = [f"`{one['row']}`", key, *cells, *[""] * (4 - len(cells)), sizes, paper]
+            row = [f"`{one['row']}`", key, str(curve["seeds"]), *cells, sizes, paper]
             lines.append(f"| {' | '.join(row)} |")
     lines += repeated(records, repeats)
     lines += ["", "Each row's command, machine and versions:", ""]

@@ -16,7 +16,7 @@ docs/records/ROW.NAME.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +62,9 @@ class Arguments:
     ship: bool = False
     """Put the median seed's policy into metarl/trained, by the name of its row."""
     references: bool = False
-    """Also train the references pretrained and oracle, on the first of the seeds."""
+    """Also train the references pretrained and oracle."""
+    reference_seeds: tuple[int, ...] = (0,)
+    """Seeds of the pretrained policies; the oracle's is the first of them."""
     repeat: str = ""
     """Store the figures as a repetition of the record, by this name: of another machine, say."""
     out: Path = field(default_factory=lambda: Path("runs/reproduce"))
@@ -103,7 +105,11 @@ def choose(folder: Path, last: int) -> dict[str, Any]:
 
 
 def record(
-    name: str, row: Row, folders: Sequence[Path], references: Sequence[Path], arguments: Arguments
+    name: str,
+    row: Row,
+    folders: Sequence[Path],
+    references: Mapping[str, Sequence[Path]],
+    arguments: Arguments,
 ) -> dict[str, Any]:
     """Evaluate the chosen checkpoints and return the row's figures."""
     chosen = [choose(folder, arguments.last) for folder in folders]
@@ -130,13 +136,13 @@ def record(
 
 
 def compare(
-    name: str, policies: Sequence[MetaPolicy], references: Sequence[Path]
+    name: str, policies: Sequence[MetaPolicy], references: Mapping[str, Sequence[Path]]
 ) -> dict[str, Any]:
     """Return the returns of chosen checkpoints beside the references', by tuned step sizes."""
-    others = {path.name: [path] for path in references}
-    result = metarl.evaluate(policies, references=others, tune_step_sizes=True, name=name)
+    result = metarl.evaluate(policies, references=references, tune_step_sizes=True, name=name)
     return {
         key: {
+            "seeds": len(curve.per_seed),
             "returns": curve.returns,
             "half_interval": [(high - low) / 2 for low, high in curve.ci95],
             "step_sizes": curve.step_sizes,
@@ -171,14 +177,22 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
         place = arguments.out / name
         place.mkdir(parents=True, exist_ok=True)
         folders = [place / f"seed-{seed}" for seed in arguments.seeds]
-        references = [place / key for key in REFERENCES] if arguments.references else []
+        seeds = {"pretrained": arguments.reference_seeds, "oracle": arguments.reference_seeds[:1]}
+        references = {
+            key: [place / f"{key}-{seed}" for seed in seeds[key]]
+            for key in REFERENCES
+            if arguments.references
+        }
         wanted = {
             folder: [*flags_of(row, arguments), "--seed", str(seed)]
             for folder, seed in zip(folders, arguments.seeds, strict=True)
         }
-        for folder in references:
-            flags = flags_of(row, arguments, folder.name)
-            wanted[folder] = [*flags, "--seed", str(arguments.seeds[0])]
+        for key, paths in references.items():
+            flags = flags_of(row, arguments, key)
+            wanted |= {
+                folder: [*flags, "--seed", str(seed)]
+                for folder, seed in zip(paths, seeds[key], strict=True)
+            }
         own = list(wanted.items())[ranks.rank :: ranks.size]
         with ranks.agreeing(), ThreadPoolExecutor(arguments.jobs) as pool:
             trainings = [pool.submit(train, folder, flags, arguments.jobs) for folder, flags in own]
