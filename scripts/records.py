@@ -200,11 +200,12 @@ def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any
         lines += [
             "",
             "Beside the references, with step sizes that one procedure chose for each of them on"
-            " validation tasks; ± half of a 95 % interval over tasks:",
+            " validation tasks; ± half of a 95 % interval over tasks. MAML's lead: after one step,"
+            " with the interval of differences paired by task:",
             "",
-            "| row | policy | seeds | before | 1 step | 2 steps | 3 steps"
+            "| row | policy | seeds | before | 1 step | 2 steps | 3 steps | MAML's lead"
             " | step sizes | published |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
     for one in compared:
         for key, curve in one["references"].items():
@@ -213,7 +214,9 @@ def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any
             sizes = ", ".join(f"{size:.3g}" for size in curve["step_sizes"]) or "none"
             there = published_of(ROWS[one["row"]], key)
             paper = " / ".join(f"{value:.1f}" for value in there) or "none"
-            row = [f"`{one['row']}`", key, str(curve["seeds"]), *cells, sizes, paper]
+            mean, low, high = curve.get("maml_ahead", (0.0, 0.0, 0.0))
+            lead = "" if key == "MAML" else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+            row = [f"`{one['row']}`", key, str(curve["seeds"]), *cells, lead, sizes, paper]
             lines.append(f"| {' | '.join(row)} |")
     lines += repeated(records, repeats)
     lines += ["", "Each row's command, machine and versions:", ""]
