@@ -2,8 +2,8 @@
 
     python scripts/compare_algorithms.py navigation-2d --env-steps 5000000 --out runs/compare
 
-Each run's checkpoints are evaluated on the same held-out tasks, after one inner step (the oracle,
-which is told its task, before any). Runs take one thread each, and the plot shows processor time:
+Each run's end is evaluated on the same held-out tasks, after one inner step (the oracle, which is
+told its task, before any). Runs take one thread each, and the plot shows processor time:
 so several of these scripts may share a machine and an output folder, each with some of the
 algorithms. A run that exists already is resumed, and what was evaluated is not evaluated again; so
 a broken comparison goes on where it stopped, and one with all the algorithms joins the parts.
@@ -16,7 +16,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -31,6 +31,8 @@ from metarl.learning.ranks import Ranks, joined
 from metarl.running.config import Config
 from metarl.running.metrics import read_metrics
 
+Run = dict[str, Any]
+Results = dict[str, dict[int, Run]]  # by algorithm and seed
 OF_POLICIES = [row.name for row in ALGORITHMS.values() if row.head == "meta"]
 """Other algorithms are for few-shot classification alone."""
 
@@ -55,8 +57,6 @@ class Arguments:
     """Budget of each run."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each algorithm's runs."""
-    points: int = 5
-    """Checkpoints evaluated along each run."""
 
 
 def run_config(arguments: Arguments, name: str, seed: int) -> Config:
@@ -74,69 +74,59 @@ def run_config(arguments: Arguments, name: str, seed: int) -> Config:
         seed=seed,
         threads=1,
         iterations=iterations,
-        checkpoint_every=max(1, iterations // arguments.points),
+        checkpoint_every=iterations,
     )
 
 
-def curve(folder: Path, steps: int, ranks: Ranks) -> list[dict[str, float]]:
-    """Held-out returns of a run's checkpoints, with env steps and seconds of training."""
+def measured(folder: Path, steps: int, ranks: Ranks) -> Run:
+    """Return a run's curve on training tasks, and its last checkpoint's held-out returns."""
     rows = read_metrics(folder)
-    seconds = np.cumsum([row["seconds_processor"] for row in rows])
     store = folder / "comparison.json"
-    stored = ranks.from_main(json.loads(store.read_text()) if store.exists() else [])
-    known = {p["iteration"]: p for p in stored}
-    points = []
-    for path in sorted((folder / "checkpoints").glob("*.safetensors")):
-        meta = metarl.load(path)
-        iteration = meta.provenance["iteration"]
-        if iteration not in known:
-            result = metarl.evaluate(meta, steps=steps, threads=1, ranks=ranks)
-            known[iteration] = {
-                "iteration": iteration,
-                "env_steps": meta.provenance["env_steps"],
-                "seconds": float(seconds[iteration - 1]) if iteration else 0.0,
-                "before": result.curve.returns[0],
-                "after": result.curve.returns[-1],
-            }
-        points.append(known[iteration])
+    known = ranks.from_main(json.loads(store.read_text()) if store.exists() else {})
+    if known.get("iterations") == len(rows):
+        return known
+    result = metarl.evaluate(folder, steps=steps, threads=1, ranks=ranks)
+    found: Run = {
+        "iterations": len(rows),
+        "env_steps": [row["env_steps"] for row in rows],
+        "minutes": (np.cumsum([row["seconds_processor"] for row in rows]) / 60).tolist(),
+        # Of several inner steps the first; before any where there is none.
+        "returns": [row["returns"][:2][-1] for row in rows],
+        "before": result.curve.returns[0],
+        "after": result.curve.returns[-1],
+    }
     if ranks.is_main:
-        store.write_text(json.dumps(points, indent=2))
-    return points
-
-
-Results = dict[str, dict[int, list[dict[str, float]]]]  # algorithm, seed, checkpoint
-
-
-def last_returns(runs: dict[int, list[dict[str, float]]]) -> list[float]:
-    return [points[-1]["after"] for points in runs.values()]
+        store.write_text(json.dumps(found))
+    return found
 
 
 def plot(results: Results, family: str, path: Path) -> None:
-    """Draw the mean over seeds, with a band from the worst one to the best."""
+    """Draw means over seeds and five iterations, with a band from the worst seed to the best."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     lines = ["-", "--", "-.", ":"]
     for i, (name, runs) in enumerate(results.items()):
-        style = {"linestyle": lines[i // 5 % 4], "color": f"C{i % 10}", "marker": "os^Dv"[i % 5]}
-        after, steps, seconds = (
-            np.array([[p[key] for p in points] for points in runs.values()])
-            for key in ("after", "env_steps", "seconds")
+        steps, minutes, returns = (
+            np.array([run[key] for run in runs.values()])
+            for key in ("env_steps", "minutes", "returns")
         )
-        for axes, x in ((left, steps.mean(0) / 1e6), (right, seconds.mean(0) / 60)):
+        width = min(5, returns.shape[1])
+        smooth = np.apply_along_axis(np.convolve, 1, returns, np.ones(width) / width, "valid")
+        style = {"linestyle": lines[i // 5 % 4], "color": f"C{i % 10}", "linewidth": 1.3}
+        if smooth.shape[1] == 1:
+            style["marker"] = "o"
+        for axes, x in ((left, steps / 1e6), (right, minutes)):
+            x = x.mean(0)[width - 1 :]
             label = name if axes is right else None
-            axes.plot(x, after.mean(0), markersize=4, label=label, **style)
-            axes.fill_between(
-                x, after.min(0), after.max(0), color=style["color"], alpha=0.08, linewidth=0
-            )
+            axes.plot(x, smooth.mean(0), label=label, **style)
+            band = {"color": style["color"], "alpha": 0.08, "linewidth": 0}
+            axes.fill_between(x, smooth.min(0), smooth.max(0), **band)
     left.set_xlabel("env steps (millions)")
-    left.set_ylabel(f"return on {family}\nafter one inner step, 40 held-out tasks")
-    right.set_xlabel("processor time of training (core-minutes)")
+    left.set_ylabel(f"return on {family} after one inner step,\ntraining tasks")
+    right.set_xlabel("processor time (core-minutes)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    if "random" in results:  # what falls far below it is off the picture
-        floor, top = min(last_returns(results["random"])), left.get_ylim()[1]
-        left.set_ylim(floor - 0.1 * (top - floor), top)
     figure.legend(loc="outside right center")
     figure.savefig(path, dpi=130)
 
@@ -146,13 +136,20 @@ def table(results: Results) -> str:
         "| algorithm | env steps | core-minutes | before | after one step, mean | by seed |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name, runs in sorted(results.items(), key=lambda item: -np.mean(last_returns(item[1]))):
-        last = [points[-1] for points in runs.values()]
-        before, minutes = (np.mean([p[key] for p in last]) for key in ("before", "seconds"))
-        after = last_returns(runs)
+    means = {
+        name: {
+            "steps": np.mean([run["env_steps"][-1] for run in runs.values()]) / 1e6,
+            "minutes": np.mean([run["minutes"][-1] for run in runs.values()]),
+            "before": np.mean([run["before"] for run in runs.values()]),
+            "after": np.mean([run["after"] for run in runs.values()]),
+        }
+        for name, runs in results.items()
+    }
+    for name, mean in sorted(means.items(), key=lambda item: -item[1]["after"]):
+        seeds = ", ".join(f"{run['after']:.1f}" for run in results[name].values())
         rows.append(
-            f"| {name} | {last[0]['env_steps'] / 1e6:.1f}M | {minutes / 60:.1f} | {before:.1f}"
-            f" | {np.mean(after):.1f} | {', '.join(f'{a:.1f}' for a in after)} |"
+            f"| {name} | {mean['steps']:.1f}M | {mean['minutes']:.1f} | {mean['before']:.1f}"
+            f" | {mean['after']:.1f} | {seeds} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -165,11 +162,11 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
         folder = arguments.out / f"{name}-{seed}"
         config = run_config(arguments, name, seed)
         metarl.train(config, folder, resume="auto", ranks=ranks)
-        points = curve(folder, 0 if find_algorithm(name).observes_task else 1, ranks)
-        results.setdefault(name, {})[seed] = points
+        found = measured(folder, 0 if find_algorithm(name).observes_task else 1, ranks)
+        results.setdefault(name, {})[seed] = found
         if not ranks.is_main:
             return
-        print(f"{name}, seed {seed}: {points[-1]['after']:.1f} after one step", flush=True)
+        print(f"{name}, seed {seed}: {found['after']:.1f} after one step", flush=True)
         (arguments.out / "table.md").write_text(table(results))
         (arguments.out / "results.json").write_text(json.dumps(results, indent=2))
         plot(results, arguments.family, arguments.out / "comparison.png")
