@@ -60,22 +60,18 @@ class Arguments:
 
 
 def run_config(arguments: Arguments, name: str, seed: int) -> Config:
-    base = metarl.resolve(arguments.preset, arguments.family, name)
-    options = {**base.family_options, **parse_options(arguments.family_options)}
-    base = dataclasses.replace(base, tasks=arguments.tasks or base.tasks, family_options=options)
+    said: dict[str, Any] = {"seed": seed, "threads": 1}
+    said["family_options"] = parse_options(arguments.family_options)
+    if arguments.tasks is not None:
+        said["tasks"] = arguments.tasks
+    base = metarl.resolve(arguments.preset, arguments.family, name, said)
     row = find_algorithm(name)
     rollouts = base.inner.steps + (row.gradient != "displacement")
     horizon = metarl.MetaPolicy({}, base).family.horizon
     iterations = max(1, arguments.env_steps // (rollouts * base.tasks * base.episodes * horizon))
     if row.outer == "none":
         iterations = 1  # nothing changes
-    return dataclasses.replace(
-        base,
-        seed=seed,
-        threads=1,
-        iterations=iterations,
-        checkpoint_every=iterations,
-    )
+    return dataclasses.replace(base, iterations=iterations, checkpoint_every=iterations)
 
 
 def measured(folder: Path, steps: int, ranks: Ranks) -> Run:

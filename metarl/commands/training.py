@@ -228,7 +228,8 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
             print(line, **options)
 
     def started() -> None:
-        tell(f"{config.algorithm} on {config.family} in {folder}", file=sys.stderr)
+        preset = f", preset {config.preset}," if config.preset else ""
+        tell(f"{config.algorithm} on {config.family}{preset} in {folder}", file=sys.stderr)
         bounded = find_algorithm(config.algorithm).outer == "trust-region"
         if bounded and config.family in data_names():
             tell("the outer step is Adam's: a trust region is a policy's", file=sys.stderr)
