@@ -3,11 +3,12 @@
     python scripts/compare_algorithms.py navigation-2d --env-steps 5000000 --out runs/compare
 
 Each run's end is evaluated on the same held-out tasks, after one inner step (the oracle, which is
-told its task, before any). Runs take one thread each, and the plot shows processor time:
-so several of these scripts may share a machine and an output folder, each with some of the
-algorithms. A run that exists already is resumed, and what was evaluated is not evaluated again; so
-a broken comparison goes on where it stopped, and one with all the algorithms joins the parts.
-Started by torchrun, the ranks share the tasks of each run and of each evaluation.
+told its task, before any). The plot shows training tasks, and of pretrained the return before any
+step. Runs take one thread each, and the plot shows processor time: so several of these scripts may
+share a machine and an output folder, each with some of the algorithms. A run that exists already is
+resumed, and what was evaluated is not evaluated again; so a broken comparison goes on where it
+stopped, and one with all the algorithms joins the parts. Started by torchrun, the ranks share the
+tasks of each run and of each evaluation.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Arguments:
     """Task family."""
     out: Path
     """Folder for the runs, table.md, results.json and comparison.png."""
-    preset: str = "metarl2026"
+    preset: str | None = "metarl2026"
     """Preset of all runs."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value."""
@@ -87,7 +88,7 @@ def measured(folder: Path, steps: int, ranks: Ranks) -> Run:
         "env_steps": [row["env_steps"] for row in rows],
         "minutes": (np.cumsum([row["seconds_processor"] for row in rows]) / 60).tolist(),
         # Of several inner steps the first; before any where there is none.
-        "returns": [row["returns"][:2][-1] for row in rows],
+        "returns": [np.nan if r is None else r for r in (row["returns"][:2][-1] for row in rows)],
         "before": result.curve.returns[0],
         "after": result.curve.returns[-1],
     }

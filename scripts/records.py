@@ -30,7 +30,7 @@ class Row:
     env_steps: float
     """Budget of each seed."""
     published: Sequence[float | None] = (None, None, None)
-    """Returns after 1, 2 and 3 inner steps, of the scale's paper (FINN, PROMP) or another's."""
+    """Returns after 1, 2 and 3 inner steps where the scale is not icml2017, see `published_of`."""
     source: str = ""
     options: Sequence[str] = ()
     """Further options of the family."""
@@ -77,17 +77,14 @@ PUBLISHED = {
 stored evaluation of the authors of arXiv:1703.03400. An oracle takes no step."""
 
 
-def _finn(family: str, env_steps: float, **more: Any) -> Row:
-    """Return a row that stands beside that evaluation."""
-    return Row(family, "icml2017", env_steps, PUBLISHED[family]["MAML"][1:], FINN, **more)
-
-
 ROWS = {
-    "make-train": _finn("half-cheetah-dir", 6.4e6),
+    "make-train": Row("half-cheetah-dir", "icml2017", 6.4e6),
     # Without a cosine a long run on direction falls again (docs/results.md).
-    "half-cheetah-dir-icml2017": _finn("half-cheetah-dir", 24e6, flags=("--meta.cosine",)),
-    "half-cheetah-vel-icml2017": _finn("half-cheetah-vel", 32e6),
-    "navigation-2d-icml2017": _finn("navigation-2d", 8e6),
+    "half-cheetah-dir-icml2017": Row(
+        "half-cheetah-dir", "icml2017", 24e6, flags=("--meta.cosine",)
+    ),
+    "half-cheetah-vel-icml2017": Row("half-cheetah-vel", "icml2017", 32e6),
+    "navigation-2d-icml2017": Row("navigation-2d", "icml2017", 8e6),
     "half-cheetah-dir-promp2019": Row(
         "half-cheetah-dir", "promp2019", 9.6e6, (310.0, None, 405.0), f"{PROMP}; learn2learn"
     ),
@@ -107,8 +104,8 @@ ROWS = {
     ),
     "half-cheetah-vel-pearl2019": Row("half-cheetah-vel", "pearl2019", 16e6),
     # Episodes that end early take fewer env steps than the budget.
-    "ant-dir-icml2017": _finn("ant-dir", 17.6e6, kept=36),
-    "ant-vel-icml2017": _finn("ant-vel", 17.6e6, kept=36),
+    "ant-dir-icml2017": Row("ant-dir", "icml2017", 17.6e6, kept=36),
+    "ant-vel-icml2017": Row("ant-vel", "icml2017", 17.6e6, kept=36),
 }
 PICTURED = ("half-cheetah-dir-icml2017", "half-cheetah-vel-icml2017", "navigation-2d-icml2017")
 
@@ -121,7 +118,7 @@ def draw_training(name: str, found: dict[str, Any], path: Path) -> None:
     for i, (seed, curve) in enumerate(zip(found["seeds"], found["curves"], strict=True)):
         steps = np.arange(1, len(curve) + 1) * found["env_steps"] / len(curve) / 1e6
         axes.plot(steps, curve, color=f"C{i % 10}", linewidth=1.2, label=f"seed {seed}")
-    published = ROWS[name].published[0]
+    published = published_of(ROWS[name], "MAML")[1]
     if published is not None:
         axes.axhline(published, color="black", linestyle=":", linewidth=1, label="published")
     axes.set_xlabel("env steps (millions)")
@@ -178,15 +175,24 @@ def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any
     ]
     for one in records:
         row = ROWS[one["row"]]
+        paper = FINN if row.scale == "icml2017" else row.source
         means = " | ".join(both_means(one["even"]))
-        published = " / ".join("none" if x is None else f"{x:g}" for x in row.published)
+        there = published_of(row, "MAML")[1:]
+        published = " / ".join("none" if x is None else f"{x:g}" for x in there)
         minutes = sum(one["core_minutes"]) / len(one["core_minutes"])
         worst = one["even"]["worst"][1]
         lines.append(
             f"| `{one['row']}` | {one['env_steps'] / 1e6:.1f}M | {len(one['seeds'])} | {means}"
-            f" | {worst:.1f} | {published} {row.source and f'({row.source})'} | {minutes:.0f} |"
+            f" | {worst:.1f} | {published} {paper and f'({paper})'} | {minutes:.0f} |"
         )
-    lines += ["", "Returns after one step by seed, and on tasks drawn as in the papers:", ""]
+    lines += [
+        "",
+        (
+            "Returns after one step by seed, and on tasks drawn as in the papers (directions are"
+            " equally many there too):"
+        ),
+        "",
+    ]
     lines += [
         "| row | by seed, evenly spread tasks | drawn tasks, 0 / 1 / 2 / 3 steps | step sizes |",
         "| --- | --- | --- | --- |",
@@ -200,11 +206,12 @@ def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any
         lines += [
             "",
             "Beside the references, with step sizes that one procedure chose for each of them on"
-            " validation tasks; ± half of a 95 % interval over tasks. MAML's lead: after one step,"
-            " with the interval of differences paired by task:",
+            " validation tasks; ± half of a 95 % interval over tasks. MAML's lead is its return"
+            " after one step minus the reference's, with a 95 % interval over tasks, paired; it"
+            " says nothing of how seeds differ.",
             "",
             "| row | policy | seeds | before | 1 step | 2 steps | 3 steps | MAML's lead"
-            " | step sizes | published |",
+            " | step sizes | published, 0 / 1 / 2 / 3 steps |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
     for one in compared:
@@ -213,10 +220,18 @@ def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any
             cells = [f"{mean:.1f} ± {half:.1f}" for mean, half in pairs]
             sizes = ", ".join(f"{size:.3g}" for size in curve["step_sizes"]) or "none"
             there = published_of(ROWS[one["row"]], key)
-            paper = " / ".join(f"{value:.1f}" for value in there) or "none"
-            mean, low, high = curve.get("maml_ahead", (0.0, 0.0, 0.0))
-            lead = "" if key == "MAML" else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
-            row = [f"`{one['row']}`", key, str(curve["seeds"]), *cells, lead, sizes, paper]
+            known = any(value is not None for value in there)
+            paper = " / ".join("none" if x is None else f"{x:.1f}" for x in there if known)
+            lead = "{:.1f} [{:.1f}, {:.1f}]".format(*curve["lead"]) if "lead" in curve else ""
+            row = [
+                f"`{one['row']}`",
+                key,
+                str(curve["seeds"]),
+                *cells,
+                lead,
+                sizes,
+                paper or "none",
+            ]
             lines.append(f"| {' | '.join(row)} |")
     lines += repeated(records, repeats)
     lines += ["", "Each row's command, machine and versions:", ""]
@@ -240,9 +255,11 @@ def both_means(found: Mapping[str, Any]) -> list[str]:
     return [f"{robust:.1f} ({mean:.1f})" for robust, mean in pairs]
 
 
-def published_of(row: Row, policy: str) -> Sequence[float]:
-    """Return what Finn et al. 2017 stored of a policy, where the row stands beside them."""
-    return PUBLISHED[row.family][policy] if row.source == FINN else ()
+def published_of(row: Row, policy: str) -> Sequence[float | None]:
+    """Return a policy's published returns after 0, 1, 2 and 3 steps; None or less where unknown."""
+    if row.scale == "icml2017":
+        return PUBLISHED[row.family][policy]
+    return (None, *row.published) if policy == "MAML" else ()
 
 
 def by_seed(found: dict[str, Any]) -> str:
@@ -274,13 +291,16 @@ def repeated(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, 
 
 
 def write_docs(docs: Path = DOCS) -> str:
-    """Write all records' tables into docs/results.md, draw references, and return the page."""
+    """Write all records' tables into docs/results.md, draw the pictures, and return the page."""
     stored = [docs / "records" / f"{name}.json" for name in ROWS]
     records = [json.loads(path.read_text()) for path in stored if path.exists()]
     again = sorted((docs / "records").glob("*.*.json"))
     repeats = {path.stem: json.loads(path.read_text()) for path in again}
+    for one in records:
+        draw_training(one["row"], one, docs / "records" / f"{one['row']}.png")
     compared = [one for one in records if one["row"] in PICTURED and "references" in one]
-    draw_references(compared, docs / "records" / "references.png")
+    if compared:
+        draw_references(compared, docs / "records" / "references.png")
     page = docs / "results.md"
     before, _, rest = page.read_text().partition(BEGIN)
     after = rest.partition(END)[2]

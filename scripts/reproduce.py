@@ -3,12 +3,12 @@
     python scripts/reproduce.py navigation-2d-icml2017 --seeds 0 1 2 3 4 --jobs 2
 
 Each seed is a run of `metarl train` whose checkpoint is chosen on validation tasks; all seeds are
-evaluated on the same held-out tasks. With --references, a pretrained policy and an oracle are
+evaluated on the same held-out tasks. With --references, pretrained policies and an oracle are
 trained on as many env steps, and compared with step sizes that one procedure chooses for all of
 them on validation tasks. Runs, choices and evaluations lie in --out: stopped anywhere, the same
 command goes on where it was. Started by torchrun on machines that share --out, each rank trains
-some of the runs. A row's figures are stored in docs/records/ROW.json, and the table in
-docs/results.md is written from these files alone; without a row, that is all it does. With
+some of the runs. A row's figures are stored in docs/records/ROW.json; the tables in docs/results.md
+and their pictures are made from these files alone, and without a row that is all it does. With
 --repeat NAME, on another machine say, the figures are stored beside the record's, in
 docs/records/ROW.NAME.json.
 """
@@ -140,14 +140,15 @@ def compare(
 ) -> dict[str, Any]:
     """Return the returns of chosen checkpoints beside the references', by tuned step sizes.
 
-    Also how far MAML is ahead of each after one step, paired by task, and its 95 % interval.
+    Also MAML's lead over each after one step, paired by task, and its 95 % interval.
     """
     result = metarl.evaluate(policies, references=references, tune_step_sizes=True, name=name)
     maml = result.curve
 
-    def ahead(curve: Curve) -> tuple[float, float, float]:
-        more = maml.per_task[:, 1] - curve.per_task[:, 1]
-        return (float(more.mean()), *bootstrap_interval(more))
+    def lead(curve: Curve) -> tuple[float, float, float]:
+        paired = maml.per_task[:, 1] - curve.per_task[:, 1]
+        paired = paired[np.isfinite(paired)]
+        return (float(paired.mean()), *bootstrap_interval(paired))
 
     return {
         key: {
@@ -156,7 +157,7 @@ def compare(
             "half_interval": [(high - low) / 2 for low, high in curve.ci95],
             "step_sizes": curve.step_sizes,
         }
-        | ({} if curve is maml else {"maml_ahead": ahead(curve)})
+        | ({} if curve is maml else {"lead": lead(curve)})
         for key, curve in {"MAML": maml, **result.references}.items()
     }
 
@@ -219,8 +220,6 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
             (DOCS / "records").mkdir(exist_ok=True)
             stem = f"{name}.{arguments.repeat}" if arguments.repeat else name
             write_atomically(DOCS / "records" / f"{stem}.json", text)
-            if not arguments.repeat:
-                draw_training(name, found, DOCS / "records" / f"{name}.png")
         if arguments.ship:
             middle = folders[arguments.seeds.index(found["median_seed"])]
             median = metarl.load(choose(middle, arguments.last)["checkpoint"])

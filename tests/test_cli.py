@@ -180,8 +180,11 @@ def test_presets_fill_in_what_is_not_given(tmp_path):
     ("words", "preset", "scale", "fitted"),
     [
         (["half-cheetah-dir"], "metarl2026", "icml2017", 0.5),
+        (["--threads", "1", "half-cheetah-dir"], "metarl2026", "icml2017", 0.5),
+        (["half-cheetah-vel", "--algorithm", "random"], "metarl2026", "icml2017", 0.5),
         (["half-cheetah-dir", "--family-options", "scale=stock"], "metarl2026", "stock", 0.5),
         (["half-cheetah-dir", "--preset", "None"], None, None, 0.0),
+        (["--preset=None", "half-cheetah-dir"], None, None, 0.0),
         (["bandit"], None, None, 0.0),
     ],
 )

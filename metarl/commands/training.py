@@ -68,7 +68,10 @@ class Train:
         """Return the command with a config that follows from what was said."""
         options = parse_options(self.family_options)
         if self.resume is None or self.resume == Path(_AUTO):
-            config = _resolved(self.config, arguments, options)
+            config = self.config
+            if not said(arguments, ("preset",)):  # the family may come after other words
+                config = dataclasses.replace(config, preset=usual_preset(config.family))
+            config = _resolved(config, arguments, options)
         else:
             options = {**self.config.family_options, **options}
             config = dataclasses.replace(self.config, family_options=options)

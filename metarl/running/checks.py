@@ -50,7 +50,7 @@ def check_combination(row: Algorithm, config: Config, family: Family) -> None:
         raise UserError(f"inner.kl must be 0 with {name}, which does not take the sizes as given")
     if meta.anneal_fraction and not row.annealed:
         raise UserError(f"meta.anneal_fraction has no effect with {name}")
-    if meta.cosine and row.outer == "none":
+    if meta.cosine != base.meta.cosine and row.outer == "none":
         raise UserError(f"meta.cosine has no effect with {name}, which takes no outer step")
     if meta.credit and not inner.steps:
         raise UserError("meta.credit needs inner.steps of at least 1, got 0")

@@ -143,8 +143,8 @@ class Config:
     """Options of the family; --family-options on the command line."""
     preset: str | None = None
     """Preset that sets the defaults: metarl2026, icml2017, promp2019, pearl2019, or reptile2018 for
-    sinusoids. Without this flag metarl2026 on half-cheetah, ant-dir, ant-vel and navigation-2d, and
-    None elsewhere: plain values."""
+    sinusoids; None takes none. If this flag is not given, metarl train takes metarl2026 on
+    half-cheetah-dir, half-cheetah-vel, ant-dir, ant-vel and navigation-2d."""
     algorithm: str = "maml-trpo"
     """Meta-learning algorithm (metarl algorithms lists them)."""
     iterations: int = 100

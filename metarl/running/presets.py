@@ -128,8 +128,8 @@ PRESETS = {
 def usual_preset(family: str) -> str | None:
     """Return the preset that `metarl train` takes if none is named.
 
-    It is this package's own on the families that it is recorded on; elsewhere it has no lead
-    (docs/results.md), and none is taken.
+    It is this package's own on the families that it is recorded on. On three of other kinds it had
+    no clear lead (docs/results.md).
     """
     return next((name for name, preset in PRESETS.items() if family in preset.usual_for), None)
 
@@ -142,7 +142,8 @@ def find_preset(name: str) -> Preset:
     """
     if name not in PRESETS:
         raise UserError(
-            f"no preset {name!r}{did_you_mean(name, PRESETS)} (presets: {', '.join(PRESETS)})"
+            f"no preset {name!r}{did_you_mean(name, PRESETS)}"
+            f" (presets: {', '.join(PRESETS)}; None for none)"
         )
     return PRESETS[name]
 
