@@ -35,8 +35,8 @@ from metarl.envs.registry import parse_options
 from metarl.learning.ranks import Ranks, joined
 from metarl.running.checkpoints import machine, versions, write_atomically
 from metarl.running.metrics import read_metrics
-from metarl.running.results import Curve, EvaluationResult
-from metarl.running.statistics import bootstrap_interval, interquartile_mean
+from metarl.running.results import EvaluationResult
+from metarl.running.statistics import interquartile_mean
 
 TRAINED = Path(__file__).parents[1] / "metarl" / "trained"
 REFERENCES = ("pretrained", "oracle")
@@ -143,23 +143,19 @@ def compare(
     Also MAML's lead over each after one step, paired by task, and its 95 % interval.
     """
     result = metarl.evaluate(policies, references=references, tune_step_sizes=True, name=name)
-    maml = result.curve
-
-    def lead(curve: Curve) -> tuple[float, float, float]:
-        paired = maml.per_task[:, 1] - curve.per_task[:, 1]
-        paired = paired[np.isfinite(paired)]
-        return (float(paired.mean()), *bootstrap_interval(paired))
-
-    return {
+    found = {
         key: {
             "seeds": len(curve.per_seed),
             "returns": curve.returns,
             "half_interval": [(high - low) / 2 for low, high in curve.ci95],
             "step_sizes": curve.step_sizes,
         }
-        | ({} if curve is maml else {"lead": lead(curve)})
-        for key, curve in {"MAML": maml, **result.references}.items()
+        for key, curve in {"MAML": result.curve, **result.references}.items()
     }
+    for key, curve in result.references.items():
+        lead = result.curve.lead(curve)
+        found[key]["lead"] = (lead.mean, lead.low, lead.high)
+    return found
 
 
 def summary(result: EvaluationResult) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from metarl.running.config import Config, InnerConfig, PolicyConfig
 from metarl.running.evaluation import FACTORS, grouped
 from metarl.running.meta_policy import MetaPolicy, random_meta_policy
 from metarl.running.presets import reference_step_sizes, resolve
-from metarl.running.results import Curve, EvaluationResult
+from metarl.running.results import SQUARED_ERROR, Curve, EvaluationResult
 from metarl.running.scratch import ScratchTrainer
 from metarl.sampling.rollouts import Address, Collector
 from metarl.showing.plots import plot_evaluation
@@ -51,6 +51,22 @@ def navigator(**changes) -> MetaPolicy:
 
 def result(per_task: list[list[float]]) -> EvaluationResult:
     return EvaluationResult(Curve([0.1], np.array([per_task])), {})
+
+
+def test_a_lead_is_paired_by_task_and_better_whatever_the_measure():
+    # Tasks differ by far more than the policies do; of two seeds the mean counts.
+    theirs = np.array([[[0.0, 10.0], [0.0, 200.0], [0.0, np.nan], [0.0, -3000.0]]])
+    ours = np.stack([theirs[0] + 1.0, theirs[0] + 4.0])
+    lead = Curve([0.1], ours).lead(Curve([0.1], theirs))
+    assert (lead.mean, lead.low, lead.high) == pytest.approx((2.5, 2.5, 2.5))
+    less = Curve([0.1], ours, measure=SQUARED_ERROR).lead(
+        Curve([0.1], theirs, measure=SQUARED_ERROR)
+    )
+    assert (less.mean, less.low, less.high) == pytest.approx((-2.5, -2.5, -2.5))
+    uneven = Curve([0.1], np.array([[[0.0, 1.0], [3.0, 5.0], [8.0, 9.0]]]))
+    other = Curve([0.1], np.array([[[2.0, 0.0], [2.0, 2.0], [2.0, 4.0]]]))
+    assert uneven.lead(other).mean == pytest.approx((1 + 3 + 5) / 3)
+    assert uneven.lead(other, 0).mean == pytest.approx((-2 + 1 + 6) / 3)
 
 
 def test_the_verdict_tells_a_gain_a_loss_and_neither():

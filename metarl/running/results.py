@@ -106,6 +106,14 @@ class Curve:
         """Return each task's gain of `steps` inner steps, [tasks]; more is better."""
         return self.measure.sign * (self.per_task[:, steps] - self.per_task[:, 0])
 
+    def lead(self, other: Curve, steps: int = 1) -> Difference:
+        """Return how much better it is than another on the same tasks after `steps` inner steps.
+
+        Paired by task, means over seeds; more is better, whatever the measure.
+        """
+        ours, theirs = (self.measure.sign * c.per_task[:, steps] for c in (self, other))
+        return _difference(ours, theirs, self.measure)
+
     def verdict(self) -> str:
         """Say in one sentence whether adaptation gains anything."""
         if len(self.returns) < 2:
@@ -241,13 +249,11 @@ class EvaluationResult:
                 said.append(
                     f"The random initialization gains {measure.number(np.nanmean(own))}; {earned}."
                 )
-                ours, theirs = (measure.sign * c.per_task[:, 0] for c in (curve, other))
-                start = _difference(ours, theirs, measure)
-                said.append(f"Before any step meta-training earns {start}.")
+                said.append(f"Before any step meta-training earns {curve.lead(other, 0)}.")
             if other.algorithm == "from-scratch":
-                ours, theirs = (measure.sign * c.per_task[:, 1] for c in (curve, other))
-                more = _difference(ours, theirs, measure)
-                said.append(f"After one step it earns {more} more than training {name}.")
+                said.append(
+                    f"After one step it earns {curve.lead(other)} more than training {name}."
+                )
         return said
 
     def verdicts(self) -> str:
@@ -285,7 +291,7 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
-class _Difference:
+class Difference:
     """A mean difference over tasks and its interval."""
 
     mean: float
@@ -298,10 +304,10 @@ class _Difference:
         return f"{mean} [{low}, {high}]"
 
 
-def _difference(ours: Floats, theirs: Floats, measure: Measure) -> _Difference:
+def _difference(ours: Floats, theirs: Floats, measure: Measure) -> Difference:
     """Return the mean of differences paired by task, with its 95 % interval."""
     paired = _known(ours - theirs)
-    return _Difference(float(paired.mean()), *bootstrap_interval(paired), measure)
+    return Difference(float(paired.mean()), *bootstrap_interval(paired), measure)
 
 
 def _known(values: Floats) -> Floats:
