@@ -162,12 +162,24 @@ def draw_references(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any]]) -> str:
-    """Return the table of all rows in Markdown.
+    """Return the tables of all rows in Markdown.
 
     Args:
         records: of the rows.
         repeats: further records of these rows, by "ROW.NAME".
     """
+    parts = (
+        returns_of_rows(records),
+        seeds_and_draws(records),
+        beside_references([one for one in records if "references" in one]),
+        repeated(records, repeats),
+        commands(records),
+    )
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def returns_of_rows(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the main table."""
     lines = [
         "| row | env steps | seeds | before | 1 step | 2 steps | 3 steps | worst seed, 1 step"
         " | published, 1 / 2 / 3 steps | core-minutes per seed |",
@@ -185,15 +197,15 @@ def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any
             f"| `{one['row']}` | {one['env_steps'] / 1e6:.1f}M | {len(one['seeds'])} | {means}"
             f" | {worst:.1f} | {published} {paper and f'({paper})'} | {minutes:.0f} |"
         )
-    lines += [
+    return lines
+
+
+def seeds_and_draws(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table of single seeds, drawn tasks and step sizes."""
+    lines = [
+        "Returns after one step by seed, and on tasks drawn as in the papers (directions are"
+        " equally many there too):",
         "",
-        (
-            "Returns after one step by seed, and on tasks drawn as in the papers (directions are"
-            " equally many there too):"
-        ),
-        "",
-    ]
-    lines += [
         "| row | by seed, evenly spread tasks | drawn tasks, 0 / 1 / 2 / 3 steps | step sizes |",
         "| --- | --- | --- | --- |",
     ]
@@ -201,48 +213,53 @@ def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any
         drawn = " / ".join(both_means(one["drawn"]))
         sizes = ", ".join(f"{size:.3g}" for size in one["even"]["step_sizes"])
         lines.append(f"| `{one['row']}` | {by_seed(one)} | {drawn} | {sizes} |")
-    compared = [one for one in records if "references" in one]
-    if compared:
-        lines += [
-            "",
-            "Beside the references, with step sizes that one procedure chose for each of them on"
-            " validation tasks; ± half of a 95 % interval over tasks. MAML's lead is its return"
-            " after one step minus the reference's, with a 95 % interval over tasks, paired; it"
-            " says nothing of how seeds differ.",
-            "",
-            "| row | policy | seeds | before | 1 step | 2 steps | 3 steps | MAML's lead"
-            " | step sizes | published, 0 / 1 / 2 / 3 steps |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
+    return lines
+
+
+def beside_references(compared: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table of policies and references with tuned step sizes; no lines for no rows."""
+    if not compared:
+        return []
+    lines = [
+        "Beside the references, with step sizes that one procedure chose for each of them on"
+        " validation tasks; ± half of a 95 % interval over tasks. MAML's lead is its return"
+        " after one step minus the reference's, with a 95 % interval over tasks, paired; it"
+        " says nothing of how seeds differ.",
+        "",
+        "| row | policy | seeds | before | 1 step | 2 steps | 3 steps | MAML's lead"
+        " | step sizes | published, 0 / 1 / 2 / 3 steps |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for one in compared:
         for key, curve in one["references"].items():
             pairs = zip(curve["returns"], curve["half_interval"], strict=True)
-            cells = [f"{mean:.1f} ± {half:.1f}" for mean, half in pairs]
-            sizes = ", ".join(f"{size:.3g}" for size in curve["step_sizes"]) or "none"
             there = published_of(ROWS[one["row"]], key)
             known = any(value is not None for value in there)
             paper = " / ".join("none" if x is None else f"{x:.1f}" for x in there if known)
-            lead = "{:.1f} [{:.1f}, {:.1f}]".format(*curve["lead"]) if "lead" in curve else ""
-            row = [
+            cells = [
                 f"`{one['row']}`",
                 key,
                 str(curve["seeds"]),
-                *cells,
-                lead,
-                sizes,
+                *(f"{mean:.1f} ± {half:.1f}" for mean, half in pairs),
+                "{:.1f} [{:.1f}, {:.1f}]".format(*curve["lead"]) if "lead" in curve else "",
+                ", ".join(f"{size:.3g}" for size in curve["step_sizes"]) or "none",
                 paper or "none",
             ]
-            lines.append(f"| {' | '.join(row)} |")
-    lines += repeated(records, repeats)
-    lines += ["", "Each row's command, machine and versions:", ""]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def commands(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a list of the rows' commands, machines and versions."""
+    lines = ["Each row's command, machine and versions:", ""]
     for one in records:
         where = one["machine"]
         made = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
-        lines += [
+        lines.append(
             f"- `{one['command']}`; {where['processor']}, {where['cores']} cores"
             f" ({where['torch_cpu']}); {made}"
-        ]
-    return "\n".join(lines)
+        )
+    return lines
 
 
 def both_means(found: Mapping[str, Any]) -> list[str]:
@@ -273,7 +290,6 @@ def repeated(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, 
     if not repeats:
         return []
     lines = [
-        "",
         "Repeated; plain means over tasks, and in the last column over seeds too:",
         "",
         "| row | machine | by seed, 1 step | 0 / 1 / 2 / 3 steps |",
