@@ -27,9 +27,9 @@ class Arguments:
     """Policy file to write."""
     steps: int = 1
     """Inner steps after which returns are compared."""
-    last: int = 10
+    last: int = 5
     """Checkpoints to compare, from the newest back."""
-    tasks: int = 40
+    tasks: int = 20
     """Validation tasks."""
     episodes: int = 20
     """Episodes a task."""

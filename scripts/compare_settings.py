@@ -35,7 +35,7 @@ class Arguments:
     out: Path
     """Folder for the runs."""
     settings: tuple[str, ...]
-    """Such as `preset trust_region.growth_steps=3 tasks=40,episodes=10`."""
+    """Such as `preset trust_region.growth_steps=3 tasks=40,episodes=10 stratified=False`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each setting."""
     iterations: int = 40
@@ -56,7 +56,11 @@ def flags_of(setting: str, seed: int, arguments: Arguments) -> list[str]:
         flags += ["--family-options", *arguments.family_options]
     for pair in [] if setting == "preset" else setting.split(","):
         key, _, value = pair.partition("=")
-        flags += [f"--{key.replace('_', '-')}", *value.split()]
+        if value == "False":  # a switch
+            section, dot, name = key.rpartition(".")
+            key = f"{section}{dot}no_{name}"
+        words = [] if value in ("True", "False") else value.split()
+        flags += [f"--{key.replace('_', '-')}", *words]
     return flags
 
 
@@ -93,8 +97,8 @@ def main(arguments: Arguments) -> int:
     steps = min(rows[-1]["env_steps"] for seeds in runs.values() for rows in seeds)
     print(
         f"| setting | core-minutes for {steps / 1e6:.1f}M env steps | return then, by seed | median"
-        f" | after {shortest:.1f} core-minutes, by seed | median | worst |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |"
+        f" | worst | after {shortest:.1f} core-minutes, by seed | median | worst |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     for setting, seeds in runs.items():
         within = [[row for row in rows if row["env_steps"] <= steps] for rows in seeds]
@@ -102,7 +106,7 @@ def main(arguments: Arguments) -> int:
         equal = [score(rows, shortest) for rows in seeds]
         cells = [
             f"`{setting}`", f"{np.mean(minutes[setting]):.1f}",
-            ", ".join(f"{x:.1f}" for x in full), f"{np.median(full):.1f}",
+            ", ".join(f"{x:.1f}" for x in full), f"{np.median(full):.1f}", f"{min(full):.1f}",
             ", ".join(f"{x:.1f}" for x in equal), f"{np.median(equal):.1f}", f"{min(equal):.1f}",
         ]  # fmt: skip
         print("| " + " | ".join(cells) + " |")

@@ -84,7 +84,8 @@ ROWS = {
         "half-cheetah-dir", "icml2017", 24e6, flags=("--meta.cosine",)
     ),
     "half-cheetah-vel-icml2017": Row("half-cheetah-vel", "icml2017", 32e6),
-    "navigation-2d-icml2017": Row("navigation-2d", "icml2017", 8e6),
+    # Episodes that end early take fewer env steps than the budget; here 8M, less on the ants.
+    "navigation-2d-icml2017": Row("navigation-2d", "icml2017", 8.64e6),
     "half-cheetah-dir-promp2019": Row(
         "half-cheetah-dir", "promp2019", 9.6e6, (310.0, None, 405.0), f"{PROMP}; learn2learn"
     ),
@@ -103,7 +104,6 @@ ROWS = {
         "half-cheetah-dir", "pearl2019", 40e6, flags=("--meta.cosine",)
     ),
     "half-cheetah-vel-pearl2019": Row("half-cheetah-vel", "pearl2019", 16e6),
-    # Episodes that end early take fewer env steps than the budget.
     "ant-dir-icml2017": Row("ant-dir", "icml2017", 17.6e6, kept=36),
     "ant-vel-icml2017": Row("ant-vel", "icml2017", 17.6e6, kept=36),
 }

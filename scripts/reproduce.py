@@ -92,9 +92,11 @@ def flags_of(row: Row, arguments: Arguments, algorithm: str = "maml-trpo") -> li
 def choose(folder: Path, last: int) -> dict[str, Any]:
     """Return the best of the newest checkpoints by its return on validation tasks."""
     store = folder / "chosen.json"
-    if not store.exists():
+    newest = sorted((folder / "checkpoints").glob("*.safetensors"))[-last:]
+    known = json.loads(store.read_text())["compared"] if store.exists() else []
+    if [Path(one["checkpoint"]).name for one in known] != [path.name for path in newest]:
         found = []
-        for path in sorted((folder / "checkpoints").glob("*.safetensors"))[-last:]:
+        for path in newest:
             result = metarl.evaluate(path, tasks=20, steps=1, split="validation")
             found.append({"checkpoint": path.name, "return": result.curve.returns[1]})
         best = max(found, key=lambda one: one["return"]) | {"compared": found}
@@ -102,6 +104,18 @@ def choose(folder: Path, last: int) -> dict[str, Any]:
     best = json.loads(store.read_text())
     # A name alone: runs may be moved, and read from another working directory.
     return best | {"checkpoint": str(folder / "checkpoints" / Path(best["checkpoint"]).name)}
+
+
+def check_kept(path: Path, arguments: Arguments) -> None:
+    """Raise UserError if a new record would lack seeds or references of the one that is there."""
+    if not path.exists():
+        return
+    found = json.loads(path.read_text())
+    lost = sorted(set(found["seeds"]) - set(arguments.seeds))
+    if lost:
+        raise UserError(f"{path} also has seeds {lost}: give them to --seeds, or remove it first")
+    if "references" in found and not arguments.references:
+        raise UserError(f"{path} has references: give --references, or remove it first")
 
 
 def record(
@@ -181,6 +195,10 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
     recorded = arguments.env_steps is None and arguments.preset == Arguments.preset
     for name in arguments.rows:
         row = ROWS[name]
+        stem = f"{name}.{arguments.repeat}" if arguments.repeat else name
+        stored = DOCS / "records" / f"{stem}.json"
+        if recorded:
+            check_kept(stored, arguments)
         place = arguments.out / name
         place.mkdir(parents=True, exist_ok=True)
         folders = [place / f"seed-{seed}" for seed in arguments.seeds]
@@ -213,9 +231,8 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
         draw_training(name, found, place / "curves.png")
         print(table([found], {}))
         if recorded:
-            (DOCS / "records").mkdir(exist_ok=True)
-            stem = f"{name}.{arguments.repeat}" if arguments.repeat else name
-            write_atomically(DOCS / "records" / f"{stem}.json", text)
+            stored.parent.mkdir(exist_ok=True)
+            write_atomically(stored, text)
         if arguments.ship:
             middle = folders[arguments.seeds.index(found["median_seed"])]
             median = metarl.load(choose(middle, arguments.last)["checkpoint"])

@@ -10,22 +10,22 @@ from pathlib import Path
 
 from metarl.envs.errors import UserError
 from metarl.running.config import available_threads
+from metarl.running.metrics import read_metrics
 
 
 def train(folder: Path, flags: Sequence[str], jobs: int) -> None:
     """Run `metarl train` in a folder, or go on with the run there; its output is kept beside it.
 
     Args:
-        flags: of a new run, but for its folder and threads.
+        flags: of the run, --iterations among them, but for its folder and threads.
         jobs: trainings that share the processors.
 
     Raises:
-        UserError: it failed.
+        UserError: it failed; the run there has other options, or is longer.
     """
     threads = max(1, available_threads() // jobs)
-    begun = (folder / "config.json").exists()
-    where = ["--resume", str(folder)] if begun else [*flags, "--out", str(folder)]
-    command = [sys.executable, "-m", "metarl", "train", *where, "--threads", str(threads)]
+    where = ["--out", str(folder), "--resume", "auto", "--threads", str(threads)]
+    command = [sys.executable, "-m", "metarl", "train", *flags, *where]
     # A rank's script starts processes that are no ranks.
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     log = folder.with_name(f"{folder.name}.log")
@@ -33,3 +33,6 @@ def train(folder: Path, flags: Sequence[str], jobs: int) -> None:
     with open(log, "a") as file:
         if subprocess.run(command, stdout=file, stderr=file, env=alone).returncode:
             raise UserError(f"{' '.join(command)} failed; {log} says why")
+    wanted, done = int(flags[flags.index("--iterations") + 1]), len(read_metrics(folder))
+    if done > wanted:
+        raise UserError(f"{folder} has {done} iterations, not {wanted}: choose another --out")

@@ -95,6 +95,10 @@ def test_adapt_record_plot_and_report(tmp_path, capsys):
     told = events.Scalars("adaptation/return_after_steps")
     assert [e.step for e in told] == [0, 1]
     assert [e.value for e in told] == pytest.approx(stored["returns"])
+    # Figures of several seeds are not this run's own.
+    assert run("report", "run-0", *small) == 0
+    stored = json.loads(evaluation.read_text())
+    assert (stored["name"], stored["seeds"]) == ("run-0", [0])
     # The report takes what is there, and makes what is not.
     assert run("report", "run-0") == 0
     assert json.loads(evaluation.read_text()) == stored
@@ -128,12 +132,13 @@ def test_without_gl_all_but_the_video_is_reported(tmp_path, monkeypatch, capsys)
 
 
 def test_hyper_parameters_and_config_are_in_tensorboard(tmp_path):
-    assert run("train", "navigation-2d", *SMALL, "--iterations", "1", "--out", "run") == 0
+    flags = [*SMALL, "--trust-region.max-kl", "0.03", "--iterations", "1", "--out", "run"]
+    assert run("train", "navigation-2d", *flags) == 0
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert "config/text_summary" in events.Tags()["tensors"]
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     told = HParamsPluginData.FromString(content).session_start_info.hparams
-    assert told["trust_region.max_kl"].number_value == 0.01
+    assert told["trust_region.max_kl"].number_value == 0.03
     assert told["policy.hidden"].string_value == "[8]"
     assert told["algorithm"].string_value == "maml-trpo"
 

@@ -15,6 +15,7 @@ from metarl.commands.arguments import check_suffix
 from metarl.commands.policy_commands import film, results_folder
 from metarl.envs.errors import UserError
 from metarl.running.config import default_workers
+from metarl.running.tables import counted
 
 if TYPE_CHECKING:
     from metarl.learning.ranks import Ranks
@@ -144,7 +145,7 @@ def evaluate(command: Evaluate) -> int:
     samples = f"{command.episodes} episodes of {setting.get('horizon')} steps each"
     if "support" in setting:
         samples = f"{setting['support']} examples each to adapt to"
-    print(f"{setting['family']}{options}: {command.tasks} held-out tasks, {samples}\n")
+    print(f"{setting['family']}{options}: {counted(setting['tasks'])}, {samples}\n")
     if command.per_task:
         print(f"{result.task_table()}\n")
     print(f"{result.table()}\n\n{result.verdicts()}")
@@ -223,7 +224,9 @@ def report(command: Report) -> int:
         fresh = found["trained"] == trained
         has = {"tasks": len(found["tasks"]), "steps": len(found["returns"]) - 1}
         has["episodes"] = found.get("episodes", asked.get("episodes"))
-        usable = fresh and all(has[key] == value for key, value in asked.items())
+        # One of several seeds together is not this run's own.
+        alone = len(found["seeds"]) == 1
+        usable = fresh and alone and all(has[key] == value for key, value in asked.items())
     if not usable or len(command.what) > 1:
         threads, workers = command.threads, default_workers()
         _evaluate(command.what, folder, threads=threads, workers=workers, **asked)

@@ -21,7 +21,7 @@ from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.ranks import ALONE, Ranks
 from metarl.running.config import available_threads
 from metarl.running.loading import load
-from metarl.running.meta_policy import MetaPolicy, random_meta_policy
+from metarl.running.meta_policy import MetaPolicy, check_step_sizes, random_meta_policy
 from metarl.running.policy_evaluation import PolicyProtocol, Sizes
 from metarl.running.presets import reference_step_sizes
 from metarl.running.results import EvaluationResult
@@ -192,9 +192,8 @@ def evaluate(
         raise UserError(f"split must be 'test' or 'validation', got {split!r}")
     if not (math.isfinite(scratch_learning_rate) and scratch_learning_rate > 0.0):
         raise UserError(f"scratch_learning_rate must be positive, got {scratch_learning_rate}")
-    for size in (*(step_sizes or ()), *(random_step_sizes or ()), *(pretrained_step_sizes or ())):
-        if not (math.isfinite(size) and size > 0.0):
-            raise UserError(f"step sizes must be positive, got {size}")
+    for sizes in (step_sizes, random_step_sizes, pretrained_step_sizes):
+        check_step_sizes(sizes)
     family, config = first.source, first.config
     if isinstance(family, SupervisedFamily) and (deterministic or episodes != EPISODES):
         key = "deterministic" if deterministic else "episodes"

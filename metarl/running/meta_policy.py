@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,11 +45,20 @@ from metarl.sampling.rollouts import Address
 from metarl.sampling.seeding import stream
 
 
+def check_step_sizes(sizes: Sequence[float] | None) -> None:
+    """Raise UserError unless these are positive numbers, one for each step; none are fine."""
+    if isinstance(sizes, (int, float)):
+        raise UserError(f"step sizes are one for each step, such as ({sizes:g},), got {sizes!r}")
+    for size in sizes or ():
+        if not (math.isfinite(size) and size > 0.0):
+            raise UserError(f"step sizes must be positive, got {size}")
+
+
 @dataclass(frozen=True)
 class MetaPolicy:
     """Meta-parameters, how they adapt, and where they come from."""
 
-    params: Params
+    params: Params = field(repr=False)
     """Meta-parameters by name, float32, not stacked: the network's, such as `layer0.weight`
     [inputs, outputs], and learned step sizes or the fitted factor of step sizes, if any."""
     config: Config
@@ -106,6 +116,7 @@ class MetaPolicy:
         The step sizes are those given, else the config's for evaluation, else those learned, else
         those of training.
         """
+        check_step_sizes(step_sizes)
         given = tuple(step_sizes or self.config.inner.test_step_sizes)
         adapter = make_adapter(self.algorithm, self.config, self.model)
         params = dict(self.params)

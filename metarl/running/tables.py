@@ -100,6 +100,14 @@ def as_text(found: Sequence[Table]) -> str:
     )
 
 
+def counted(tasks: Sequence[Sequence[float]]) -> str:
+    """Return how many tasks were evaluated on; a family of few has them repeated."""
+    different = len({tuple(task) for task in tasks})
+    if different == len(tasks):
+        return f"{different} held-out tasks"
+    return f"{different} tasks, repeated to {len(tasks)}"
+
+
 def _cells(
     means: Sequence[float | None], intervals: Sequence[Sequence[float | None]], digits: int
 ) -> list[str]:

@@ -16,7 +16,7 @@ from metarl.running.checkpoints import machine, versions
 from metarl.running.diagnosis import findings
 from metarl.running.files import write_atomically
 from metarl.running.metrics import read_metrics
-from metarl.running.tables import tables
+from metarl.running.tables import counted, tables
 from metarl.showing.videos import to_webm
 
 _STYLE = """
@@ -132,9 +132,12 @@ def _setting(evaluation: Mapping[str, Any]) -> str:
             f"{evaluation['episodes']} episodes of {evaluation['horizon']} steps for each inner"
             " step and each return"
         )
+    how = ", drawn at random," if evaluation.get("drawn") else ""
+    if evaluation.get("deterministic"):
+        how += " by mean actions"
     text = (
         f"{evaluation['algorithm']} on {evaluation['family']}{options}{after};"
-        f" evaluated on {len(evaluation['tasks'])} held-out tasks with {samples}."
+        f" evaluated on {counted(evaluation['tasks'])}{how} with {samples}."
         " Behind ± stands half the 95 % bootstrap interval over tasks."
     )
     return f"<p>{html.escape(text)}</p>"
