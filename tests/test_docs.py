@@ -18,6 +18,7 @@ import metarl
 from metarl.commands import cli
 from metarl.commands.cli import main
 from metarl.envs import family_names, registry
+from metarl.envs.errors import UserError
 from metarl.envs.registry import data_names, option_defaults
 from metarl.learning.algorithms import ALGORITHMS
 
@@ -205,3 +206,27 @@ def test_records_are_of_their_rows_and_the_page_is_written_from_them(monkeypatch
     shutil.copytree(ROOT / "docs" / "records", tmp_path / "records")
     shutil.copy(ROOT / "docs" / "results.md", tmp_path)
     assert reproduce.write_docs(tmp_path) == TEXTS["docs/results.md"]
+
+
+def test_a_script_goes_on_with_a_run_only_under_its_own_options(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    train = importlib.import_module("trainings").train
+    flags = ["navigation-2d", "--tasks", "2", "--episodes", "2", "--family-options", "horizon=5"]
+    train(tmp_path / "run", [*flags, "--iterations", "2"], 1)
+    train(tmp_path / "run", [*flags, "--iterations", "3"], 1)
+    with pytest.raises(UserError, match="has 3 iterations, not 2: choose another --out"):
+        train(tmp_path / "run", [*flags, "--iterations", "2"], 1)
+    with pytest.raises(UserError, match=r"failed; .*run\.log says why"):
+        train(tmp_path / "run", [*flags, "--iterations", "3", "--seed", "1"], 1)
+    assert "seed is 0, not 1" in (tmp_path / "run.log").read_text()
+
+
+def test_a_record_keeps_its_seeds_and_references(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    reproduce = importlib.import_module("reproduce")
+    path = ROOT / "docs" / "records" / "navigation-2d-icml2017.json"
+    with pytest.raises(UserError, match=r"also has seeds \[1, 2, 3, 4\]: give them to --seeds"):
+        reproduce.check_kept(path, reproduce.Arguments(seeds=(0,), references=True))
+    with pytest.raises(UserError, match="has references: give --references"):
+        reproduce.check_kept(path, reproduce.Arguments(seeds=tuple(range(5))))
+    reproduce.check_kept(path, reproduce.Arguments(seeds=tuple(range(6)), references=True))
