@@ -35,26 +35,23 @@ class Arguments:
     """Episodes a task."""
 
 
+def validation_return(path: Path, *, steps: int = 1, tasks: int = 20, episodes: int = 20) -> float:
+    """Return what a checkpoint earns after so many inner steps on validation tasks."""
+    result = metarl.evaluate(path, tasks=tasks, episodes=episodes, steps=steps, split="validation")
+    return result.curve.returns[-1]
+
+
 def main(arguments: Arguments) -> None:
-    best = None
-    found = sorted((arguments.run / "checkpoints").glob("*.safetensors"))[-arguments.last :]
-    for path in found:
-        meta_policy = metarl.load(path)
-        result = metarl.evaluate(
-            meta_policy,
-            tasks=arguments.tasks,
-            episodes=arguments.episodes,
-            steps=arguments.steps,
-            split="validation",
-        )
-        score = result.curve.returns[-1]
-        print(f"{path.stem}: {score:.1f} after {arguments.steps} steps, validation tasks")
-        if best is None or score > best[0]:
-            best = score, path, meta_policy
-    if best is None:
+    options = {key: getattr(arguments, key) for key in ("steps", "tasks", "episodes")}
+    scores: dict[Path, float] = {}
+    for path in sorted((arguments.run / "checkpoints").glob("*.safetensors"))[-arguments.last :]:
+        scores[path] = validation_return(path, **options)
+        print(f"{path.stem}: {scores[path]:.1f} after {arguments.steps} steps, validation tasks")
+    if not scores:
         raise SystemExit(f"{arguments.run} holds no checkpoints")
-    best[2].save(arguments.out)
-    print(f"saved {best[1].stem} as {arguments.out}")
+    best = max(scores, key=scores.__getitem__)
+    metarl.load(best).save(arguments.out)
+    print(f"saved {best.stem} as {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ stopped anywhere, the same command goes on where it was.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from trainings import train
+from trainings import train_all
 
 from metarl.commands.errors import exit_code
 from metarl.running.metrics import read_metrics
@@ -77,17 +76,13 @@ def main(arguments: Arguments) -> int:
         setting: [arguments.out / f"{setting}-{seed}" for seed in arguments.seeds]
         for setting in arguments.settings
     }
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        # Seeds outside, settings inside: what is not yet done lacks seeds, not settings.
-        trainings = [
-            pool.submit(
-                train, folders[setting][i], flags_of(setting, seed, arguments), arguments.jobs
-            )
-            for i, seed in enumerate(arguments.seeds)
-            for setting in arguments.settings
-        ]
-        for training in trainings:
-            training.result()
+    # Seeds outside, settings inside: what is not yet done lacks seeds, not settings.
+    wanted = {
+        folders[setting][i]: flags_of(setting, seed, arguments)
+        for i, seed in enumerate(arguments.seeds)
+        for setting in arguments.settings
+    }
+    train_all(wanted, arguments.jobs)
     runs = {setting: [read_metrics(f) for f in folders[setting]] for setting in folders}
     minutes = {
         setting: [sum(row["seconds_processor"] for row in rows) / 60.0 for rows in seeds]

@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from choose_policy import validation_return
 from records import DOCS, ROWS, Row, draw_training, table, write_docs
-from trainings import train
+from trainings import train_all
 
 import metarl
 from metarl import MetaPolicy
@@ -95,10 +95,7 @@ def choose(folder: Path, last: int) -> dict[str, Any]:
     newest = sorted((folder / "checkpoints").glob("*.safetensors"))[-last:]
     known = json.loads(store.read_text())["compared"] if store.exists() else []
     if [Path(one["checkpoint"]).name for one in known] != [path.name for path in newest]:
-        found = []
-        for path in newest:
-            result = metarl.evaluate(path, tasks=20, steps=1, split="validation")
-            found.append({"checkpoint": path.name, "return": result.curve.returns[1]})
+        found = [{"checkpoint": path.name, "return": validation_return(path)} for path in newest]
         best = max(found, key=lambda one: one["return"]) | {"compared": found}
         write_atomically(store, json.dumps(best, indent=2).encode())
     best = json.loads(store.read_text())
@@ -219,10 +216,8 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
                 for folder, seed in zip(paths, seeds[key], strict=True)
             }
         own = list(wanted.items())[ranks.rank :: ranks.size]
-        with ranks.agreeing(), ThreadPoolExecutor(arguments.jobs) as pool:
-            trainings = [pool.submit(train, folder, flags, arguments.jobs) for folder, flags in own]
-            for training in trainings:
-                training.result()
+        with ranks.agreeing():
+            train_all(dict(own), arguments.jobs)
         if not ranks.is_main:
             continue
         found = record(name, row, folders, references, arguments)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from metarl.envs.errors import UserError
@@ -36,3 +38,24 @@ def train(folder: Path, flags: Sequence[str], jobs: int) -> None:
     wanted, done = int(flags[flags.index("--iterations") + 1]), len(read_metrics(folder))
     if done > wanted:
         raise UserError(f"{folder} has {done} iterations, not {wanted}: choose another --out")
+
+
+def train_all(wanted: Mapping[Path, Sequence[str]], jobs: int) -> None:
+    """Train in each folder with its flags, so many at a time; see `train`.
+
+    Raises:
+        UserError: one failed. Those that run end first, and no other begins.
+    """
+    failed = threading.Event()
+
+    def one(folder: Path, flags: Sequence[str]) -> None:
+        if failed.is_set():
+            return
+        try:
+            train(folder, flags, jobs)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, wanted.keys(), wanted.values()))

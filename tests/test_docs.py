@@ -210,7 +210,8 @@ def test_records_are_of_their_rows_and_the_page_is_written_from_them(monkeypatch
 
 def test_a_script_goes_on_with_a_run_only_under_its_own_options(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    train = importlib.import_module("trainings").train
+    trainings = importlib.import_module("trainings")
+    train = trainings.train
     flags = ["navigation-2d", "--tasks", "2", "--episodes", "2", "--family-options", "horizon=5"]
     train(tmp_path / "run", [*flags, "--iterations", "2"], 1)
     train(tmp_path / "run", [*flags, "--iterations", "3"], 1)
@@ -219,6 +220,11 @@ def test_a_script_goes_on_with_a_run_only_under_its_own_options(monkeypatch, tmp
     with pytest.raises(UserError, match=r"failed; .*run\.log says why"):
         train(tmp_path / "run", [*flags, "--iterations", "3", "--seed", "1"], 1)
     assert "seed is 0, not 1" in (tmp_path / "run.log").read_text()
+    # Nothing is begun after a failure.
+    wanted = {tmp_path / name: [*flags, "--iterations", "2"] for name in ("run", "next")}
+    with pytest.raises(UserError, match="choose another --out"):
+        trainings.train_all(wanted, 1)
+    assert not (tmp_path / "next").exists()
 
 
 def test_a_record_keeps_its_seeds_and_references(monkeypatch):
