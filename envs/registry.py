@@ -103,11 +103,6 @@ def find_family(name: str, **options: Any) -> Family:
         UserError: the name or an option is unknown, or the options do not make a family.
     """
     factory = _find(name)
-    if factory is None:
-        hint = did_you_mean(name, [*family_names(), *data_names()])
-        if os.path.exists(f"{name}.py"):
-            hint = f"; a family in {name}.py is {name}:ITS_NAME"
-        raise UserError(f"no task family {name!r}{hint} (metarl families lists them)")
     if not isinstance(factory, Family) and not callable(factory):
         raise UserError(
             f"{name} must be a TaskFamily or a function that returns one,"
@@ -148,13 +143,17 @@ def import_source(name: str) -> None:
     """Import what a family's name stands for, as `make_family` does, and make nothing of it.
 
     Raises:
-        UserError: it cannot be imported.
+        UserError: there is none of that name, or it cannot be imported.
     """
     _find(name)
 
 
 def option_defaults(name: str) -> dict[str, Any]:
-    """Return the options that a family's name takes and their defaults, {} if it is not known."""
+    """Return the options that a family's name takes and their defaults.
+
+    Raises:
+        UserError: there is none of that name, or it cannot be imported.
+    """
     factory = _find(name)
     return _parameters(factory) if callable(factory) else {}
 
@@ -189,12 +188,17 @@ def _offered() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def _find(name: str) -> Any:
-    """Return the family or factory of a name, None if there is none."""
+    """Return the family or factory of a name; raise UserError if there is none."""
     if ":" in name:
         return _import_attribute(name)
     ours = _data_sets.get(name) or _factories.get(name)
-    if ours is not None or (point := _offered().get(name)) is None:
+    if ours is not None:
         return ours
+    if (point := _offered().get(name)) is None:
+        hint = did_you_mean(name, [*family_names(), *data_names()])
+        if os.path.exists(f"{name}.py"):
+            hint = f"; a family in {name}.py is {name}:ITS_NAME"
+        raise UserError(f"no task family {name!r}{hint} (metarl families lists them)")
     try:
         return point.load()
     except (ImportError, AttributeError) as error:

@@ -632,7 +632,7 @@ def test_one_huge_gradient_is_bounded_and_counted():
 def test_ten_rewards_that_are_nan_stop_with_the_last_good_state(tmp_path, monkeypatch):
     family = replace(counting_family(), env=Poisoned)
     monkeypatch.setattr("metarl.running.trainer.find_family", lambda *_, **__: family)
-    config = replace(TINY, family="counting", family_options={}, iterations=12)
+    config = replace(TINY, iterations=12)
     monkeypatch.setattr("test_trainer.bad_above", 100.0)
     meta = train(replace(config, iterations=1), tmp_path / "run")
     monkeypatch.setattr("test_trainer.bad_above", 0.0)

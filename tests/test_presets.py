@@ -83,6 +83,12 @@ def test_options_of_the_family_join_the_presets_and_its_scale_decides():
     assert resolve(None, "half-cheetah-dir", overrides=balanced).family_options["balanced"]
 
 
+@pytest.mark.parametrize("preset", [None, "metarl2026"])
+def test_unknown_families_are_refused_by_name(preset):
+    with pytest.raises(UserError, match="no task family 'half-cheeta-dir'; did you mean 'half-ch"):
+        resolve(preset, "half-cheeta-dir")
+
+
 def test_unknown_keys_are_refused_by_name():
     with pytest.raises(UserError, match=r"no config key 'inner.step_size'; did you mean 'inner.st"):
         resolve(None, "navigation-2d", overrides={"inner.step_size": (0.1,)})

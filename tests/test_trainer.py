@@ -229,7 +229,7 @@ bad_above = 0.0
 def poisoned_config(tmp_path, monkeypatch) -> Config:
     family = dataclasses.replace(counting_family(), env=Poisoned)
     monkeypatch.setattr("metarl.running.trainer.find_family", lambda *_, **__: family)
-    return small(family="counting", family_options={}, iterations=20)
+    return small(iterations=20)
 
 
 def test_rewards_that_are_not_numbers_skip_the_update(tmp_path, monkeypatch):
@@ -361,7 +361,7 @@ def test_an_environment_of_ones_own_that_raises_shows_its_traceback(tmp_path, mo
     family = dataclasses.replace(counting_family(), env=Broken)
     monkeypatch.setattr("metarl.running.trainer.find_family", lambda *_, **__: family)
     with pytest.raises(ZeroDivisionError, match="mine"):
-        train(small(family="counting", family_options={}), tmp_path / "run")
+        train(small(), tmp_path / "run")
     assert not (tmp_path / "run").exists()  # so that the same command works once it is mended
     assert isinstance(family.make(), gym.Env)
 

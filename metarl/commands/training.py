@@ -17,14 +17,7 @@ import tyro
 
 from metarl.commands.arguments import peek, said
 from metarl.envs.errors import UserError
-from metarl.envs.registry import (
-    data_names,
-    family_names,
-    find_family,
-    make_family,
-    option_defaults,
-    parse_options,
-)
+from metarl.envs.registry import data_names, make_family, option_defaults, parse_options
 from metarl.learning.ranks import LIMIT_SECONDS, Ranks, joined
 from metarl.running.config import Config, config_keys, default_workers
 from metarl.running.presets import resolve, usual_preset
@@ -138,8 +131,6 @@ def _family_flags(arguments: Sequence[str]) -> list[str]:
 
 def _starting_config(arguments: Sequence[str], *, family: str, preset: str = "") -> Config:
     family = next((a for a in arguments[:1] if not a.startswith("-")), family)
-    if family and family not in (*family_names(), *data_names()) and ":" not in family:
-        find_family(family)  # raises, with the nearest name
     algorithm = peek(arguments, "--algorithm") or "maml-trpo"
     named = peek(arguments, "--preset") or preset or usual_preset(family)
     return resolve(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metarl.envs.errors import UserError, did_you_mean
-from metarl.envs.registry import option_defaults, training_values
+from metarl.envs.registry import import_source, option_defaults, training_values
 from metarl.learning.algorithms import Algorithm, find_algorithm
 from metarl.running.config import Config, check_type, config_keys
 
@@ -174,9 +174,11 @@ def resolve(
             mapping that is added to the preset's.
 
     Raises:
-        UserError: there is no such preset, algorithm or key, a value is out of range, or the preset
-            is not for this kind of family.
+        UserError: there is no such family, preset, algorithm or key, a value is out of range, or
+            the preset is not for this kind of family.
     """
+    if family:  # a command's help may have none yet
+        import_source(family)
     row = find_algorithm(algorithm)
     said = dict(overrides or {})
     options = dict(said.pop("family_options", {}))
@@ -196,7 +198,8 @@ def _preset_values(name: str | None, family: str, given: Mapping[str, Any]) -> C
     if preset.supervised != bool(usual):
         kind = "supervised tasks" if preset.supervised else "reinforcement learning"
         raise UserError(f"preset {name} is for {kind}, which {family} is not: leave it out")
-    options = {"scale": preset.scale} if "scale" in option_defaults(family) else {}
+    takes_scale = bool(family) and "scale" in option_defaults(family)
+    options = {"scale": preset.scale} if takes_scale else {}
     options |= given
     config = Config(family=family, preset=name, family_options=options)
     at_scale = preset.scales.get(str(options.get("scale")), {})
