@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,13 @@ ROWS = {
     "ant-dir-icml2017": Row("ant-dir", "icml2017", 17.6e6, kept=36),
     "ant-vel-icml2017": Row("ant-vel", "icml2017", 17.6e6, kept=36),
 }
-PICTURED = ("half-cheetah-dir-icml2017", "half-cheetah-vel-icml2017", "navigation-2d-icml2017")
+PICTURED = (
+    "half-cheetah-dir-icml2017",
+    "half-cheetah-vel-icml2017",
+    "navigation-2d-icml2017",
+    "ant-dir-icml2017",
+    "ant-vel-icml2017",
+)
 
 
 def draw_training(name: str, found: dict[str, Any], path: Path) -> None:
@@ -139,10 +146,14 @@ STYLES = {
 
 def draw_references(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw policies and references against inner steps, beside those of Finn et al. 2017."""
-    figure = Figure(figsize=(4.2 * len(records), 4.4), layout="constrained")
+    columns = min(3, len(records))
+    rows = math.ceil(len(records) / columns)
+    figure = Figure(figsize=(4.2 * columns, 0.8 + 3.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(records), squeeze=False)[0]
-    for axes, one in zip(panels, records, strict=True):
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat[len(records) :]:
+        axes.axis("off")
+    for axes, one in zip(panels.flat, records, strict=False):
         family = ROWS[one["row"]].family
         for name, (colour, marker) in STYLES.items():
             here, there = one["references"][name]["returns"], PUBLISHED[family][name]
@@ -155,8 +166,9 @@ def draw_references(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("inner steps (20 episodes each)")
         axes.set_xticks(range(4))
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("return, mean of 40 held-out tasks")
-    handles, labels = panels[0].get_legend_handles_labels()
+    for axes in panels[:, 0]:
+        axes.set_ylabel("return, mean of 40 held-out tasks")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
 
