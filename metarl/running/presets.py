@@ -177,7 +177,8 @@ def resolve(
         UserError: there is no such family, preset, algorithm or key, a value is out of range, or
             the preset is not for this kind of family.
     """
-    if family:  # a command's help may have none yet
+    # A command's help may have none yet, and a user's own file is imported where it is made.
+    if family and ":" not in family:
         import_source(family)
     row = find_algorithm(algorithm)
     said = dict(overrides or {})
