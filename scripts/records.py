@@ -39,6 +39,8 @@ class Row:
     """Further options of the trainings."""
     kept: int = 20
     """Checkpoints that a run keeps, about."""
+    last: int = 5
+    """Newest of them among which one is chosen on validation tasks."""
 
 
 FINN, PROMP = "Finn et al. 2017", "Rothfuss et al. 2019"
@@ -79,7 +81,8 @@ stored evaluation of the authors of arXiv:1703.03400. An oracle takes no step.""
 
 
 ROWS = {
-    "make-train": Row("half-cheetah-dir", "icml2017", 6.4e6),
+    # What `make train` leaves a user with is its last iterate.
+    "make-train": Row("half-cheetah-dir", "icml2017", 6.4e6, last=1),
     # Without a cosine a long run on direction falls again (docs/results.md).
     "half-cheetah-dir-icml2017": Row(
         "half-cheetah-dir", "icml2017", 24e6, flags=("--meta.cosine",)
@@ -180,10 +183,12 @@ def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any
         records: of the rows.
         repeats: further records of these rows, by "ROW.NAME".
     """
+    compared = [one for one in records if "references" in one]
     parts = (
         returns_of_rows(records),
         seeds_and_draws(records),
-        beside_references([one for one in records if "references" in one]),
+        beside_references(compared),
+        gaps_closed(compared),
         repeated(records, repeats),
         commands(records),
     )
@@ -215,14 +220,15 @@ def returns_of_rows(records: Sequence[dict[str, Any]]) -> list[str]:
 def seeds_and_draws(records: Sequence[dict[str, Any]]) -> list[str]:
     """Return the table of single seeds, drawn tasks and step sizes."""
     lines = [
-        "Returns after one step by seed, and on tasks drawn as in the papers (directions are"
-        " equally many there too):",
+        "Returns after one step by seed, and on drawn tasks in place of evenly spread ones (each"
+        " direction is equally often among both, so that there the evaluation is the same):",
         "",
         "| row | by seed, evenly spread tasks | drawn tasks, 0 / 1 / 2 / 3 steps | step sizes |",
         "| --- | --- | --- | --- |",
     ]
     for one in records:
-        drawn = " / ".join(both_means(one["drawn"]))
+        same = one["drawn"]["by_seed"] == one["even"]["by_seed"]
+        drawn = "the same" if same else " / ".join(both_means(one["drawn"]))
         sizes = ", ".join(f"{size:.3g}" for size in one["even"]["step_sizes"])
         lines.append(f"| `{one['row']}` | {by_seed(one)} | {drawn} | {sizes} |")
     return lines
@@ -233,8 +239,8 @@ def beside_references(compared: Sequence[dict[str, Any]]) -> list[str]:
     if not compared:
         return []
     lines = [
-        "Beside the references, with step sizes that one procedure chose for each of them on"
-        " validation tasks; ± half of a 95 % interval over tasks. MAML's lead is its return"
+        "Beside the references, with step sizes that one procedure chose for each of them, MAML"
+        " too, on validation tasks; ± half of a 95 % interval over tasks. MAML's lead is its return"
         " after one step minus the reference's, with a 95 % interval over tasks, paired; it"
         " says nothing of how seeds differ.",
         "",
@@ -261,16 +267,53 @@ def beside_references(compared: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def gaps_closed(compared: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table of how far policies go from random to oracle; no lines for no rows."""
+    if not compared:
+        return []
+    lines = [
+        "Gap closed: the share of the way from random before any step to the oracle that MAML goes"
+        " in one step. It is 1 for a policy as good as one that is told its task:",
+        "",
+        "| row | here | published |",
+        "| --- | --- | --- |",
+    ]
+    for one in compared:
+        here = {key: curve["returns"] for key, curve in one["references"].items()}
+        there = {key: published_of(ROWS[one["row"]], key) for key in here}
+        paper = gap_closed(there) if all(there.values()) else "none"
+        lines.append(f"| `{one['row']}` | {gap_closed(here)} | {paper} |")
+    return lines
+
+
+def gap_closed(returns: Mapping[str, Sequence[float]]) -> str:
+    """Return (adapted - random) / (oracle - random) after one step, of mean returns by policy.
+
+    Random is taken before any step; the oracle, which takes none, as its mean over all.
+    """
+    floor, ceiling = returns["random"][0], float(np.mean(returns["oracle"]))
+    return f"{(returns['MAML'][1] - floor) / (ceiling - floor):.2f}"
+
+
 def commands(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a list of the rows' commands, machines and versions."""
-    lines = ["Each row's command, machine and versions:", ""]
+    """Return a list of the commands that write the rows, and of the trainings they start."""
+    lines = ["Each row's command, and that of its trainings:", ""]
+    places: dict[str, list[str]] = {}
     for one in records:
+        name, seeds = one["row"], " ".join(map(str, one["seeds"]))
+        words = f"python scripts/reproduce.py {name} --seeds {seeds}"
+        if "references" in one:
+            words += " --references"
+            count = one["references"]["pretrained"]["seeds"]
+            if count > 1:
+                words += f" --reference-seeds {' '.join(map(str, range(count)))}"
+        lines.append(f"- `{words}`: `{one['command']}`")
         where = one["machine"]
         made = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
-        lines.append(
-            f"- `{one['command']}`; {where['processor']}, {where['cores']} cores"
-            f" ({where['torch_cpu']}); {made}"
-        )
+        place = f"{where['processor']}, {where['cores']} cores ({where['torch_cpu']}); {made}"
+        places.setdefault(place, []).append(f"`{name}`")
+    for place, names in places.items():
+        lines += ["", f"{', '.join(names) if len(places) > 1 else 'All'} on: {place}."]
     return lines
 
 

@@ -57,8 +57,6 @@ class Arguments:
     """Preset of the trainings. With another than the default nothing is recorded in docs."""
     env_steps: float | None = None
     """Budget of each seed; by default the row's. Another one is not recorded in docs."""
-    last: int = 5
-    """Newest checkpoints among which one is chosen on validation tasks."""
     ship: bool = False
     """Put the median seed's policy into metarl/trained, by the name of its row."""
     references: bool = False
@@ -123,7 +121,7 @@ def record(
     arguments: Arguments,
 ) -> dict[str, Any]:
     """Evaluate the chosen checkpoints and return the row's figures."""
-    chosen = [choose(folder, arguments.last) for folder in folders]
+    chosen = [choose(folder, row.last) for folder in folders]
     policies = [metarl.load(one["checkpoint"]) for one in chosen]
     even, drawn = (metarl.evaluate(policies, name=name, drawn=drawn) for drawn in (False, True))
     metrics = [read_metrics(folder) for folder in folders]
@@ -230,7 +228,7 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
             write_atomically(stored, text)
         if arguments.ship:
             middle = folders[arguments.seeds.index(found["median_seed"])]
-            median = metarl.load(choose(middle, arguments.last)["checkpoint"])
+            median = metarl.load(choose(middle, row.last)["checkpoint"])
             median.save(TRAINED / f"{name}.safetensors")
     if recorded and ranks.is_main:
         write_docs()
