@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
 import metarl
 from metarl.commands import cli
@@ -236,3 +237,28 @@ def test_a_record_keeps_its_seeds_and_references(monkeypatch):
     with pytest.raises(UserError, match="has references: give --references"):
         reproduce.check_kept(path, reproduce.Arguments(seeds=tuple(range(5))))
     reproduce.check_kept(path, reproduce.Arguments(seeds=tuple(range(6)), references=True))
+
+
+def test_the_commands_of_records_may_write_them(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    reproduce = importlib.import_module("reproduce")
+    commands = re.findall(r"python scripts/reproduce\.py ([^`\n]+)", TEXTS["docs/results.md"])
+    assert len(commands) >= len(reproduce.ROWS)
+    for words in commands:
+        given = tyro.cli(reproduce.Arguments, args=words.split())
+        for name in given.rows:
+            stem = f"{name}.{given.repeat}" if given.repeat else name
+            path = ROOT / "docs" / "records" / f"{stem}.json"
+            reproduce.check_kept(path, given)
+            record = json.loads(path.read_text())
+            assert list(given.seeds) == record["seeds"]
+            if given.references:
+                pretrained = record["references"]["pretrained"]["seeds"]
+                assert len(given.reference_seeds) == pretrained
+
+
+def test_the_gap_closed_is_a_share_of_the_way_to_the_oracle(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    records = importlib.import_module("records")
+    returns = {"MAML": (7.0, 70.0, 90.0), "random": (-50.0, 0.0), "oracle": (140.0, 160.0)}
+    assert records.gap_closed(returns) == "0.60"  # of the way from -50 to 150
