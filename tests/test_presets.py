@@ -83,6 +83,18 @@ def test_options_of_the_family_join_the_presets_and_its_scale_decides():
     assert resolve(None, "half-cheetah-dir", overrides=balanced).family_options["balanced"]
 
 
+def test_a_preset_may_differ_by_algorithm_and_a_family_by_more():
+    def sizes(family, algorithm, **overrides):
+        return resolve("metarl2026", family, algorithm, overrides).inner.step_sizes
+
+    assert sizes("half-cheetah-dir", "maml-trpo") == (0.1, 0.05)
+    assert sizes("half-cheetah-dir", "meta-sgd") == sizes("ant-vel", "maml++") == (1.0,)
+    assert sizes("half-cheetah-vel", "maml++") == (0.02, 0.01)
+    assert sizes("half-cheetah-dir", "meta-sgd", **{"inner.step_sizes": (0.3,)}) == (0.3,)
+    assert resolve("metarl2026", "half-cheetah-dir", "cavia").policy.output_scale == 1.0
+    assert resolve("metarl2026", "half-cheetah-dir").policy.output_scale == 0.1
+
+
 @pytest.mark.parametrize("preset", [None, "metarl2026"])
 def test_unknown_families_are_refused_by_name(preset):
     with pytest.raises(UserError, match="no task family 'half-cheeta-dir'; did you mean 'half-ch"):

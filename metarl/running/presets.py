@@ -19,8 +19,10 @@ class Preset:
 
     source: str
     values: Mapping[str, Any]
+    algorithms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What differs for an algorithm."""
     families: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What differs for a family."""
+    """What differs for a family, whatever the algorithm."""
     scale: str = ""
     """The family's scale, where it has one."""
     scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -55,7 +57,14 @@ PRESETS = {
             "advantage.trace": 0.95,
             "trust_region.max_kl": 0.05,
         },
-        {
+        # A small last layer weakens what a context changes, too far to learn it. Steps that are
+        # learned are not fitted to a KL: with so small a layer they have to begin larger.
+        algorithms={
+            "cavia": {"policy.output_scale": 1.0},
+            "maml++": {"inner.step_sizes": (1.0,)},
+            "meta-sgd": {"inner.step_sizes": (1.0,)},
+        },
+        families={
             # How far off the goal is shows in the size of the gradient, which one scale of the
             # advantages for all tasks keeps; the outer step has to become small in the end.
             "half-cheetah-vel": {
@@ -88,7 +97,7 @@ PRESETS = {
             "policy.activation": "relu",
             "inner.step_sizes": (0.1,),
         },
-        {
+        families={
             # The published policies: direction at iteration 100 of a run with max KL 0.02,
             # velocity at iteration 475 of one with 10 episodes.
             "half-cheetah-dir": {"trust_region.max_kl": 0.02},
@@ -183,7 +192,7 @@ def resolve(
     row = find_algorithm(algorithm)
     said = dict(overrides or {})
     options = dict(said.pop("family_options", {}))
-    config = dataclasses.replace(_preset_values(preset, family, options), algorithm=algorithm)
+    config = _preset_values(preset, family, algorithm, options)
     for section, values in row.defaults.items():
         config = _replaced(config, {f"{section}.{key}": value for key, value in values.items()})
     chosen = {**training_values(family).get(algorithm, {}), **said}
@@ -191,10 +200,13 @@ def resolve(
     return _replaced(config, _derived(config, row, chosen))
 
 
-def _preset_values(name: str | None, family: str, given: Mapping[str, Any]) -> Config:
+def _preset_values(
+    name: str | None, family: str, algorithm: str, given: Mapping[str, Any]
+) -> Config:
     usual = {k: v for k, v in training_values(family).items() if not isinstance(v, Mapping)}
     if name is None:
-        return _replaced(Config(family=family, family_options=given), usual)
+        config = Config(family=family, algorithm=algorithm, family_options=given)
+        return _replaced(config, usual)
     preset = find_preset(name)
     if preset.supervised != bool(usual):
         kind = "supervised tasks" if preset.supervised else "reinforcement learning"
@@ -202,9 +214,13 @@ def _preset_values(name: str | None, family: str, given: Mapping[str, Any]) -> C
     takes_scale = bool(family) and "scale" in option_defaults(family)
     options = {"scale": preset.scale} if takes_scale else {}
     options |= given
-    config = Config(family=family, preset=name, family_options=options)
-    at_scale = preset.scales.get(str(options.get("scale")), {})
-    own = {**preset.values, **at_scale, **preset.families.get(family, {})}
+    config = Config(family=family, preset=name, algorithm=algorithm, family_options=options)
+    own = {
+        **preset.values,
+        **preset.scales.get(str(options.get("scale")), {}),
+        **preset.algorithms.get(algorithm, {}),
+        **preset.families.get(family, {}),
+    }
     return _replaced(_replaced(config, usual), own)
 
 
