@@ -90,6 +90,7 @@ def test_a_preset_may_differ_by_algorithm_and_a_family_by_more():
     assert sizes("half-cheetah-dir", "maml-trpo") == (0.1, 0.05)
     assert sizes("half-cheetah-dir", "meta-sgd") == sizes("ant-vel", "maml++") == (1.0,)
     assert sizes("half-cheetah-vel", "maml++") == (0.02, 0.01)
+    assert sizes("half-cheetah-dir", "imaml") == (0.2,)  # half, as with any preset
     assert sizes("half-cheetah-dir", "meta-sgd", **{"inner.step_sizes": (0.3,)}) == (0.3,)
     assert resolve("metarl2026", "half-cheetah-dir", "cavia").policy.output_scale == 1.0
     assert resolve("metarl2026", "half-cheetah-dir").policy.output_scale == 0.1
