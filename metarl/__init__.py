@@ -9,10 +9,11 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from metarl.commands.interrupts import end_at_once, is_the_program
+from metarl.commands.interrupts import end_at_once, ignore_at_the_end, is_the_program
 
 if is_the_program():
     end_at_once()  # on Ctrl-C; imports take a second or two
+    ignore_at_the_end()
 
 # Without it MKL's results depend on where in memory an array lies, and so on the number of
 # threads. It is read at the process's first matrix product; an existing value is left alone.

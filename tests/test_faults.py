@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import itertools
 import json
 import os
 import random
@@ -347,10 +348,13 @@ def test_of_flipped_bits_no_other_row_is_lost_and_none_silently(tmp_path, whole,
     path = tmp_path / "metrics.jsonl"
     good = "".join(json.dumps(row) + "\n" for row in rows).encode()
     rng = random.Random(0)
-    for _ in range(600):
+    flips = [(rng.randrange(len(good) - 1), rng.randrange(8)) for _ in range(600)]
+    numbers = [found.end() for found in re.finditer(rb'"iteration": ', good)]
+    assert len(numbers) == len(rows)
+    flips += itertools.product(numbers, range(8))  # seldom hit, and the hardest: another iteration
+    for at, bit in flips:
         flipped = bytearray(good)
-        at = rng.randrange(len(good) - 1)
-        flipped[at] ^= 1 << rng.randrange(8)
+        flipped[at] ^= 1 << bit
         path.write_bytes(flipped)
         caplog.clear()
         found = read_metrics(tmp_path)

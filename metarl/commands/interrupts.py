@@ -5,6 +5,7 @@ Imported before all else, and so without anything heavy.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import glob
 import os
@@ -29,6 +30,15 @@ def end_at_once() -> None:
     out as some other error, or not at all. The same where the interpreter shuts down.
     """
     signal.signal(signal.SIGINT, _end)
+
+
+def ignore_at_the_end() -> None:
+    """Let Ctrl-C change nothing any more once all is done and Python takes itself apart.
+
+    It gives up its handlers then, and the exit code of a finished command would be lost. For the
+    program's first lines: what is registered first is called last.
+    """
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

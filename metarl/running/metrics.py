@@ -306,16 +306,25 @@ def _check(row: Any) -> None:
             raise ValueError(f"{name} is {value}")
     if type(row["iteration"]) is not int or type(row["env_steps"]) is not int:
         raise ValueError("iteration and env_steps must be whole numbers")
+    if row["iteration"] < 1:
+        raise ValueError(f"iteration is {row['iteration']}")
 
 
 def _increasing(lines: Sequence[_Line]) -> list[_Line]:
-    """Return the most lines whose iterations increase: one wrong number costs one line."""
+    """Return the most lines whose iterations increase: one wrong number costs one line.
+
+    Of two lines of one iteration the later one is right only where one is missing before it.
+    """
     ends: list[int] = []  # of the chains of 1, 2, ... lines, the smallest last iteration
     chains: list[list[_Line]] = []
     for line in lines:
-        at = bisect.bisect_left(ends, line.row["iteration"])
+        iteration = line.row["iteration"]
+        at = bisect.bisect_left(ends, iteration)
+        before = ends[at - 1] if at else 0
+        if ends[at : at + 1] == [iteration] and iteration == before + 1:
+            continue
         chain = [*(chains[at - 1] if at else []), line]
-        ends[at : at + 1], chains[at : at + 1] = [line.row["iteration"]], [chain]
+        ends[at : at + 1], chains[at : at + 1] = [iteration], [chain]
     return chains[-1] if chains else []
 
 
