@@ -123,9 +123,11 @@ class FewShotFamily(SupervisedFamily):
 
     def __post_init__(self) -> None:
         check_counts(self, "shots", "queries", "test_queries")
-        ways = (self.ways, self.ways) if isinstance(self.ways, int) else tuple(self.ways)
+        ways = tuple(self.ways) if isinstance(self.ways, Sequence) else (self.ways, self.ways)
         if len(ways) != 2 or not 2 <= ways[0] <= ways[1]:
-            raise UserError(f"{self.name}: ways must be at least 2, got {self.ways!r}")
+            raise UserError(
+                f"{self.name}: ways must be at least 2, or (fewest, most), got {self.ways!r}"
+            )
         images, labels = np.asarray(self.images), np.asarray(self.labels)
         if images.ndim not in (2, 3, 4) or labels.shape != images.shape[:1]:
             raise UserError(

@@ -36,6 +36,7 @@ from metarl.envs.vector import (
     Floats,
     TaskVectorEnv,
     describe_progress,
+    no_entry,
 )
 
 _FLATTENABLE = (
@@ -53,6 +54,17 @@ def is_image(space: gym.Space) -> bool:
     return (
         isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
     )
+
+
+def _stacked(values: Sequence[Any]) -> NDArray:
+    """Return an array [n, ...] of n values, of objects where their shapes differ."""
+    try:
+        return np.array(values)
+    except ValueError:
+        found = np.empty(len(values), object)
+        for i, value in enumerate(values):
+            found[i] = value
+        return found
 
 
 def _leaves(space: gym.Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -179,10 +191,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
             achieved[key] = np.zeros(self.num_envs)
             for i, info in zip(moved.tolist(), infos, strict=True):
                 if key not in info:
-                    raise UserError(
-                        f"{self.family.name}: achieved names {key!r}, but info has"
-                        f" {', '.join(map(repr, info)) or 'no entries'}"
-                    )
+                    raise no_entry(self.family, key, info)
                 achieved[key][i] = info[key]
         return achieved
 
@@ -395,7 +404,7 @@ class GymnasiumFamily(TaskFamily):
         assert self.reward is not None
         # What only some steps report has no place in an array of all.
         names = [name for name in infos[0] if all(name in info for info in infos)]
-        info = {name: np.array([info[name] for info in infos]) for name in names}
+        info = {name: _stacked([info[name] for info in infos]) for name in names}
         reward = np.asarray(self.reward(before, action, after, info, tasks), np.float64)
         if reward.shape != (len(tasks),):
             raise UserError(

@@ -34,7 +34,7 @@ def centre_of_mass(sim: Sim) -> Floats:
 
 def centre_of_mass_velocity(step: Step) -> Floats:
     """Forward velocity of the centre of mass at the new state, m/s; needs the same."""
-    return step.sim["sensordata"][:, 3]
+    return step.sim["sensordata"][:, 3].copy()  # the simulations' own memory
 
 
 def costs_and_bonus(

@@ -23,6 +23,7 @@ Factory = Callable[..., Family]
 ENTRY_POINTS = "metarl.families"
 _factories: dict[str, Factory] = {}
 _data_sets: dict[str, Factory] = {}
+_MORE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def register(factory: Factory) -> Factory:
@@ -120,7 +121,7 @@ def find_family(name: str, **options: Any) -> Family:
                 f"{name} needs {', '.join(missing)}: give --family-options, or a default; or it is"
                 " not the function that returns the family"
             )
-        for option in options:
+        for option in () if _takes_any(factory) else options:
             if option not in known:
                 takes = f"it takes {', '.join(known)}" if known else "it takes none"
                 raise UserError(
@@ -159,7 +160,13 @@ def option_defaults(name: str) -> dict[str, Any]:
 
 
 def _parameters(factory: Callable[..., Any]) -> dict[str, Any]:
-    return {name: p.default for name, p in inspect.signature(factory).parameters.items()}
+    parameters = inspect.signature(factory).parameters.items()
+    return {name: p.default for name, p in parameters if p.kind not in _MORE}
+
+
+def _takes_any(factory: Callable[..., Any]) -> bool:
+    kinds = [p.kind for p in inspect.signature(factory).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def parse_options(texts: Iterable[str]) -> dict[str, Any]:

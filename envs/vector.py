@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -27,6 +27,14 @@ def describe_progress(progress: Sequence[int], tasks: Floats) -> str:
     """Return "in step of task [9.8]" for a `TaskVectorEnv.progress` and tasks [num_envs, dim]."""
     _, phase, i = progress
     return f"in {PHASES[phase]}" + (f" of task {tasks[i].tolist()}" if i >= 0 else "")
+
+
+def no_entry(family: TaskFamily, key: str, info: Iterable[str]) -> UserError:
+    """Return the error of an entry that `achieved` names and an environment's info lacks."""
+    return UserError(
+        f"{family.name}: achieved names {key!r}, but info has"
+        f" {', '.join(map(repr, info)) or 'no entries'}"
+    )
 
 
 class TaskVectorEnv(VectorEnv):
@@ -180,10 +188,14 @@ class TaskVectorEnv(VectorEnv):
                 self._start(stand, [None] * len(stand))
         if ids is not None and not len(ids):
             self._reward = np.zeros(self.num_envs)
-            return self._observe(), self._reward, self._terminated, self._truncated, {}
+            ends = self._terminated.copy(), self._truncated.copy()
+            return self._observe(), self._reward, *ends, {}
         self._begun(STEP)
         with self._named():
             reward, terminated, truncated, diverged, info = self._advance(ids, actions)
+        for key in self.family.achieved.values():
+            if key not in info:
+                raise no_entry(self.family, key, info)
         self._elapsed[slice(None) if ids is None else ids] += 1
         now_truncated = self._elapsed >= self.family.horizon
         if truncated is not None:

@@ -87,14 +87,19 @@ def flags_of(row: Row, arguments: Arguments, algorithm: str = "maml-trpo") -> li
     ]  # fmt: skip
 
 
-def choose(folder: Path, last: int) -> dict[str, Any]:
+def choose(folder: Path, row: Row) -> dict[str, Any]:
     """Return the best of the newest checkpoints by its return on validation tasks."""
     store = folder / "chosen.json"
-    newest = sorted((folder / "checkpoints").glob("*.safetensors"))[-last:]
-    known = json.loads(store.read_text())["compared"] if store.exists() else []
-    if [Path(one["checkpoint"]).name for one in known] != [path.name for path in newest]:
-        found = [{"checkpoint": path.name, "return": validation_return(path)} for path in newest]
-        best = max(found, key=lambda one: one["return"]) | {"compared": found}
+    newest = sorted((folder / "checkpoints").glob("*.safetensors"))[-row.last :]
+    known = json.loads(store.read_text()) if store.exists() else {}
+    names = [Path(one["checkpoint"]).name for one in known.get("compared", [])]
+    steps = row.judged_after
+    if names != [path.name for path in newest] or known.get("steps", 1) != steps:
+        found = [
+            {"checkpoint": path.name, "return": validation_return(path, steps=steps)}
+            for path in newest
+        ]
+        best = max(found, key=lambda one: one["return"]) | {"steps": steps, "compared": found}
         write_atomically(store, json.dumps(best, indent=2).encode())
     best = json.loads(store.read_text())
     # A name alone: runs may be moved, and read from another working directory.
@@ -121,7 +126,7 @@ def record(
     arguments: Arguments,
 ) -> dict[str, Any]:
     """Evaluate the chosen checkpoints and return the row's figures."""
-    chosen = [choose(folder, row.last) for folder in folders]
+    chosen = [choose(folder, row) for folder in folders]
     policies = [metarl.load(one["checkpoint"]) for one in chosen]
     even, drawn = (metarl.evaluate(policies, name=name, drawn=drawn) for drawn in (False, True))
     metrics = [read_metrics(folder) for folder in folders]
@@ -228,7 +233,7 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
             write_atomically(stored, text)
         if arguments.ship:
             middle = folders[arguments.seeds.index(found["median_seed"])]
-            median = metarl.load(choose(middle, row.last)["checkpoint"])
+            median = metarl.load(choose(middle, row)["checkpoint"])
             median.save(TRAINED / f"{name}.safetensors")
     if recorded and ranks.is_main:
         write_docs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import re
 import sys
@@ -13,7 +14,15 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
-from metarl.envs import Finite, GymnasiumFamily, TaskFamily, Uniform, make_family, register
+from metarl.envs import (
+    Finite,
+    GymnasiumFamily,
+    TaskFamily,
+    Uniform,
+    check_task_family,
+    make_family,
+    register,
+)
 from metarl.envs.errors import UserError
 from metarl.envs.registry import family_names, parse_options
 
@@ -114,6 +123,7 @@ def _own_module(tmp_path, monkeypatch):
         "def gravity_family(low=5.0):\n"
         "    return GymnasiumFamily(name='pendulum', env='Pendulum-v1', set_task=put,\n"
         "        tasks=Uniform({'gravity': (low, 15.0)}), horizon=30)\n"
+        "def any_family(*more, **options):\n    return gravity_family(**options)\n"
     )
     # A user's own package of the name envs must not be found first.
     (tmp_path / "envs").mkdir()
@@ -125,6 +135,12 @@ def test_a_family_of_ones_own_is_found_by_module_and_attribute():
     family = make_family("tests_family_module:gravity_family", low=8.0)
     assert family.source == ("tests_family_module:gravity_family", {"low": 8.0})
     assert family.tasks.bounds()[0] == [8.0]
+
+
+def test_a_function_may_take_any_options():
+    family = make_family("tests_family_module:any_family", low=7.0)
+    assert family.tasks.bounds()[0] == [7.0]
+    assert make_family("tests_family_module:any_family").tasks.bounds()[0] == [5.0]
 
 
 def test_options_are_python_literals_or_strings():
@@ -393,6 +409,32 @@ def test_finished_episodes_stand_still_or_start_again_as_the_mode_says():
     assert np.abs(observation - start).max() < 2.0
     _, reward, _, truncated, _ = restarting.step(moves[4])
     assert reward.all()
+
+
+@pytest.mark.parametrize("name", ["half-cheetah-dir", "half-cheetah-vel", "ant-dir", "ant-vel"])
+def test_what_a_step_gives_is_the_callers_to_keep(name):
+    vector = make_family(name, scale="icml2017", horizon=3).make_vec(2, 1, autoreset_mode=DISABLED)
+    vector.reset(seed=0)
+    kept = []
+    for action in actions(4, 2, vector.single_action_space.shape[0]):
+        observation, reward, terminated, truncated, info = vector.step(action)
+        given = {"o": observation, "r": reward, "end": terminated, "cut": truncated, **info}
+        kept.append((given, {key: value.copy() for key, value in given.items()}))
+    vector.reset(seed=1)
+    for given, copies in kept:
+        for key, value in given.items():
+            np.testing.assert_array_equal(value, copies[key], err_msg=key)
+
+
+def test_what_achieved_names_must_be_told():
+    family = dataclasses.replace(make_family("navigation-2d"), achieved={"goal_x": "z_position"})
+    told = "navigation-2d: achieved names 'z_position', but info has 'x_position', 'y_position'"
+    (finding,) = check_task_family(family)[:1]
+    assert told in str(finding)
+    env = family.make()
+    env.reset(seed=0)
+    with pytest.raises(UserError, match=told):
+        env.step(np.zeros(2, np.float32))
 
 
 def test_misuse_of_a_vector_environment_is_told():

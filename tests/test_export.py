@@ -51,7 +51,10 @@ BOX = gym.spaces.Box(
     np.array([-0.5, -np.inf, 0.0], np.float32), np.array([2.0, np.inf, 1.0], np.float32)
 )
 IMAGE = (8, 14, 3)
+WHOLE = gym.spaces.Box(-2, 3, (3,), np.int32)
 CASES = {
+    "whole numbers": made(WHOLE),
+    "whole numbers, scale": made(WHOLE, action="scale"),
     "clip": made(BOX),
     "scale, normalized": made(BOX, action="scale", normalize=True),
     "context, relu": made(BOX, context=4, activation="relu"),

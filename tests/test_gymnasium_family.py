@@ -209,6 +209,28 @@ def test_a_task_may_change_the_environment_and_its_reward():
     assert env.unwrapped.g == env.step(np.zeros(1, np.float32))[1] == 7.5
 
 
+class Ragged(PendulumEnv):
+    """Tells what has another shape in every environment."""
+
+    def step(self, action):
+        *rest, _ = super().step(action)
+        return *rest, {"seen": np.zeros(int(self.g)), "speed": float(self.state[1])}
+
+
+def test_a_reward_reads_what_has_one_shape_beside_what_has_none():
+    def put(env, task):
+        env.g = task[0]
+
+    def pay(before, action, after, info, task):
+        assert info["speed"].dtype == np.float64
+        return np.array([len(seen) for seen in info["seen"]])
+
+    vector = pendulum(env=Ragged, set_task=put, reward=pay).make_vec(2, 1)
+    vector.set_tasks([[5.0], [7.0]])
+    vector.reset(seed=0)
+    assert vector.step(np.zeros((2, 1), np.float32))[1].tolist() == [5.0, 7.0]
+
+
 # The environment's own way ------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import double_params
 from torch.distributions import Independent, Normal, kl_divergence
 
-from metarl.learning.networks import flatten, stack, tanh, unflatten
+from metarl.learning.networks import affine, flatten, stack, tanh, unflatten
 from metarl.learning.policies import CategoricalMLP, GaussianMLP
 
 
@@ -27,6 +27,19 @@ def two_dists(small_policy):
         small_policy.distribution(stack(double_params(small_policy, seed), 2), observation)
         for seed in (1, 2)
     ]
+
+
+@pytest.mark.parametrize("sizes", [(1, 64), (64, 1), (1, 1), (64, 64), (17, 6)])
+@pytest.mark.parametrize("samples", [1, 20])
+def test_in_sampling_a_task_alone_has_the_bits_that_it_has_among_others(sizes, samples):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    x, weight, bias = draw(7, samples, sizes[0]), draw(7, *sizes), draw(7, sizes[1])
+    with torch.inference_mode():
+        together = affine(x, weight, bias)
+        for t in range(7):
+            own = slice(t, t + 1)
+            assert torch.equal(affine(x[own], weight[own], bias[own]), together[own])
 
 
 def test_log_prob_and_kl_match_torch_distributions(small_policy, two_dists):

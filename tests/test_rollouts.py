@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import gymnasium as gym
 import numpy as np
@@ -83,6 +84,25 @@ def test_results_are_bit_identical_at_any_number_of_threads(name):
             assert torch.equal(getattr(results[0], name), getattr(other, name))
 
 
+class Homebound(CountingEnv):
+    """Steps only in the thread that made it, as what holds an OpenGL context does."""
+
+    def __init__(self):
+        self.home = threading.get_ident()
+
+    def step(self, action):
+        assert threading.get_ident() == self.home
+        return super().step(action)
+
+
+def test_environments_of_python_stay_in_the_thread_that_made_them(pool):
+    family = dataclasses.replace(counting_family(), env=Homebound)
+    policy = GaussianMLP(observation_dim=1, action_dim=1, hidden=(4,))
+    collector = Collector(family, policy, 3, 2, pool)
+    rollout = collector.collect(per_task_params(policy, 3), np.full((3, 1), 4.0), Address(0))
+    assert rollout.valid.sum(dim=2).tolist() == [[4, 4]] * 3
+
+
 def test_one_environment_alone_gives_what_the_vector_gives(pool):
     family = make_family("half-cheetah-dir", horizon=5)
     params = POLICY.init(np.random.default_rng(0))
@@ -156,6 +176,13 @@ def test_actions_are_clipped_or_scaled_to_the_bounds():
     action = np.float32([[0.5, 0.5], [-3.0, 3.0]])
     np.testing.assert_allclose(env_action(action, space, "clip"), [[0.5, 0.5], [-2.0, 1.0]])
     np.testing.assert_allclose(env_action(action, space, "scale"), [[1.0, 0.75], [-2.0, 1.0]])
+
+
+def test_whole_numbers_are_the_nearest_ones():
+    space = gym.spaces.Box(-3, 3, (5,), np.int32)
+    found = env_action(np.float32([[-9.0, -0.6, 0.4, 0.6, 2.9]]), space, "clip")
+    assert found.tolist() == [[-3, -1, 0, 1, 3]]
+    assert found.dtype == np.int32
 
 
 def test_a_policy_of_other_sizes_is_refused(pool):

@@ -451,13 +451,18 @@ def test_bytes_are_scaled_and_floats_are_not():
     assert data.inputs.max() <= 1.0
 
 
+def test_ways_may_be_a_number_of_numpys():
+    assert few_shot(ways=np.int64(3)).outputs == few_shot(ways=3).outputs
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"shots": 7}, "class c00 has 8 examples, and 7 shots with 3 queries need 10"),
         ({"test": ["c01"], "train": ["c00", "c01"]}, "class c01 is in both train and test"),
         ({"ways": 4}, "4 ways need as many test classes, there are 3 of 16"),
-        ({"ways": 1}, "ways must be at least 2, got 1"),
+        ({"ways": 1}, r"ways must be at least 2, or \(fewest, most\), got 1"),
+        ({"ways": (8, 3)}, r"\(fewest, most\), got \(8, 3\)"),
         ({"shots": 0}, "shots must be a whole number of at least 1, got 0"),
         ({"test": ["c01", "c77", "c02"]}, "test names class 'c77', which has no image"),
     ],

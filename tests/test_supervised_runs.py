@@ -306,6 +306,20 @@ def digits() -> FewShotFamily:
     return FewShotFamily(data.images / 16.0, data.target, ways=2, shots=1)
 
 
+def vectors() -> FewShotFamily:
+    rng = np.random.default_rng(0)
+    return FewShotFamily(rng.standard_normal((400, 8)), np.arange(400) % 20, ways=2, shots=1)
+
+
+def test_protomaml_needs_a_layer_to_learn(tmp_path):
+    config = resolve(None, "test_supervised_runs:vectors", "protomaml", {"policy.hidden": ()})
+    with pytest.raises(UserError, match=r"give policy\.hidden, such as 64, for inputs of \[8\]"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    said = {"iterations": 1, "tasks": 2, "policy.hidden": (8,)}
+    train(resolve(None, "test_supervised_runs:vectors", "protomaml", said), tmp_path / "run")
+
+
 @pytest.mark.learning
 def test_digits_are_learned(tmp_path):
     said = {"iterations": 100, "tasks": 8, "policy.filters": 8, "threads": 1}

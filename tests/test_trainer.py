@@ -19,11 +19,12 @@ from conftest import CountingEnv, counting_family
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metarl import evaluate, load, resolve, train
-from metarl.envs import make_family
+from metarl.envs import MujocoFamily, Uniform, make_family
 from metarl.envs.errors import UserError
 from metarl.running.checkpoints import CheckpointError
 from metarl.running.config import Config, InnerConfig, PolicyConfig
 from metarl.running.loading import newest_checkpoint
+from metarl.running.meta_policy import MetaPolicy
 from metarl.running.metrics import measured_time, read_metrics
 from metarl.running.runs import RunError, load_state, locked, run_config
 from metarl.running.trainer import Trainer
@@ -248,6 +249,33 @@ def test_rewards_that_are_not_numbers_skip_the_update(tmp_path, monkeypatch):
             assert row["skipped_updates"] == 1
         assert trainer.state.skipped_in_a_row == 0
         assert not all(torch.equal(before[n], trainer.state.params[n]) for n in before)
+
+
+def breaking() -> MujocoFamily:
+    """Gravity that no simulation survives."""
+
+    def heavier(model, tasks):
+        gravity = np.tile(model.opt.gravity, (len(tasks), 1))
+        gravity[:, 2] *= 1e12 * tasks[:, 0]
+        return {"opt.gravity": gravity}
+
+    return MujocoFamily(
+        name="breaking", env="HalfCheetah-v5", tasks=Uniform({"times": (1.0, 2.0)}), horizon=20,
+        model_fields=heavier,
+    )  # fmt: skip
+
+
+def test_where_every_episode_diverges_nothing_is_learned_and_that_is_said(tmp_path):
+    config = resolve(None, "test_trainer:breaking", overrides={"tasks": 4, "episodes": 2})
+    with Trainer(config) as trainer:
+        before = dict(trainer.state.params)
+        row = trainer.iterate()
+        assert (row["skipped"], row["skipped_updates"]) == ("every episode diverged", 1)
+        assert all(torch.equal(before[n], trainer.state.params[n]) for n in before)
+    with pytest.raises(RunError, match="in a row were skipped; the last because every episode div"):
+        train(dataclasses.replace(config, iterations=12), tmp_path / "run")
+    result = evaluate(MetaPolicy(before, config), tasks=4, episodes=2, steps=1)
+    assert "every episode diverged" in result.curve.verdict()
 
 
 def test_ten_skipped_updates_in_a_row_stop_the_run(tmp_path, monkeypatch):

@@ -37,6 +37,14 @@ def test_conjugate_gradient_minimizes_over_the_krylov_space():
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("factor", [1e-9, 1e6])
+def test_conjugate_gradient_knows_no_scale(factor):
+    A, b = spd(8), torch.linspace(-1, 2, 8, dtype=torch.float64)
+    usual = conjugate_gradient(lambda v: A @ v, b, iterations=5)[0]
+    scaled = conjugate_gradient(lambda v: A @ v, factor * b, iterations=5)[0]
+    torch.testing.assert_close(scaled, factor * usual, rtol=1e-9, atol=0.0)
+
+
 class Quadratic(UnrolledProblem):
     """A problem with loss g'x + x'Bx / 2 and KL x'Fx / 2 around x = 0."""
 

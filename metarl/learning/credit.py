@@ -9,6 +9,7 @@ from metarl.learning.inner_loop import Adapted
 from metarl.learning.ranks import ALONE, Ranks
 
 _TASKS_PER_FEATURE = 4
+_LEAST_SCALE = 0.1
 
 
 def post_update_credit(adapted: Adapted, ranks: Ranks = ALONE) -> Tensor:
@@ -21,7 +22,9 @@ def post_update_credit(adapted: Adapted, ranks: Ranks = ALONE) -> Tensor:
     query episodes. The baseline b of a task, see `leave_one_out`, does not depend on its own
     episodes, so that it leaves the expectation as it is. A query loss is a mean over steps of
     advantages in units of their scale, and this is in the same units: divided by the mean length of
-    a query episode and by the scale. A task whose every query episode diverged is credited nothing.
+    a query episode and by the scale, or where that is more by a tenth of the root mean square of
+    all tasks' scales: a task whose query episodes all earn the same has next to none. A task whose
+    every query episode diverged is credited nothing.
     """
     after = adapted.rollouts[-1]
     earned = after.mean_returns()
@@ -29,7 +32,9 @@ def post_update_credit(adapted: Adapted, ranks: Ranks = ALONE) -> Tensor:
     everywhere = ranks.gather(earned)
     expected = leave_one_out(ranks.gather(after.tasks), everywhere)
     surplus = earned - expected[ranks.block(len(everywhere))]
-    credit = surplus / (length * adapted.advantage_scales[-1])
+    scales = adapted.advantage_scales[-1]
+    usual = ranks.gather(scales).square().nanmean().sqrt()
+    credit = surplus / (length * scales.clamp(min=_LEAST_SCALE * usual))
     return credit.nan_to_num(nan=0.0).to(adapted.batches[-1].weight.dtype)
 
 

@@ -25,13 +25,14 @@ def conjugate_gradient(
         product: v -> A v.
         b: [P]
         iterations: at most so many products.
-        tolerance: stop where |residual|^2 falls below it.
+        tolerance: stop where |residual|^2 falls below so much of |b|^2.
     """
     x = torch.zeros_like(b)
     residual, direction = b.clone(), b.clone()
     squared = residual @ residual
+    enough = tolerance * squared
     for _ in range(iterations):
-        if squared <= tolerance:
+        if squared <= enough:
             break
         image = product(direction)
         step = squared / (direction @ image)

@@ -70,7 +70,10 @@ class Residual(nn.Module):
 
 
 class Bounded(nn.Module):
-    """Actions cut to the bounds of a Box; `scale` maps [-1, 1] onto finite bounds first."""
+    """Actions cut to the bounds of a Box; `scale` maps [-1, 1] onto finite bounds first.
+
+    Of a Box of whole numbers the nearest one, as a float.
+    """
 
     middle: Tensor
     spread: Tensor
@@ -79,6 +82,7 @@ class Bounded(nn.Module):
 
     def __init__(self, low: NDArray, high: NDArray, mode: Literal["clip", "scale"]) -> None:
         super().__init__()
+        self.whole = np.issubdtype(low.dtype, np.integer)
         finite = np.isfinite(low) & np.isfinite(high) & (mode == "scale")
         with np.errstate(invalid="ignore"):
             middle = np.where(finite, 0.5 * (high + low), 0.0)
@@ -88,7 +92,10 @@ class Bounded(nn.Module):
             self.register_buffer(name, torch.from_numpy(np.asarray(values, np.float32)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.minimum(torch.maximum(self.middle + self.spread * x, self.low), self.high)
+        action = self.middle + self.spread * x
+        if self.whole:
+            action = torch.round(action)
+        return torch.minimum(torch.maximum(action, self.low), self.high)
 
 
 class Chosen(nn.Module):

@@ -59,6 +59,11 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": tanh, "relu": tor
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W + b; x is [samples, in] or [tasks, samples, in], W [in, out] or [tasks, in, out]."""
     if weight.dim() == 3:
+        if len(weight) == 1 and torch.is_inference_mode_enabled():
+            # A batch of one takes another kernel, whose last bits differ; and how many tasks are
+            # sampled together depends on the number of threads, workers and ranks.
+            both = (bias.expand(2, -1).unsqueeze(1), x.expand(2, -1, -1), weight.expand(2, -1, -1))
+            return torch.baddbmm(*both)[:1]
         return torch.baddbmm(bias.unsqueeze(1), x, weight)
     return x @ weight + bias
 

@@ -158,6 +158,11 @@ def predictor_for(row: Algorithm, config: Config, family: SupervisedFamily) -> P
         "activation": chosen.activation,
         "output_scale": chosen.output_scale,
     }
+    if row.head == "prototypes" and network == "mlp" and not chosen.hidden:
+        raise UserError(
+            f"{row.name} makes the last layer of the support, and learns what lies below it: give"
+            f" policy.hidden, such as 64, for inputs of {list(shape)}"
+        )
     if family.kind == "classification":
         return Classifier(head=row.head, **common)
     return Regressor(**common)

@@ -84,6 +84,7 @@ PRESETS = {
                 "policy.normalize": False,
                 "inner.step_sizes": (0.5, 0.25),
                 "inner.kl": 0.0,
+                "advantage.trace": 0.9,
                 "trust_region.max_kl": 0.007,
             },
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,8 +77,10 @@ class Curve:
 
     @property
     def returns(self) -> list[float]:
-        """Mean over tasks after each number of steps."""
-        return np.nanmean(self.per_task, axis=0).tolist()
+        """Mean over tasks after each number of steps; NaN where no task has a value."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a mean over nothing
+            return np.nanmean(self.per_task, axis=0).tolist()
 
     @property
     def ci95(self) -> list[tuple[float, float]]:
@@ -100,6 +103,8 @@ class Curve:
         More is better, whatever the measure.
         """
         gains = _known(self.gains(steps))
+        if not len(gains):
+            return math.nan, math.nan, math.nan
         return (float(gains.mean()), *bootstrap_interval(gains))
 
     def gains(self, steps: int = 1) -> Floats:
@@ -122,6 +127,8 @@ class Curve:
             return "An oracle is told its task and takes no inner step."
         mean, low, high = self.gain()
         said, gains = self.measure.number, _known(self.gains())
+        if not len(gains):
+            return "No task has a return before and after a step: every episode diverged."
         improved = f"{100.0 * float((gains > 0.0).mean()):.0f} % of tasks improve"
         if len(gains) < 2:
             return f"One step gains {said(mean)} on a single task; several give an interval."

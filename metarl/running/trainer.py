@@ -142,6 +142,9 @@ class Trainer:
             params, outer, stats = self._outer.step(problem, params, outer, rate)
         except NonFiniteError as error:
             stats["skipped"] = str(error)
+        count = ranks.total(opened.count)
+        if not count:
+            stats |= {"finite": False, "skipped": "every episode diverged"}
         if stats.pop("finite"):
             params = opened.observed(params)
             state.params, state.outer, state.skipped_in_a_row = params, outer, 0
@@ -150,7 +153,6 @@ class Trainer:
             state.skipped_updates += 1
             state.skipped_in_a_row += 1
         state.iteration += 1
-        count = ranks.total(opened.count)
         state.env_steps += count
         if on_rollouts is not None and isinstance(opened, Episodes):
             on_rollouts(opened.rollouts)

@@ -244,14 +244,21 @@ class Collector:
             self.policy, self.num_tasks, self.episodes, self.family.horizon, self.info_keys
         )
         detached = {name: p.detach() for name, p in params.items()}
-        self.pool.map(
-            lambda shard: collect_into(
-                buffer, shard[0], shard[1], self.policy,
-                {name: p[shard[0]] for name, p in detached.items()}, tasks[shard[0]], address,
-                self.mode, deterministic,
-            ),
-            zip(self._slices, self._envs, strict=True),
-        )  # fmt: skip
+
+        def fill(shard: tuple[slice, TaskVectorEnv]) -> None:
+            where, env = shard
+            own = {name: p[where] for name, p in detached.items()}
+            collect_into(
+                buffer, where, env, self.policy, own, tasks[where], address, self.mode,
+                deterministic,
+            )  # fmt: skip
+
+        shards = zip(self._slices, self._envs, strict=True)
+        if self.family.parallel:
+            self.pool.map(fill, shards)
+        else:  # in the thread that made them: some hold what is of one thread, as OpenGL's contexts
+            for shard in shards:
+                fill(shard)
         clear_after_the_end(buffer)
         return buffer.rollout(self.policy, detached, tasks)
 

@@ -18,7 +18,8 @@ ActionMode = Literal["clip", "scale"]
 def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
     """Return a policy's action [..., action_size] as the environment takes it.
 
-    For a Box, `clip` cuts it to the bounds, and `scale` maps [-1, 1] onto finite bounds first.
+    For a Box, `clip` cuts it to the bounds, and `scale` maps [-1, 1] onto finite bounds first; a
+    Box of whole numbers gets the nearest one.
     Discrete spaces get whole numbers that count from their start.
     """
     if isinstance(space, gym.spaces.Discrete):
@@ -32,6 +33,8 @@ def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
         with np.errstate(invalid="ignore"):  # infinite bounds, whose actions stay as they are
             middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
             action = np.where(np.isfinite(half), middle + half * action, action)
+    if np.issubdtype(space.dtype, np.integer):
+        action = np.rint(action)
     return np.clip(action, space.low, space.high).astype(space.dtype, copy=False)
 
 
