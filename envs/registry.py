@@ -127,6 +127,9 @@ def find_family(name: str, **options: Any) -> Family:
                 raise UserError(
                     f"{name} has no option {option!r}{did_you_mean(option, known)} ({takes})"
                 )
+        for option, value in options.items():
+            if isinstance(known.get(option), bool) and not isinstance(value, bool):
+                raise UserError(f"{name}: {option} must be True or False, got {value!r}")
         try:
             family = factory(**options)
         except UserError:
@@ -175,17 +178,20 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
     true and false are taken as True and False.
 
     Raises:
-        UserError: a text has no '='.
+        UserError: a text has no '=', or an option is given twice.
     """
     options: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UserError(f"a family option is written name=value, got {text!r}")
+        key = key.replace("-", "_")
+        if key in options:
+            raise UserError(f"the family option {key} is given twice")
         try:
-            options[key.replace("-", "_")] = ast.literal_eval(value)
+            options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            options[key.replace("-", "_")] = {"true": True, "false": False}.get(value, value)
+            options[key] = {"true": True, "false": False}.get(value, value)
     return options
 
 

@@ -68,7 +68,8 @@ def score(rows: Sequence[Mapping[str, Any]], minutes: float) -> float:
     taken = np.cumsum([row["seconds_processor"] for row in rows]) / 60.0
     end = max(int(np.searchsorted(taken, minutes, side="right")), LAST)
     found = [row["return_post"] for row in rows[:end][-LAST:]]
-    return float(np.mean(found)) if found else np.nan
+    known = [value for value in found if value is not None]
+    return float(np.mean(known)) if known else np.nan
 
 
 def main(arguments: Arguments) -> int:

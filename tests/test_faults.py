@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from metarl.learning.first_order import Adam, AdamConfig
 from metarl.running import checkpoints
 from metarl.running.checkpoints import CheckpointError
 from metarl.running.config import PolicyConfig
+from metarl.running.files import write_atomically
 from metarl.running.loading import checkpoints_of, newest_checkpoint
 from metarl.running.metrics import read_metrics
 from metarl.running.runs import RunError
@@ -724,6 +726,16 @@ def test_a_worker_that_goes_on_failing_ends_the_command(tmp_path, monkeypatch, c
         ("train navigation-2d --device tpu", "device must be"),
         ("train navigation-2d --algorithm protomaml", "protomaml"),
         ("train navigation-2d --family-options nope=1", "navigation-2d has no option 'nope'"),
+        ("train half-cheetah-vel --family-options low=0.5 --family-options high=1.5",
+         "--family-options is there twice: name all options after one"),
+        ("train sinusoid --shots 3 --family-options=nonsense=1",
+         "sinusoid has no option 'nonsense'"),
+        ("train half-cheetah-vel --family-options low=0.5 low=0.7",
+         "the family option low is given twice"),
+        ("train ant-dir --family-options contact_forces=no",
+         "ant-dir: contact_forces must be True or False, got 'no'"),
+        ("train half-cheetah-dir --trust-region.max-kl inf",
+         "trust_region.max_kl must be positive and finite, got inf"),
         ("train conftest.py:counting_family",
          "a family is named without .py: conftest:counting_family"),
         ("train conftest:nothing", "module 'conftest' has no 'nothing'"),
@@ -748,6 +760,32 @@ def test_a_mistake_is_told_in_one_line(tmp_path, monkeypatch, capsys, command, m
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_for_results_that_is_a_file_is_told_before_anything_is_measured(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("metarl.running.evaluation.evaluate", lambda *_, **__: 1 / 0)
+    Path("file").write_text("mine")
+    for out in ("file", "file/below"):
+        assert run("evaluate", "navigation-2d-icml2017", "--out", out) == 2
+        assert "file is a file, and results need a folder" in capsys.readouterr().err
+
+
+def test_links_devices_and_pipes_stay_what_they_are(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    write_atomically(link, b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(tmp_path / "pipe", b"told")
+    assert os.read(reader, 10) == b"told"
+    os.close(reader)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 # The table ----------------------------------------------------------------------------------------

@@ -166,3 +166,16 @@ def test_learning_curves_of_seeds(tmp_path, drawn):
         plots.plot_learning([empty], tmp_path / "x.png")
     with pytest.raises(UserError, match="smooth must be at least 1, got 0"):
         plots.plot_learning(runs, tmp_path / "x.png", smooth=0)
+
+
+def test_a_skipped_iteration_leaves_the_rest_of_a_curve(tmp_path):
+    values = [1.0, 2.0, None, 4.0, 8.0]
+    common = {"return_pre": 0.0, "seconds_iteration": 1.0}
+    rows = [
+        {"iteration": i, "env_steps": i, "return_post": value, **common}
+        for i, value in enumerate(values, 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alone = plots._trace(tmp_path, "env-steps", 1)["post"]
+    np.testing.assert_array_equal(alone, [1.0, 2.0, np.nan, 4.0, 8.0])
+    np.testing.assert_allclose(plots._trace(tmp_path, "env-steps", 2)["post"], [1, 1.5, 2, 4, 6])

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from metarl import evaluate, load, resolve, train
 from metarl.envs import MujocoFamily, Uniform, make_family
 from metarl.envs.errors import UserError
+from metarl.learning.inner_loop import _rescale
 from metarl.running.checkpoints import CheckpointError
 from metarl.running.config import Config, InnerConfig, PolicyConfig
 from metarl.running.loading import newest_checkpoint
@@ -156,6 +157,46 @@ def test_a_user_family_trains_by_module_and_attribute(tmp_path, monkeypatch):
 
 
 # Faults -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", '{"mine": 1}'), ("checkpoints/best.pt", "mine"), (".git/HEAD", "ref"),
+        (".notes.2024", "mine"), ("lock", "mine"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_other_things_is_refused_and_stays_as_it_is(tmp_path, monkeypatch, name, text):
+    family = dataclasses.replace(counting_family(), env=Failing)
+    monkeypatch.setattr("metarl.running.trainer.find_family", lambda *_, **__: family)
+    path = tmp_path / "project" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(RunError, match="project is a folder with other things in it; choose ano"):
+        train(small(), tmp_path / "project")
+    assert [p for p in (tmp_path / "project").rglob("*") if p.is_file()] == [path]
+    assert path.read_text() == text
+
+
+class Failing(CountingEnv):
+    def step(self, action):
+        raise ZeroDivisionError("mine")
+
+
+def test_a_longer_run_that_is_stopped_goes_on_to_its_new_length(tmp_path):
+    folder = tmp_path / "run"
+    train(small(iterations=1), folder)
+    train(small(iterations=4), folder, resume=True, stop=lambda: len(read_metrics(folder)) == 2)
+    assert len(read_metrics(folder)) == 2
+    train(run_config(folder), folder, resume=True)
+    assert len(read_metrics(folder)) == 4
+    train(small(iterations=4), tmp_path / "whole")
+    assert timeless(folder) == timeless(tmp_path / "whole")
+
+
+def test_a_kl_below_zero_by_rounding_rescales_nothing():
+    assert _rescale(-1e-9, 0.5) == _rescale(0.0, 0.5) == 1.0
+    assert _rescale(0.125, 0.5) == 2.0
 
 
 def test_a_folder_that_exists_or_is_no_run_is_refused(tmp_path):

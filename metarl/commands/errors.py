@@ -77,6 +77,12 @@ def parse(parser: Callable[..., Any], kind: Any, arguments: list[str], **options
     tyro's boxes are read, since its hooks for errors are private: a text of another form still
     ends as one line, only less well put.
     """
+    said = [word for word in arguments if word.partition("=")[0] == "--family-options"]
+    if len(said) > 1:  # the last would be taken, and the others lost
+        raise UserError(
+            "--family-options is there twice: name all options after one, as in"
+            " --family-options low=0.5 high=1.5"
+        )
     box = io.StringIO()
     helped = not {"-h", "--help"}.isdisjoint(arguments)
     try:

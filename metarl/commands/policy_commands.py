@@ -90,10 +90,16 @@ def results_folder(what: str, out: Path | None = None) -> Path:
     """Make and return the folder for what is found out about a policy: its run's, if it has one."""
     source = Path(what)
     folder = out or (source if source.is_dir() else Path("runs") / f"{source.stem}-evaluation")
-    if folder.is_file():
-        raise UserError(f"{folder} is a file, and results need a folder: name one with --out")
+    check_no_file(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def check_no_file(folder: Path) -> None:
+    """Raise UserError where a file stands in a folder's place, or in that of one above it."""
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise UserError(f"{path} is a file, and results need a folder: name one with --out")
 
 
 def _steps(count: int) -> str:
@@ -226,7 +232,8 @@ def export(command: Export) -> int:
         space = env.observation_space
     source = Path(what)
     folder = source if source.is_dir() else source.parent
-    out = command.out or (folder / source.stem).with_suffix(SUFFIXES[kind])
+    stem = source.resolve().name.removesuffix(".safetensors")
+    out = command.out or folder / f"{stem}{SUFFIXES[kind]}"
     out.parent.mkdir(parents=True, exist_ok=True)
     gap = write(policy, out, kind, space)
     seen = " x ".join(map(str, policy.policy.observation_shape))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from metarl.commands.arguments import check_suffix
-from metarl.commands.policy_commands import film, results_folder
+from metarl.commands.policy_commands import check_no_file, film, results_folder
 from metarl.envs.errors import UserError
 from metarl.running.config import default_workers
 from metarl.running.tables import counted
@@ -173,6 +173,8 @@ def _evaluate(
     references = {key: list(other.values()) for key, other in others}
     seeds = list(members.values())
     ranks = ranks or ALONE
+    if out is not None:
+        check_no_file(out)  # before anything is measured
     result = evaluation.evaluate(seeds, references=references, name=name, ranks=ranks, **options)
     if not ranks.is_main:
         return None

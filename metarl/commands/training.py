@@ -114,7 +114,9 @@ def _family_flags(arguments: Sequence[str]) -> list[str]:
     rest = iter(arguments)
     for word in rest:
         flag, equals, value = word.partition("=")
-        if flag not in names:
+        if equals and flag == "--family-options":
+            words += [flag, value]
+        elif flag not in names:
             words.append(word)
         else:
             given = value if equals else next(rest, "--")

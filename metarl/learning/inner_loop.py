@@ -224,7 +224,7 @@ def _rescale(found: float, wanted: float) -> float:
 
     A KL grows with the square of the step, nearly: no more than a factor of 2 at a time is trusted.
     """
-    if found == 0.0:
+    if found <= 0.0:  # below zero by rounding
         return 1.0
     ratio = math.sqrt(wanted / found) if math.isfinite(found) else 0.5
     return 1.0 if abs(ratio - 1.0) < _NEAR else min(max(ratio, 0.5), 2.0)

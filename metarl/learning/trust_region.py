@@ -39,14 +39,18 @@ class TrustRegionConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_kl", "cg_iterations", "line_search_steps"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"trust_region.{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(
+                    f"trust_region.{name} must be positive and finite, got {getattr(self, name)}"
+                )
         if self.growth_steps < 0:
             raise UserError(
                 f"trust_region.growth_steps must not be negative, got {self.growth_steps}"
             )
-        if not self.cg_damping >= 0.0:
-            raise UserError(f"trust_region.cg_damping must not be negative, got {self.cg_damping}")
+        if not 0.0 <= self.cg_damping < math.inf:
+            raise UserError(
+                f"trust_region.cg_damping must be finite and not negative, got {self.cg_damping}"
+            )
         if not 0.0 < self.fisher_fraction <= 1.0:
             raise UserError(
                 f"trust_region.fisher_fraction must be in (0, 1], got {self.fisher_fraction}"

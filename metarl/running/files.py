@@ -24,9 +24,16 @@ def named(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file aside, fsync and rename it: a crash leaves the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file aside, fsync and rename it: a crash leaves the old file or the new one.
+
+    A link stays, and what it leads to is written. A device or a pipe is written as it is.
+    """
     with named(path):
+        path = path.resolve()
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(data)
+            return
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             file = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             try:
@@ -45,10 +52,16 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
+def is_aside(path: Path) -> bool:
+    """Whether this is what `write_atomically` left of a run's files where it was killed."""
+    kinds = r"(json|jsonl|safetensors|png|svg|html|mp4|gif|set-aside-\d+)"
+    return path.is_file() and bool(re.fullmatch(rf"\..+\.{kinds}\.\d+", path.name))
+
+
 def sweep(folder: Path) -> None:
     """Remove what `write_atomically` left aside where it was killed. No one may be writing."""
     for path in folder.glob(".*"):
-        if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+        if is_aside(path):
             path.unlink(missing_ok=True)
 
 

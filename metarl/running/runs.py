@@ -25,7 +25,7 @@ from metarl.running.checkpoints import (
     versions,
 )
 from metarl.running.config import Config
-from metarl.running.files import set_aside, sweep, write_atomically
+from metarl.running.files import is_aside, set_aside, sweep, write_atomically
 from metarl.running.loading import checkpoint_path, checkpoints_of, newest_good
 from metarl.running.metrics import read_metrics
 
@@ -95,19 +95,32 @@ def is_free(folder: Path) -> bool:
     It must not exist, be empty, or hold what a run that was killed before its first checkpoint
     leaves behind.
     """
-    left = {"lock", "config.json", "checkpoints"}
-    return not folder.exists() or (
-        folder.is_dir()
-        and all(path.name in left for path in folder.iterdir() if path.name[0] != ".")
-        and not checkpoints_of(folder)
-    )
+    return not folder.exists() or (folder.is_dir() and all(map(_is_left, folder.iterdir())))
+
+
+def _is_left(path: Path) -> bool:
+    if path.name == "lock":
+        return path.is_file() and not path.stat().st_size
+    if path.name == "config.json":
+        return _is_config(path)
+    if path.name == "checkpoints":
+        return path.is_dir() and all(map(is_aside, path.iterdir()))
+    return is_aside(path)
+
+
+def _is_config(path: Path) -> bool:
+    try:
+        run_config(path.parent)
+    except UserError:
+        return False
+    return True
 
 
 def check_free(folder: Path) -> None:
     """Raise RunError unless a run can begin in a folder; see `is_free`."""
     if is_free(folder):
         return
-    if (folder / "config.json").exists():
+    if checkpoints_of(folder) or _is_config(folder / "config.json"):
         raise RunError(
             f"{folder} exists; continue it with --resume {folder}, or choose another --out"
         )
@@ -125,6 +138,14 @@ def create_run(folder: Path, config: Config) -> None:
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     data = {"config": config.to_json(), "versions": versions(), "machine": machine()}
     write_atomically(folder / "config.json", json.dumps(data, indent=2).encode())
+
+
+def plan(folder: Path, config: Config) -> None:
+    """Let a run folder's config have another number of iterations: the run's length from now on."""
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    data["config"]["iterations"] = config.iterations
+    write_atomically(path, json.dumps(data, indent=2).encode())
 
 
 def run_config(folder: Path) -> Config:

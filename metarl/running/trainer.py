@@ -46,6 +46,7 @@ from metarl.running.runs import (
     is_free,
     load_state,
     locked,
+    plan,
     run_config,
     save_checkpoint,
 )
@@ -305,6 +306,8 @@ def _continued(
         change = schedule_change(trainer.algorithm, config, planned, iteration)
         if change is not None:
             notice(change)
+        if config.iterations != planned:
+            plan(folder, config)
         yield check
 
 

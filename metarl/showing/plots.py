@@ -395,7 +395,11 @@ def _trace(run: Path, against: Against, smooth: int) -> dict[str, Floats]:
     for kind in ("pre", "post"):
         found = [row[f"{measure}_{kind}"] for row in rows]
         values = np.array([np.nan if value is None else value for value in found], np.float64)
-        sums = np.cumsum(np.insert(values, 0, 0.0))
+        known = np.isfinite(values)  # a skipped iteration may have none
         first = np.maximum(np.arange(len(values)) + 1 - smooth, 0)
-        trace[kind] = (sums[1:] - sums[first]) / (np.arange(len(values)) + 1 - first)
+        sums, counts = (
+            np.cumsum(np.insert(x, 0, 0.0)) for x in (np.where(known, values, 0.0), known)
+        )
+        with np.errstate(invalid="ignore"):
+            trace[kind] = (sums[1:] - sums[first]) / (counts[1:] - counts[first])
     return trace
