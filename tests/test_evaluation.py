@@ -311,6 +311,32 @@ def saved(folder, name: str, **changes) -> str:
     return str(folder / f"{name}.safetensors")
 
 
+def test_no_policy_is_lost_to_anothers_name(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    names = [
+        saved(tmp_path / "old", "run", tasks=6),
+        saved(tmp_path / "new", "run", tasks=7),
+        saved(tmp_path, "random", tasks=8),
+        saved(tmp_path, "of-none", algorithm="random"),
+    ]
+    groups = grouped([*names, names[0]])
+    assert list(groups) == [*names[:3], f"{names[0]} (2)", "random"]
+    assert [list(group) for group in groups.values()] == [
+        [name] for name in (*names[:3], names[0], names[3])
+    ]
+
+
+def test_at_random_steps_are_as_large_as_those_that_were_fitted():
+    config = dataclasses.replace(
+        navigator().config, inner=InnerConfig(step_sizes=(0.1, 0.05), kl=0.5)
+    )
+    made = random_meta_policy(MetaPolicy({}, config, navigator().family), 1)
+    fitted = dataclasses.replace(made, params=made.params | {"step_factor": torch.tensor([7.0])})
+    assert random_meta_policy(fitted).training_step_sizes == pytest.approx((0.7, 0.35))
+    assert made.digest != fitted.digest == dataclasses.replace(fitted).digest
+
+
 def test_seeds_make_one_group_and_references_know_their_place(tmp_path):
     names = [
         saved(tmp_path, "first-oracle", algorithm="oracle"),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from test_evaluation import navigator
 
 from metarl import evaluate
+from metarl.commands.cli import main
+from metarl.running.meta_policy import random_meta_policy
 from metarl.showing import plots
 from metarl.showing.report import write_report
 from metarl.showing.videos import Video
@@ -90,3 +94,42 @@ def test_a_page_without_a_video_says_why(folder):
     page = Page((folder / "report.html").read_text())
     assert "no video: nothing draws" in page.text
     assert not page.sources("source")
+
+
+def test_a_report_is_of_the_policy_it_names(tmp_path, monkeypatch, capsys):
+    # Two files of one name share a folder; and a file may be written anew.
+    monkeypatch.chdir(tmp_path)
+    films = []
+    frames = np.zeros((3, 32, 64, 3), np.uint8)
+
+    def film(*_):
+        films.append(len(films))
+        return Video(frames, 20.0)
+
+    monkeypatch.setattr("metarl.commands.result_commands.film", film)
+    small = ["--tasks", "3", "--episodes", "1", "--steps", "1", "--threads", "1"]
+    stored = Path("runs/policy-evaluation/evaluation.json")
+    found = []
+    for seed in (0, 1):
+        Path(str(seed)).mkdir()
+        random_meta_policy(navigator(), seed).save(Path(f"{seed}/policy.safetensors"))
+        for _ in range(2):
+            assert main(["report", f"{seed}/policy.safetensors", *small]) == 0
+            found.append(stored.read_bytes())
+    assert found[0] == found[1] != found[2] == found[3]
+    assert len(films) == 2
+    (name,) = Path("1").iterdir()
+    later = stored.stat().st_mtime + 60.0
+    os.utime(name, (later, later))
+    assert main(["report", str(name), *small]) == 0
+    assert len(films) == 3
+    # What several seeds earned together stays.
+    several = json.loads(stored.read_text()) | {"seeds": [0, 1]}
+    stored.write_text(json.dumps(several))
+    capsys.readouterr()
+    assert main(["report", str(name), "--episodes", "2", "--threads", "1"]) == 0
+    assert "the evaluation of 2 seeds that was there" in capsys.readouterr().out
+    kept = stored.with_name("evaluation.json.set-aside-1")
+    assert json.loads(kept.read_text()) == several
+    now = json.loads(stored.read_text())
+    assert (now["seeds"], len(now["tasks"]), now["episodes"]) == ([0], 3, 2)

@@ -206,8 +206,19 @@ def plot(command: Plot) -> int:
     return 0
 
 
+def _is_newer(path: Path, what: Path) -> bool:
+    """Whether a file is there and no older than a run's newest checkpoint, or a policy's file."""
+    from metarl.running.loading import newest_checkpoint
+
+    source = newest_checkpoint(what) if what.is_dir() else what
+    if not path.exists():
+        return False
+    return not source.exists() or path.stat().st_mtime >= source.stat().st_mtime
+
+
 def report(command: Report) -> int:
     """Run `metarl report`."""
+    from metarl.running.files import set_aside
     from metarl.running.loading import load
     from metarl.running.metrics import read_metrics
     from metarl.showing.plots import plot_learning
@@ -216,26 +227,30 @@ def report(command: Report) -> int:
     if not command.what:
         raise UserError("name a run folder, a policy file or a shipped policy to report on")
     what = command.what[0]
-    trained = dict(load(what).provenance)
+    digest = load(what).digest
     folder = results_folder(what)
     named = {"tasks": command.tasks, "episodes": command.episodes, "steps": command.steps}
     asked: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
-    fresh, usable = False, False
+    fresh, usable, alone = False, False, True
     with contextlib.suppress(OSError, ValueError, KeyError):
         found = json.loads((folder / "evaluation.json").read_text())
-        fresh = found["trained"] == trained
+        fresh = found["policy"] == digest
         has = {"tasks": len(found["tasks"]), "steps": len(found["returns"]) - 1}
         has["episodes"] = found.get("episodes", asked.get("episodes"))
         # One of several seeds together is not this run's own.
         alone = len(found["seeds"]) == 1
         usable = fresh and alone and all(has[key] == value for key, value in asked.items())
+        if not alone:  # it stays, and what was not asked for is as it was there
+            asked = {key: value for key, value in has.items() if value is not None} | asked
+            kept = set_aside(folder / "evaluation.json", json.dumps(found, indent=2).encode())
+            print(f"{kept}: the evaluation of {len(found['seeds'])} seeds that was there")
     if not usable or len(command.what) > 1:
         threads, workers = command.threads, default_workers()
         _evaluate(command.what, folder, threads=threads, workers=workers, **asked)
     if read_metrics(folder):
         plot_learning([folder], folder / "learning.png")
     why = "" if command.video else "None was asked for."
-    if command.video and (not (folder / "video.mp4").exists() or not fresh):
+    if command.video and not (fresh and _is_newer(folder / "video.mp4", Path(what))):
         try:
             film(what, ()).save(folder / "video.mp4")
         except UserError as error:

@@ -24,8 +24,8 @@ from metarl.running.loading import load
 from metarl.running.meta_policy import MetaPolicy, check_step_sizes, random_meta_policy
 from metarl.running.policy_evaluation import PolicyProtocol, Sizes
 from metarl.running.presets import reference_step_sizes
-from metarl.running.results import EvaluationResult
-from metarl.running.runs import but_seed, group_name
+from metarl.running.results import REFERENCES, EvaluationResult
+from metarl.running.runs import but_seed, group_names
 from metarl.running.scratch import LEARNING_RATE
 from metarl.running.statistics import Floats
 from metarl.running.supervised_evaluation import SupervisedProtocol
@@ -61,15 +61,15 @@ def grouped(what: Sequence[str | Path]) -> dict[str, dict[str, MetaPolicy]]:
                 break
         else:
             groups.append({name: meta})
-    named: dict[str, dict[str, MetaPolicy]] = {}
-    for group in groups:
-        name = group_name(list(group))
-        row = next(iter(group.values())).algorithm
-        if row.reference and row.name not in named:
-            name = row.name
-        if not name or name in named:
-            name = next(iter(group))
-        named[name] = group
+    rows = [next(iter(group.values())).algorithm for group in groups]
+    called = {}  # a reference by its name; a second one of its kind as others are
+    for i, row in enumerate(rows):
+        if row.reference and row.name not in called.values():
+            called[i] = row.name
+    free = [i for i in range(len(groups)) if i not in called]
+    given = group_names([list(groups[i]) for i in free], REFERENCES)
+    called |= dict(zip(free, given, strict=True))
+    named = {called[i]: group for i, group in enumerate(groups)}
 
     def is_reference(item: tuple[str, dict[str, MetaPolicy]]) -> bool:
         return next(iter(item[1].values())).algorithm.reference
@@ -284,6 +284,7 @@ def evaluate(
         "drawn": drawn,
         "deterministic": deterministic,
         "trained": dict(first.provenance),
+        "policy": first.digest,
         "tried_step_factors": {
             key: [[f, value if math.isfinite(value) else None] for f, value in returns.items()]
             for key, returns in tried.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,6 +125,15 @@ class MetaPolicy:
             adapter = dataclasses.replace(adapter, step_sizes=given, learned="no", fitted=False)
             params = {name: params[name] for name in adapter.shapes()}
         return InnerLoop(adapter, self.config.advantage, pool), params
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of its parameters: SHA-256, hexadecimal."""
+        whole = hashlib.sha256()
+        for name, value in sorted(self.params.items()):
+            whole.update(name.encode())
+            whole.update(value.detach().cpu().numpy().tobytes())
+        return whole.hexdigest()
 
     @property
     def training_step_sizes(self) -> tuple[float, ...]:
@@ -297,7 +307,13 @@ class MetaPolicy:
 
 
 def random_meta_policy(like: MetaPolicy, seed: int = 0) -> MetaPolicy:
-    """Return the random initialization that a run with this seed starts from."""
+    """Return the random initialization that a run with this seed starts from.
+
+    Its steps are as large as the other's: sizes that training fitted to a KL are no part of what
+    is at random.
+    """
     adapter = make_adapter(like.algorithm, like.config, like.model)
     params = adapter.init(like.model.init(stream(seed, 0, "init")))
+    if FACTOR in params and FACTOR in like.params:
+        params[FACTOR] = like.params[FACTOR]
     return dataclasses.replace(like, params=params, provenance={})

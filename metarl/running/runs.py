@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,20 @@ def group_name(names: Sequence[str]) -> str:
     paths = [Path(os.path.abspath(name)) for name in names]
     short = [path.stem if path.suffix == ".safetensors" else path.name for path in paths]
     return os.path.commonprefix(short).rstrip("-_. ")  # noqa: RUF071  (names, not paths)
+
+
+def group_names(groups: Sequence[Sequence[str]], taken: Collection[str] = ()) -> list[str]:
+    """Return a name of its own for each group: `group_name`, or where that is another's the first
+    member, numbered if need be. `taken` are no group's."""
+    short = [group_name(names) for names in groups]
+    found: list[str] = []
+    for names, name in zip(groups, short, strict=True):
+        if not name or name in taken or short.count(name) > 1:
+            name = names[0]
+        numbered = (f"{name} ({i})" for i in itertools.count(2))
+        used = {*taken, *found}
+        found.append(next(n for n in itertools.chain([name], numbered) if n not in used))
+    return found
 
 
 def but_seed(config: Config) -> Config:

@@ -22,7 +22,7 @@ from metarl.envs.errors import UserError
 from metarl.running.files import write_atomically
 from metarl.running.metrics import measure_of, read_metrics
 from metarl.running.results import ACCURACY, EvaluationResult
-from metarl.running.runs import but_seed, group_name, run_config
+from metarl.running.runs import but_seed, group_names, run_config
 from metarl.running.statistics import Floats
 
 _STYLES = [
@@ -367,18 +367,17 @@ def plot_learning(
 def _alike(runs: Sequence[Path]) -> dict[str, list[Path]]:
     groups: list[list[Path]] = []
     for run in runs:
-        config = but_seed(run_config(run))
+        config = run_config(run)
         for group in groups:
-            if but_seed(run_config(group[0])) == config:
+            others = [run_config(other) for other in group]
+            seeds = {other.seed for other in others}
+            if but_seed(others[0]) == but_seed(config) and config.seed not in seeds:
                 group.append(run)
                 break
         else:
             groups.append([run])
-    named: dict[str, list[Path]] = {}
-    for group in groups:
-        name = group_name([str(run) for run in group])
-        named[name if name and name not in named else str(group[0])] = group
-    return named
+    names = group_names([[str(run) for run in group] for group in groups])
+    return dict(zip(names, groups, strict=True))
 
 
 def _trace(run: Path, against: Against, smooth: int) -> dict[str, Floats]:
