@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from conftest import double_params
-from image_envs import corridor
+from image_envs import PixelCorridor, corridor
 from torch import nn
 
 import metarl
@@ -18,6 +20,7 @@ from metarl.learning.encoders import NatureCNN, SmallImpala, image_size, make_en
 from metarl.learning.networks import stack
 from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import CategoricalMLP
+from metarl.running.building import spaces_of
 from metarl.running.config import Config, PolicyConfig
 from metarl.running.presets import resolve
 from metarl.running.trainer import Trainer
@@ -214,3 +217,24 @@ def test_adaptation_on_images_gains(tmp_path):
     meta = metarl.train(config, tmp_path / "run")
     gain, low, _ = metarl.evaluate(meta, tasks=10, episodes=10, steps=1).curve.gain()
     assert low > 2.0, gain
+
+
+class Renderer(PixelCorridor):
+    """Refers to itself, as a viewer does, and so lives on until Python looks for cycles."""
+
+    alive: weakref.WeakSet = weakref.WeakSet()
+
+    def __init__(self):
+        super().__init__()
+        self.viewer = self
+        self.alive.add(self)
+
+
+def test_no_closed_renderer_is_left_to_be_taken_apart_during_a_rollout():
+    family = dataclasses.replace(corridor(), env=Renderer)
+    gc.disable()
+    try:
+        spaces_of(family)
+        assert not Renderer.alive
+    finally:
+        gc.enable()

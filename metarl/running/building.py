@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from functools import partial
 from typing import Any
 
@@ -104,7 +105,13 @@ def make_policy(
 def spaces_of(family: TaskFamily) -> tuple[gym.Space, gym.Space]:
     """Return the observation and the action space of a family's environments."""
     with contextlib.closing(family.make()) as env:
-        return env.observation_space, env.action_space
+        observation, action = env.observation_space, env.action_space
+    if is_image(observation):
+        # A closed renderer that Python takes apart later takes the OpenGL context of a living one
+        # along, which gives black frames from then on.
+        del env
+        gc.collect()
+    return observation, action
 
 
 def row_for(row: Algorithm, family: Family) -> Algorithm:
