@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -222,7 +223,7 @@ def test_adaptation_on_images_gains(tmp_path):
 class Renderer(PixelCorridor):
     """Refers to itself, as a viewer does, and so lives on until Python looks for cycles."""
 
-    alive: weakref.WeakSet = weakref.WeakSet()
+    alive: ClassVar[weakref.WeakSet] = weakref.WeakSet()
 
     def __init__(self):
         super().__init__()
