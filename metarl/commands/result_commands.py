@@ -234,7 +234,7 @@ def report(command: Report) -> int:
     fresh, usable, alone = False, False, True
     with contextlib.suppress(OSError, ValueError, KeyError):
         found = json.loads((folder / "evaluation.json").read_text())
-        fresh = found["policy"] == digest
+        fresh = found.get("policy") == digest
         has = {"tasks": len(found["tasks"]), "steps": len(found["returns"]) - 1}
         has["episodes"] = found.get("episodes", asked.get("episodes"))
         # One of several seeds together is not this run's own.
