@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -121,6 +122,10 @@ def test_the_command_exports_and_names_what_is_missing(tmp_path, monkeypatch, ca
     module = torch.jit.load("adapted.pt")
     expected = load_policy("adapted").act(seen, deterministic=True)
     assert module(torch.from_numpy(seen)).numpy() == pytest.approx(expected, abs=1e-6)
+    for version in ("policy.v1", "policy.v2"):  # neither writes over the other
+        policy.save(f"{version}.safetensors")
+        assert main(["export", f"{version}.safetensors"]) == 0
+        assert Path(f"{version}.pt").exists()
     monkeypatch.setattr(metarl.running.export.importlib.util, "find_spec", lambda name: None)
     assert main(["export", "adapted", "--format", "onnx"]) == 2
     assert "pip install 'metarl-gradient[onnx]'" in capsys.readouterr().err

@@ -128,7 +128,7 @@ def test_a_report_is_of_the_policy_it_names(tmp_path, monkeypatch, capsys):
     stored.write_text(json.dumps(several))
     capsys.readouterr()
     assert main(["report", str(name), "--episodes", "2", "--threads", "1"]) == 0
-    assert "the evaluation of 2 seeds that was there" in capsys.readouterr().out
+    assert "set-aside-1: what 2 seeds had there" in capsys.readouterr().out
     kept = stored.with_name("evaluation.json.set-aside-1")
     assert json.loads(kept.read_text()) == several
     now = json.loads(stored.read_text())

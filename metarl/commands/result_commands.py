@@ -231,19 +231,20 @@ def report(command: Report) -> int:
     folder = results_folder(what)
     named = {"tasks": command.tasks, "episodes": command.episodes, "steps": command.steps}
     asked: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
-    fresh, usable, alone = False, False, True
+    fresh, usable, seeds = False, False, 1
     with contextlib.suppress(OSError, ValueError, KeyError):
         found = json.loads((folder / "evaluation.json").read_text())
         fresh = found.get("policy") == digest
         has = {"tasks": len(found["tasks"]), "steps": len(found["returns"]) - 1}
         has["episodes"] = found.get("episodes", asked.get("episodes"))
         # One of several seeds together is not this run's own.
-        alone = len(found["seeds"]) == 1
-        usable = fresh and alone and all(has[key] == value for key, value in asked.items())
-        if not alone:  # it stays, and what was not asked for is as it was there
+        seeds = len(found["seeds"])
+        usable = fresh and seeds == 1 and all(has[key] == value for key, value in asked.items())
+        if seeds > 1:  # what was not asked for is as it was there
             asked = {key: value for key, value in has.items() if value is not None} | asked
-            kept = set_aside(folder / "evaluation.json", json.dumps(found, indent=2).encode())
-            print(f"{kept}: the evaluation of {len(found['seeds'])} seeds that was there")
+    if seeds > 1:
+        path = folder / "evaluation.json"
+        print(f"{set_aside(path, path.read_bytes())}: what {seeds} seeds had there")
     if not usable or len(command.what) > 1:
         threads, workers = command.threads, default_workers()
         _evaluate(command.what, folder, threads=threads, workers=workers, **asked)

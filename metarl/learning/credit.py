@@ -33,7 +33,7 @@ def post_update_credit(adapted: Adapted, ranks: Ranks = ALONE) -> Tensor:
     expected = leave_one_out(ranks.gather(after.tasks), everywhere)
     surplus = earned - expected[ranks.block(len(everywhere))]
     scales = adapted.advantage_scales[-1]
-    usual = ranks.gather(scales).square().nanmean().sqrt()
+    usual = ranks.gather(scales).square().mean().sqrt()
     credit = surplus / (length * scales.clamp(min=_LEAST_SCALE * usual))
     return credit.nan_to_num(nan=0.0).to(adapted.batches[-1].weight.dtype)
 

@@ -25,7 +25,7 @@ from metarl.running.meta_policy import MetaPolicy, check_step_sizes, random_meta
 from metarl.running.policy_evaluation import PolicyProtocol, Sizes
 from metarl.running.presets import reference_step_sizes
 from metarl.running.results import REFERENCES, EvaluationResult
-from metarl.running.runs import but_seed, group_names
+from metarl.running.runs import alike, but_seed, group_names
 from metarl.running.scratch import LEARNING_RATE
 from metarl.running.statistics import Floats
 from metarl.running.supervised_evaluation import SupervisedProtocol
@@ -49,18 +49,9 @@ def grouped(what: Sequence[str | Path]) -> dict[str, dict[str, MetaPolicy]]:
     Returns:
         by the group's name, its members by what they were loaded from.
     """
-    groups: list[dict[str, MetaPolicy]] = []
-    for name in map(str, what):
-        meta = load(name)
-        for group in groups:
-            others = [other.config for other in group.values()]
-            # The same seed once more is another checkpoint, or another file.
-            seeds = {config.seed for config in others}
-            if but_seed(others[0]) == but_seed(meta.config) and meta.config.seed not in seeds:
-                group[name] = meta
-                break
-        else:
-            groups.append({name: meta})
+    names = list(map(str, what))
+    loaded = [load(name) for name in names]
+    groups = [{names[i]: loaded[i] for i in group} for group in alike([m.config for m in loaded])]
     rows = [next(iter(group.values())).algorithm for group in groups]
     called = {}  # a reference by its name; a second one of its kind as others are
     for i, row in enumerate(rows):
@@ -113,8 +104,8 @@ def _members(what: What | Sequence[What], name: str) -> list[MetaPolicy]:
     if not several:
         raise UserError(f"{name}: no policy given")
     members = [one if isinstance(one, MetaPolicy) else load(one) for one in several]
-    alike = [but_seed(member.config) for member in members]
-    if any(config != alike[0] for config in alike):
+    configs = [but_seed(member.config) for member in members]
+    if any(config != configs[0] for config in configs):
         raise UserError(f"{name}: policies that differ by more than the seed are no one's seeds")
     return members
 

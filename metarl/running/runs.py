@@ -281,8 +281,11 @@ def group_name(names: Sequence[str]) -> str:
 
 
 def group_names(groups: Sequence[Sequence[str]], taken: Collection[str] = ()) -> list[str]:
-    """Return a name of its own for each group: `group_name`, or where that is another's the first
-    member, numbered if need be. `taken` are no group's."""
+    """Return a name of its own for each group of run folders or policies.
+
+    It is `group_name`, or where that is another's too, or one of those `taken`, the group's first
+    member, numbered if need be.
+    """
     short = [group_name(names) for names in groups]
     found: list[str] = []
     for names, name in zip(groups, short, strict=True):
@@ -292,6 +295,23 @@ def group_names(groups: Sequence[Sequence[str]], taken: Collection[str] = ()) ->
         used = {*taken, *found}
         found.append(next(n for n in itertools.chain([name], numbered) if n not in used))
     return found
+
+
+def alike(configs: Sequence[Config]) -> list[list[int]]:
+    """Return groups of the indices of configs that differ by the seed alone, in order.
+
+    The same seed once more, of another checkpoint or file say, begins another group.
+    """
+    groups: list[list[int]] = []
+    for i, config in enumerate(configs):
+        for group in groups:
+            seeds = {configs[j].seed for j in group}
+            if but_seed(configs[group[0]]) == but_seed(config) and config.seed not in seeds:
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups
 
 
 def but_seed(config: Config) -> Config:

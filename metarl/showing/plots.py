@@ -22,7 +22,7 @@ from metarl.envs.errors import UserError
 from metarl.running.files import write_atomically
 from metarl.running.metrics import measure_of, read_metrics
 from metarl.running.results import ACCURACY, EvaluationResult
-from metarl.running.runs import but_seed, group_names, run_config
+from metarl.running.runs import alike, group_names, run_config
 from metarl.running.statistics import Floats
 
 _STYLES = [
@@ -365,17 +365,7 @@ def plot_learning(
 
 
 def _alike(runs: Sequence[Path]) -> dict[str, list[Path]]:
-    groups: list[list[Path]] = []
-    for run in runs:
-        config = run_config(run)
-        for group in groups:
-            others = [run_config(other) for other in group]
-            seeds = {other.seed for other in others}
-            if but_seed(others[0]) == but_seed(config) and config.seed not in seeds:
-                group.append(run)
-                break
-        else:
-            groups.append([run])
+    groups = [[runs[i] for i in group] for group in alike([run_config(run) for run in runs])]
     names = group_names([[str(run) for run in group] for group in groups])
     return dict(zip(names, groups, strict=True))
 
