@@ -751,6 +751,9 @@ def test_a_worker_that_goes_on_failing_ends_the_command(tmp_path, monkeypatch, c
         ("export navigation-2d-icml2017 --out x.pt --format onnx",
          "--out x.pt is a name for torchscript, and --format onnx"),
         ("record navigation-2d-icml2017 --out x.avi", "--out x.avi must end in .mp4 or .gif"),
+        ("adapt navigation-2d-icml2017 --task goal_x=0 goal_y=0 --episodes 100000000000",
+         "out of memory: take fewer tasks or episodes"),
+        ("train navigation-2d --policy.hidden 1000000000000", "out of memory"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_in_one_line(tmp_path, monkeypatch, capsys, command, message):

@@ -133,3 +133,7 @@ def test_a_report_is_of_the_policy_it_names(tmp_path, monkeypatch, capsys):
     assert json.loads(kept.read_text()) == several
     now = json.loads(stored.read_text())
     assert (now["seeds"], len(now["tasks"]), now["episodes"]) == ([0], 3, 2)
+    for damaged in ("[]", "null", '{"policy": 1, "tasks": 3}'):
+        stored.write_text(damaged)
+        assert main(["report", str(name), *small]) == 0
+        assert json.loads(stored.read_text())["seeds"] == [0]

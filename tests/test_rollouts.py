@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -223,6 +224,26 @@ def test_chunks_cover_all_and_come_back_in_order():
         assert pool.map(lambda x: x, [1]) == [1]
     with pytest.raises(UserError, match="threads must be at least 1"):
         ChunkPool(0)
+
+
+def test_after_an_error_no_chunk_is_worked_on_any_more():
+    # Else what a thread still works with, environments say, might be closed under it.
+    began, working = threading.Event(), []
+
+    def work(chunk: int) -> None:
+        if chunk == 0:
+            began.wait(timeout=10.0)
+            raise KeyboardInterrupt
+        working.append(chunk)
+        began.set()
+        time.sleep(0.3)
+        working.remove(chunk)
+
+    with ChunkPool(2) as pool:
+        with pytest.raises(KeyboardInterrupt):
+            pool.map(work, range(2))
+        assert working == []
+        assert pool.map(lambda x: x, [1, 2]) == [1, 2]
 
 
 def test_every_task_inner_step_and_split_has_seeds_and_noise_of_its_own():

@@ -396,16 +396,17 @@ def test_killed_at_random_moments_a_run_resumes_to_the_same_end(tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
     process = subprocess.Popen(
-        [*RUN, "--iterations", "100000", "--out", "run"],
+        [*RUN, "--iterations", "100000", "--out", "my run"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    wait_for_rows(tmp_path / "run", 2)
+    folder = tmp_path / "my run"
+    wait_for_rows(folder, 2)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "continue with: metarl train --resume run" in out
+    assert "continue with: metarl train --resume 'my run'" in out
     assert "Traceback" not in err
-    assert int(newest_checkpoint(tmp_path / "run").stem) == len(read_metrics(tmp_path / "run"))
+    assert int(newest_checkpoint(folder).stem) == len(read_metrics(folder))
 
 
 def test_a_second_ctrl_c_leaves_at_once_with_the_checkpoint_intact(tmp_path):

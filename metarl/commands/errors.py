@@ -50,6 +50,10 @@ def exit_code(command: Callable[[], int]) -> int:
         notes = [_REMEDIES.get(error.errno or 0, ""), *getattr(error, "__notes__", ())]
         text = "; ".join([f"{error.filename}: {error.strerror}", *filter(None, notes)])
         return _told(text, error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        return _told("out of memory: take fewer tasks or episodes, or a smaller network", error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -168,7 +169,7 @@ def adapt(command: Adapt) -> int:
     )
     if command.save is not None:
         after.save(command.save)
-        print(f"saved {command.save}; next: metarl record {command.save}")
+        print(f"saved {command.save}; next: metarl record {quote(str(command.save))}")
     return 0
 
 

@@ -232,7 +232,7 @@ def report(command: Report) -> int:
     named = {"tasks": command.tasks, "episodes": command.episodes, "steps": command.steps}
     asked: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
     fresh, usable, seeds = False, False, 1
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         found = json.loads((folder / "evaluation.json").read_text())
         fresh = found.get("policy") == digest
         has = {"tasks": len(found["tasks"]), "steps": len(found["returns"]) - 1}

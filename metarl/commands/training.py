@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import Annotated, Any, Literal
 
@@ -248,14 +249,15 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
                 bar.close()
     done = meta.provenance["iteration"]
     if done < config.iterations:
-        tell(f"stopped after iteration {done}; continue with: metarl train --resume {folder}")
+        again = f"metarl train --resume {quote(str(folder))}"
+        tell(f"stopped after iteration {done}; continue with: {again}")
         return 128 + (stop.signal or signal.SIGTERM)  # on another rank, if not on this one
     if ranks.is_main and bar is None:
         tell(f"nothing to do: {folder} has its {done} iterations; give more with --iterations")
         return 0
     sampled = "examples" if config.family in data_names() else "env steps"
     tell(f"done: {done} iterations, {meta.provenance['env_steps']:,} {sampled}")
-    tell(f"next: metarl evaluate {folder}")
+    tell(f"next: metarl evaluate {quote(str(folder))}")
     return 0
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -43,9 +43,10 @@ class ChunkPool:
         futures = [self._executor.submit(function, chunk) for chunk in chunks]
         try:
             return [future.result() for future in futures]
-        finally:
+        finally:  # after an error or Ctrl-C nothing is closed under a thread that works with it
             for future in futures:
                 future.cancel()
+            wait(futures)
 
     def close(self) -> None:
         """Wait for the threads and end them."""

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from metarl.envs.errors import UserError
@@ -211,8 +212,8 @@ def load_state(folder: Path, config: Config, like: State, start: int | None = No
         if older is None:
             raise
         raise CheckpointError(
-            f"{error}; go on from the newest good one with: metarl train --resume {folder}"
-            f" --from {older}"
+            f"{error}; go on from the newest good one with: metarl train"
+            f" --resume {quote(str(folder))} --from {older}"
         ) from error
     for later in sorted(found, reverse=True):
         if later > chosen:

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import torch
@@ -259,7 +260,7 @@ def train(
             _train(trainer, folder, recorder, progress, stop)
         except OSError as error:
             if checkpoints_of(folder):
-                error.add_note(f"then go on with: metarl train --resume {folder}")
+                error.add_note(f"then go on with: metarl train --resume {quote(str(folder))}")
             raise
         return trainer.meta_policy()
 
