@@ -43,6 +43,8 @@ class Row:
     """Newest of them among which one is chosen on validation tasks."""
     judged_after: int = 1
     """Inner steps after which their returns are compared."""
+    judged_on: int = 20
+    """Validation tasks on which they are compared."""
 
 
 FINN, PROMP = "Finn et al. 2017", "Rothfuss et al. 2019"
@@ -91,8 +93,11 @@ ROWS = {
     ),
     "half-cheetah-vel-icml2017": Row("half-cheetah-vel", "icml2017", 32e6),
     # Episodes that end early take fewer env steps than the budget; here 8M, less on the ants.
-    # Checkpoints differ there by what a second step brings, and hardly by the first.
-    "navigation-2d-icml2017": Row("navigation-2d", "icml2017", 8.64e6, judged_after=2),
+    # Checkpoints differ there by what a second step brings, and hardly by the first; and by less
+    # than two choices of 20 tasks do.
+    "navigation-2d-icml2017": Row(
+        "navigation-2d", "icml2017", 8.64e6, judged_after=2, judged_on=80
+    ),
     "half-cheetah-dir-promp2019": Row(
         "half-cheetah-dir", "promp2019", 9.6e6, (310.0, None, 405.0), f"{PROMP}; learn2learn"
     ),

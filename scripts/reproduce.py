@@ -93,13 +93,12 @@ def choose(folder: Path, row: Row) -> dict[str, Any]:
     newest = sorted((folder / "checkpoints").glob("*.safetensors"))[-row.last :]
     known = json.loads(store.read_text()) if store.exists() else {}
     names = [Path(one["checkpoint"]).name for one in known.get("compared", [])]
-    steps = row.judged_after
-    if names != [path.name for path in newest] or known.get("steps", 1) != steps:
+    how = {"steps": row.judged_after, "tasks": row.judged_on}
+    if names != [path.name for path in newest] or any(known.get(k) != v for k, v in how.items()):
         found = [
-            {"checkpoint": path.name, "return": validation_return(path, steps=steps)}
-            for path in newest
+            {"checkpoint": path.name, "return": validation_return(path, **how)} for path in newest
         ]
-        best = max(found, key=lambda one: one["return"]) | {"steps": steps, "compared": found}
+        best = max(found, key=lambda one: one["return"]) | how | {"compared": found}
         write_atomically(store, json.dumps(best, indent=2).encode())
     best = json.loads(store.read_text())
     # A name alone: runs may be moved, and read from another working directory.

@@ -82,7 +82,8 @@ PRESETS = {
                 "episodes": 5,
                 "iterations": 54,
                 "policy.normalize": False,
-                "inner.step_sizes": (0.5, 0.25),
+                "policy.initial_std": 0.8,
+                "inner.step_sizes": (0.42, 0.18),
                 "inner.kl": 0.0,
                 "advantage.trace": 0.9,
                 "trust_region.max_kl": 0.007,
@@ -236,6 +237,7 @@ def _replaced(config: Config, values: Mapping[str, Any]) -> Config:
             raise UserError(f"no config key {key!r}{did_you_mean(key, keys)}")
         section, _, name = key.rpartition(".")
         before = getattr(getattr(config, section) if section else config, name)
+        value = value.tolist() if hasattr(value, "tolist") else value  # of numpy
         if isinstance(before, tuple):
             if not isinstance(value, (tuple, list)):
                 raise UserError(f"{key} takes several values, such as ({value},), got {value!r}")
