@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from metarl.envs.errors import UserError
 from metarl.envs.gymnasium_family import GymnasiumFamily
 from metarl.envs.registry import register
 from metarl.envs.tasks import Uniform
@@ -32,6 +33,8 @@ def pendulum_gravity(low: float = 5.0, high: float = 15.0, horizon: int = 200) -
 @register
 def cartpole_length(low: float = 0.25, high: float = 2.0, horizon: int = 200) -> GymnasiumFamily:
     """Balance a pole whose half length (m) is drawn from [low, high]; stock is 0.5."""
+    if not low > 0.0:
+        raise UserError(f"cartpole-length: low must be positive, got {low}")
     return GymnasiumFamily(
         name="cartpole-length",
         description="stock CartPole-v1 with a pole of another half length (m)",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
 
 
 class UserError(ValueError):
@@ -14,3 +16,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raise UserError unless a value is a whole number that is large enough."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UserError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise UserError(f"{name} must be at least {least}, got {value}")

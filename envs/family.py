@@ -30,6 +30,13 @@ class Family:
     source: tuple[str, Mapping[str, Any]] | None = field(default=None, compare=False)
     """Name and options that `find_family` rebuilds this family from; None if made by hand."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.tasks, TaskDistribution):
+            raise UserError(
+                f"{self.name}: tasks must be a distribution, such as"
+                f" Uniform({{'mass': (0.5, 2.0)}}), got {self.tasks!r}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFamily(Family, ABC):
@@ -47,7 +54,8 @@ class TaskFamily(Family, ABC):
     """Whether `info["success"]` of a step says where the task is done; evaluation reports it."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.horizon, int) or self.horizon < 1:
+        super().__post_init__()
+        if type(self.horizon) is not int or self.horizon < 1:
             raise UserError(
                 f"{self.name}: horizon must be a whole number of at least 1, got {self.horizon!r}"
             )

@@ -128,8 +128,11 @@ class MujocoFamily(TaskFamily):
         for part in ("xml", "frame_skip", "observe", "reward", "initial_state"):
             if getattr(self, part) is None:
                 raise UserError(f"{self.name}: give {part}, or env for that of a stock body")
-        if self.frame_skip < 1:
-            raise UserError(f"{self.name}: frame_skip must be at least 1, got {self.frame_skip}")
+        if type(self.frame_skip) is not int or self.frame_skip < 1:
+            raise UserError(
+                f"{self.name}: frame_skip must be a whole number of at least 1,"
+                f" got {self.frame_skip!r}"
+            )
         for field in fields:
             if field not in DATA_FIELDS:
                 raise UserError(

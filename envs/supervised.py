@@ -83,6 +83,7 @@ class FunctionFamily(SupervisedFamily):
     """Examples of the support."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_counts(self, "shots", "queries", "test_queries")
 
     @property

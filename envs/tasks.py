@@ -168,6 +168,8 @@ class Finite(TaskDistribution):
     ) -> None:
         if isinstance(names, str):
             raise UserError(f"names are several, such as ({names!r},), got {names!r}")
+        if not isinstance(balanced, bool):
+            raise UserError(f"balanced must be True or False, got {balanced!r}")
         self.names = tuple(names)
         self.balanced = balanced
         try:

@@ -178,6 +178,12 @@ def test_references_are_evaluated_on_the_same_tasks_and_must_share_the_family():
         ({"episodes": -1}, "episodes must be at least 1"),
         ({"steps": -1}, "steps must be at least 0"),
         ({"step_sizes": [0.1, -0.5]}, "step sizes must be positive, got -0.5"),
+        ({"tasks": 2.5}, "tasks must be a whole number, got 2.5"),
+        ({"episodes": True}, "episodes must be a whole number, got True"),
+        ({"steps": "1"}, "steps must be a whole number, got '1'"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"step_sizes": ["a"]}, "step sizes must be positive, got a"),
+        ({"step_sizes": "0.1"}, r"one for each step, such as \(0.1,\), got '0.1'"),
         ({"random_step_sizes": 0.1}, r"one for each step, such as \(0.1,\), got 0.1"),
     ],
 )

@@ -247,7 +247,7 @@ def test_ctrl_c_at_random_moments_is_a_line_and_leaves_no_process(tmp_path, comm
         time.sleep(6.0 * rng.random())
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=300)
-        assert process.returncode in (130, 0)
+        assert process.returncode in (130, 0), err
         assert "Traceback" not in err
         children = subprocess.run(
             ["pgrep", "-f", f"parent_pid={process.pid}"], capture_output=True, text=True
@@ -734,6 +734,18 @@ def test_a_worker_that_goes_on_failing_ends_the_command(tmp_path, monkeypatch, c
          "the family option low is given twice"),
         ("train ant-dir --iterations 1 --family-options contact_forces=no",
          "ant-dir: contact_forces must be True or False, got 'no'"),
+        ("train half-cheetah-dir --iterations 1 --family-options balanced=no",
+         "balanced must be True or False, got 'no'"),
+        ("train navigation-2d --iterations 1 --family-options horizon=True",
+         "navigation-2d: horizon must be a whole number of at least 1, got True"),
+        ("train hopper-params --iterations 1 --family-options frame_skip=2.5",
+         "hopper-params: frame_skip must be a whole number of at least 1, got 2.5"),
+        ("train cartpole-length --iterations 1 --family-options low=-1",
+         "cartpole-length: low must be positive, got -1"),
+        ("export navigation-2d-icml2017 --steps 2 --out x.pt",
+         "to adapt before it is exported, name the task: --task goal_x=... goal_y=..."),
+        ("evaluate navigation-2d-icml2017 --tasks 1 --threads 0", "threads must be at least 1"),
+        ("report navigation-2d-icml2017 --out x.pdf", "--out x.pdf must end in .html or .htm"),
         ("train half-cheetah-dir --iterations 1 --trust-region.max-kl inf",
          "trust_region.max_kl must be positive and finite, got inf"),
         ("train conftest.py:counting_family",
@@ -770,7 +782,17 @@ def test_a_place_for_results_that_is_a_file_is_told_before_anything_is_measured(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("metarl.running.evaluation.evaluate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("metarl.showing.videos.record", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("metarl.running.export.export", lambda *_, **__: 1 / 0)
     Path("file").write_text("mine")
+    Path("folder").mkdir()
+    name = "navigation-2d-icml2017"
+    for command, suffix in (("report", "html"), ("record", "mp4"), ("export", "pt")):
+        assert run(command, name, "--out", f"file/x.{suffix}") == 2
+        assert f"--out file/x.{suffix}: file is a file, and no folder" in capsys.readouterr().err
+        assert run(command, name, "--out", "folder") == 2
+        assert "--out folder is a folder; name a file" in capsys.readouterr().err
+    assert not Path("runs").exists()
     for out in ("file", "file/below"):
         assert run("evaluate", "navigation-2d-icml2017", "--out", out) == 2
         assert "file is a file, and results need a folder" in capsys.readouterr().err

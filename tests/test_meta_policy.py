@@ -11,6 +11,7 @@ import torch
 from test_evaluation import navigator
 
 import metarl
+from metarl.envs.errors import UserError
 from metarl.running.checkpoints import CheckpointError
 from metarl.running.loading import load, shipped
 
@@ -107,6 +108,12 @@ def test_what_cannot_be_loaded_or_adapted_is_told(tmp_path):
             meta.adapt([0.0, 0.1], steps=0).act([0.0, bad])
     with pytest.raises(ValueError, match="steps must be at least 0"):
         meta.adapt([0.0, 0.1], steps=-1)
+    for name, odd in (("steps", 1.5), ("episodes", 2.5), ("seed", "a")):
+        with pytest.raises(UserError, match=f"{name} must be a whole number, got {odd!r}"):
+            meta.adapt([0.0, 0.1], **{name: odd})
+    assert meta.adapt([0.0, 0.1], step_sizes=np.array([0.1]), episodes=2).provenance["steps"] == 1
+    with pytest.raises(CheckpointError, match="is a folder: metarl adapt makes a policy of a run"):
+        metarl.load_policy(tmp_path)
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from metarl import UserError, load, resolve
@@ -159,11 +160,24 @@ def test_a_run_evaluates_with_what_was_said(flags, sizes, test_sizes, proximal, 
         ("inner.step_sizes", ("a",), r"inner.step_sizes must be numbers, got \('a',\)"),
         ("trust_region.max_kl", None, "trust_region.max_kl must be a number, got None"),
         ("stratified", 1, "stratified must be True or False, got 1"),
+        ("inner.step_sizes", (True,), r"inner.step_sizes must be numbers, got \(True,\)"),
+        ("policy.hidden", (64.5,), r"whole numbers of at least 1, got \(64.5,\)"),
+        ("policy.hidden", (0,), r"whole numbers of at least 1, got \(0,\)"),
+        ("policy.action", "scaled", "policy.action must be one of clip, scale, got 'scaled'"),
+        ("policy.activation", "gelu", "policy.activation must be one of tanh, relu, got 'gelu'"),
+        ("policy.network", "foo", "policy.network must be one of auto, mlp, .*, got 'foo'"),
     ],
 )
 def test_a_value_of_another_kind_is_refused(key, value, told):
     with pytest.raises(UserError, match=told):
         resolve(None, "navigation-2d", overrides={key: value})
+
+
+def test_numbers_of_numpy_are_taken_as_they_are():
+    said = {"seed": np.int64(3), "inner.step_sizes": np.array([0.4]), "stratified": np.bool_(1)}
+    config = resolve(None, "navigation-2d", overrides=said)
+    assert (config.seed, config.inner.step_sizes, config.stratified) == (3, (0.4,), True)
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 def test_what_a_family_chose_for_an_algorithm_is_kept():

@@ -133,6 +133,14 @@ def test_a_report_is_of_the_policy_it_names(tmp_path, monkeypatch, capsys):
     assert json.loads(kept.read_text()) == several
     now = json.loads(stored.read_text())
     assert (now["seeds"], len(now["tasks"]), now["episodes"]) == ([0], 3, 2)
+    # So does how it was measured.
+    other = ["evaluate", str(name), *small, "--drawn", "--deterministic", "--seed", "3"]
+    assert main([*other, "--out", str(stored.parent)]) == 0
+    random_meta_policy(navigator(), 2).save(name)
+    assert main(["report", str(name), "--tasks", "4"]) == 0
+    now = json.loads(stored.read_text())
+    assert (len(now["tasks"]), now["episodes"], len(now["returns"])) == (4, 1, 2)
+    assert (now["drawn"], now["deterministic"], now["seed"]) == (True, True, 3)
     for damaged in ("[]", "null", '{"policy": 1, "tasks": 3}'):
         stored.write_text(damaged)
         assert main(["report", str(name), *small]) == 0

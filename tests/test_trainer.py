@@ -23,7 +23,7 @@ from metarl.envs import MujocoFamily, Uniform, make_family
 from metarl.envs.errors import UserError
 from metarl.learning.inner_loop import _rescale
 from metarl.running.checkpoints import CheckpointError
-from metarl.running.config import Config, InnerConfig, PolicyConfig
+from metarl.running.config import Config, InnerConfig, MetaConfig, PolicyConfig
 from metarl.running.loading import newest_checkpoint
 from metarl.running.meta_policy import MetaPolicy
 from metarl.running.metrics import measured_time, read_metrics
@@ -184,14 +184,30 @@ class Failing(CountingEnv):
 
 
 def test_a_longer_run_that_is_stopped_goes_on_to_its_new_length(tmp_path):
-    folder = tmp_path / "run"
+    folder, done = tmp_path / "run", []
     train(small(iterations=1), folder)
-    train(small(iterations=4), folder, resume=True, stop=lambda: len(read_metrics(folder)) == 2)
+    stop = {"progress": done.append, "stop": lambda: len(done) == 1}
+    train(small(iterations=4), folder, resume=True, **stop)
     assert len(read_metrics(folder)) == 2
     train(run_config(folder), folder, resume=True)
     assert len(read_metrics(folder)) == 4
     train(small(iterations=4), tmp_path / "whole")
     assert timeless(folder) == timeless(tmp_path / "whole")
+
+
+def test_a_run_that_has_more_iterations_than_are_asked_for_keeps_its_length(tmp_path):
+    folder, done, told = tmp_path / "run", [], []
+    config = small(meta=MetaConfig(cosine=True))
+    train(config, folder, progress=done.append, stop=lambda: len(done) == 2)
+    before = (folder / "config.json").read_bytes()
+    fewer = dataclasses.replace(config, iterations=1)
+    train(fewer, folder, resume=True, notice=told.append)
+    assert not told
+    assert (folder / "config.json").read_bytes() == before
+    assert len(read_metrics(folder)) == 2
+    with pytest.raises(UserError, match="start 2 is of a run that goes on: give resume=True"):
+        train(config, tmp_path / "new", start=2)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_kl_below_zero_by_rounding_rescales_nothing():

@@ -45,10 +45,17 @@ def _check_first(
             raise UserError(f"{flag} takes {form}, got {word!r}")
 
 
-def check_suffix(flag: str, path: Path | None, suffixes: Sequence[str]) -> None:
-    """Raise UserError where a file's name says another format than those it is written in."""
-    if path is not None and path.suffix and path.suffix not in suffixes:
+def check_file(flag: str, path: Path | None, suffixes: Sequence[str]) -> None:
+    """Raise UserError where a file cannot be written, or its name says another format."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; name a file")
+    if path.suffix and path.suffix not in suffixes:
         raise UserError(f"{flag} {path} must end in {' or '.join(suffixes)}")
+    for above in path.parents:
+        if above.is_file():
+            raise UserError(f"{flag} {path}: {above} is a file, and no folder; choose another")
 
 
 def _once() -> Callable[[str], bool]:

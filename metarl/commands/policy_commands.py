@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from metarl.commands.arguments import check_suffix
+from metarl.commands.arguments import check_file
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.registry import make_family
@@ -211,7 +211,7 @@ def export(command: Export) -> int:
     from metarl.running.loading import load, load_policy
 
     what = _one(command.what)
-    check_suffix("--out", command.out, tuple(SUFFIXES.values()))
+    check_file("--out", command.out, tuple(SUFFIXES.values()))
     formats: dict[str, Format] = {suffix: name for name, suffix in SUFFIXES.items()}
     said = formats.get(command.out.suffix) if command.out is not None else None
     if command.format and said and command.format != said:
@@ -226,6 +226,11 @@ def export(command: Export) -> int:
     else:
         meta = load(what)
         family = meta.family
+        usual = Export(what=command.what)
+        adapts = (command.steps, command.options()) != (usual.steps, usual.options())
+        if adapts and not command.task:
+            names = " ".join(f"{name}=..." for name in family.tasks.names)
+            raise UserError(f"to adapt before it is exported, name the task: --task {names}")
         task = parse_task(family, command.task) if command.task else family.tasks.grid(1)[0]
         steps = command.steps if command.task else 0
         policy = meta.adapt(task, steps=steps, **command.options())
@@ -248,7 +253,7 @@ def export(command: Export) -> int:
 def record(command: Record) -> int:
     """Run `metarl record`."""
     what = _one(command.what)
-    check_suffix("--out", command.out, (".mp4", ".gif"))
+    check_file("--out", command.out, (".mp4", ".gif"))
     video = film(
         what,
         command.task,

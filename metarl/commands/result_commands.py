@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from metarl.commands.arguments import check_suffix
+from metarl.commands.arguments import check_file
 from metarl.commands.policy_commands import check_no_file, film, results_folder
 from metarl.envs.errors import UserError
 from metarl.running.config import default_workers
@@ -199,7 +199,7 @@ def plot(command: Plot) -> int:
 
     if not command.what:
         raise UserError("name a run folder to plot")
-    check_suffix("--out", command.out, (".png", ".svg"))
+    check_file("--out", command.out, (".png", ".svg"))
     out = command.out or command.what[0] / "learning.png"
     paths = plot_learning(command.what, out, against=command.against, smooth=command.smooth)
     print(", ".join(map(str, paths)))
@@ -226,6 +226,7 @@ def report(command: Report) -> int:
 
     if not command.what:
         raise UserError("name a run folder, a policy file or a shipped policy to report on")
+    check_file("--out", command.out, (".html", ".htm"))
     what = command.what[0]
     digest = load(what).digest
     folder = results_folder(what)
@@ -240,8 +241,9 @@ def report(command: Report) -> int:
         # One of several seeds together is not this run's own.
         seeds = len(found["seeds"])
         usable = fresh and seeds == 1 and all(has[key] == value for key, value in asked.items())
-        if seeds > 1:  # what was not asked for is as it was there
-            asked = {key: value for key, value in has.items() if value is not None} | asked
+        # What was not asked for is as it was there.
+        kept = has | {key: found[key] for key in ("drawn", "deterministic", "seed")}
+        asked = {key: value for key, value in kept.items() if value is not None} | asked
     if seeds > 1:
         path = folder / "evaluation.json"
         print(f"{set_aside(path, path.read_bytes())}: what {seeds} seeds had there")
@@ -260,6 +262,7 @@ def report(command: Report) -> int:
     out = command.out or folder / "report.html"
     config = folder / "config.json"
     run = json.loads(config.read_text()) if config.exists() else None
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_report(folder, out, f"metarl: {Path(what).name}", run=run, no_video=why)
     print(out)
     return 0

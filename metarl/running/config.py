@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -20,6 +20,7 @@ from metarl.learning.trust_region import TrustRegionConfig
 from metarl.sampling.spaces import ActionMode
 
 Network = Literal["auto", "mlp", "nature", "impala", "conv4"]
+_CHOICES = {"network": Network, "activation": Activation, "action": ActionMode}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,15 @@ class PolicyConfig:
     within the bounds, for every seed."""
 
     def __post_init__(self) -> None:
-        if any(size < 1 for size in self.hidden):
-            raise UserError(f"policy.hidden sizes must be at least 1, got {self.hidden}")
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                got = getattr(self, name)
+                raise UserError(f"policy.{name} must be one of {choices}, got {got!r}")
+        if any(not isinstance(size, int) or size < 1 for size in self.hidden):
+            raise UserError(
+                f"policy.hidden sizes must be whole numbers of at least 1, got {self.hidden}"
+            )
         if self.filters < 1:
             raise UserError(f"policy.filters must be at least 1, got {self.filters}")
         if self.context < 1:
@@ -233,7 +241,7 @@ def check_type(key: str, value: Any, like: Any) -> None:
     said, allowed = kinds.get(type(like), ("", (object,)))
     inside = value if isinstance(like, tuple) and isinstance(value, (tuple, list)) else ()
     good = isinstance(value, allowed) and isinstance(value, bool) <= isinstance(like, bool)
-    if not good or any(not isinstance(x, (int, float)) for x in inside):
+    if not good or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in inside):
         raise UserError(f"{key} must be {said}, got {value!r}")
 
 

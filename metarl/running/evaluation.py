@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, check_whole
 from metarl.envs.few_shot import FewShotFamily
 from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.inner_loop import NonFiniteError
@@ -177,8 +177,7 @@ def evaluate(
     first = members[0]
     least_values = (("tasks", tasks, 1), ("episodes", episodes, 1), ("steps", steps, 0))
     for key, value, least in (*least_values, ("seed", seed, 0), ("workers", workers, 0)):
-        if value < least:
-            raise UserError(f"{key} must be at least {least}, got {value}")
+        check_whole(key, value, least)
     if split not in ("test", "validation"):
         raise UserError(f"split must be 'test' or 'validation', got {split!r}")
     if not (math.isfinite(scratch_learning_rate) and scratch_learning_rate > 0.0):
@@ -228,7 +227,7 @@ def evaluate(
 
     address, goals = tasks_of(split)
     given = {"random": random_step_sizes, "pretrained": pretrained_step_sizes}
-    count = threads or available_threads()
+    count = available_threads() if threads is None else threads
     with ranks.agreeing(), one_intraop_thread(), ChunkPool(count, ranks) as pool:
 
         def made(address: Address, goals: Floats, steps: int, mode: bool) -> _AnyProtocol:

@@ -127,6 +127,8 @@ def load_policy(path: str | Path) -> Policy:
             importable under its name.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: metarl adapt makes a policy of a run")
     tensors, metadata = checkpoints.load(path)
     if metadata.get("kind") != "adapted":
         raise CheckpointError(f"{path} is an initialization: metarl adapt makes a policy of it")

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from metarl.envs import TaskFamily
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, check_whole
 from metarl.envs.family import Family
 from metarl.envs.registry import find_family
 from metarl.envs.supervised import SupervisedFamily
@@ -48,10 +49,10 @@ from metarl.sampling.seeding import stream
 
 def check_step_sizes(sizes: Sequence[float] | None) -> None:
     """Raise UserError unless these are positive numbers, one for each step; none are fine."""
-    if isinstance(sizes, (int, float)):
-        raise UserError(f"step sizes are one for each step, such as ({sizes:g},), got {sizes!r}")
-    for size in sizes or ():
-        if not (math.isfinite(size) and size > 0.0):
+    if isinstance(sizes, (int, float, str)):
+        raise UserError(f"step sizes are one for each step, such as ({sizes},), got {sizes!r}")
+    for size in () if sizes is None else sizes:
+        if not (isinstance(size, Real) and math.isfinite(size) and size > 0.0):
             raise UserError(f"step sizes must be positive, got {size}")
 
 
@@ -177,8 +178,7 @@ class MetaPolicy:
             ("episodes", episodes, 1),
             ("seed", seed, 0),
         ):
-            if value < least:
-                raise UserError(f"{name} must be at least {least}, got {value}")
+            check_whole(name, value, least)
         if isinstance(env, gym.vector.VectorEnv):
             raise UserError("adapt takes one environment, got a vector environment")
         given = None if isinstance(env, gym.Env) else self._task(env)
@@ -258,8 +258,7 @@ class MetaPolicy:
             raise UserError(f"{self.config.family} has environments: adapt to one of them")
         if self.algorithm.observes_task:
             raise UserError("an oracle is told its task and does not adapt")
-        if steps < 0:
-            raise UserError(f"steps must be at least 0, got {steps}")
+        check_whole("steps", steps, 0)
         support = as_examples(self.model, inputs, targets)
         with one_intraop_thread(), ChunkPool(1) as pool:
             loop, meta = self.inner_loop(pool, step_sizes)

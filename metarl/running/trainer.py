@@ -239,6 +239,8 @@ def train(
     """
     if not isinstance(config, Config):
         raise UserError(f"train takes a Config, which metarl.resolve makes, got {config!r}")
+    if start is not None and not resume:
+        raise UserError(f"start {start} is of a run that goes on: give resume=True")
     folder = Path(out)
     with contextlib.ExitStack() as stack:
         recorder = None
@@ -304,10 +306,10 @@ def _continued(
         iteration = trainer.state.iteration
         if not iteration:  # it may have been killed before its first checkpoint
             save_checkpoint(folder, config, trainer.state)
-        change = schedule_change(trainer.algorithm, config, planned, iteration)
-        if change is not None:
-            notice(change)
-        if config.iterations != planned:
+        if iteration < config.iterations != planned:
+            change = schedule_change(trainer.algorithm, config, planned, iteration)
+            if change is not None:
+                notice(change)
             plan(folder, config)
         yield check
 
