@@ -26,7 +26,7 @@ import numpy as np
 from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
-from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.errors import UserError, check_whole, did_you_mean
 from metarl.envs.family import TaskFamily
 from metarl.envs.mujoco_bodies import find_body
 from metarl.envs.mujoco_rewards import root_x
@@ -128,11 +128,7 @@ class MujocoFamily(TaskFamily):
         for part in ("xml", "frame_skip", "observe", "reward", "initial_state"):
             if getattr(self, part) is None:
                 raise UserError(f"{self.name}: give {part}, or env for that of a stock body")
-        if type(self.frame_skip) is not int or self.frame_skip < 1:
-            raise UserError(
-                f"{self.name}: frame_skip must be a whole number of at least 1,"
-                f" got {self.frame_skip!r}"
-            )
+        check_whole(f"{self.name}: frame_skip", self.frame_skip, 1)
         for field in fields:
             if field not in DATA_FIELDS:
                 raise UserError(
