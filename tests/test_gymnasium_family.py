@@ -263,6 +263,12 @@ def test_an_environments_own_set_task_or_task_is_used():
         assert [getattr(e.unwrapped, name) for e in vector._envs] == [[5.0], [6.0]]
 
 
+@pytest.mark.parametrize("tasks", [{"g": (5.0, 15.0)}, None, [[5.0]]])
+def test_tasks_that_are_no_distribution_are_told(tasks):
+    with pytest.raises(UserError, match="pendulum: tasks must be a distribution, such as Uniform"):
+        pendulum(tasks=tasks, keywords=True)
+
+
 def test_a_family_that_says_nothing_of_its_tasks_is_told_the_ways():
     with pytest.raises(UserError, match=r"set_task, keywords=True or reward, or .* set_task\(task"):
         pendulum().make()
