@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, check_whole
 from metarl.envs.tasks import TaskDistribution, Tasks
 
 if TYPE_CHECKING:
@@ -55,10 +55,7 @@ class TaskFamily(Family, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.horizon) is not int or self.horizon < 1:
-            raise UserError(
-                f"{self.name}: horizon must be a whole number of at least 1, got {self.horizon!r}"
-            )
+        check_whole(f"{self.name}: horizon", self.horizon, 1)
 
     @abstractmethod
     def make(

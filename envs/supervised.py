@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.envs.errors import UserError
+from metarl.envs.errors import check_whole
 from metarl.envs.family import Family
 from metarl.envs.tasks import Tasks
 
@@ -114,8 +114,4 @@ class FunctionFamily(SupervisedFamily):
 def check_counts(family: SupervisedFamily, *names: str) -> None:
     """Raise UserError unless these are whole numbers of at least 1."""
     for name in names:
-        value = getattr(family, name)
-        if type(value) is not int or value < 1:
-            raise UserError(
-                f"{family.name}: {name} must be a whole number of at least 1, got {value!r}"
-            )
+        check_whole(f"{family.name}: {name}", getattr(family, name), 1)

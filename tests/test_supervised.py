@@ -463,7 +463,7 @@ def test_ways_may_be_a_number_of_numpys():
         ({"ways": 4}, "4 ways need as many test classes, there are 3 of 16"),
         ({"ways": 1}, r"ways must be at least 2, or \(fewest, most\), got 1"),
         ({"ways": (8, 3)}, r"\(fewest, most\), got \(8, 3\)"),
-        ({"shots": 0}, "shots must be a whole number of at least 1, got 0"),
+        ({"shots": 0}, "shots must be at least 1, got 0"),
         ({"test": ["c01", "c77", "c02"]}, "test names class 'c77', which has no image"),
     ],
 )

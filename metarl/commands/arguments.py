@@ -45,17 +45,22 @@ def _check_first(
             raise UserError(f"{flag} takes {form}, got {word!r}")
 
 
-def check_file(flag: str, path: Path | None, suffixes: Sequence[str]) -> None:
+def check_file(flag: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
     """Raise UserError where a file cannot be written, or its name says another format."""
     if path is None:
         return
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; name a file")
-    if path.suffix and path.suffix not in suffixes:
+    if suffixes and path.suffix and path.suffix not in suffixes:
         raise UserError(f"{flag} {path} must end in {' or '.join(suffixes)}")
-    for above in path.parents:
-        if above.is_file():
-            raise UserError(f"{flag} {path}: {above} is a file, and no folder; choose another")
+    check_no_file(flag, path.parent)
+
+
+def check_no_file(flag: str, folder: Path) -> None:
+    """Raise UserError where a file stands in a folder's place, or in that of one above it."""
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise UserError(f"{path} is a file, and results need a folder: name one with {flag}")
 
 
 def _once() -> Callable[[str], bool]:

@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from metarl.commands.arguments import check_file
+from metarl.commands.arguments import check_file, check_no_file
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.registry import make_family
@@ -91,16 +91,9 @@ def results_folder(what: str, out: Path | None = None) -> Path:
     """Make and return the folder for what is found out about a policy: its run's, if it has one."""
     source = Path(what)
     folder = out or (source if source.is_dir() else Path("runs") / f"{source.stem}-evaluation")
-    check_no_file(folder)
+    check_no_file("--out", folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def check_no_file(folder: Path) -> None:
-    """Raise UserError where a file stands in a folder's place, or in that of one above it."""
-    for path in (folder, *folder.parents):
-        if path.is_file():
-            raise UserError(f"{path} is a file, and results need a folder: name one with --out")
 
 
 def _steps(count: int) -> str:
@@ -145,11 +138,9 @@ def adapt(command: Adapt) -> int:
     from metarl.running.loading import load
 
     what = _one(command.what)
-    if command.save is not None:
-        if command.save.is_dir():
-            raise UserError(f"--save {command.save} is a folder; name a file")
-        if not command.save.absolute().parent.is_dir():
-            raise UserError(f"--save {command.save}: there is no folder {command.save.parent}")
+    check_file("--save", command.save)
+    if command.save is not None and not command.save.absolute().parent.is_dir():
+        raise UserError(f"--save {command.save}: there is no folder {command.save.parent}")
     meta = load(what)
     if not command.task:
         names = " ".join(f"{name}=..." for name in meta.source.tasks.names)
