@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -96,7 +97,7 @@ class Uniform(TaskDistribution):
         if not self.names:
             raise UserError("a box of tasks needs a component, such as velocity=(0.0, 2.0)")
         for name, pair in [*bounds.items(), *(test or {}).items()]:
-            if np.shape(pair) != (2,):
+            if np.shape(pair) != (2,) or not all(isinstance(x, Real) for x in pair):
                 raise UserError(f"{name} takes two bounds, (low, high), got {pair!r}")
         if test is not None and tuple(test) != self.names:
             raise UserError(f"test must have the components {self.names}, got {tuple(test)}")

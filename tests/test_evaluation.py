@@ -545,6 +545,10 @@ def test_from_scratch_stands_beside_the_policy_with_one_and_ten_times_the_steps(
     assert again.references["from scratch"].per_seed.tolist() == short[None].tolist()
     with pytest.raises(UserError, match="scratch_learning_rate must be positive, got 0"):
         evaluate(meta, scratch_learning_rate=0.0)
+    with pytest.raises(UserError, match="scratch_learning_rate has no effect without from_scratch"):
+        evaluate(meta, scratch_learning_rate=1e-3)
+    with pytest.raises(UserError, match="pretrained_step_sizes has no effect: no reference is"):
+        evaluate(meta, pretrained_step_sizes=[0.1])
 
 
 def test_ppo_of_stable_baselines3_stands_beside_them_where_it_is_installed():

@@ -216,6 +216,7 @@ def test_step_sizes_are_chosen_by_the_error(sinusoids):
         (["sinusoid", "--episodes", "7"], "episodes has no effect on the supervised tasks"),
         (["sinusoid", "--advantage.trace", "0.5"], "advantage has no effect on the supervised"),
         (["sinusoid", "--trust-region.max-kl", "0.1"], "trust_region has no effect with"),
+        (["sinusoid", "--policy.filters", "8"], "policy.filters has no effect on mlp"),
         (["sinusoid", "--inner.kl", "0.3"], "inner.kl has no effect on the supervised tasks"),
         (["characters", "--ways", "90"], "90 ways need as many test classes, there are 80 of 400"),
         (["characters", "--shots", "19"], "has 20 examples, and 19 shots with 15 queries need 34"),
@@ -301,11 +302,6 @@ def test_a_damaged_image_is_named(tmp_path):
         find_family("omniglot", folder=str(tmp_path))
 
 
-def digits() -> FewShotFamily:
-    data = pytest.importorskip("sklearn.datasets").load_digits()
-    return FewShotFamily(data.images / 16.0, data.target, ways=2, shots=1)
-
-
 def vectors() -> FewShotFamily:
     rng = np.random.default_rng(0)
     return FewShotFamily(rng.standard_normal((400, 8)), np.arange(400) % 20, ways=2, shots=1)
@@ -321,8 +317,9 @@ def test_protomaml_needs_a_layer_to_learn(tmp_path):
 
 
 @pytest.mark.learning
-def test_digits_are_learned(tmp_path):
-    said = {"iterations": 100, "tasks": 8, "policy.filters": 8, "threads": 1}
-    train(resolve(None, "test_supervised_runs:digits", "protomaml", said), tmp_path / "run")
-    result = metarl.evaluate(tmp_path / "run", tasks=200, steps=1, threads=2)
-    assert result.curve.returns[1] > 80.0
+def test_characters_are_learned(tmp_path):
+    said = {"family_options": {"size": 14}, "iterations": 100, "tasks": 8, "policy.filters": 8}
+    train(resolve(None, "characters", "protomaml", {**said, "threads": 1}), tmp_path / "run")
+    result = metarl.evaluate(tmp_path / "run", tasks=100, steps=1, threads=2)
+    # An untrained network has 37 %: prototypes of what it makes of images tell classes apart too.
+    assert result.curve.returns[1] > result.references["random"].returns[1] + 10.0

@@ -71,6 +71,7 @@ def make_policy(
     chosen, base = config.policy, PolicyConfig()
     encoder = None
     size = observation_shape[0]
+    _check_filters(config, "policies")
     if len(observation_shape) > 1:
         encoder = make_encoder(chosen.network, observation_shape)
     elif chosen.network in ENCODERS:
@@ -100,6 +101,11 @@ def make_policy(
         if getattr(chosen, name) != getattr(base, name):
             raise UserError(f"policy.{name} has no effect on {actions} actions")
     return CategoricalMLP(categories=found, **common)
+
+
+def _check_filters(config: Config, network: str) -> None:
+    if config.policy.filters != PolicyConfig().filters:
+        raise UserError(f"policy.filters has no effect on {network}: it is of conv4")
 
 
 def spaces_of(family: TaskFamily) -> tuple[gym.Space, gym.Space]:
@@ -156,6 +162,8 @@ def predictor_for(row: Algorithm, config: Config, family: SupervisedFamily) -> P
             f"policy.network {network} does not read inputs of {list(shape)}: take mlp, or conv4"
             " for images"
         )
+    if network == "mlp":
+        _check_filters(config, "mlp")
     common: dict[str, Any] = {
         "inputs": shape,
         "outputs": family.outputs,

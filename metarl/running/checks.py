@@ -25,6 +25,8 @@ def check_combination(row: Algorithm, config: Config, family: Family) -> None:
         used = row.outer == "trust-region" if section == "trust_region" else row.outer in _ADAM
         if not used and getattr(config, section) != getattr(base, section):
             raise UserError(f"{section} has no effect with {name}, whose outer step is {row.outer}")
+    if row.outer != "clipped" and config.adam.clip != base.adam.clip:
+        raise UserError(f"adam.clip has no effect with {name}, whose objective is not clipped")
     if config.adam.minibatches > 1:
         if row.gradient != "unrolled":
             raise UserError(f"adam.minibatches must be 1 with {name}, whose inner loop needs all")

@@ -182,6 +182,8 @@ def evaluate(
         raise UserError(f"split must be 'test' or 'validation', got {split!r}")
     if not (math.isfinite(scratch_learning_rate) and scratch_learning_rate > 0.0):
         raise UserError(f"scratch_learning_rate must be positive, got {scratch_learning_rate}")
+    if scratch_learning_rate != LEARNING_RATE and not from_scratch:
+        raise UserError("scratch_learning_rate has no effect without from_scratch")
     for sizes in (step_sizes, random_step_sizes, pretrained_step_sizes):
         check_step_sizes(sizes)
     family, config = first.source, first.config
@@ -200,6 +202,10 @@ def evaluate(
             )
         if key == name:
             raise UserError(f"a reference and the policy are both called {key!r}")
+    if pretrained_step_sizes and not any(
+        group[0].config.algorithm == "pretrained" for group in others.values()
+    ):
+        raise UserError("pretrained_step_sizes has no effect: no reference is a pretrained policy")
     start: list[MetaPolicy] = []
     if not any(m[0].config.algorithm == "random" for m in (members, *others.values())):
         start = [random_meta_policy(first, seed)]
