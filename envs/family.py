@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from metarl.envs.errors import UserError, check_whole
 from metarl.envs.tasks import TaskDistribution, Tasks
@@ -58,9 +58,7 @@ class TaskFamily(Family, ABC):
         check_whole(f"{self.name}: horizon", self.horizon, 1)
 
     @abstractmethod
-    def make(
-        self, task: NDArray[np.float64] | None = None, *, render_mode: str | None = None
-    ) -> gym.Env:
+    def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
         """Return one environment.
 
         Args:

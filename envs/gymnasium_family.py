@@ -24,7 +24,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily
@@ -422,7 +422,7 @@ class GymnasiumFamily(TaskFamily):
                     f" {getattr(one, kind)} and {getattr(other, kind)}"
                 )
 
-    def make(self, task: Floats | None = None, *, render_mode: str | None = None) -> gym.Env:
+    def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
         task = None if task is None else np.asarray(task, np.float64)
         return TaskEnv(self, task, render_mode)
 

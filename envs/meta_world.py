@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import mujoco
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from metarl.envs.errors import UserError, did_you_mean
 from metarl.envs.family import TaskFamily
@@ -125,7 +125,7 @@ class MetaWorldFamily(TaskFamily):
 
     tells_success: ClassVar[bool] = True
 
-    def make(self, task: Floats | None = None, *, render_mode: str | None = None) -> gym.Env:
+    def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
         return SingleTaskEnv(self, task, render_mode)
 
     def make_vec(self, num_tasks: int, episodes: int, **options: Any) -> MetaWorldVectorEnv:

@@ -24,7 +24,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.utils import seeding
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from metarl.envs.errors import UserError, check_whole, did_you_mean
 from metarl.envs.family import TaskFamily
@@ -140,7 +140,7 @@ class MujocoFamily(TaskFamily):
         if getattr(self, part) is None:
             object.__setattr__(self, part, value)
 
-    def make(self, task: Floats | None = None, *, render_mode: str | None = None) -> gym.Env:
+    def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
         return SingleTaskEnv(self, task, render_mode, threads=1)
 
     def make_vec(self, num_tasks: int, episodes: int, **options: Any) -> MujocoVectorEnv:

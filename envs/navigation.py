@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily
@@ -28,7 +28,7 @@ class NavigationFamily(TaskFamily):
 
     parallel: ClassVar[bool] = True
 
-    def make(self, task: Floats | None = None, *, render_mode: str | None = None) -> gym.Env:
+    def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
         return SingleTaskEnv(self, task, render_mode)
 
     def make_vec(self, num_tasks: int, episodes: int, **options: Any) -> NavigationVectorEnv:

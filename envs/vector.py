@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily
@@ -245,7 +245,7 @@ class SingleTaskEnv(gym.Env):
     def __init__(
         self,
         family: TaskFamily,
-        task: Floats | None = None,
+        task: ArrayLike | None = None,
         render_mode: str | None = None,
         **options: Any,
     ) -> None:

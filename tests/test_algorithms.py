@@ -788,6 +788,26 @@ def test_an_oracle_sees_its_task(tmp_path):
         meta.adapt(meta.family.make(np.array([0.3, 0.2])), steps=0)
 
 
+def test_the_inner_loss_can_be_chosen():
+    """Ratios have the curvature of DiCE at decay 0, and log-likelihoods another."""
+    found = {}
+    for name, loss in (
+        ("maml-trpo", "auto"), ("maml-trpo", "log-likelihood"), ("maml-trpo", "likelihood-ratio"),
+        ("dice-maml", "auto"), ("fomaml-trpo", "auto"), ("fomaml-trpo", "likelihood-ratio"),
+    ):  # fmt: skip
+        said = {"tasks": 4, "episodes": 4, "threads": 1, "inner.loss": loss}
+        said |= {"inner.dice_decay": 0.0} if name == "dice-maml" else {}
+        with Trainer(resolve("metarl2026", "navigation-2d", name, said)) as trainer:
+            found[name, loss] = trainer.iterate()["gradient_norm"]
+    ratios = found["maml-trpo", "likelihood-ratio"]
+    assert ratios == pytest.approx(found["dice-maml", "auto"], rel=1e-4)
+    assert abs(ratios / found["maml-trpo", "auto"] - 1.0) > 1e-3
+    assert found["maml-trpo", "auto"] == found["maml-trpo", "log-likelihood"]
+    # The steps are the same: only their curvature differs.
+    first = found["fomaml-trpo", "auto"]
+    assert first == pytest.approx(found["fomaml-trpo", "likelihood-ratio"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -809,6 +829,8 @@ def test_an_oracle_sees_its_task(tmp_path):
         ("maml-trpo", {"meta": {"anneal_fraction": 0.5}}, "meta.anneal_fraction has no effect"),
         ("maml++", {"meta": {"anneal_fraction": 1.5}}, "meta.anneal_fraction must be within"),
         ("random", {"meta": {"cosine": True}}, "meta.cosine has no effect with random"),
+        ("maml-trpo", {"inner": {"loss": "dice"}}, "inner.loss must be one of auto, log-likeli"),
+        ("dice-maml", {"inner": {"loss": "likelihood-ratio"}}, "inner.loss must be auto with dice"),
         ("promp", {"inner": {"dice_decay": 0.5}}, "inner.dice_decay has no effect with promp"),
         ("dice-maml", {"inner": {"dice_decay": 1.5}}, "inner.dice_decay must be within"),
         ("maml-trpo", {"policy": {"context": 3}}, "policy.context has no effect"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from metarl import evaluate, resolve, train
@@ -12,13 +10,7 @@ from metarl import evaluate, resolve, train
 @pytest.mark.learning
 @pytest.mark.parametrize("algorithm", ["maml-trpo", "fomaml-trpo"])
 def test_navigation_learns_to_adapt_in_one_step(tmp_path, algorithm):
-    base = resolve("icml2017", "navigation-2d")
-    config = dataclasses.replace(
-        base,
-        algorithm=algorithm,
-        iterations=30,
-        advantage=dataclasses.replace(base.advantage, trace=0.95),
-    )
+    config = resolve("metarl2026", "navigation-2d", algorithm, {"iterations": 15})
     result = evaluate(train(config, tmp_path / "run"), steps=1)
     mean, low, _ = result.curve.gain()
     assert low > 10.0
@@ -28,15 +20,9 @@ def test_navigation_learns_to_adapt_in_one_step(tmp_path, algorithm):
 
 
 @pytest.mark.learning
-def test_half_cheetah_learns_to_run_both_ways(tmp_path):
-    base = resolve("icml2017", "half-cheetah-dir")
-    config = dataclasses.replace(
-        base,
-        seed=1,
-        iterations=25,
-        policy=dataclasses.replace(base.policy, hidden=(64, 64), activation="tanh"),
-        advantage=dataclasses.replace(base.advantage, trace=0.95),
-    )
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_half_cheetah_learns_to_run_both_ways(tmp_path, seed):
+    config = resolve("metarl2026", "half-cheetah-dir", overrides={"iterations": 15, "seed": seed})
     result = evaluate(train(config, tmp_path / "run"), steps=1)
     assert result.curve.gain()[1] > 100.0
     backward, forward = result.curve.per_task[0::2, 1], result.curve.per_task[1::2, 1]

@@ -217,6 +217,7 @@ def test_step_sizes_are_chosen_by_the_error(sinusoids):
         (["sinusoid", "--advantage.trace", "0.5"], "advantage has no effect on the supervised"),
         (["sinusoid", "--trust-region.max-kl", "0.1"], "trust_region has no effect with"),
         (["sinusoid", "--policy.filters", "8"], "policy.filters has no effect on mlp"),
+        (["sinusoid", "--inner.loss", "log-likelihood"], "inner.loss has no effect on the super"),
         (["sinusoid", "--inner.kl", "0.3"], "inner.kl has no effect on the supervised tasks"),
         (["characters", "--ways", "90"], "90 ways need as many test classes, there are 80 of 400"),
         (["characters", "--shots", "19"], "has 20 examples, and 19 shots with 15 queries need 34"),

@@ -14,6 +14,11 @@ from metarl.learning.adaptation import Fast, Learned
 from metarl.learning.objectives import Loss, dice, likelihood_ratio, log_likelihood
 from metarl.learning.predictors import Head
 
+INNER_LOSSES: Mapping[str, Loss] = {
+    "log-likelihood": log_likelihood,
+    "likelihood-ratio": likelihood_ratio,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
@@ -43,6 +48,10 @@ class Algorithm:
     """Not a meta-learner, but what one stands beside."""
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Values of config sections that the algorithm starts from."""
+
+    def with_inner_loss(self, name: str) -> Algorithm:
+        """Return the row with an inner loss by name; "auto" leaves its own."""
+        return self if name == "auto" else replace(self, inner_loss=INNER_LOSSES[name])
 
     @property
     def needs_policy(self) -> str:

@@ -43,7 +43,11 @@ def scaled_tasks(family: Family, tasks: NDArray) -> Tensor:
 
 def make_adapter(row: Algorithm, config: Config, model: Model) -> Adapter:
     """Return what adapts in a config's algorithm, and how."""
-    loss = model.loss if isinstance(model, Predictor) else row.inner_loss
+    loss = (
+        model.loss
+        if isinstance(model, Predictor)
+        else row.with_inner_loss(config.inner.loss).inner_loss
+    )
     if loss is dice:
         loss = partial(dice, decay=config.inner.dice_decay)
     return Adapter(

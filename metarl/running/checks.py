@@ -34,8 +34,11 @@ def check_combination(row: Algorithm, config: Config, family: Family) -> None:
             raise UserError(
                 "adam.minibatches must be 1 with meta.credit, which is the whole batch's"
             )
+    if inner.loss != "auto" and row.whole_episodes:
+        raise UserError(f"inner.loss must be auto with {name}, which is its own inner loss")
+    inner_loss = row.with_inner_loss(inner.loss).inner_loss
     own_loss = isinstance(family, SupervisedFamily)
-    if not own_loss and inner.updates > 1 and row.inner_loss in (log_likelihood, dice):
+    if not own_loss and inner.updates > 1 and inner_loss in (log_likelihood, dice):
         raise UserError(
             f"inner.updates is {inner.updates}, but {name} takes one step on each batch: its inner"
             " loss is no likelihood ratio and has no lower bound on a fixed sample"
@@ -64,7 +67,7 @@ def check_combination(row: Algorithm, config: Config, family: Family) -> None:
 
 _OF_POLICIES = (
     "episodes", "policy.initial_std", "policy.min_std", "policy.action", "policy.normalize",
-    "inner.kl", "inner.dice_decay", "meta.credit", "meta.inner_kl", "advantage",
+    "inner.kl", "inner.loss", "inner.dice_decay", "meta.credit", "meta.inner_kl", "advantage",
     "adam.clip", "adam.max_kl", "adam.minibatches",
 )  # fmt: skip
 """Options without effect on supervised tasks."""

@@ -20,7 +20,13 @@ from metarl.learning.trust_region import TrustRegionConfig
 from metarl.sampling.spaces import ActionMode
 
 Network = Literal["auto", "mlp", "nature", "impala", "conv4"]
-_CHOICES = {"network": Network, "activation": Activation, "action": ActionMode}
+InnerLoss = Literal["auto", "log-likelihood", "likelihood-ratio"]
+_CHOICES = {
+    "policy.network": Network,
+    "policy.activation": Activation,
+    "policy.action": ActionMode,
+    "inner.loss": InnerLoss,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +61,8 @@ class PolicyConfig:
     within the bounds, for every seed."""
 
     def __post_init__(self) -> None:
-        for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                choices = ", ".join(get_args(kind))
-                got = getattr(self, name)
-                raise UserError(f"policy.{name} must be one of {choices}, got {got!r}")
+        for name in ("network", "activation", "action"):
+            _one_of(f"policy.{name}", getattr(self, name))
         if any(not isinstance(size, int) or size < 1 for size in self.hidden):
             raise UserError(
                 f"policy.hidden sizes must be whole numbers of at least 1, got {self.hidden}"
@@ -82,6 +85,10 @@ class InnerConfig:
     """Size of each inner step; steps beyond those given repeat the last."""
     test_step_sizes: tuple[float, ...] = ()
     """Size of each inner step in evaluation; by default those learned, else those of training."""
+    loss: InnerLoss = "auto"
+    """Inner loss: log-likelihood, as in MAML's paper; likelihood-ratio, of the same gradient and
+    low-variance curvature, which credits what was sampled before the step; auto: the
+    algorithm's."""
     updates: int = 1
     """Gradient steps on each batch of episodes; more than one need an inner loss with likelihood
     ratios."""
@@ -97,6 +104,7 @@ class InnerConfig:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise UserError(f"inner.steps must not be negative, got {self.steps}")
+        _one_of("inner.loss", self.loss)
         if self.updates < 1:
             raise UserError(f"inner.updates must be at least 1, got {self.updates}")
         for name in ("kl", "proximal"):
@@ -277,6 +285,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
     return value
+
+
+def _one_of(key: str, value: Any) -> None:
+    choices = get_args(_CHOICES[key])
+    if value not in choices:
+        raise UserError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _positive(name: str, value: float) -> None:
