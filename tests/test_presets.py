@@ -62,11 +62,11 @@ def test_a_presets_inner_loss_is_for_algorithms_that_have_none_of_their_own():
     losses = {"maml-trpo": "likelihood-ratio", "e-maml": "likelihood-ratio", "promp": "auto",
               "dice-maml": "auto", "imaml": "auto"}  # fmt: skip
     for algorithm, loss in losses.items():
-        assert inner("metarl2026", "half-cheetah-dir", algorithm).loss == loss, algorithm
-        config = resolve("metarl2026", "half-cheetah-dir", algorithm)
+        assert inner("metarl2026", "half-cheetah-vel", algorithm).loss == loss, algorithm
+        config = resolve("metarl2026", "half-cheetah-vel", algorithm)
         check_combination(find_algorithm(algorithm), config, make_family(config.family))
-    assert inner("metarl2026", "half-cheetah-vel").loss == "auto"
-    assert inner("metarl2026", "half-cheetah-dir", "promp", loss="log-likelihood").loss != "auto"
+    assert inner("metarl2026", "half-cheetah-dir").loss == "auto"
+    assert inner("metarl2026", "half-cheetah-vel", "promp", loss="log-likelihood").loss != "auto"
 
 
 def test_what_is_said_goes_before_the_algorithm_and_that_before_the_preset():
