@@ -58,17 +58,6 @@ def test_algorithms_that_do_not_take_sizes_as_given_fit_none():
         check_combination(find_algorithm(algorithm), config, make_family(config.family))
 
 
-def test_a_presets_inner_loss_is_for_algorithms_that_have_none_of_their_own():
-    losses = {"maml-trpo": "likelihood-ratio", "e-maml": "likelihood-ratio", "promp": "auto",
-              "dice-maml": "auto", "imaml": "auto"}  # fmt: skip
-    for algorithm, loss in losses.items():
-        assert inner("metarl2026", "half-cheetah-vel", algorithm).loss == loss, algorithm
-        config = resolve("metarl2026", "half-cheetah-vel", algorithm)
-        check_combination(find_algorithm(algorithm), config, make_family(config.family))
-    assert inner("metarl2026", "half-cheetah-dir").loss == "auto"
-    assert inner("metarl2026", "half-cheetah-vel", "promp", loss="log-likelihood").loss != "auto"
-
-
 def test_what_is_said_goes_before_the_algorithm_and_that_before_the_preset():
     assert resolve("icml2017", "navigation-2d").policy.hidden == (100, 100)
     assert resolve("icml2017", "half-cheetah-vel").iterations == 475

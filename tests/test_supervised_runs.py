@@ -216,7 +216,7 @@ def test_step_sizes_are_chosen_by_the_error(sinusoids):
         (["sinusoid", "--episodes", "7"], "episodes has no effect on the supervised tasks"),
         (["sinusoid", "--advantage.trace", "0.5"], "advantage has no effect on the supervised"),
         (["sinusoid", "--trust-region.max-kl", "0.1"], "trust_region has no effect with"),
-        (["sinusoid", "--policy.filters", "8"], "policy.filters has no effect on mlp"),
+        (["sinusoid", "--policy.filters", "8"], "policy.filters has no effect without"),
         (["sinusoid", "--inner.loss", "log-likelihood"], "inner.loss has no effect on the super"),
         (["sinusoid", "--inner.kl", "0.3"], "inner.kl has no effect on the supervised tasks"),
         (["characters", "--ways", "90"], "90 ways need as many test classes, there are 80 of 400"),

@@ -43,11 +43,8 @@ def scaled_tasks(family: Family, tasks: NDArray) -> Tensor:
 
 def make_adapter(row: Algorithm, config: Config, model: Model) -> Adapter:
     """Return what adapts in a config's algorithm, and how."""
-    loss = (
-        model.loss
-        if isinstance(model, Predictor)
-        else row.with_inner_loss(config.inner.loss).inner_loss
-    )
+    own = row.with_inner_loss(config.inner.loss)
+    loss = model.loss if isinstance(model, Predictor) else own.inner_loss
     if loss is dice:
         loss = partial(dice, decay=config.inner.dice_decay)
     return Adapter(
@@ -75,7 +72,6 @@ def make_policy(
     chosen, base = config.policy, PolicyConfig()
     encoder = None
     size = observation_shape[0]
-    _check_filters(config, "policies")
     if len(observation_shape) > 1:
         encoder = make_encoder(chosen.network, observation_shape)
     elif chosen.network in ENCODERS:
@@ -105,11 +101,6 @@ def make_policy(
         if getattr(chosen, name) != getattr(base, name):
             raise UserError(f"policy.{name} has no effect on {actions} actions")
     return CategoricalMLP(categories=found, **common)
-
-
-def _check_filters(config: Config, network: str) -> None:
-    if config.policy.filters != PolicyConfig().filters:
-        raise UserError(f"policy.filters has no effect on {network}: it is of conv4")
 
 
 def spaces_of(family: TaskFamily) -> tuple[gym.Space, gym.Space]:
@@ -155,19 +146,22 @@ def model_for(row: Algorithm, config: Config, family: Family) -> Model:
     return policy_for(row, config, family)
 
 
+def predictor_network(config: Config, family: SupervisedFamily) -> str:
+    """Return the name of the network that a config takes for a family's tasks."""
+    if config.policy.network == "auto":
+        return "mlp" if len(family.input_shape) == 1 else "conv4"
+    return config.policy.network
+
+
 def predictor_for(row: Algorithm, config: Config, family: SupervisedFamily) -> Predictor:
     """Return a config's network for a family of supervised tasks."""
     chosen, shape = config.policy, family.input_shape
-    network = chosen.network
-    if network == "auto":
-        network = "mlp" if len(shape) == 1 else "conv4"
+    network = predictor_network(config, family)
     if network not in ("mlp", "conv4") or (network == "conv4" and len(shape) == 1):
         raise UserError(
             f"policy.network {network} does not read inputs of {list(shape)}: take mlp, or conv4"
             " for images"
         )
-    if network == "mlp":
-        _check_filters(config, "mlp")
     common: dict[str, Any] = {
         "inputs": shape,
         "outputs": family.outputs,

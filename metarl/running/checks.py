@@ -9,6 +9,7 @@ from metarl.envs.family import Family
 from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.algorithms import Algorithm
 from metarl.learning.objectives import dice, log_likelihood
+from metarl.running.building import predictor_network
 from metarl.running.config import Config
 from metarl.running.presets import resolve
 
@@ -17,14 +18,18 @@ _ADAM = ("adam", "clipped")
 
 def check_combination(row: Algorithm, config: Config, family: Family) -> None:
     """Raise UserError where options do not go together, or have no effect."""
+    network = config.policy.network
     if isinstance(family, SupervisedFamily):
         _check_supervised(row, config, family)
+        network = predictor_network(config, family)
     base = resolve(config.preset, config.family, config.algorithm)
     name, inner, meta = row.name, config.inner, config.meta
     for section in ("adam", "trust_region"):
         used = row.outer == "trust-region" if section == "trust_region" else row.outer in _ADAM
         if not used and getattr(config, section) != getattr(base, section):
             raise UserError(f"{section} has no effect with {name}, whose outer step is {row.outer}")
+    if network != "conv4" and config.policy.filters != base.policy.filters:
+        raise UserError("policy.filters has no effect without the network conv4")
     if row.outer != "clipped" and config.adam.clip != base.adam.clip:
         raise UserError(f"adam.clip has no effect with {name}, whose objective is not clipped")
     if config.adam.minibatches > 1:

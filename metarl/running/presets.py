@@ -10,7 +10,6 @@ from typing import Any
 from metarl.envs.errors import UserError, did_you_mean
 from metarl.envs.registry import import_source, option_defaults, training_values
 from metarl.learning.algorithms import Algorithm, find_algorithm
-from metarl.learning.objectives import log_likelihood
 from metarl.running.config import Config, check_type, config_keys
 
 
@@ -69,12 +68,10 @@ PRESETS = {
         },
         families={
             # How far off the goal is shows in the size of the gradient, which one scale of the
-            # advantages for all tasks keeps; the outer step has to become small in the end. An
-            # inner loss whose curvature credits what was sampled goes on where the other falls.
+            # advantages for all tasks keeps; the outer step has to become small in the end.
             "half-cheetah-vel": {
                 "iterations": 200,
                 "inner.step_sizes": (0.02, 0.01),
-                "inner.loss": "likelihood-ratio",
                 "advantage.normalize": False,
                 "meta.cosine": True,
             },
@@ -258,8 +255,6 @@ def _derived(config: Config, row: Algorithm, said: Mapping[str, Any]) -> dict[st
     sizes, derived = config.inner.step_sizes, {}
     if "inner.kl" not in said and (row.learned_steps != "no" or row.gradient == "implicit"):
         derived["inner.kl"] = 0.0  # their sizes are learned, or those of the proximal problem
-    if "inner.loss" not in said and row.inner_loss is not log_likelihood:
-        derived["inner.loss"] = "auto"  # a preset's is for algorithms that have none of their own
     if row.gradient == "implicit" and "inner.proximal" not in said:
         # A pull of 1 / size lets a task go as far as a step of that size would; updates of half
         # the size then halve what is left of the way.
