@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import re
@@ -237,6 +238,28 @@ def test_a_record_keeps_its_seeds_and_references(monkeypatch):
     with pytest.raises(UserError, match="has references: give --references"):
         reproduce.check_kept(path, reproduce.Arguments(seeds=tuple(range(5))))
     reproduce.check_kept(path, reproduce.Arguments(seeds=tuple(range(6)), references=True))
+
+
+def test_a_checkpoint_is_chosen_of_the_newest_by_the_rows_own_measure(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    reproduce = importlib.import_module("reproduce")
+    (tmp_path / "checkpoints").mkdir()
+    for i in range(6):
+        (tmp_path / "checkpoints" / f"{i:06d}.safetensors").touch()
+    asked = []
+
+    def measured(path, **how):
+        asked.append(how)
+        return {1: 9.0, 3: 5.0}.get(int(path.stem), float(path.stem) / 10)
+
+    monkeypatch.setattr(reproduce, "validation_return", measured)
+    row = reproduce.Row("navigation-2d", "icml2017", 1e6, last=4, judged_after=2, judged_on=80)
+    found = reproduce.choose(tmp_path, row)
+    assert found["checkpoint"] == str(tmp_path / "checkpoints" / "000003.safetensors")
+    assert asked == [{"steps": 2, "tasks": 80}] * 4
+    reproduce.choose(tmp_path, row)  # known by now
+    reproduce.choose(tmp_path, dataclasses.replace(row, judged_on=20))
+    assert asked[4:] == [{"steps": 2, "tasks": 20}] * 4
 
 
 def test_the_commands_of_records_may_write_them(monkeypatch):
