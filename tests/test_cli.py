@@ -262,7 +262,11 @@ def test_benchmark_prints_one_object(capsys):
         (["train", "navigation-2d", "--family-options", "horizon=2.5"], "a whole number"),
         (
             ["train", "half-cheetah-vel", "--family-options", "low=x"],
-            "cannot be made with scale='icml2017', low='x'",
+            "takes two bounds, (low, high)",
+        ),
+        (
+            ["train", "tabular-mdp", "--family-options", "states=x"],
+            "be made with states='x': TypeErr",
         ),
         (["train", "--resume", "nowhere"], "nowhere is not a run folder"),
         (["train", "nowhere:family"], "no module 'nowhere'"),
