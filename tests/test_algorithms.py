@@ -831,6 +831,13 @@ def test_the_inner_loss_can_be_chosen():
         ("random", {"meta": {"cosine": True}}, "meta.cosine has no effect with random"),
         ("maml-trpo", {"inner": {"loss": "dice"}}, "inner.loss must be one of auto, log-likeli"),
         ("dice-maml", {"inner": {"loss": "likelihood-ratio"}}, "inner.loss must be auto with dice"),
+        ("reptile", {"inner": {"loss": "log-likelihood"}}, "inner.loss has no effect with reptile"),
+        (
+            "pretrained",
+            {"inner": {"loss": "likelihood-ratio"}},
+            "inner.loss has no effect with pre",
+        ),
+        ("random", {"inner": {"loss": "likelihood-ratio"}}, "inner.loss has no effect with random"),
         ("promp", {"inner": {"dice_decay": 0.5}}, "inner.dice_decay has no effect with promp"),
         ("dice-maml", {"inner": {"dice_decay": 1.5}}, "inner.dice_decay must be within"),
         ("maml-trpo", {"policy": {"context": 3}}, "policy.context has no effect"),

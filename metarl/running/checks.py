@@ -41,6 +41,11 @@ def check_combination(row: Algorithm, config: Config, family: Family) -> None:
             )
     if inner.loss != "auto" and row.whole_episodes:
         raise UserError(f"inner.loss must be auto with {name}, which is its own inner loss")
+    if inner.loss != base.inner.loss and (
+        row.gradient == "displacement" or row.outer == "none" or not inner.steps
+    ):
+        # The inner step is the same with either; nothing here goes through its curvature.
+        raise UserError(f"inner.loss has no effect with {name}")
     inner_loss = row.with_inner_loss(inner.loss).inner_loss
     own_loss = isinstance(family, SupervisedFamily)
     if not own_loss and inner.updates > 1 and inner_loss in (log_likelihood, dice):
