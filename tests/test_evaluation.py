@@ -333,6 +333,20 @@ def test_no_policy_is_lost_to_anothers_name(tmp_path):
     ]
 
 
+def test_a_checkpoint_is_called_by_its_run_too(tmp_path):
+    names = []
+    for run in ("cheetah-0", "cheetah-1", "other-1"):
+        folder = tmp_path / run / "checkpoints"
+        folder.mkdir(parents=True)
+        tasks = 7 if run == "other-1" else 6
+        names.append(saved(folder, "000040", seed=int(run[-1]), tasks=tasks))
+    groups = grouped(names)
+    assert {name: list(group) for name, group in groups.items()} == {
+        "cheetah": names[:2],
+        "other-1-000040": names[2:],
+    }
+
+
 def test_at_random_steps_are_as_large_as_those_that_were_fitted():
     config = dataclasses.replace(
         navigator().config, inner=InnerConfig(step_sizes=(0.1, 0.05), kl=0.5)

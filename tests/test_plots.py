@@ -168,6 +168,26 @@ def test_learning_curves_of_seeds(tmp_path, drawn):
         plots.plot_learning(runs, tmp_path / "x.png", smooth=0)
 
 
+def test_names_are_no_markup(tmp_path, drawn):
+    names = ("_first", "a$1$b")
+    runs = [
+        run_folder(tmp_path / name, 0, [(-4.0, -2.0, 1.0)], tasks=tasks)
+        for name, tasks in zip(names, (4, 5), strict=True)
+    ]
+    plots.plot_learning(runs, tmp_path / "learning.png")
+    found = evaluate(navigator(), tasks=2, episodes=1, threads=1, name="a$1$b")
+    others = {"_first": found.rows["a$1$b"]}
+    plots.plot_evaluation(
+        dataclasses.replace(found, references={**found.references, **others}), tmp_path / "e.png"
+    )
+    for figure in drawn:
+        check(figure)
+        shown = figure.legends[0].get_texts()
+        text = " ".join(t.get_text() for t in shown)
+        assert all(name in text for name in names)
+        assert not any(t.get_parse_math() for t in shown)
+
+
 def test_a_skipped_iteration_leaves_the_rest_of_a_curve(tmp_path):
     values = [1.0, 2.0, None, 4.0, 8.0]
     common = {"return_pre": 0.0, "seconds_iteration": 1.0}

@@ -275,10 +275,20 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def group_name(names: Sequence[str]) -> str:
-    """Return the common beginning of run folders' or policies' names."""
-    paths = [Path(os.path.abspath(name)) for name in names]
-    short = [path.stem if path.suffix == ".safetensors" else path.name for path in paths]
+    """Return the common beginning of run folders' or policies' names.
+
+    A checkpoint in a run folder is called by both: of runs a-0 and a-1 `a`, of one a-0-000040.
+    """
+    short = [_short_name(Path(os.path.abspath(name))) for name in names]
     return os.path.commonprefix(short).rstrip("-_. ")  # noqa: RUF071  (names, not paths)
+
+
+def _short_name(path: Path) -> str:
+    if path.suffix != ".safetensors":
+        return path.name
+    if path.parent.name == "checkpoints":
+        return f"{path.parent.parent.name}-{path.stem}"
+    return path.stem
 
 
 def group_names(groups: Sequence[Sequence[str]], taken: Collection[str] = ()) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from metarl.envs.errors import UserError
@@ -60,6 +61,8 @@ def _figure(
 def _save(figure: Figure, path: Path) -> list[Path]:
     """Write PNG and SVG beside each other; the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name's dollars are no formula
     paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
     with mpl.rc_context({"svg.hashsalt": "metarl"}):
         for file in paths:
@@ -75,6 +78,11 @@ def _legend(figure: Figure, axes: Axes, columns: int) -> None:
     """Put the legend below the axes, where no data are."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _label(name: str) -> str:
+    """Return a name as a label; legends leave out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _title(setting: Mapping[str, Any]) -> str:
@@ -99,7 +107,7 @@ def plot_evaluation(result: EvaluationResult, path: Path) -> list[Path]:
     rows = result.rows
     for i, (name, curve) in enumerate(rows.items()):
         style = _style(i)
-        label = _LABELS.get(name, name)
+        label = _LABELS.get(name, _label(name))
         if len(curve.seeds) > 1:
             label += f" ({len(curve.seeds)} seeds)"
         steps = np.arange(len(curve.returns))
@@ -346,7 +354,7 @@ def plot_learning(
                 common / unit, curves.mean(axis=0), color=style["color"], marker=style["marker"],
                 markevery=(0.05 * (i % 3), 0.15), markersize=5, linewidth=2.0 if after else 1.2,
                 linestyle="-" if after else "--", markerfacecolor=None if after else "white",
-                label=f"{name}, {when} adaptation{seeds}",
+                label=f"{_label(name)}, {when} adaptation{seeds}",
             )  # fmt: skip
             if len(several) > 1:
                 low, high = curves.min(axis=0), curves.max(axis=0)
