@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from metarl.learning.advantages import (
     AdvantageConfig,
+    Targets,
     discounted_sum,
     estimate,
     features,
@@ -67,19 +69,25 @@ def loop_estimate(rollout: Rollout, config: AdvantageConfig) -> np.ndarray:
                 where.append((e, t))
         if not rows:
             continue
-        x, y = np.array(rows), np.array(targets)
-        weights = np.linalg.solve(x.T @ x + config.ridge * np.eye(x.shape[1]), x.T @ y)
+        x = np.array(rows)
+        weights = ridge_solution(x, np.array(targets), config.ridge)
+        for _ in range(3 if config.targets == "lambda-returns" else 0):
+            targets = []
+            for e in range(E):
+                rewards, values = task_values(rollout, task, e, weights)
+                # G[t] = r[t] + discount ((1 - trace) V[t + 1] + trace G[t + 1]); both end with 0.
+                following, returns = 0.0, []
+                for reward, value in reversed(list(zip(rewards, values[1:], strict=True))):
+                    ahead = (1 - config.trace) * value + config.trace * following
+                    following = reward + config.discount * ahead
+                    returns.append(following)
+                targets += returns[::-1]
+            weights = ridge_solution(x, np.array(targets), config.ridge)
         for e in range(E):
-            n = int(rollout.valid[task, e].sum())
-            values = [
-                float(feature_row(rollout.observation[task, e, t].numpy(), t) @ weights)
-                for t in range(n)
-            ]
-            values.append(0.0)  # the horizon ends the task
+            rewards, values = task_values(rollout, task, e, weights)
             running = 0.0
-            for t in reversed(range(n)):
-                reward = float(rollout.reward[task, e, t])
-                delta = reward + config.discount * values[t + 1] - values[t]
+            for t in reversed(range(len(rewards))):
+                delta = rewards[t] + config.discount * values[t + 1] - values[t]
                 running = delta + config.discount * config.trace * running
                 result[task, e, t] = running
         if config.normalize:
@@ -87,6 +95,18 @@ def loop_estimate(rollout: Rollout, config: AdvantageConfig) -> np.ndarray:
             for e, t in where:
                 result[task, e, t] = (result[task, e, t] - seen.mean()) / (seen.std() + 1e-8)
     return result
+
+
+def ridge_solution(x: np.ndarray, y: np.ndarray, ridge: float) -> np.ndarray:
+    return np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ y)
+
+
+def task_values(rollout, task: int, e: int, weights: np.ndarray) -> tuple[list, list]:
+    """The rewards of an episode and the values at its steps, with 0 behind the horizon."""
+    n = int(rollout.valid[task, e].sum())
+    rewards = [float(r) for r in rollout.reward[task, e, :n]]
+    seen = rollout.observation[task, e].numpy()
+    return rewards, [*(float(feature_row(seen[t], t) @ weights) for t in range(n)), 0.0]
 
 
 def feature_row(observation: np.ndarray, t: int) -> np.ndarray:
@@ -101,10 +121,13 @@ def feature_row(observation: np.ndarray, t: int) -> np.ndarray:
     seed=st.integers(0, 100),
     terminated=st.booleans(),
     norm=st.booleans(),
+    targets=st.sampled_from(get_args(Targets)),
 )
-def test_estimate_matches_loops_on_ragged_episodes(lengths, seed, terminated, norm):
+def test_estimate_matches_loops_on_ragged_episodes(lengths, seed, terminated, norm, targets):
     rollout = make_rollout(np.array(lengths).reshape(T, E), seed, terminated)
-    config = AdvantageConfig(discount=0.9, trace=0.8, normalize=norm, ridge=0.1)
+    config = AdvantageConfig(
+        discount=0.9, trace=0.8, normalize=norm, ridge=0.1, targets=targets
+    )
     with ChunkPool(1) as pool:
         found, scale = estimate(rollout, config, pool)
         plain, one = estimate(rollout, dataclasses.replace(config, normalize=False), pool)
@@ -175,6 +198,15 @@ def test_normalize_divides_by_the_standard_deviation():
         assert float(scale[task]) == pytest.approx(float(before.std(correction=0)), rel=1e-6)
 
 
+def test_with_trace_one_lambda_returns_are_the_returns(pool):
+    rollout = make_rollout(np.full((T, E), H))
+    usual, other = (
+        estimate(rollout, AdvantageConfig(targets=targets), pool)[0]
+        for targets in get_args(Targets)
+    )
+    np.testing.assert_allclose(other.numpy(), usual.numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_task_of_no_valid_steps_has_no_advantages(pool):
     lengths = np.full((T, E), H)
     lengths[1] = 0
@@ -184,7 +216,10 @@ def test_a_task_of_no_valid_steps_has_no_advantages(pool):
     assert found[0].any()
 
 
-@pytest.mark.parametrize(("key", "value"), [("discount", 1.5), ("trace", -0.1), ("ridge", 0.0)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("discount", 1.5), ("trace", -0.1), ("ridge", 0.0), ("targets", "mean")],
+)
 def test_bad_values_are_refused_by_name(key, value):
     with pytest.raises(ValueError, match=f"advantage.{key}"):
         AdvantageConfig(**{key: value})

@@ -822,6 +822,11 @@ def test_the_inner_loss_can_be_chosen():
             {"meta": {"credit": 1.0}, "adam": {"minibatches": 2}},
             "minibatches must be 1 with meta.credit",
         ),
+        (
+            "maml-trpo",
+            {"advantage": {"targets": "lambda-returns"}},
+            "advantage.targets has no effect with advantage.trace 1",
+        ),
         ("maml-trpo", {"inner": {"updates": 2}}, "takes one step on each batch"),
         ("reptile", {"meta": {"inner_kl": 0.1}}, "no effect with reptile"),
         ("reptile", {"inner": {"steps": 0}}, "reptile needs inner.steps of at least 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from metarl.learning.trajectories import Rollout
 
 _CHUNK = 2  # tasks; their features stay in cache
 _BLOCK = 1024  # steps whose discounts are one matrix
+_REFITS = 3  # to lambda-returns, after the first fit
+
+Targets = Literal["returns", "lambda-returns"]
 
 
 def discounted_sum(x: Tensor, factor: float) -> Tensor:
@@ -130,6 +134,9 @@ class AdvantageConfig:
     """Trace decay of generalized advantage estimation (lambda); 1 uses whole returns."""
     ridge: float = 1e-5
     """Ridge regularization of the linear feature baseline."""
+    targets: Targets = "returns"
+    """What the baseline is fitted to: the discounted returns, as in the papers, or lambda-returns,
+    which have less noise where few episodes are drawn."""
     normalize: bool = True
     """Scale each task's advantages to mean 0 and standard deviation 1."""
 
@@ -139,14 +146,21 @@ class AdvantageConfig:
                 raise UserError(f"advantage.{name} must be in [0, 1], got {getattr(self, name)}")
         if not self.ridge > 0.0:
             raise UserError(f"advantage.ridge must be positive, got {self.ridge}")
+        choices = get_args(Targets)
+        if self.targets not in choices:
+            raise UserError(
+                f"advantage.targets must be one of {', '.join(choices)}, got {self.targets!r}"
+            )
 
 
 def estimate(rollout: Rollout, config: AdvantageConfig, pool: ChunkPool) -> tuple[Tensor, Tensor]:
     """Return the advantages of a rollout, [T, E, H] float32, zero where not valid; and their scale.
 
-    The baseline is fitted to each task's own discounted returns in this rollout. Advantages are
-    normalized over a task's valid steps, by the standard deviation; what they were divided by is
-    their scale, [T] float64.
+    The baseline is fitted to each task's own discounted returns in this rollout. With targets
+    "lambda-returns" it is then fitted anew to those of the baseline before, value + advantage, of
+    the same trace decay: they lean on the fit where the rewards to come are noise (Sutton & Barto
+    2018, section 12.1). Advantages are normalized over a task's valid steps, by the standard
+    deviation; what they were divided by is their scale, [T] float64.
     """
     steps = torch.arange(rollout.valid.shape[-1])
     whole = bool(rollout.valid.all())
@@ -154,14 +168,16 @@ def estimate(rollout: Rollout, config: AdvantageConfig, pool: ChunkPool) -> tupl
 
     def one(chunk: slice) -> tuple[Tensor, Tensor]:
         valid, reward = rollout.valid[chunk], rollout.reward[chunk].double()
-        returns = discounted_sum(reward, config.discount)
         x = features(seen(rollout.observation[chunk], rank), steps)
         if not whole:
             x *= valid.unsqueeze(-1)
         flat = x.flatten(1, 2)
-        weights = fit_linear(flat, returns.flatten(1), config.ridge).unsqueeze(-1)
-        value = (flat @ weights).view_as(reward)
-        advantage = gae(reward, value, config.discount, config.trace)
+        target = discounted_sum(reward, config.discount)
+        for _ in range(1 + (_REFITS if config.targets == "lambda-returns" else 0)):
+            weights = fit_linear(flat, target.flatten(1), config.ridge).unsqueeze(-1)
+            value = (flat @ weights).view_as(reward)
+            advantage = gae(reward, value, config.discount, config.trace)
+            target = value + advantage
         scale = torch.ones(len(valid), dtype=torch.float64)
         if config.normalize:
             advantage, scale = normalize(advantage, valid)
