@@ -125,9 +125,7 @@ def feature_row(observation: np.ndarray, t: int) -> np.ndarray:
 )
 def test_estimate_matches_loops_on_ragged_episodes(lengths, seed, terminated, norm, targets):
     rollout = make_rollout(np.array(lengths).reshape(T, E), seed, terminated)
-    config = AdvantageConfig(
-        discount=0.9, trace=0.8, normalize=norm, ridge=0.1, targets=targets
-    )
+    config = AdvantageConfig(discount=0.9, trace=0.8, normalize=norm, ridge=0.1, targets=targets)
     with ChunkPool(1) as pool:
         found, scale = estimate(rollout, config, pool)
         plain, one = estimate(rollout, dataclasses.replace(config, normalize=False), pool)
