@@ -13,6 +13,7 @@ from test_evaluation import navigator
 import metarl
 from metarl.envs.errors import UserError
 from metarl.running.checkpoints import CheckpointError
+from metarl.running.config import InnerConfig
 from metarl.running.loading import load, shipped
 
 
@@ -49,6 +50,27 @@ def test_an_environment_and_its_task_vector_give_the_same_policy():
     by_env = meta.adapt(env, steps=2, episodes=3)
     by_task = meta.adapt([0.3, 0.2], steps=2, episodes=3)
     assert all(torch.equal(by_env.params[name], by_task.params[name]) for name in meta.params)
+
+
+def test_an_oracle_takes_no_step(tmp_path, capsys, monkeypatch):
+    from metarl.commands.cli import main
+    from metarl.commands.policy_commands import film
+    from metarl.showing import videos
+
+    inner = InnerConfig(steps=0, step_sizes=(0.5,))
+    oracle = navigator(algorithm="oracle", inner=inner)
+    policy = oracle.adapt([0.3, 0.2], steps=2)
+    assert policy.provenance["steps"] == 0
+    assert policy.params["context"].tolist() == pytest.approx([0.6, 0.4])  # of [-1, 1]
+    for name, p in oracle.params.items():
+        assert torch.equal(policy.params[name], p)
+    oracle.save(tmp_path / "told.safetensors")
+    goal = ["--task", "goal_x=0.3", "goal_y=0.2"]
+    assert main(["adapt", str(tmp_path / "told.safetensors"), *goal]) == 0
+    assert "after 0 steps" in capsys.readouterr().out
+    monkeypatch.setattr(videos, "prepare", lambda: None)
+    monkeypatch.setattr(videos, "record", lambda policies, *_, **__: policies)
+    assert list(film(str(tmp_path / "told.safetensors"), [])) == ["told its task"]
 
 
 def test_steps_taken_are_the_steps_asked_for():

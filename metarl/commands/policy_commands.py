@@ -156,7 +156,7 @@ def adapt(command: Adapt) -> int:
         returns = [np.mean([p.play(env, seed=seed) for seed in seeds]) for p in (before, after)]
     print(
         f"{what} on {' '.join(command.task)}: return {returns[0]:.1f} -> {returns[1]:.1f} after"
-        f" {_steps(command.steps)} of {command.episodes} episodes each"
+        f" {_steps(after.provenance['steps'])} of {command.episodes} episodes each"
     )
     if command.save is not None:
         after.save(command.save)
@@ -297,10 +297,14 @@ def film(
         # Not the first task of the grid: in the middle of the plane there is nothing to see.
         task = parse_task(family, texts) if texts else family.tasks.grid(4)[-1]
         options: dict[str, Any] = {"episodes": episodes, "seed": seed, "step_sizes": step_sizes}
-        policies = {
-            "before adaptation": meta.adapt(task, steps=0, **options),
-            f"after {_steps(steps)}": meta.adapt(task, steps=steps, **options),
-        }
+
+        def after(steps: int) -> Any:
+            return meta.adapt(task, steps=steps, **options)
+
+        if meta.algorithm.observes_task:
+            policies = {"told its task": after(0)}
+        else:
+            policies = {"before adaptation": after(0), f"after {_steps(steps)}": after(steps)}
     return videos.record(
         policies, family, np.asarray(task), seed=seed, deterministic=deterministic, speed=speed
     )

@@ -172,12 +172,15 @@ def estimate(rollout: Rollout, config: AdvantageConfig, pool: ChunkPool) -> tupl
         if not whole:
             x *= valid.unsqueeze(-1)
         flat = x.flatten(1, 2)
-        target = discounted_sum(reward, config.discount)
-        for _ in range(1 + (_REFITS if config.targets == "lambda-returns" else 0)):
+
+        def fitted(target: Tensor) -> tuple[Tensor, Tensor]:
             weights = fit_linear(flat, target.flatten(1), config.ridge).unsqueeze(-1)
             value = (flat @ weights).view_as(reward)
-            advantage = gae(reward, value, config.discount, config.trace)
-            target = value + advantage
+            return value, gae(reward, value, config.discount, config.trace)
+
+        value, advantage = fitted(discounted_sum(reward, config.discount))
+        for _ in range(_REFITS if config.targets == "lambda-returns" else 0):
+            value, advantage = fitted(value + advantage)
         scale = torch.ones(len(valid), dtype=torch.float64)
         if config.normalize:
             advantage, scale = normalize(advantage, valid)

@@ -161,7 +161,7 @@ class MetaPolicy:
 
         Args:
             env: a Gymnasium environment with the spaces of the training family, or a task vector
-                [task_dim] of that family. An oracle needs the task vector.
+                [task_dim] of that family. An oracle needs the task vector, and takes no step.
             steps: inner steps; 0 returns the initialization as it is.
             episodes: episodes sampled for each step.
             seed: seed of the environment's resets and of the actions.
@@ -193,7 +193,7 @@ class MetaPolicy:
                 raise UserError(
                     "an oracle is told its task: give the task vector, not an environment"
                 )
-            context = self.context(given[None])
+            context, steps = self.context(given[None]), 0
 
         def sample(params: Params, k: int) -> Any:
             return collect_episodes(
