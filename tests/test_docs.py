@@ -71,6 +71,32 @@ def test_python_blocks_run(page, code):
     assert len(names) > 2  # it ran to its end and left what it made
 
 
+def test_a_family_is_added_to_the_package_as_the_page_says(tmp_path):
+    shutil.copytree(ROOT / "metarl", tmp_path / "metarl")
+    envs = tmp_path / "metarl" / "envs"
+    shutil.copytree(ROOT / "envs", envs)
+    page = "docs/extending.md"
+    (code,) = (c for p, c in PYTHON if p == page and "hopper-vel" in c)
+    (envs / "hopper_vel.py").write_text(code)
+    module = envs / "__init__.py"
+    text = module.read_text()
+    for line, more in (
+        ("    hopper,\n", "    hopper_vel,\n"),
+        ("GYMNASIUM_IDS = {\n", '    "metarl/HopperVel-v0": "hopper-vel",\n'),
+    ):
+        assert line in text
+        text = text.replace(line, line + more)
+    module.write_text(text)
+    use = (
+        "import gymnasium, metarl.envs as envs; gymnasium.make('metarl/HopperVel-v0');"
+        " print(envs.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", use], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == str(module), done.stderr
+
+
 THIRD_PARTY = {
     *("ale_py", "flappy_bird_gymnasium", "gymnasium_robotics", "highway_env", "minatar", "minigrid")
 }

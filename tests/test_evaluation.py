@@ -27,6 +27,7 @@ from metarl.running.evaluation import FACTORS, grouped
 from metarl.running.meta_policy import MetaPolicy, random_meta_policy
 from metarl.running.presets import reference_step_sizes, resolve
 from metarl.running.results import SQUARED_ERROR, Curve, EvaluationResult
+from metarl.running.runs import short_name
 from metarl.running.scratch import ScratchTrainer
 from metarl.sampling.rollouts import Address, Collector
 from metarl.showing.plots import plot_evaluation
@@ -345,6 +346,7 @@ def test_a_checkpoint_is_called_by_its_run_too(tmp_path):
         "cheetah": names[:2],
         "other-1-000040": names[2:],
     }
+    assert short_name(names[0]) == "cheetah-0-000040"
 
 
 def test_at_random_steps_are_as_large_as_those_that_were_fitted():

@@ -198,6 +198,20 @@ def test_the_adapter_knows_what_it_drew_and_refuses_what_is_no_transition():
         adapter.add(np.zeros(3), action, 0.0)
     with pytest.raises(UserError, match="must be finite"):
         adapter.add(observation, action, float("nan"))
+    with pytest.raises(UserError, match=r"observations must be an array, got a dict: gymnasium"):
+        adapter.add({"x": 0.0}, action, 0.0)
+    with pytest.raises(UserError, match="observations must be an array, got a dict: gymnasium"):
+        policy.act({"x": 0.0})
+    with pytest.raises(UserError, match=r"action \[0. 0. 0.\] is none of Box"):
+        adapter.add(observation, np.zeros(3), 0.0)
+    dicts = gym.Env()
+    dicts.observation_space = gym.spaces.Dict({"x": gym.spaces.Box(-1, 1, (2,))})
+    dicts.action_space = env.action_space
+    with pytest.raises(UserError, match="FlattenObservation"):
+        meta.adapt(dicts)
+    several = meta.adapter(gym.spaces.MultiDiscrete([3, 4]))
+    with pytest.raises(UserError, match=r"action \[0 0 0\] is none of MultiDiscrete"):
+        several.add(observation, np.zeros(3, np.int64), 0.0)
     oracle = dataclasses.replace(meta, config=dataclasses.replace(meta.config, algorithm="oracle"))
     with pytest.raises(UserError, match="an oracle is told its task"):
         oracle.adapter(env.action_space)

@@ -68,6 +68,8 @@ def test_an_oracle_takes_no_step(tmp_path, capsys, monkeypatch):
     goal = ["--task", "goal_x=0.3", "goal_y=0.2"]
     assert main(["adapt", str(tmp_path / "told.safetensors"), *goal]) == 0
     assert "after 0 steps" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "told.safetensors")]) == 2
+    assert "an oracle is told its task; name the task: --task" in capsys.readouterr().err
     monkeypatch.setattr(videos, "prepare", lambda: None)
     monkeypatch.setattr(videos, "record", lambda policies, *_, **__: policies)
     assert list(film(str(tmp_path / "told.safetensors"), [])) == ["told its task"]

@@ -96,6 +96,17 @@ def test_a_page_without_a_video_says_why(folder):
     assert not page.sources("source")
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_only_what_adapts_in_training_is_asked_whether_it_does(folder, steps):
+    row = {"env_steps": 9, "seconds_iteration": 1.0, "return_pre": -3.0, "gain": 0.1}
+    rows = [{"iteration": i, **row} for i in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = {"config": {"inner": {"steps": steps}}, "versions": {}}
+    write_report(folder, folder / "report.html", "a run", run=run)
+    text = Page((folder / "report.html").read_text()).text
+    assert ("Is it adapting?" in text) == (steps == 1)
+
+
 def test_a_report_is_of_the_policy_it_names(tmp_path, monkeypatch, capsys):
     # Two files of one name share a folder; and a file may be written anew.
     monkeypatch.chdir(tmp_path)

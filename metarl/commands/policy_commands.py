@@ -89,8 +89,11 @@ class Export(_Adaptation):
 
 def results_folder(what: str, out: Path | None = None) -> Path:
     """Make and return the folder for what is found out about a policy: its run's, if it has one."""
+    from metarl.running.runs import short_name
+
     source = Path(what)
-    folder = out or (source if source.is_dir() else Path("runs") / f"{source.stem}-evaluation")
+    named = Path("runs") / f"{short_name(what)}-evaluation"
+    folder = out or (source if source.is_dir() else named)
     check_no_file("--out", folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -219,9 +222,11 @@ def export(command: Export) -> int:
         family = meta.family
         usual = Export(what=command.what)
         adapts = (command.steps, command.options()) != (usual.steps, usual.options())
-        if adapts and not command.task:
+        told = meta.algorithm.observes_task
+        if (adapts or told) and not command.task:
             names = " ".join(f"{name}=..." for name in family.tasks.names)
-            raise UserError(f"to adapt before it is exported, name the task: --task {names}")
+            why = "an oracle is told its task;" if told else "to adapt before it is exported,"
+            raise UserError(f"{why} name the task: --task {names}")
         task = parse_task(family, command.task) if command.task else family.tasks.grid(1)[0]
         steps = command.steps if command.task else 0
         policy = meta.adapt(task, steps=steps, **command.options())

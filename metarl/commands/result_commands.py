@@ -221,6 +221,7 @@ def report(command: Report) -> int:
     from metarl.running.files import set_aside
     from metarl.running.loading import load
     from metarl.running.metrics import read_metrics
+    from metarl.running.runs import short_name
     from metarl.showing.plots import plot_learning
     from metarl.showing.report import write_report
 
@@ -263,6 +264,6 @@ def report(command: Report) -> int:
     config = folder / "config.json"
     run = json.loads(config.read_text()) if config.exists() else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_report(folder, out, f"metarl: {Path(what).name}", run=run, no_video=why)
+    write_report(folder, out, f"metarl: {short_name(what)}", run=run, no_video=why)
     print(out)
     return 0

@@ -51,9 +51,10 @@ def check_combination(row: Algorithm, config: Config, family: Family) -> None:
     inner_loss = row.with_inner_loss(inner.loss).inner_loss
     own_loss = isinstance(family, SupervisedFamily)
     if not own_loss and inner.updates > 1 and inner_loss in (log_likelihood, dice):
+        which = "its inner loss" if inner.loss == "auto" else f"inner.loss {inner.loss}"
         raise UserError(
-            f"inner.updates is {inner.updates}, but {name} takes one step on each batch: its inner"
-            " loss is no likelihood ratio and has no lower bound on a fixed sample"
+            f"inner.updates is {inner.updates}, but {name} takes one step on each batch: {which}"
+            " is no likelihood ratio and has no lower bound on a fixed sample"
         )
     if row.inner_loss is not dice and inner.dice_decay != base.inner.dice_decay:
         raise UserError(f"inner.dice_decay has no effect with {name}")

@@ -19,7 +19,7 @@ from metarl.learning.trajectories import Rollout
 from metarl.running.config import Config
 from metarl.running.policy import Policy
 from metarl.sampling.rollouts import RolloutBuffer
-from metarl.sampling.spaces import policy_action
+from metarl.sampling.spaces import as_observation, policy_action
 
 
 @dataclass
@@ -115,7 +115,7 @@ class OnlineAdapter:
             UserError: something is not finite or has another shape.
         """
         policy = self._network
-        seen = np.asarray(observation, policy.observation_dtype)
+        seen = as_observation(observation, policy)
         if seen.shape != policy.observation_shape:
             raise UserError(
                 f"observations must be {list(policy.observation_shape)}, got {list(seen.shape)}"
@@ -123,11 +123,13 @@ class OnlineAdapter:
         if not (np.isfinite(seen).all() and np.isfinite(reward)):
             raise UserError("observation and reward must be finite")
         taken = np.asarray(action)
+        if np.atleast_1d(taken).shape != (policy.action_size,):
+            raise UserError(f"action {action} is none of {self._space}")
         if self._drawn is not None and np.array_equal(self._drawn[0], taken):
             raw = self._drawn[1]
         else:
             raw = policy_action(taken, self._space, self._config.policy.action)
-        if raw.shape != (policy.action_size,) or not np.isfinite(raw).all():
+        if not np.isfinite(raw).all():
             raise UserError(f"action {action} is none of {self._space}")
         self._drawn = None
         if not self._episodes or self._episodes[-1].over:
@@ -137,7 +139,7 @@ class OnlineAdapter:
         episode.action.append(raw)
         episode.reward.append(float(reward))
         if next_observation is not None:
-            episode.last = np.asarray(next_observation, policy.observation_dtype)
+            episode.last = as_observation(next_observation, policy)
         episode.terminated = bool(terminated)
         full = len(episode.reward) >= self._horizon
         episode.over = bool(terminated or truncated or full)

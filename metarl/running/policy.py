@@ -20,7 +20,7 @@ from metarl.running import checkpoints
 from metarl.running.config import Config
 from metarl.sampling.episodes import episode
 from metarl.sampling.seeding import stream
-from metarl.sampling.spaces import ActionMode, env_action
+from metarl.sampling.spaces import ActionMode, as_observation, env_action
 
 
 class Policy:
@@ -73,7 +73,7 @@ class Policy:
     ) -> tuple[NDArray, NDArray[np.float32]]:
         """Return what `act` does, and the action as the policy drew it, [..., action_size]."""
         shape = list(self.policy.observation_shape)
-        seen = np.asarray(observation, self.policy.observation_dtype)
+        seen = as_observation(observation, self.policy)
         one = seen.ndim == len(shape)
         if seen.ndim - len(shape) not in (0, 1) or list(seen.shape[-len(shape) :]) != shape:
             numbers = ", ".join(map(str, shape))

@@ -277,13 +277,15 @@ def differences(old: Config, new: Config) -> list[str]:
 def group_name(names: Sequence[str]) -> str:
     """Return the common beginning of run folders' or policies' names.
 
-    A checkpoint in a run folder is called by both: of runs a-0 and a-1 `a`, of one a-0-000040.
+    Of checkpoints of the runs a-0 and a-1 it is `a`, of one of them a-0-000040.
     """
-    short = [_short_name(Path(os.path.abspath(name))) for name in names]
+    short = [short_name(name) for name in names]
     return os.path.commonprefix(short).rstrip("-_. ")  # noqa: RUF071  (names, not paths)
 
 
-def _short_name(path: Path) -> str:
+def short_name(name: str) -> str:
+    """Return what a run folder or policy is called; a checkpoint in a run folder by both."""
+    path = Path(os.path.abspath(name))
     if path.suffix != ".safetensors":
         return path.name
     if path.parent.name == "checkpoints":

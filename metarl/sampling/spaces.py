@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -13,6 +13,21 @@ from metarl.envs.errors import UserError
 from metarl.learning.policies import CategoricalMLP, MLPPolicy
 
 ActionMode = Literal["clip", "scale"]
+
+_WRAP = "gymnasium.wrappers.FlattenObservation makes them one"
+
+
+def as_observation(observation: Any, policy: MLPPolicy) -> NDArray:
+    """Return observations as the array that a policy reads, of any shape.
+
+    Raises:
+        UserError: they are no array, as those of a Dict or Tuple.
+    """
+    try:
+        return np.asarray(observation, policy.observation_dtype)
+    except (TypeError, ValueError) as error:
+        kind = type(observation).__name__
+        raise UserError(f"observations must be an array, got a {kind}: {_WRAP}") from error
 
 
 def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
@@ -80,9 +95,10 @@ def check_spaces(env: TaskVectorEnv | gym.Env, policy: MLPPolicy, name: str) -> 
     action = env.single_action_space if vector else env.action_space
     box = isinstance(observation, gym.spaces.Box)
     if not box or observation.shape != policy.observation_shape:
+        wrap = "" if box else f": {_WRAP}"
         raise UserError(
             f"{name}: observations are {observation}, but the policy is made for a Box of shape"
-            f" {policy.observation_shape}"
+            f" {policy.observation_shape}{wrap}"
         )
     if isinstance(policy, CategoricalMLP):
         if categories(action) != policy.categories:

@@ -66,7 +66,8 @@ def write_report(
     parts.append(f'<p class="verdict">{html.escape(evaluation["verdict"])}</p>')
     parts.append(_tables(evaluation))
     stratified = run is not None and run["config"].get("stratified", False)
-    if said := findings(read_metrics(folder), stratified=stratified):
+    adapts = run is None or run["config"].get("inner", {}).get("steps") != 0  # in training
+    if adapts and (said := findings(read_metrics(folder), stratified=stratified)):
         parts.append("<h2>Is it adapting?</h2>")
         parts += [f"<p>{html.escape(sentence)}</p>" for sentence in said]
     for name, heading, caption in _PICTURES:
