@@ -99,6 +99,7 @@ def test_a_page_without_a_video_says_why(folder):
 @pytest.mark.parametrize("steps", [0, 1])
 def test_only_what_adapts_in_training_is_asked_whether_it_does(folder, steps):
     row = {"env_steps": 9, "seconds_iteration": 1.0, "return_pre": -3.0, "gain": 0.1}
+    row["return_post"] = -2.9
     rows = [{"iteration": i, **row} for i in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = {"config": {"inner": {"steps": steps}}, "versions": {}}
