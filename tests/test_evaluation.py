@@ -13,6 +13,7 @@ import torch
 from conftest import random_batch
 
 from metarl import evaluate
+from metarl.commands.policy_commands import results_folder
 from metarl.envs import family_names, make_family
 from metarl.envs.errors import UserError
 from metarl.envs.navigation import NavigationFamily, NavigationVectorEnv
@@ -334,7 +335,8 @@ def test_no_policy_is_lost_to_anothers_name(tmp_path):
     ]
 
 
-def test_a_checkpoint_is_called_by_its_run_too(tmp_path):
+def test_a_checkpoint_is_called_by_its_run_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = []
     for run in ("cheetah-0", "cheetah-1", "other-1"):
         folder = tmp_path / run / "checkpoints"
@@ -347,6 +349,7 @@ def test_a_checkpoint_is_called_by_its_run_too(tmp_path):
         "other-1-000040": names[2:],
     }
     assert short_name(names[0]) == "cheetah-0-000040"
+    assert str(results_folder(names[0])) == "runs/cheetah-0-000040-evaluation"
 
 
 def test_at_random_steps_are_as_large_as_those_that_were_fitted():
