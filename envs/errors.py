@@ -18,6 +18,12 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def check_one_of(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise UserError unless a value is one of the choices."""
+    if value not in (known := tuple(choices)):
+        raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
 def check_whole(name: str, value: Any, least: int) -> None:
     """Raise UserError unless a value is a whole number that is large enough."""
     if isinstance(value, bool) or not isinstance(value, Integral):

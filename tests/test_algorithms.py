@@ -828,6 +828,11 @@ def test_the_inner_loss_can_be_chosen():
             "advantage.targets has no effect with advantage.trace 1",
         ),
         ("maml-trpo", {"inner": {"updates": 2}}, "takes one step on each batch"),
+        (
+            "imaml",
+            {"inner": {"loss": "log-likelihood"}},
+            "inner.loss log-likelihood is no likelihood ratio",
+        ),
         ("reptile", {"meta": {"inner_kl": 0.1}}, "no effect with reptile"),
         ("reptile", {"inner": {"steps": 0}}, "reptile needs inner.steps of at least 1"),
         ("imaml", {"inner": {"proximal": 0.0}}, "imaml needs inner.steps 1 and inner.proximal"),

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, check_one_of
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.trajectories import Rollout
 
@@ -146,11 +146,7 @@ class AdvantageConfig:
                 raise UserError(f"advantage.{name} must be in [0, 1], got {getattr(self, name)}")
         if not self.ridge > 0.0:
             raise UserError(f"advantage.ridge must be positive, got {self.ridge}")
-        choices = get_args(Targets)
-        if self.targets not in choices:
-            raise UserError(
-                f"advantage.targets must be one of {', '.join(choices)}, got {self.targets!r}"
-            )
+        check_one_of("advantage.targets", self.targets, get_args(Targets))
 
 
 def estimate(rollout: Rollout, config: AdvantageConfig, pool: ChunkPool) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.errors import UserError, check_one_of, did_you_mean
 from metarl.learning.advantages import AdvantageConfig
 from metarl.learning.first_order import AdamConfig
 from metarl.learning.networks import Activation
@@ -288,9 +288,7 @@ def _plain(value: Any) -> Any:
 
 
 def _one_of(key: str, value: Any) -> None:
-    choices = get_args(_CHOICES[key])
-    if value not in choices:
-        raise UserError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+    check_one_of(key, value, get_args(_CHOICES[key]))
 
 
 def _positive(name: str, value: float) -> None:
