@@ -407,6 +407,28 @@ def test_a_schedule_is_that_of_the_whole_run():
         assert orders == sorted(orders)
 
 
+@pytest.mark.parametrize("name", ["maml-trpo", "meta-sgd", "promp"])
+def test_an_exact_meta_gradient_is_of_first_order_until_it_is_annealed(name):
+    meta = dataclasses.replace(table_config(name).meta, anneal_fraction=0.5)
+    config = table_config(name, meta=meta)
+    orders = [built(config, i)[0].problem.order for i in (0, 49, 50, 99)]
+    assert orders == [1, 1, 2, 2]
+    assert built(config, 0)[0].problem.objective.step_weights == ()
+
+
+def test_an_annealed_run_begins_as_first_order_maml_and_ends_otherwise(tmp_path):
+    def params(name, fraction, iterations):
+        base = table_config(name, episodes=4)
+        meta = dataclasses.replace(base.meta, anneal_fraction=fraction)
+        config = dataclasses.replace(base, iterations=4, meta=meta)
+        folder = tmp_path / f"{name}-{fraction}-{iterations}"
+        rows: list[dict] = []
+        return train(config, folder, progress=rows.append, stop=lambda: len(rows) == iterations)
+
+    assert same_params(params("maml-trpo", 0.5, 2), params("fomaml-trpo", 0.0, 2))
+    assert not same_params(params("maml-trpo", 0.5, 3), params("fomaml-trpo", 0.0, 3))
+
+
 def test_a_resumed_longer_run_says_what_becomes_of_its_schedules(tmp_path, capsys):
     def config(iterations, name="maml++"):
         base, shared = resolve(None, "navigation-2d", name), small(threads=1)
@@ -420,7 +442,11 @@ def test_a_resumed_longer_run_says_what_becomes_of_its_schedules(tmp_path, capsy
         " is zero at iteration 200; multi-step loss and first order last until iteration 60, not 30"
     )
     assert schedule_change(row, config(200), 100, 100) == expected
-    assert schedule_change(find_algorithm("maml-trpo"), config(200, "maml-trpo"), 100, 9) is None
+    maml = find_algorithm("maml-trpo")
+    assert schedule_change(maml, config(200, "maml-trpo"), 100, 9) is None
+    annealed = resolve(None, "navigation-2d", "maml-trpo", {"meta.anneal_fraction": 0.25})
+    said = schedule_change(maml, dataclasses.replace(annealed, iterations=200), 100, 9)
+    assert said == "200 iterations instead of 100: first order lasts until iteration 50, not 25"
 
     train(config(2), tmp_path / "run")
     seen: list[str] = []

@@ -38,8 +38,8 @@ class Algorithm:
     """What adapts: all parameters, the last layer, or a context input."""
     learned_steps: Learned = "no"
     """Step sizes learned with the initialization: one a layer and step, or one a parameter."""
-    annealed: bool = False
-    """Multi-step loss, and order 1 first; both give way over `meta.anneal_fraction` of the run."""
+    multi_step: bool = False
+    """All iterates' losses count at first; they fade over `meta.anneal_fraction` of the run."""
     head: Head = "meta"
     """Where the last layer starts, in few-shot classification alone."""
     observes_task: bool = False
@@ -52,6 +52,11 @@ class Algorithm:
     def with_inner_loss(self, name: str) -> Algorithm:
         """Return the row with an inner loss by name; "auto" leaves its own."""
         return self if name == "auto" else replace(self, inner_loss=INNER_LOSSES[name])
+
+    @property
+    def can_anneal(self) -> bool:
+        """Whether the meta-gradient may be of first order in a first part of the run."""
+        return self.gradient == "unrolled" and self.order == 2 and not self.reference
 
     @property
     def needs_policy(self) -> str:
@@ -162,7 +167,7 @@ ALGORITHMS = {
             description="step sizes a layer and step, multi-step loss, order annealed, cosine",
             source="Antoniou et al. 2019, arXiv:1810.09502",
             learned_steps="layer",
-            annealed=True,
+            multi_step=True,
             outer="adam",
             defaults={
                 "adam": {"learning_rate": 3e-3},

@@ -66,7 +66,8 @@ def check_combination(row: Algorithm, config: Config, family: Family) -> None:
         raise UserError(f"{name} needs inner.steps of at least 1, got {inner.steps}")
     if inner.kl and (row.learned_steps != "no" or row.gradient == "implicit"):
         raise UserError(f"inner.kl must be 0 with {name}, which does not take the sizes as given")
-    if meta.anneal_fraction and not row.annealed:
+    can_anneal = row.can_anneal and inner.steps
+    if meta.anneal_fraction != base.meta.anneal_fraction and not can_anneal:
         raise UserError(f"meta.anneal_fraction has no effect with {name}")
     if meta.cosine != base.meta.cosine and row.outer == "none":
         raise UserError(f"meta.cosine has no effect with {name}, which takes no outer step")

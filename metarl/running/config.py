@@ -129,8 +129,8 @@ class MetaConfig:
     inner_kl: float = 0.0
     """Weight of the penalty on the KL from the policies that drew the support samples (ProMP)."""
     anneal_fraction: float = 0.0
-    """Share of the run in which the losses of earlier inner steps fade out and the meta-gradient is
-    of first order; afterwards it is of second order (MAML++)."""
+    """Share of the run in which the meta-gradient is of first order; afterwards it is exact. With
+    MAML++ the losses of earlier inner steps fade out meanwhile."""
     cosine: bool = False
     """Decay the outer step along a cosine to zero at the end of the run (MAML++)."""
 

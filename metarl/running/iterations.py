@@ -63,8 +63,8 @@ def schedule(row: Algorithm, config: Config, iteration: int) -> Schedule:
     annealed = progress / fraction if fraction else 1.0
     return Schedule(
         rate=cosine(progress) if config.meta.cosine else 1.0,
-        order=1 if row.annealed and annealed < 1.0 else row.order,
-        step_weights=annealed_weights(config.inner.steps, annealed) if row.annealed else (),
+        order=1 if annealed < 1.0 else row.order,
+        step_weights=annealed_weights(config.inner.steps, annealed) if row.multi_step else (),
     )
 
 
@@ -88,11 +88,10 @@ def schedule_change(row: Algorithm, config: Config, planned: int, iteration: int
             f"the outer step goes on at {now:.2f} of its size, not {before:.2f}, and is zero at"
             f" iteration {total}"
         )
-    if row.annealed and config.meta.anneal_fraction:
+    if config.meta.anneal_fraction:
         ends = [math.ceil(config.meta.anneal_fraction * end) for end in (planned, total)]
-        parts.append(
-            f"multi-step loss and first order last until iteration {ends[1]}, not {ends[0]}"
-        )
+        what = "multi-step loss and first order last" if row.multi_step else "first order lasts"
+        parts.append(f"{what} until iteration {ends[1]}, not {ends[0]}")
     if planned == total or not parts:
         return None
     return f"{total} iterations instead of {planned}: {'; '.join(parts)}"
