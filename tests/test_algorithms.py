@@ -213,19 +213,20 @@ def test_gradients_of_step_sizes_match_their_closed_form(pool, learned):
     torch.testing.assert_close(gradient[:DIM], times(jacobian, outer).mean(0))
 
 
-@pytest.mark.parametrize("order", [1, 2])
-def test_multi_step_loss_weighs_every_iterate(pool, order):
+@pytest.mark.parametrize("curvature", [0.0, 0.3, 1.0])
+def test_multi_step_loss_weighs_every_iterate(pool, curvature):
     adapter = Adapter(Point(), quadratic, (0.2,))
     weights = (0.3, 0.7)
     objective = dataclasses.replace(OBJECTIVE, step_weights=weights)
     # Two steps on the support loss; iterate 1 is judged by batch 1, iterate 2 by the query.
-    problem = UnrolledProblem(adapter, [SUPPORT, SUPPORT, QUERY], pool, objective, order=order)
+    batches = [SUPPORT, SUPPORT, QUERY]
+    problem = UnrolledProblem(adapter, batches, pool, objective, curvature=curvature)
     gradient, stats = problem.gradient(THETA)
     expected, loss = torch.zeros(DIM, dtype=D), 0.0
     for k, weight, goal, H in ((1, 0.3, GOAL, A), (2, 0.7, QUERY_GOAL, B)):
         miss = moved(k) - goal
         outer = times(H, miss)
-        jacobian = torch.linalg.matrix_power(EYE - 0.2 * A, k) if order == 2 else EYE
+        jacobian = torch.linalg.matrix_power(EYE - 0.2 * curvature * A, k)
         expected += weight * times(jacobian, outer).mean(0)
         loss += weight * 0.5 * float((miss * outer).sum(1).mean())
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
@@ -578,7 +579,7 @@ def test_inner_kl_is_that_of_the_pre_update_policies(small_policy, pool):
         return UnrolledProblem(adapter, batches, pool, objective).evaluate(meta).loss
 
     fast, slow, sizes = adapter.split(meta)
-    iterates = adapter.adapt(stack(fast, 3), slow, sizes, batches[:2], order=0)
+    iterates = adapter.adapt(stack(fast, 3), slow, sizes, batches[:2])
     kls = [
         mean_kl(small_policy, small_policy.distribution(iterate, batch.observation), batch)
         for iterate, batch in zip(iterates, batches[:2], strict=False)
@@ -681,7 +682,7 @@ def test_only_the_fast_parameters_adapt(small_policy):
         start, slow, sizes = adapter.split(double_params(small_policy))
         assert set(start) == names
         assert set(slow) == set(small_policy.shapes()) - names
-        new = adapter.adapt(stack(start, 2), slow, sizes, [batch], order=0)[-1]
+        new = adapter.adapt(stack(start, 2), slow, sizes, [batch])[-1]
         assert set(new) == names
         assert all((new[name] - start[name]).abs().max() > 0 for name in names)
     told = dataclasses.replace(small_policy, context_dim=3)
@@ -689,7 +690,7 @@ def test_only_the_fast_parameters_adapt(small_policy):
     start, slow, sizes = adapter.split(double_params(told))
     assert set(start) == {"context"}
     assert not start["context"].any()
-    new = adapter.adapt(stack(start, 2), slow, sizes, [batch], order=0)[-1]["context"]
+    new = adapter.adapt(stack(start, 2), slow, sizes, [batch])[-1]["context"]
     assert new.shape == (2, 3)
     assert not torch.equal(new[0], new[1])
 
@@ -836,13 +837,15 @@ def test_the_inner_loss_can_be_chosen():
         ("reptile", {"meta": {"inner_kl": 0.1}}, "no effect with reptile"),
         ("reptile", {"inner": {"steps": 0}}, "reptile needs inner.steps of at least 1"),
         ("imaml", {"inner": {"proximal": 0.0}}, "imaml needs inner.steps 1 and inner.proximal"),
-        ("fomaml-trpo", {"meta": {"anneal_fraction": 0.5}}, "meta.anneal_fraction has no effect"),
-        ("imaml", {"meta": {"anneal_fraction": 0.5}}, "meta.anneal_fraction has no effect"),
-        ("oracle", {"meta": {"anneal_fraction": 0.5}}, "meta.anneal_fraction has no effect"),
+        ("maml-trpo", {"meta": {"anneal_fraction": 0.5}}, "meta.anneal_fraction has no effect"),
+        ("fomaml-trpo", {"meta": {"curvature": 0.5}}, "meta.curvature has no effect"),
+        ("reptile", {"meta": {"curvature": 0.5}}, "meta.curvature has no effect"),
+        ("promp", {"meta": {"curvature": -0.5}}, "meta.curvature must be within"),
+        ("oracle", {"meta": {"curvature": 0.5}}, "meta.curvature has no effect"),
         (
             "maml-trpo",
-            {"inner": {"steps": 0}, "meta": {"anneal_fraction": 0.5}},
-            "meta.anneal_fraction has no effect",
+            {"inner": {"steps": 0}, "meta": {"curvature": 0.5}},
+            "meta.curvature has no effect",
         ),
         ("maml++", {"meta": {"anneal_fraction": 1.5}}, "meta.anneal_fraction must be within"),
         ("random", {"meta": {"cosine": True}}, "meta.cosine has no effect with random"),

@@ -56,7 +56,7 @@ class Row:
     adam: dict[str, float] = dataclasses.field(default_factory=dict)
     inner: Any = log_likelihood
     loss: Any = ratio_loss
-    order: tuple[int, ...] = (2, 2, 2, 2)
+    curvature: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     weights: tuple[tuple[float, ...], ...] = ((), (), (), ())
     rate: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     inner_kl: float = 0.0
@@ -76,8 +76,8 @@ TABLE = {
     "maml-trpo": Row(),
     "maml-reinforce": Row(outer=Adam, adam=REINFORCE),
     "maml-ppo": Row(outer=Adam, adam=FIVE_STEPS, loss=clipped_loss),
-    "fomaml-trpo": Row(order=(1, 1, 1, 1)),
-    "fomaml-reinforce": Row(order=(1, 1, 1, 1), outer=Adam, adam=REINFORCE),
+    "fomaml-trpo": Row(curvature=(0.0, 0.0, 0.0, 0.0)),
+    "fomaml-reinforce": Row(curvature=(0.0, 0.0, 0.0, 0.0), outer=Adam, adam=REINFORCE),
     "reptile": Row(
         problem=DisplacementProblem, outer=Adam, adam=REINFORCE, inner=likelihood_ratio, batches=4
     ),
@@ -91,7 +91,7 @@ TABLE = {
         proximal=10.0, step_sizes=(0.05,),
     ),
     "maml++": Row(
-        outer=Adam, adam=REINFORCE, batches=3, learned="layer", order=(1, 1, 2, 2),
+        outer=Adam, adam=REINFORCE, batches=3, learned="layer", curvature=(0.0, 0.0, 1.0, 1.0),
         # Over the first 30 iterations from equal parts to the last alone.
         weights=((0.5, 0.5), (0.25, 0.75), (0.0, 1.0), (0.0, 1.0)),
         rate=(1.0, 0.5 + 0.5 * math.cos(0.15 * math.pi), 0.5, 0.5 - 0.5 * math.cos(0.01 * math.pi)),
@@ -155,7 +155,7 @@ def test_an_iterations_problem_is_the_algorithms(name):
         check_loss(row, problem)
         if row.problem is ImplicitProblem:
             continue
-        assert problem.order == row.order[i]
+        assert problem.curvature == row.curvature[i]
         assert problem.objective.step_weights == pytest.approx(row.weights[i])
         assert problem.objective.inner_kl == row.inner_kl
         assert (problem.objective.credit is not None) == row.credit
@@ -402,31 +402,29 @@ def test_a_schedule_is_that_of_the_whole_run():
         assert all(a > b > 0.0 for a, b in itertools.pairwise(rates))
         assert schedule(row, config, total).rate == 0.0
         assert rates[total // 2] == pytest.approx(0.5, abs=1.6 / total)
-        orders = [schedule(row, config, i).order for i in range(total)]
-        assert orders.count(1) == math.ceil(0.3 * total)
-        assert orders == sorted(orders)
+        curvatures = [schedule(row, config, i).curvature for i in range(total)]
+        assert curvatures.count(0.0) == math.ceil(0.3 * total)
+        assert curvatures == sorted(curvatures)
 
 
-@pytest.mark.parametrize("name", ["maml-trpo", "meta-sgd", "promp"])
-def test_an_exact_meta_gradient_is_of_first_order_until_it_is_annealed(name):
-    meta = dataclasses.replace(table_config(name).meta, anneal_fraction=0.5)
+@pytest.mark.parametrize("name", ["maml-trpo", "meta-sgd", "promp", "maml++"])
+def test_an_exact_meta_gradient_may_have_a_share_of_the_curvature(name):
+    meta = dataclasses.replace(table_config(name).meta, curvature=0.5)
     config = table_config(name, meta=meta)
-    orders = [built(config, i)[0].problem.order for i in (0, 49, 50, 99)]
-    assert orders == [1, 1, 2, 2]
-    assert built(config, 0)[0].problem.objective.step_weights == ()
+    found = [built(config, i)[0].problem.curvature for i in MOMENTS]
+    assert found == [share / 2 for share in TABLE[name].curvature]
 
 
-def test_an_annealed_run_begins_as_first_order_maml_and_ends_otherwise(tmp_path):
-    def params(name, fraction, iterations):
+def test_without_curvature_maml_is_first_order_maml(tmp_path):
+    def params(name, share):
         base = table_config(name, episodes=4)
-        meta = dataclasses.replace(base.meta, anneal_fraction=fraction)
-        config = dataclasses.replace(base, iterations=4, meta=meta)
-        folder = tmp_path / f"{name}-{fraction}-{iterations}"
-        rows: list[dict] = []
-        return train(config, folder, progress=rows.append, stop=lambda: len(rows) == iterations)
+        meta = dataclasses.replace(base.meta, curvature=share)
+        config = dataclasses.replace(base, iterations=2, meta=meta)
+        return train(config, tmp_path / f"{name}-{share}")
 
-    assert same_params(params("maml-trpo", 0.5, 2), params("fomaml-trpo", 0.0, 2))
-    assert not same_params(params("maml-trpo", 0.5, 3), params("fomaml-trpo", 0.0, 3))
+    first_order = params("fomaml-trpo", 1.0)
+    assert same_params(params("maml-trpo", 0.0), first_order)
+    assert not same_params(params("maml-trpo", 0.5), first_order)
 
 
 def test_a_resumed_longer_run_says_what_becomes_of_its_schedules(tmp_path, capsys):
@@ -442,11 +440,7 @@ def test_a_resumed_longer_run_says_what_becomes_of_its_schedules(tmp_path, capsy
         " is zero at iteration 200; multi-step loss and first order last until iteration 60, not 30"
     )
     assert schedule_change(row, config(200), 100, 100) == expected
-    maml = find_algorithm("maml-trpo")
-    assert schedule_change(maml, config(200, "maml-trpo"), 100, 9) is None
-    annealed = resolve(None, "navigation-2d", "maml-trpo", {"meta.anneal_fraction": 0.25})
-    said = schedule_change(maml, dataclasses.replace(annealed, iterations=200), 100, 9)
-    assert said == "200 iterations instead of 100: first order lasts until iteration 50, not 25"
+    assert schedule_change(find_algorithm("maml-trpo"), config(200, "maml-trpo"), 100, 9) is None
 
     train(config(2), tmp_path / "run")
     seen: list[str] = []

@@ -20,10 +20,10 @@ from metarl.learning.policies import CategoricalMLP, GaussianMLP
 SIZES = (0.3, 0.2, 0.15)
 
 
-def problem(policy, pool, steps, order, **options):
+def problem(policy, pool, steps, curvature, **options):
     batches = [random_batch(policy, 3, 20, seed) for seed in range(steps + 1)]
     adapter = Adapter(policy, log_likelihood, SIZES)
-    return UnrolledProblem(adapter, batches, pool, order=order, **options)
+    return UnrolledProblem(adapter, batches, pool, curvature=curvature, **options)
 
 
 def losses(policy, stacked, batch):
@@ -34,16 +34,17 @@ def ratios(policy, stacked, batch):
     return likelihood_ratio(policy, policy.distribution(stacked, batch.observation), batch)
 
 
-def adapted(made, theta, support, order=0):
+def adapted(made, theta, support, curvature=None):
     """The last iterate of parameters that are not stacked."""
     fast, slow, sizes = made.adapter.split(theta)
-    return made.adapter.adapt(stack(fast, made.tasks), slow, sizes, support, order=order)[-1]
+    start = stack(fast, made.tasks)
+    return made.adapter.adapt(start, slow, sizes, support, curvature=curvature)[-1]
 
 
 def iterates_of(made, theta):
     """theta_1 ... theta_K on all samples."""
     fast, slow, sizes = made.adapter.split(theta)
-    found = made.adapter.adapt(stack(fast, made.tasks), slow, sizes, made.batches[:-1], order=0)
+    found = made.adapter.adapt(stack(fast, made.tasks), slow, sizes, made.batches[:-1])
     return found[1:]
 
 
@@ -68,7 +69,7 @@ def post_adaptation_loss(made: UnrolledProblem, theta: torch.Tensor, like) -> to
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
 def test_second_order_gradient_matches_central_differences(small_policy, pool, steps):
     meta = double_params(small_policy)
-    made = problem(small_policy, pool, steps, order=2, chunk=2)
+    made = problem(small_policy, pool, steps, curvature=1.0, chunk=2)
     gradient, stats = made.gradient(meta)
     theta = flatten(meta).requires_grad_()
     assert stats["loss"] == pytest.approx(
@@ -88,13 +89,13 @@ def test_first_order_gradient_is_the_outer_gradient_at_the_adapted_parameters(
     small_policy, pool, steps
 ):
     meta = double_params(small_policy)
-    made = problem(small_policy, pool, steps, order=1, chunk=2)
+    made = problem(small_policy, pool, steps, curvature=0.0, chunk=2)
     gradient, _ = made.gradient(meta)
     expected = torch.zeros_like(gradient)
     for t in range(made.tasks):
         *support, query = (batch.map(lambda x, t=t: x[t : t + 1]) for batch in made.batches)
         fast, slow, sizes = made.adapter.split(meta)
-        theta = made.adapter.adapt(stack(fast, 1), slow, sizes, support, order=0)[-1]
+        theta = made.adapter.adapt(stack(fast, 1), slow, sizes, support)[-1]
         theta = {name: p.requires_grad_() for name, p in theta.items()}
         outer = ratios(small_policy, theta, query).sum()
         grads = torch.autograd.grad(outer, list(theta.values()))
@@ -102,11 +103,11 @@ def test_first_order_gradient_is_the_outer_gradient_at_the_adapted_parameters(
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("curvature", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_meta_gradient_of_a_quadratic_matches_its_closed_form(steps, order):
+def test_meta_gradient_of_a_quadratic_matches_its_closed_form(steps, curvature):
     # One step maps the miss e = theta - goal to (I - aA) e, so e_K = (I - aA)^K e and
-    #   MAML: (I - aA)^K A e_K      FOMAML: A e_K
+    #   MAML: (I - aA)^K A e_K      FOMAML: A e_K      a share c: (I - caA)^K A e_K
     generator = torch.Generator().manual_seed(steps)
     root = torch.randn(3, 4, 4, generator=generator, dtype=torch.float64)
     A = root @ root.transpose(1, 2) / 4
@@ -120,13 +121,15 @@ def test_meta_gradient_of_a_quadratic_matches_its_closed_form(steps, order):
     size = torch.tensor(0.2, dtype=torch.float64)
     params = start = {"x": theta.expand(3, 4)}
     for _ in range(steps):
-        params = inner_step(loss, params, {"x": size}, None, start=start, order=order)
+        params = inner_step(loss, params, {"x": size}, None, start=start, curvature=curvature)
     (gradient,) = torch.autograd.grad(loss(params, None).mean(), theta)
 
     shrink = torch.eye(4, dtype=torch.float64) - size * A
     power = torch.linalg.matrix_power(shrink, steps)
     miss = power @ (theta.detach() - goal).unsqueeze(-1)
-    expected = A @ miss if order == 1 else power.transpose(1, 2) @ A @ miss
+    jacobian = torch.eye(4, dtype=torch.float64) - curvature * size * A
+    expected = torch.linalg.matrix_power(jacobian, steps) @ A @ miss
+    torch.testing.assert_close(params["x"].detach(), (miss + goal.unsqueeze(-1)).squeeze(-1))
     torch.testing.assert_close(gradient, expected.mean(0).squeeze(-1), rtol=1e-12, atol=1e-14)
 
 
@@ -135,12 +138,12 @@ def test_fisher_product_matches_the_dense_hessian_of_the_kl(pool, steps):
     # The Hessian of KL(adapted(theta0) || adapted(theta)) in theta at theta0 is J' F J.
     policy = GaussianMLP(observation_dim=2, action_dim=2, hidden=(3,))
     meta = double_params(policy)
-    made = problem(policy, pool, steps, order=2, chunk=2)
+    made = problem(policy, pool, steps, curvature=1.0, chunk=2)
     *support, query = made.batches
     theta = flatten(meta).requires_grad_()
 
     def distribution(theta):
-        final = adapted(made, unflatten(theta, meta), support, order=2)
+        final = adapted(made, unflatten(theta, meta), support, curvature=1.0)
         return policy.distribution(final, query.observation)
 
     dist = distribution(theta)
@@ -159,13 +162,13 @@ def test_fisher_samples_change_the_metric_and_not_the_point_it_is_taken_at(small
     # With every sample listed the product is the full one; with a part of the support the
     # adapted parameters must still be those of all samples.
     meta = double_params(small_policy)
-    full = problem(small_policy, pool, 1, order=2)
+    full = problem(small_policy, pool, 1, curvature=1.0)
     listed = problem(
-        small_policy, pool, 1, order=2, fisher_samples=[torch.arange(20).expand(3, -1)] * 2
+        small_policy, pool, 1, curvature=1.0, fisher_samples=[torch.arange(20).expand(3, -1)] * 2
     )
     # Of each task others, and the support's whole.
     some = torch.stack([torch.arange(start, 20, 3)[:6] for start in range(3)])
-    part = problem(small_policy, pool, 1, order=1, fisher_samples=[None, some])
+    part = problem(small_policy, pool, 1, curvature=0.0, fisher_samples=[None, some])
     v = torch.linspace(-1, 1, len(flatten(meta)), dtype=torch.float64)
     results = []
     for made in (full, listed, part):
@@ -175,7 +178,7 @@ def test_fisher_samples_change_the_metric_and_not_the_point_it_is_taken_at(small
     # Order 1: J is that of the network at the adapted parameters, so the product on a part of
     # the query samples is that of a problem whose query holds just these.
     chosen = part.batches[-1].select(some)
-    alone = UnrolledProblem(part.adapter, [*part.batches[:-1], chosen], pool, order=1)
+    alone = UnrolledProblem(part.adapter, [*part.batches[:-1], chosen], pool, curvature=0.0)
     with alone.linearize(meta) as product:
         torch.testing.assert_close(results[2], product(v), rtol=1e-10, atol=1e-12)
 
@@ -183,9 +186,9 @@ def test_fisher_samples_change_the_metric_and_not_the_point_it_is_taken_at(small
 def test_products_on_a_part_of_the_support_are_taken_at_the_iterates_of_all(small_policy, pool):
     # Order 1: J is that of the network at the iterates, wherever they come from.
     meta = double_params(small_policy)
-    whole = problem(small_policy, pool, 1, order=1)
+    whole = problem(small_policy, pool, 1, curvature=0.0)
     some = torch.arange(0, 20, 2).expand(3, -1)
-    part = problem(small_policy, pool, 1, order=1, fisher_samples=[some, None])
+    part = problem(small_policy, pool, 1, curvature=0.0, fisher_samples=[some, None])
     v = torch.linspace(-1, 1, len(flatten(meta)), dtype=torch.float64)
     with whole.linearize(meta) as expected, part.linearize(meta, iterates_of(part, meta)) as found:
         torch.testing.assert_close(found(v), expected(v), rtol=1e-10, atol=1e-12)
@@ -195,7 +198,7 @@ def test_products_on_a_part_of_the_support_are_taken_at_the_iterates_of_all(smal
 
 def test_a_tasks_result_does_not_depend_on_the_other_tasks(small_policy, pool):
     meta = double_params(small_policy)
-    together = problem(small_policy, pool, 2, order=2, chunk=3)
+    together = problem(small_policy, pool, 2, curvature=1.0, chunk=3)
     total = torch.zeros(len(flatten(meta)), dtype=torch.float64)
     for t in range(together.tasks):
         alone = UnrolledProblem(
@@ -212,7 +215,7 @@ def test_gradient_and_products_are_bit_identical_at_any_number_of_threads(small_
     results = []
     for threads in (1, 2, 3):
         with ChunkPool(threads) as pool:
-            made = problem(small_policy, pool, 1, order=2, chunk=1)
+            made = problem(small_policy, pool, 1, curvature=1.0, chunk=1)
             made.batches = [batch.map(torch.Tensor.float) for batch in made.batches]
             gradient, _ = made.gradient(meta)
             with made.linearize(meta) as product:
@@ -224,7 +227,7 @@ def test_gradient_and_products_are_bit_identical_at_any_number_of_threads(small_
 
 def test_evaluate_is_the_loss_and_kl_of_policies_adapted_anew(small_policy, pool):
     meta = double_params(small_policy)
-    made = problem(small_policy, pool, 2, order=2)
+    made = problem(small_policy, pool, 2, curvature=1.0)
     elsewhere = {name: p + 0.05 for name, p in meta.items()}
     found = made.evaluate(elsewhere)
     theta = flatten(elsewhere).requires_grad_()
@@ -237,26 +240,70 @@ def test_evaluate_is_the_loss_and_kl_of_policies_adapted_anew(small_policy, pool
     assert found.kl == pytest.approx(expected, rel=1e-12)
 
 
-def minibatch_problem(policy, pool, order, parts, proximal=0.0):
+def test_of_one_step_a_share_of_the_curvature_gives_that_share_of_the_gradients(small_policy, pool):
+    meta = double_params(small_policy)
+
+    def gradient(curvature):
+        return problem(small_policy, pool, 1, curvature, chunk=2).gradient(meta)[0]
+
+    expected = 0.7 * gradient(0.0) + 0.3 * gradient(1.0)
+    torch.testing.assert_close(gradient(0.3), expected, rtol=1e-12, atol=1e-14)
+    assert (gradient(0.0) - gradient(1.0)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("curvature", [0.0, 0.3, 1.0])
+def test_fisher_products_go_through_that_share_of_the_curvature(pool, curvature):
+    # Of one step J is I - c a H, with H the dense Hessian of a task's inner loss.
+    policy = GaussianMLP(observation_dim=2, action_dim=2, hidden=(3,))
+    meta = double_params(policy)
+    made = problem(policy, pool, 1, curvature, chunk=2)
+    theta, expected = flatten(meta), torch.zeros((), dtype=torch.float64)
+    for t in range(made.tasks):
+        support, query = (batch.map(lambda x, t=t: x[t : t + 1]) for batch in made.batches)
+
+        def stacked(v):
+            return stack(unflatten(v, meta), 1)
+
+        def inner(v, batch=support):
+            return losses(policy, stacked(v), batch).sum()
+
+        slope = torch.autograd.functional.jacobian(inner, theta)
+        hessian = torch.autograd.functional.hessian(inner, theta)
+        moved = theta - SIZES[0] * slope
+        fixed = policy.distribution(stacked(moved), query.observation)
+
+        def kl(v, fixed=fixed, query=query):
+            new = policy.distribution(stacked(v), query.observation)
+            return (query.weight * policy.kl(fixed, new)).sum()
+
+        metric = torch.autograd.functional.hessian(kl, moved)
+        jacobian = torch.eye(len(theta), dtype=torch.float64) - curvature * SIZES[0] * hessian
+        expected = expected + jacobian.T @ metric @ jacobian / made.tasks
+    with made.linearize(meta) as product:
+        columns = [product(e) for e in torch.eye(len(theta), dtype=torch.float64)]
+    torch.testing.assert_close(torch.stack(columns), expected, rtol=1e-9, atol=1e-11)
+
+
+def minibatch_problem(policy, pool, curvature, parts, proximal=0.0):
     """Two steps from `meta`, whose iterates on all samples the problem is told."""
     meta = double_params(policy)
     batches = [random_batch(policy, 3, 20, seed, ragged=False) for seed in range(3)]
     adapter = Adapter(policy, log_likelihood, SIZES, proximal=proximal)
     fast, slow, sizes = adapter.split(meta)
-    found = adapter.adapt(stack(fast, 3), slow, sizes, batches[:-1], order=0)[1:]
+    found = adapter.adapt(stack(fast, 3), slow, sizes, batches[:-1])[1:]
     order_of = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     made = UnrolledProblem(
-        adapter, batches, pool, order=order, sampled_with=meta, iterates=found, chunk=2,
+        adapter, batches, pool, curvature=curvature, sampled_with=meta, iterates=found, chunk=2,
         minibatches=order_of.tensor_split(parts),
     )  # fmt: skip
     return made, meta, found
 
 
 def test_minibatch_gradients_average_to_that_of_all_samples(small_policy, pool):
-    # At order 1 the gradient is linear in the query samples, whatever the support's minibatch.
-    made, meta, _ = minibatch_problem(small_policy, pool, 1, 4)
+    # Of first order the gradient is linear in the query samples, whatever the support's minibatch.
+    made, meta, _ = minibatch_problem(small_policy, pool, 0.0, 4)
     gradients = torch.stack([made.gradient(meta, step)[0] for step in range(4)])
-    whole, _ = UnrolledProblem(made.adapter, made.batches, pool, order=1).gradient(meta)
+    whole, _ = UnrolledProblem(made.adapter, made.batches, pool, curvature=0.0).gradient(meta)
     torch.testing.assert_close(gradients.mean(0), whole, rtol=1e-10, atol=1e-12)
     assert (gradients - whole).abs().max() > 1e-3
     torch.testing.assert_close(made.gradient(meta, 5)[0], gradients[1], rtol=0, atol=0)
@@ -265,7 +312,7 @@ def test_minibatch_gradients_average_to_that_of_all_samples(small_policy, pool):
 @pytest.mark.parametrize("proximal", [0.0, 1.5])
 def test_minibatch_gradient_matches_central_differences(small_policy, pool, proximal):
     # Away from the meta-parameters that sampled: minibatch steps plus what they lack there.
-    made, meta, found = minibatch_problem(small_policy, pool, 2, 3, proximal)
+    made, meta, found = minibatch_problem(small_policy, pool, 1.0, 3, proximal)
     samples = made.minibatches[1]
     *support, query = [batch.select(samples) for batch in made.batches]
     fast, slow, sizes = made.adapter.split(meta)

@@ -139,7 +139,7 @@ class Adapter:
         k: int,
         *,
         start: Params,
-        order: int = 0,
+        curvature: float | None = None,
     ) -> Params:
         """Return iterate k + 1 of the fast parameters from iterate k, stacked; see `inner_step`."""
         return inner_step(
@@ -148,7 +148,7 @@ class Adapter:
             {name: size_at(sizes, k) for name, sizes in step_sizes.items()},
             batch,
             start=start,
-            order=order,
+            curvature=curvature,
             updates=self.updates,
             proximal=self.proximal,
         )
@@ -160,7 +160,7 @@ class Adapter:
         step_sizes: StepSizes,
         batches: Sequence[Samples],
         *,
-        order: int,
+        curvature: float | None = None,
         at: Sequence[Params] | None = None,
         shifts: Sequence[Params] | None = None,
     ) -> list[Params]:
@@ -171,7 +171,7 @@ class Adapter:
             slow: the parameters that do not adapt.
             step_sizes: see `StepSizes`.
             batches: K batches; none gives the identity.
-            order: see `inner_step`.
+            curvature: see `inner_step`.
             at: values theta_1 ... theta_K to differentiate at. Batches that are a part of the
                 samples then give the derivative of the step, while its value stays that of all
                 samples.
@@ -179,7 +179,9 @@ class Adapter:
         """
         iterates = [fast]
         for k, batch in enumerate(batches):
-            new = self.step(iterates[k], slow, step_sizes, batch, k, start=fast, order=order)
+            new = self.step(
+                iterates[k], slow, step_sizes, batch, k, start=fast, curvature=curvature
+            )
             if shifts is not None:
                 new = {name: p + shifts[k][name] for name, p in new.items()}
             if at is not None:
@@ -199,7 +201,7 @@ def inner_step(
     batch: Samples,
     *,
     start: Params,
-    order: int,
+    curvature: float | None = None,
     updates: int = 1,
     proximal: float = 0.0,
 ) -> Params:
@@ -214,15 +216,16 @@ def inner_step(
         sizes: alpha of each parameter, broadcast against it.
         batch: samples of the T tasks.
         start: theta_0, towards which `proximal` pulls, whatever the step.
-        order: 2 keeps the graph through the gradient; 1 takes the gradient for a constant, so that
-            theta_{k+1} depends on theta_k with the identity as its Jacobian; 0 keeps no graph.
+        curvature: share c of it in the Jacobian of theta_{k+1} by theta_k, which is
+            I - c alpha H, with H the Hessian of L: 1 is exact, 0 the first order. None keeps no
+            graph.
         updates: gradient updates on the batch.
         proximal: strength lambda of lambda / 2 |theta - theta_0|^2, added to the loss.
     """
     current = params
     for _ in range(updates):
         theta = current
-        if order < 2:
+        if not curvature:
             theta = {name: p.detach().requires_grad_() for name, p in theta.items()}
         elif not all(p.requires_grad for p in theta.values()):  # a context that starts at zero
             theta = current = {
@@ -230,12 +233,16 @@ def inner_step(
                 for name, p in theta.items()
             }
         slope = torch.autograd.grad(
-            loss(theta, batch).sum(), list(theta.values()), create_graph=order == 2
+            loss(theta, batch).sum(), list(theta.values()), create_graph=bool(curvature)
         )
         new = {}
         for (name, p), g in zip(current.items(), slope, strict=True):
+            if curvature and curvature != 1.0:
+                g = g.detach() + curvature * (g - g.detach())  # of the same value
             if proximal:
                 g = g + proximal * (p - start[name])
             new[name] = p - sizes[name] * g
-        current = new if order else {name: p.detach() for name, p in new.items()}
+        if curvature is None:
+            new = {name: p.detach() for name, p in new.items()}
+        current = new
     return current

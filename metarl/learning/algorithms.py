@@ -31,15 +31,15 @@ class Algorithm:
     whole_episodes: bool = False
     """The inner loss needs the samples of an episode together and in order."""
     gradient: Literal["unrolled", "displacement", "implicit"] = "unrolled"
-    order: int = 2
-    """Order of the meta-gradient through the inner steps; 1 ignores their curvature."""
+    first_order: bool = False
+    """The meta-gradient takes the inner steps' Jacobian for the identity."""
     outer: Literal["trust-region", "adam", "clipped", "none"] = "trust-region"
     fast: Fast = "all"
     """What adapts: all parameters, the last layer, or a context input."""
     learned_steps: Learned = "no"
     """Step sizes learned with the initialization: one a layer and step, or one a parameter."""
-    multi_step: bool = False
-    """All iterates' losses count at first; they fade over `meta.anneal_fraction` of the run."""
+    annealed: bool = False
+    """Multi-step loss, and first order at first; both give way over `meta.anneal_fraction`."""
     head: Head = "meta"
     """Where the last layer starts, in few-shot classification alone."""
     observes_task: bool = False
@@ -54,9 +54,9 @@ class Algorithm:
         return self if name == "auto" else replace(self, inner_loss=INNER_LOSSES[name])
 
     @property
-    def can_anneal(self) -> bool:
-        """Whether the meta-gradient may be of first order in a first part of the run."""
-        return self.gradient == "unrolled" and self.order == 2 and not self.reference
+    def exact(self) -> bool:
+        """Whether the meta-gradient goes through the curvature of the inner steps."""
+        return self.gradient == "unrolled" and not (self.first_order or self.reference)
 
     @property
     def needs_policy(self) -> str:
@@ -100,13 +100,13 @@ ALGORITHMS = {
             name="fomaml-trpo",
             description="as maml-trpo, the inner steps' Jacobian taken for the identity",
             source="Finn et al. 2017, section 5.2; Nichol et al. 2018, arXiv:1803.02999",
-            order=1,
+            first_order=True,
         ),
         Algorithm(
             name="fomaml-reinforce",
             description="as maml-reinforce, the inner steps' Jacobian taken for the identity",
             source="Finn et al. 2017, section 5.2; Nichol et al. 2018, arXiv:1803.02999",
-            order=1,
+            first_order=True,
             outer="adam",
             defaults={"adam": {"learning_rate": 3e-3}},
         ),
@@ -167,7 +167,7 @@ ALGORITHMS = {
             description="step sizes a layer and step, multi-step loss, order annealed, cosine",
             source="Antoniou et al. 2019, arXiv:1810.09502",
             learned_steps="layer",
-            multi_step=True,
+            annealed=True,
             outer="adam",
             defaults={
                 "adam": {"learning_rate": 3e-3},

@@ -62,7 +62,8 @@ class Problem(ABC):
     """K support batches, then the query batch where there is one."""
     pool: ChunkPool
     objective: Objective = field(default_factory=Objective)
-    order: int = 2
+    curvature: float = 1.0
+    """Share of the inner steps' curvature in the meta-gradient, see `inner_step`."""
     sampled_with: Params = field(default_factory=dict)
     """Meta-parameters that the samples were drawn with."""
     iterates: Sequence[Params] = ()
@@ -159,7 +160,7 @@ class QueryProblem(Problem):
         def one(chunk: slice) -> Tensor:
             batches = self._part(chunk)
             tasks = len(batches[-1].weight)
-            iterates, slow = self._adapted(self._leaves(meta), batches[:-1], tasks, order=0)
+            iterates, slow = self._adapted(self._leaves(meta), batches[:-1], tasks)
             with torch.no_grad():
                 loss, dist = self._loss(iterates, slow, batches, chunk)
                 kl = mean_kl(self.adapter.model, dist, batches[-1])
@@ -194,7 +195,9 @@ class UnrolledProblem(QueryProblem):
                 shifts = self._shifts(chunk, batches[:-1])
             theta = self._leaves(meta)
             tasks = len(batches[-1].weight)
-            found, slow = self._adapted(theta, batches[:-1], tasks, order=self.order, shifts=shifts)
+            found, slow = self._adapted(
+                theta, batches[:-1], tasks, curvature=self.curvature, shifts=shifts
+            )
             loss, dist = self._loss(found, slow, batches, chunk)
             gradient = flat_gradient(loss.sum(), theta)
             with torch.no_grad():
@@ -253,7 +256,9 @@ class UnrolledProblem(QueryProblem):
             *support, query = batches
             theta = self._leaves(meta)
             at = self._chunk_of(iterates, chunk) or None
-            found, slow = self._adapted(theta, support, len(query.weight), order=self.order, at=at)
+            found, slow = self._adapted(
+                theta, support, len(query.weight), curvature=self.curvature, at=at
+            )
             dist = self.adapter.output(found[-1], slow, query)
             names = list(dist)
             phi = [dist[name] for name in names]
@@ -298,7 +303,7 @@ class DisplacementProblem(Problem):
             fast, slow, step_sizes = self.adapter.split(self._leaves(meta))
             start = {name: p.detach() for name, p in stack(fast, tasks).items()}
             if not found:
-                found = self.adapter.adapt(start, slow, step_sizes, batches, order=0)
+                found = self.adapter.adapt(start, slow, step_sizes, batches)
             moved = {n: (start[n] - found[-1][n]).sum(0) for n in start}
             gradient = {n: moved.get(n, torch.zeros_like(p)) for n, p in meta.items()}
             return flatten(gradient).cpu()
@@ -337,7 +342,7 @@ class ImplicitProblem(QueryProblem):
             start = {name: p.detach() for name, p in stack(fast, tasks).items()}
             found = self._chunk_of(iterates, chunk)
             if not found:
-                found = self.adapter.adapt(start, slow, step_sizes, [support], order=0)
+                found = self.adapter.adapt(start, slow, step_sizes, [support])
             theta = {name: p.detach().requires_grad_() for name, p in found[-1].items()}
             dist = self.adapter.output(theta, slow, query)
             loss = self.objective.outer_loss(self.adapter.model, dist, query).sum()

@@ -66,8 +66,9 @@ def check_combination(row: Algorithm, config: Config, family: Family) -> None:
         raise UserError(f"{name} needs inner.steps of at least 1, got {inner.steps}")
     if inner.kl and (row.learned_steps != "no" or row.gradient == "implicit"):
         raise UserError(f"inner.kl must be 0 with {name}, which does not take the sizes as given")
-    can_anneal = row.can_anneal and inner.steps
-    if meta.anneal_fraction != base.meta.anneal_fraction and not can_anneal:
+    if meta.curvature != base.meta.curvature and not (row.exact and inner.steps):
+        raise UserError(f"meta.curvature has no effect with {name}")
+    if meta.anneal_fraction and not row.annealed:
         raise UserError(f"meta.anneal_fraction has no effect with {name}")
     if meta.cosine != base.meta.cosine and row.outer == "none":
         raise UserError(f"meta.cosine has no effect with {name}, which takes no outer step")

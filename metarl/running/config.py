@@ -128,9 +128,11 @@ class MetaConfig:
     """Weight of the term that credits pre-update sampling for the post-update return (E-MAML)."""
     inner_kl: float = 0.0
     """Weight of the penalty on the KL from the policies that drew the support samples (ProMP)."""
+    curvature: float = 1.0
+    """Share of the inner steps' curvature in the meta-gradient: 1 is exact, 0 of first order."""
     anneal_fraction: float = 0.0
-    """Share of the run in which the meta-gradient is of first order; afterwards it is exact. With
-    MAML++ the losses of earlier inner steps fade out meanwhile."""
+    """Share of the run in which the losses of earlier inner steps fade out and the meta-gradient is
+    of first order; afterwards it is of second order (MAML++)."""
     cosine: bool = False
     """Decay the outer step along a cosine to zero at the end of the run (MAML++)."""
 
@@ -139,10 +141,9 @@ class MetaConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"meta.{name} must not be negative, got {value}")
-        if not 0.0 <= self.anneal_fraction <= 1.0:
-            raise UserError(
-                f"meta.anneal_fraction must be within [0, 1], got {self.anneal_fraction}"
-            )
+        for name in ("curvature", "anneal_fraction"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UserError(f"meta.{name} must be within [0, 1], got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

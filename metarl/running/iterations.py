@@ -50,8 +50,8 @@ class Schedule:
 
     rate: float
     """Share of the outer step's size."""
-    order: int
-    """Order of the meta-gradient through the inner steps."""
+    curvature: float
+    """Share of the inner steps' curvature in the meta-gradient."""
     step_weights: tuple[float, ...]
     """Weights of the losses of iterates 1 ... K; none: the last alone."""
 
@@ -61,10 +61,11 @@ def schedule(row: Algorithm, config: Config, iteration: int) -> Schedule:
     progress = iteration / config.iterations
     fraction = config.meta.anneal_fraction
     annealed = progress / fraction if fraction else 1.0
+    first_order = row.first_order or (row.annealed and annealed < 1.0)
     return Schedule(
         rate=cosine(progress) if config.meta.cosine else 1.0,
-        order=1 if annealed < 1.0 else row.order,
-        step_weights=annealed_weights(config.inner.steps, annealed) if row.multi_step else (),
+        curvature=0.0 if first_order else config.meta.curvature,
+        step_weights=annealed_weights(config.inner.steps, annealed) if row.annealed else (),
     )
 
 
@@ -88,10 +89,11 @@ def schedule_change(row: Algorithm, config: Config, planned: int, iteration: int
             f"the outer step goes on at {now:.2f} of its size, not {before:.2f}, and is zero at"
             f" iteration {total}"
         )
-    if config.meta.anneal_fraction:
+    if row.annealed and config.meta.anneal_fraction:
         ends = [math.ceil(config.meta.anneal_fraction * end) for end in (planned, total)]
-        what = "multi-step loss and first order last" if row.multi_step else "first order lasts"
-        parts.append(f"{what} until iteration {ends[1]}, not {ends[0]}")
+        parts.append(
+            f"multi-step loss and first order last until iteration {ends[1]}, not {ends[0]}"
+        )
     if planned == total or not parts:
         return None
     return f"{total} iterations instead of {planned}: {'; '.join(parts)}"
@@ -145,7 +147,7 @@ def make_problem(
         batches,
         pool,
         objective,
-        order=now.order,
+        curvature=now.curvature,
         fisher_samples=(
             fisher_samples(row, config, iteration, batches, ranks) if trust_region else ()
         ),

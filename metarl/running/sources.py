@@ -266,7 +266,7 @@ def make_source(
 def _check_memory(
     row: Algorithm, config: Config, family: TaskFamily, policy: MLPPolicy, tasks: int
 ) -> None:
-    second, trust_region = row.order == 2, row.outer == "trust-region"
+    second, trust_region = not row.first_order, row.outer == "trust-region"
     needed = need(
         policy,
         tasks=tasks,
