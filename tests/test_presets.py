@@ -97,6 +97,18 @@ def test_a_preset_may_differ_by_algorithm_and_a_family_by_more():
     assert resolve("metarl2026", "half-cheetah-dir").policy.output_scale == 0.1
 
 
+def test_a_preset_may_differ_for_one_algorithm_on_one_family():
+    def share(family, algorithm, **overrides):
+        return resolve("metarl2026", family, algorithm, overrides).meta.curvature
+
+    assert share("half-cheetah-dir", "maml-trpo") == 0.5
+    assert share("half-cheetah-dir", "maml-trpo", **{"meta.curvature": 0.7}) == 0.7
+    assert share("half-cheetah-dir", "anil") == share("navigation-2d", "maml-trpo") == 1.0
+    # What the preset set has no effect with this, but nobody asked for it.
+    config = resolve("metarl2026", "half-cheetah-dir", overrides={"inner.steps": 0})
+    check_combination(find_algorithm("maml-trpo"), config, make_family(config.family))
+
+
 @pytest.mark.parametrize("preset", [None, "metarl2026"])
 def test_unknown_families_are_refused_by_name(preset):
     with pytest.raises(UserError, match="no task family 'half-cheeta-dir'; did you mean 'half-ch"):
