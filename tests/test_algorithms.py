@@ -845,7 +845,7 @@ def test_the_inner_loss_can_be_chosen():
         (
             "maml-trpo",
             {"inner": {"steps": 0}, "meta": {"curvature": 0.5}},
-            "meta.curvature has no effect",
+            "meta.curvature has no effect with maml-trpo, which takes no inner step",
         ),
         ("maml++", {"meta": {"anneal_fraction": 1.5}}, "meta.anneal_fraction must be within"),
         ("random", {"meta": {"cosine": True}}, "meta.cosine has no effect with random"),

@@ -255,6 +255,14 @@ def test_a_script_goes_on_with_a_run_only_under_its_own_options(monkeypatch, tmp
     assert not (tmp_path / "next").exists()
 
 
+def test_algorithms_are_compared_with_the_meta_gradients_of_their_papers(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    compare = importlib.import_module("compare_algorithms")
+    arguments = compare.Arguments("half-cheetah-dir", Path("unused"))
+    for name in compare.OF_POLICIES:
+        assert compare.run_config(arguments, name, 0).meta.curvature == 1.0
+
+
 def test_a_record_keeps_its_seeds_and_references(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     reproduce = importlib.import_module("reproduce")

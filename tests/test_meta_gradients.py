@@ -175,7 +175,7 @@ def test_fisher_samples_change_the_metric_and_not_the_point_it_is_taken_at(small
         with made.linearize(meta, iterates_of(made, meta)) as product:
             results.append(product(v))
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
-    # Order 1: J is that of the network at the adapted parameters, so the product on a part of
+    # Of first order J is that of the network at the adapted parameters, so the product on a part of
     # the query samples is that of a problem whose query holds just these.
     chosen = part.batches[-1].select(some)
     alone = UnrolledProblem(part.adapter, [*part.batches[:-1], chosen], pool, curvature=0.0)
@@ -184,7 +184,7 @@ def test_fisher_samples_change_the_metric_and_not_the_point_it_is_taken_at(small
 
 
 def test_products_on_a_part_of_the_support_are_taken_at_the_iterates_of_all(small_policy, pool):
-    # Order 1: J is that of the network at the iterates, wherever they come from.
+    # Of first order J is that of the network at the iterates, wherever they come from.
     meta = double_params(small_policy)
     whole = problem(small_policy, pool, 1, curvature=0.0)
     some = torch.arange(0, 20, 2).expand(3, -1)

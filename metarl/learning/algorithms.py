@@ -54,7 +54,7 @@ class Algorithm:
         return self if name == "auto" else replace(self, inner_loss=INNER_LOSSES[name])
 
     @property
-    def exact(self) -> bool:
+    def uses_curvature(self) -> bool:
         """Whether the meta-gradient goes through the curvature of the inner steps."""
         return self.gradient == "unrolled" and not (self.first_order or self.reference)
 

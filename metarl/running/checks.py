@@ -66,8 +66,9 @@ def check_combination(row: Algorithm, config: Config, family: Family) -> None:
         raise UserError(f"{name} needs inner.steps of at least 1, got {inner.steps}")
     if inner.kl and (row.learned_steps != "no" or row.gradient == "implicit"):
         raise UserError(f"inner.kl must be 0 with {name}, which does not take the sizes as given")
-    if meta.curvature != base.meta.curvature and not (row.exact and inner.steps):
-        raise UserError(f"meta.curvature has no effect with {name}")
+    if meta.curvature != base.meta.curvature and not (row.uses_curvature and inner.steps):
+        why = f"{name}, which takes no inner step" if row.uses_curvature else name
+        raise UserError(f"meta.curvature has no effect with {why}")
     if meta.anneal_fraction and not row.annealed:
         raise UserError(f"meta.anneal_fraction has no effect with {name}")
     if meta.cosine != base.meta.cosine and row.outer == "none":
