@@ -190,7 +190,7 @@ def check_gymnasium(family: TaskFamily) -> Iterator[str]:
         warnings.simplefilter("always")
         try:
             check_env(env, skip_render_check=True, skip_close_check=True)
-        except AssertionError as error:
+        except (AssertionError, gym.error.Error) as error:
             said = [str(error)]
     said += [re.sub(r"\x1b\[\d+m|WARN: ", "", str(warning.message)) for warning in caught]
     for text in dict.fromkeys(said):

@@ -169,6 +169,12 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         terminated = np.zeros(self.num_envs, np.bool_)
         truncated = np.zeros(self.num_envs, np.bool_)
         moved = np.arange(self.num_envs) if ids is None else ids
+        if np.issubdtype(self._observation.dtype, np.floating):
+            # A policy that sees nan acts nan, which no environment should be given: that is the
+            # end of the episode, and whoever sampled it finds the nan in its observations.
+            seen = np.isfinite(self._observation[moved]).all(axis=1)
+            truncated[moved[~seen]] = True
+            moved = moved[seen]
         before, infos = self._observation[moved], []
         for i in moved.tolist():
             self._begun(STEP, i)
@@ -176,7 +182,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
             observation, reward[i], terminated[i], truncated[i], info = env.step(actions[i])
             self._keep(i, observation)
             infos.append(info)
-        if self.family.reward is not None:
+        if self.family.reward is not None and len(moved):
             self._begun(STEP)
             after = self._observation[moved]
             acted = np.asarray(actions)[moved]

@@ -125,9 +125,11 @@ class MujocoFamily(TaskFamily):
             for part in ("xml", "frame_skip", "observe", "reward", "initial_state", "terminated"):
                 self._fill(part, getattr(body, part))
         self._fill("track", root_x)
-        for part in ("xml", "frame_skip", "observe", "reward", "initial_state"):
-            if getattr(self, part) is None:
-                raise UserError(f"{self.name}: give {part}, or env for that of a stock body")
+        parts = ("xml", "frame_skip", "observe", "reward", "initial_state")
+        if missing := [part for part in parts if getattr(self, part) is None]:
+            raise UserError(
+                f"{self.name}: give {', '.join(missing)}, or env for those of a stock body"
+            )
         check_whole(f"{self.name}: frame_skip", self.frame_skip, 1)
         for field in fields:
             if field not in DATA_FIELDS:

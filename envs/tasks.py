@@ -98,7 +98,7 @@ class Uniform(TaskDistribution):
             raise UserError("a box of tasks needs a component, such as velocity=(0.0, 2.0)")
         for name, pair in [*bounds.items(), *(test or {}).items()]:
             if np.shape(pair) != (2,) or not all(isinstance(x, Real) for x in pair):
-                raise UserError(f"{name} takes two bounds, (low, high), got {pair!r}")
+                raise UserError(f"{name} takes two numbers, (low, high), got {pair!r}")
         if test is not None and tuple(test) != self.names:
             raise UserError(f"test must have the components {self.names}, got {tuple(test)}")
         self._boxes = {

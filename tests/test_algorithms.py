@@ -816,6 +816,7 @@ def test_the_inner_loss_can_be_chosen():
         ("promp", {"trust_region": {"max_kl": 0.5}}, "trust_region has no effect with promp"),
         ("random", {"adam": {"learning_rate": 0.5}}, "adam has no effect with random"),
         ("maml-reinforce", {"adam": {"clip": 0.1}}, "adam.clip has no effect with maml-reinforce"),
+        ("reptile", {"adam": {"max_kl": 0.1}}, "adam.max_kl has no effect with reptile"),
         ("maml-trpo", {"policy": {"filters": 8}}, "policy.filters has no effect without"),
         ("imaml", {"adam": {"minibatches": 2}}, "minibatches must be 1 with imaml"),
         (

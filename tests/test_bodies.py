@@ -378,7 +378,10 @@ def test_a_model_of_ones_own(tmp_path):
     ("changes", "message"),
     [
         ({"env": "Hoper-v5"}, "no native body 'Hoper-v5'; did you mean 'Hopper-v5'"),
-        ({"env": None, "xml": "ant.xml"}, "bare: give frame_skip, or env"),
+        (
+            {"env": None, "xml": "ant.xml"},
+            "bare: give frame_skip, observe, reward, initial_state, or env for",
+        ),
         ({"frame_skip": 0}, "bare: frame_skip must be at least 1, got 0"),
         ({"fields": ("xpso",)}, "bare: no field 'xpso'; did you mean 'xpos'"),
     ],

@@ -126,6 +126,11 @@ class NoSuperReset(Point):
         return self.observe(), -abs(self.x - self.task[0]) + self.task[1], False, False, {}
 
 
+class AnyKeywords(Point):
+    def reset(self, **anything):
+        return super().reset(**anything)
+
+
 class OneBuffer(Point):
     buffer = np.zeros(1, np.float32)
 
@@ -416,6 +421,10 @@ BROKEN = {
         {"env": NoSuperReset},
         r"gymnasium: .*call `super\(\).reset\(seed=seed.*; nothing here depends on it",
     ),
+    "any keywords": (
+        {"env": AnyKeywords},
+        r"gymnasium: .*does not provide a `seed` or .*; nothing here depends on it",
+    ),
     "one buffer": ({"env": OneBuffer}, "gymnasium: .*share an object"),
     "rows": (
         {"reward": first_row_only},
@@ -464,7 +473,7 @@ BROKEN = {
     ),
 }
 WARNINGS = (
-    *("bounds", "horizon", "no super().reset", "one buffer"),
+    *("bounds", "horizon", "no super().reset", "any keywords", "one buffer"),
     *("forgotten", "unpaid", "a component", "out of reach"),
 )
 

@@ -262,7 +262,7 @@ def test_benchmark_prints_one_object(capsys):
         (["train", "navigation-2d", "--family-options", "horizon=2.5"], "a whole number"),
         (
             ["train", "half-cheetah-vel", "--family-options", "low=x"],
-            "takes two bounds, (low, high)",
+            "takes two numbers, (low, high)",
         ),
         (
             ["train", "tabular-mdp", "--family-options", "states=x"],

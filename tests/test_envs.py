@@ -652,10 +652,10 @@ def test_a_name_that_is_taken_is_refused():
     ("make", "told"),
     [
         (lambda: Uniform({}), "a box of tasks needs a component"),
-        (lambda: Uniform({"low": (1.0,)}), r"low takes two bounds, \(low, high\), got \(1.0,\)"),
+        (lambda: Uniform({"low": (1.0,)}), r"low takes two numbers, \(low, high\), got \(1.0,\)"),
         (
             lambda: Uniform({"low": (0.0, "x")}),
-            r"low takes two bounds, \(low, high\), got \(0.0, 'x'\)",
+            r"low takes two numbers, \(low, high\), got \(0.0, 'x'\)",
         ),
         (lambda: make_family("half-cheetah-vel", scale=3), "no half-cheetah scale 3"),
         (lambda: Finite("a", [[1.0]]), r"names are several, such as \('a',\)"),

@@ -196,8 +196,9 @@ def test_the_adapter_knows_what_it_drew_and_refuses_what_is_no_transition():
     assert np.isfinite(policy.act(observation)).all()
     with pytest.raises(UserError, match=r"observations must be \[2\], got \[3\]"):
         adapter.add(np.zeros(3), action, 0.0)
-    with pytest.raises(UserError, match="must be finite"):
-        adapter.add(observation, action, float("nan"))
+    for huge in (float("nan"), 1e39):  # rewards are held in float32
+        with pytest.raises(UserError, match=r"must be finite, got a reward of (nan|1e.39)"):
+            adapter.add(observation, action, huge)
     with pytest.raises(UserError, match=r"observations must be an array, got a dict: gymnasium"):
         adapter.add({"x": 0.0}, action, 0.0)
     with pytest.raises(UserError, match="observations must be an array, got a dict: gymnasium"):
@@ -212,6 +213,17 @@ def test_the_adapter_knows_what_it_drew_and_refuses_what_is_no_transition():
     several = meta.adapter(gym.spaces.MultiDiscrete([3, 4]))
     with pytest.raises(UserError, match=r"action \[0 0 0\] is none of MultiDiscrete"):
         several.add(observation, np.zeros(3, np.int64), 0.0)
+    box, steps = env.action_space, gym.spaces.Discrete(3, start=-1)
+    for space, wrong in (
+        *((steps, action) for action in (2, -2, 0.5, [0, 1])),
+        *((several._space, action) for action in ([3, 0], [0, 4], [-1, 0])),
+        *((box, action) for action in ([np.inf, 0.0], 0.0)),
+    ):
+        with pytest.raises(UserError, match="is none of"):
+            policy_action(wrong, space, "clip")
+    assert policy_action(1, steps, "clip") == policy_action([1], steps, "clip") == [2]
+    assert policy_action([2, 3], several._space, "clip").tolist() == [2, 3]
+    assert policy_action([7.0, 0.0], box, "clip").tolist() == [7, 0]  # as if it had been cut
     oracle = dataclasses.replace(meta, config=dataclasses.replace(meta.config, algorithm="oracle"))
     with pytest.raises(UserError, match="an oracle is told its task"):
         oracle.adapter(env.action_space)

@@ -723,6 +723,10 @@ def test_a_worker_that_goes_on_failing_ends_the_command(tmp_path, monkeypatch, c
         ("check a b", "'b' is not expected here (metarl check --help lists the options)"),
         ("train navigation-2d --from 3", "--from 3 needs the run: --resume FOLDER"),
         ("train navigation-2d --adam.max-norm 0", "adam.max_norm must be positive, got 0"),
+        ("train navigation-2d --algorithm promp --adam.learning-rate inf",
+         "adam.learning_rate must be finite, got inf"),
+        ("train navigation-2d --advantage.ridge inf",
+         "advantage.ridge must be positive and finite, got inf"),
         ("train navigation-2d --device tpu", "device must be"),
         ("train navigation-2d --algorithm protomaml", "protomaml"),
         ("train navigation-2d --family-options nope=1", "navigation-2d has no option 'nope'"),
@@ -797,6 +801,11 @@ def test_a_place_for_results_that_is_a_file_is_told_before_anything_is_measured(
     for out in ("file", "file/below"):
         assert run("evaluate", "navigation-2d-icml2017", "--out", out) == 2
         assert "file is a file, and results need a folder" in capsys.readouterr().err
+    # Root may write anywhere.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != Path("folder"))
+    assert run("evaluate", "navigation-2d-icml2017", "--out", "folder/new") == 2
+    told = "nothing may be written in folder: name another place with --out"
+    assert told in capsys.readouterr().err
 
 
 def test_links_devices_and_pipes_stay_what_they_are(tmp_path):

@@ -11,6 +11,12 @@ from gymnasium.vector import AutoresetMode
 from metarl.envs import GymnasiumFamily, Uniform, make_family
 from metarl.envs.classic_control import put_length
 from metarl.envs.errors import UserError
+from metarl.learning.inner_loop import NonFiniteError, _check_finite
+from metarl.learning.parallel import ChunkPool
+from metarl.running.building import make_policy
+from metarl.running.config import Config
+from metarl.sampling.episodes import collect_episodes
+from metarl.sampling.rollouts import Address, Collector
 
 DISABLED = AutoresetMode.DISABLED
 
@@ -185,6 +191,47 @@ def test_a_reward_sees_the_rows_that_moved_and_what_all_of_them_report():
         paid.append(reward.tolist())
     assert paid == [[17.0, 17.0, 17.0], [0.0, 27.0, 27.0], [0.0, 37.0, 0.0]]
     assert terminated.all()
+
+
+class Blind(Ends):
+    """Its sensor fails at the third step, or with an even seed from the beginning."""
+
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = super().reset(seed=seed)
+        self.length, self.blind = 9, seed % 2 == 0
+        return np.full_like(observation, np.nan if self.blind else 0.0), info
+
+    def step(self, action):
+        assert np.isfinite(action).all()
+        observation, *rest = super().step(action)
+        return observation * (np.nan if self.time == 3 else 1.0), *rest
+
+
+def test_no_environment_is_given_what_a_policy_makes_of_nan():
+    family = pendulum(
+        env=Blind, set_task=lambda env, task: None, reward=lambda o, a, n, i, t: o[:, 0]
+    )
+    env = family.make_vec(1, 2, autoreset_mode=DISABLED)
+    observation, _ = env.reset(seed=[1, 2])
+    ends = []
+    for _ in range(6):
+        observation, reward, terminated, truncated, _ = env.step(0.0 * observation)
+        assert not terminated.any()
+        assert np.isfinite(reward).all()
+        ends.append(truncated.tolist())
+    assert ends == [[False, True]] * 3 + [[True, True]] * 3
+    policy = make_policy(Config(), (1,), env.single_action_space)
+    params = policy.init(np.random.default_rng(0))
+    with ChunkPool(1) as pool:
+        collector = Collector(family, policy, 2, 1, pool)
+        stacked = {name: p.expand(2, *p.shape) for name, p in params.items()}
+        rollout = collector.collect(stacked, np.array([[9.0], [9.0]]), Address(0))
+        with pytest.raises(NonFiniteError, match=r"observation is not finite in task \[9.0\]"):
+            _check_finite(rollout)
+    with pytest.raises(NonFiniteError, match=r"observation is not finite at step [03] of"):
+        collect_episodes(Blind(), policy, params, episodes=1, horizon=9, address=Address(0))
 
 
 def test_a_reward_of_another_shape_is_told():

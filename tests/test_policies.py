@@ -129,6 +129,14 @@ def test_standard_deviation_has_a_floor():
     params["log_std"] = torch.tensor([-50.0])
     dist = policy.distribution(params, torch.zeros(1, 1))
     assert float(dist["log_std"].exp()) == pytest.approx(0.1)
+    # From below its floor it cannot be moved; confined, it can, and gives the same policy.
+    confined = policy.confined(params)
+    assert torch.equal(policy.distribution(confined, torch.zeros(1, 1))["log_std"], dist["log_std"])
+    for held, slope in ((params, 0.0), (confined, -1.0)):
+        leaf = held["log_std"].clone().requires_grad_()
+        dist = policy.distribution({**held, "log_std": leaf}, torch.zeros(1, 1))
+        density = policy.log_prob(dist, dist["mean"].detach()).sum()
+        assert float(torch.autograd.grad(density, leaf)[0]) == slope
 
 
 def test_flatten_and_unflatten_are_inverse(small_policy):

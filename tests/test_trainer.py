@@ -22,6 +22,7 @@ from metarl import evaluate, load, resolve, train
 from metarl.envs import MujocoFamily, Uniform, make_family
 from metarl.envs.errors import UserError
 from metarl.learning.inner_loop import _rescale
+from metarl.learning.trust_region import TrustRegionConfig
 from metarl.running.checkpoints import CheckpointError
 from metarl.running.config import Config, InnerConfig, MetaConfig, PolicyConfig
 from metarl.running.loading import newest_checkpoint
@@ -207,7 +208,22 @@ def test_a_run_that_has_more_iterations_than_are_asked_for_keeps_its_length(tmp_
     assert len(read_metrics(folder)) == 2
     with pytest.raises(UserError, match="start 2 is of a run that goes on: give resume=True"):
         train(config, tmp_path / "new", start=2)
+    with pytest.raises(UserError, match="resume must be True, False or 'auto', got 'yes'"):
+        train(config, tmp_path / "new", resume="yes")  # type: ignore[arg-type]
     assert not (tmp_path / "new").exists()
+
+
+def test_a_deviation_never_stays_below_its_floor(tmp_path):
+    # Tasks near the goal: the deviation falls at once, and rises again where a far one asks for it.
+    policy = PolicyConfig(hidden=(8,), initial_std=0.5, min_std=0.5)
+    meta = train(small(policy=policy, trust_region=TrustRegionConfig(max_kl=0.1)), tmp_path / "run")
+    floor = torch.tensor(math.log(0.5))
+    assert (meta.params["log_std"] >= floor).all()
+    assert min(row["policy_std"] for row in read_metrics(tmp_path / "run")) >= 0.5
+    with pytest.raises(
+        UserError, match=r"min_std must not be above policy.initial_std, 0.5, got 2"
+    ):
+        PolicyConfig(initial_std=0.5, min_std=2.0)
 
 
 def test_a_kl_below_zero_by_rounding_rescales_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def _check_first(
 
 def check_file(flag: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
     """Raise UserError where a file cannot be written, or its name says another format."""
-    if path is None:
+    if path is None or path.is_char_device() or path.is_fifo():
         return
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; name a file")
@@ -57,10 +58,15 @@ def check_file(flag: str, path: Path | None, suffixes: Sequence[str] = ()) -> No
 
 
 def check_no_file(flag: str, folder: Path) -> None:
-    """Raise UserError where a file stands in a folder's place, or in that of one above it."""
+    """Raise UserError where a file stands in a folder's place, or in that of one above it; or where
+    nothing may be written."""
     for path in (folder, *folder.parents):
         if path.is_file():
             raise UserError(f"{path} is a file, and results need a folder: name one with {flag}")
+        if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(f"nothing may be written in {path}: name another place with {flag}")
+        if path.is_dir():
+            return
 
 
 def _once() -> Callable[[str], bool]:

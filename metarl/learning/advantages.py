@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -144,8 +145,8 @@ class AdvantageConfig:
         for name in ("discount", "trace"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UserError(f"advantage.{name} must be in [0, 1], got {getattr(self, name)}")
-        if not self.ridge > 0.0:
-            raise UserError(f"advantage.ridge must be positive, got {self.ridge}")
+        if not 0.0 < self.ridge < math.inf:
+            raise UserError(f"advantage.ridge must be positive and finite, got {self.ridge}")
         check_one_of("advantage.targets", self.targets, get_args(Targets))
 
 

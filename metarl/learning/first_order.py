@@ -39,6 +39,8 @@ class AdamConfig:
         for name in ("learning_rate", "steps", "minibatches", "clip", "max_kl", "max_norm"):
             if not getattr(self, name) > 0:
                 raise UserError(f"adam.{name} must be positive, got {getattr(self, name)}")
+        if self.learning_rate == math.inf:
+            raise UserError("adam.learning_rate must be finite, got inf")
 
 
 class Adam:

@@ -91,6 +91,10 @@ class Model(ABC):
     def output(self, params: Params, samples: Any) -> Dist:
         """Return what the model gives for the samples of T tasks, [T, N, size] each."""
 
+    def confined(self, params: Params) -> Params:
+        """Return meta-parameters that give the same model, and from where gradients lead on."""
+        return params
+
     def start(self, params: Params, support: Any) -> Params:
         """Return the generated parameters, [T, ...] each, a differentiable function of `params`."""
         return {}

@@ -187,8 +187,15 @@ class GaussianMLP(MLPPolicy):
     def initial(self, name: str) -> float:
         return math.log(self.initial_std) if name == "log_std" else super().initial(name)
 
+    def confined(self, params: Params) -> Params:
+        # Below its floor the deviation has no gradient, and would stay there for good.
+        return {**params, "log_std": self._log_std(params)}
+
+    def _log_std(self, params: Params) -> Tensor:
+        return params["log_std"].clamp(min=math.log(self.min_std))
+
     def head(self, params: Params, x: Tensor) -> Dist:
-        log_std = params["log_std"].clamp(min=math.log(self.min_std))
+        log_std = self._log_std(params)
         return {"mean": x, "log_std": log_std.unsqueeze(-2).expand_as(x)}
 
     def noise(self, rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:

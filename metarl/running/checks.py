@@ -32,6 +32,8 @@ def check_combination(row: Algorithm, config: Config, family: Family) -> None:
         raise UserError("policy.filters has no effect without the network conv4")
     if row.outer != "clipped" and config.adam.clip != base.adam.clip:
         raise UserError(f"adam.clip has no effect with {name}, whose objective is not clipped")
+    if row.gradient == "displacement" and config.adam.max_kl != base.adam.max_kl:
+        raise UserError(f"adam.max_kl has no effect with {name}, which draws no query samples")
     if config.advantage.targets != base.advantage.targets and config.advantage.trace == 1.0:
         raise UserError("advantage.targets has no effect with advantage.trace 1: both are returns")
     if config.adam.minibatches > 1:

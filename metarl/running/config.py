@@ -73,6 +73,11 @@ class PolicyConfig:
             raise UserError(f"policy.context must be at least 1, got {self.context}")
         for name in ("initial_std", "min_std", "output_scale"):
             _positive(f"policy.{name}", getattr(self, name))
+        if self.min_std > self.initial_std:
+            raise UserError(
+                f"policy.min_std must not be above policy.initial_std, {self.initial_std}, got"
+                f" {self.min_std}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -262,8 +262,7 @@ def rollout_metrics(
     steps = ranks.total(last.env_steps)
     std = math.nan
     if isinstance(policy, GaussianMLP):
-        floor = math.log(policy.min_std)
-        std = float(params["log_std"].clamp(min=floor).exp().mean())
+        std = float(policy.confined(params)["log_std"].exp().mean())
     return {
         "return_pre": returns[0],
         "return_post": returns[-1] if adapted_all else math.nan,

@@ -21,6 +21,8 @@ from metarl.running.policy import Policy
 from metarl.sampling.rollouts import RolloutBuffer
 from metarl.sampling.spaces import as_observation, policy_action
 
+_LARGEST = float(np.finfo(np.float32).max)  # as rewards are held
+
 
 @dataclass
 class _Episode:
@@ -120,17 +122,12 @@ class OnlineAdapter:
             raise UserError(
                 f"observations must be {list(policy.observation_shape)}, got {list(seen.shape)}"
             )
-        if not (np.isfinite(seen).all() and np.isfinite(reward)):
-            raise UserError("observation and reward must be finite")
-        taken = np.asarray(action)
-        if np.atleast_1d(taken).shape != (policy.action_size,):
-            raise UserError(f"action {action} is none of {self._space}")
-        if self._drawn is not None and np.array_equal(self._drawn[0], taken):
+        if not np.isfinite(seen).all() or not abs(reward) <= _LARGEST:
+            raise UserError(f"observation and reward must be finite, got a reward of {reward}")
+        if self._drawn is not None and np.array_equal(self._drawn[0], action):
             raw = self._drawn[1]
         else:
-            raw = policy_action(taken, self._space, self._config.policy.action)
-        if not np.isfinite(raw).all():
-            raise UserError(f"action {action} is none of {self._space}")
+            raw = policy_action(action, self._space, self._config.policy.action)
         self._drawn = None
         if not self._episodes or self._episodes[-1].over:
             self._episodes.append(_Episode())

@@ -148,7 +148,7 @@ class Trainer:
         if not count:
             stats |= {"finite": False, "skipped": "every episode diverged"}
         if stats.pop("finite"):
-            params = opened.observed(params)
+            params = self.model.confined(opened.observed(params))
             state.params, state.outer, state.skipped_in_a_row = params, outer, 0
         else:
             stats.setdefault("skipped", "the meta-gradient is not finite")
@@ -239,6 +239,8 @@ def train(
     """
     if not isinstance(config, Config):
         raise UserError(f"train takes a Config, which metarl.resolve makes, got {config!r}")
+    if resume not in (True, False, "auto"):
+        raise UserError(f"resume must be True, False or 'auto', got {resume!r}")
     if start is not None and not resume:
         raise UserError(f"start {start} is of a run that goes on: give resume=True")
     folder = Path(out)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from metarl.learning.inner_loop import NonFiniteError
 from metarl.learning.networks import Params
 from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
@@ -62,6 +63,7 @@ def collect_episodes(
 
     Raises:
         UserError: the environment's spaces are not those of the policy.
+        NonFiniteError: an observation is not finite, of which a policy would make no action.
     """
     check_spaces(env, policy, getattr(env.spec, "id", None) or type(env.unwrapped).__name__)
     buffer = RolloutBuffer(policy, 1, episodes, horizon)
@@ -69,6 +71,8 @@ def collect_episodes(
 
     def act(observation: Any, t: int) -> NDArray:
         buffer.observation[0, e, t] = observation
+        if not np.isfinite(observation).all():
+            raise NonFiniteError(f"observation is not finite at step {t} of episode {e}")
         seen = torch.from_numpy(buffer.observation[0, e, t : t + 1])
         dist = policy.distribution(params, seen)
         action = policy.mode(dist) if deterministic else policy.sample(dist, noise[e, t])

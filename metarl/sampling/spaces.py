@@ -56,17 +56,25 @@ def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
 def policy_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray[np.float32]:
     """Return what a policy would have drawn for an action of the environment's, [action_size].
 
-    The inverse of `env_action`, up to what that cuts.
+    The inverse of `env_action`, up to what that cuts: beyond the bounds of a Box is allowed.
+
+    Raises:
+        UserError: it has another shape, is not finite, or names no category.
     """
-    if isinstance(space, gym.spaces.Box):
-        taken = np.asarray(action, np.float64)
-        if mode == "scale":
-            with np.errstate(invalid="ignore"):
-                middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
-                taken = np.where(np.isfinite(half), (taken - middle) / half, taken)
-        return taken.astype(np.float32)
-    start = getattr(space, "start", 0)
-    return np.atleast_1d(np.asarray(action) - start).astype(np.float32)
+    taken, counts = np.atleast_1d(np.asarray(action, np.float64)), categories(space)
+    wrong = UserError(f"action {action} is none of {space}")
+    if taken.shape != (space.shape or (1,)) or not np.isfinite(taken).all():
+        raise wrong
+    if counts is not None:
+        taken = taken - getattr(space, "start", 0)
+        if not ((taken == np.rint(taken)) & (taken >= 0) & (taken < counts)).all():
+            raise wrong
+    elif mode == "scale":
+        assert isinstance(space, gym.spaces.Box)
+        with np.errstate(invalid="ignore"):
+            middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
+            taken = np.where(np.isfinite(half), (taken - middle) / half, taken)
+    return taken.astype(np.float32)
 
 
 def categories(space: gym.Space) -> tuple[int, ...] | None:
