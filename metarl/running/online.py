@@ -122,8 +122,10 @@ class OnlineAdapter:
             raise UserError(
                 f"observations must be {list(policy.observation_shape)}, got {list(seen.shape)}"
             )
-        if not np.isfinite(seen).all() or not abs(reward) <= _LARGEST:
-            raise UserError(f"observation and reward must be finite, got a reward of {reward}")
+        if not np.isfinite(seen).all():
+            raise UserError(f"observations must be finite, got {seen[~np.isfinite(seen)][0]}")
+        if not abs(reward) <= _LARGEST:
+            raise UserError(f"reward must be a finite number of float32, got {reward}")
         if self._drawn is not None and np.array_equal(self._drawn[0], action):
             raw = self._drawn[1]
         else:
