@@ -353,9 +353,10 @@ def repeated(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, 
     if not repeats:
         return []
     lines = [
-        "Repeated; plain means over tasks, and in the last column over seeds too:",
+        "Repeated with other instructions or seeds; plain means over tasks, and in the last column"
+        " over seeds too:",
         "",
-        "| row | machine | by seed, 1 step | 0 / 1 / 2 / 3 steps |",
+        "| row | run | by seed, 1 step | 0 / 1 / 2 / 3 steps |",
         "| --- | --- | --- | --- |",
     ]
     for one in records:
