@@ -54,12 +54,12 @@ def check_file(flag: str, path: Path | None, suffixes: Sequence[str] = ()) -> No
         raise UserError(f"{flag} {path} is a folder; name a file")
     if suffixes and path.suffix and path.suffix not in suffixes:
         raise UserError(f"{flag} {path} must end in {' or '.join(suffixes)}")
-    check_no_file(flag, path.parent)
+    check_place(flag, path.parent)
 
 
-def check_no_file(flag: str, folder: Path) -> None:
-    """Raise UserError where a file stands in a folder's place, or in that of one above it; or where
-    nothing may be written."""
+def check_place(flag: str, folder: Path) -> None:
+    """Raise UserError where nothing may be written in a folder, or a file stands in its place or in
+    that of one above it."""
     for path in (folder, *folder.parents):
         if path.is_file():
             raise UserError(f"{path} is a file, and results need a folder: name one with {flag}")

@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from metarl.commands.arguments import check_file, check_no_file
+from metarl.commands.arguments import check_file, check_place
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.registry import make_family
@@ -94,7 +94,7 @@ def results_folder(what: str, out: Path | None = None) -> Path:
     source = Path(what)
     named = Path("runs") / f"{short_name(what)}-evaluation"
     folder = out or (source if source.is_dir() else named)
-    check_no_file("--out", folder)
+    check_place("--out", folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from metarl.commands.arguments import check_file, check_no_file
+from metarl.commands.arguments import check_file, check_place
 from metarl.commands.policy_commands import film, results_folder
 from metarl.envs.errors import UserError
 from metarl.running.config import default_workers
@@ -174,7 +174,7 @@ def _evaluate(
     seeds = list(members.values())
     ranks = ranks or ALONE
     if out is not None:
-        check_no_file("--out", out)  # before anything is measured
+        check_place("--out", out)  # before anything is measured
     result = evaluation.evaluate(seeds, references=references, name=name, ranks=ranks, **options)
     if not ranks.is_main:
         return None

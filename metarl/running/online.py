@@ -114,7 +114,7 @@ class OnlineAdapter:
             next_observation: after the action; kept at the end of an episode.
 
         Raises:
-            UserError: something is not finite or has another shape.
+            UserError: something is not finite, has another shape, or is no action of the space.
         """
         policy = self._network
         seen = as_observation(observation, policy)
