@@ -71,6 +71,13 @@ PRESETS = {
             # Adapted policies gain faster by the first-order gradient; the curvature keeps what
             # support episodes tell of the direction. Half of it does both (docs/results.md).
             "half-cheetah-dir": {"maml-trpo": {"meta.curvature": 0.5}},
+            # Support episodes say more of the direction with a shorter trace and a baseline fitted
+            # to its targets; the outer step gains from them too (docs/results.md).
+            "ant-dir": {
+                "advantage.trace": 0.9,
+                "advantage.targets": "lambda-returns",
+                "maml-trpo": {"meta.curvature": 0.5},
+            },
             # How far off the goal is shows in the size of the gradient, which one scale of the
             # advantages for all tasks keeps; the outer step has to become small in the end.
             "half-cheetah-vel": {
