@@ -16,6 +16,7 @@ from metarl.learning.advantages import (
     Targets,
     discounted_sum,
     estimate,
+    factor_gram,
     features,
     fit_linear,
     gae,
@@ -157,7 +158,8 @@ def test_gae_with_trace_one_is_the_return_less_the_value():
 def test_baseline_is_the_ridge_solution_of_each_task():
     rng = np.random.default_rng(2)
     x, y = rng.standard_normal((T, 40, 6)), rng.standard_normal((T, 40))
-    found = fit_linear(torch.from_numpy(x), torch.from_numpy(y), 0.3).numpy()
+    factor = factor_gram(torch.from_numpy(x), 0.3)
+    found = fit_linear(torch.from_numpy(x), torch.from_numpy(y), factor).numpy()
     for task in range(T):
         # Ridge regression as least squares with rows sqrt(ridge) e_i appended.
         rows = np.vstack([x[task], np.sqrt(0.3) * np.eye(6)])
@@ -166,14 +168,25 @@ def test_baseline_is_the_ridge_solution_of_each_task():
 
 
 def test_baseline_raises_the_ridge_where_it_cannot_solve():
-    # Huge collinear columns: the Gram matrix plus 1e-5 is not positive definite in float64.
-    column = 1e8 * torch.linspace(1, 2, 30, dtype=torch.float64)
-    x = torch.stack([column, column * (1 + 1e-15), column], dim=1)[None]
-    y = column[None] / 1e8
-    gram = (x.transpose(1, 2) @ x)[0] + 1e-5 * torch.eye(3, dtype=torch.float64)
-    assert torch.linalg.cholesky_ex(gram)[1] != 0
-    weights = fit_linear(x, y, 1e-5)
-    assert torch.isfinite(weights).all()
+    # Large collinear columns: the Gram matrix plus 1e-5 is not positive definite in float64.
+    column = 1e5 * torch.linspace(1, 2, 30, dtype=torch.float64)
+    hard = torch.stack([column, column * (1 + 1e-15), column], dim=1)
+    easy = torch.linspace(1, 2, 30, dtype=torch.float64).unsqueeze(1) ** torch.arange(3)
+    grams = [x.T @ x + 1e-5 * torch.eye(3, dtype=torch.float64) for x in (easy, hard)]
+    assert torch.linalg.cholesky_ex(grams[1])[1] != 0
+    both = torch.stack([easy, hard])
+    factors = factor_gram(both, 1e-5)
+    # The easy task keeps its own ridge, and both are fitted.
+    torch.testing.assert_close(factors[0] @ factors[0].T, grams[0], rtol=1e-12, atol=0.0)
+    y = torch.stack([column, column]) / 1e5
+    fit = (both @ fit_linear(both, y, factors).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(fit, y, rtol=1e-4, atol=0.0)
+
+
+def test_baseline_is_zero_where_nothing_can_be_fitted():
+    x = torch.full((1, 4, 2), torch.nan, dtype=torch.float64)
+    weights = fit_linear(x, torch.ones(1, 4, dtype=torch.float64), factor_gram(x))
+    assert torch.equal(weights, torch.zeros(1, 2, dtype=torch.float64))
 
 
 def test_features_of_a_step():

@@ -95,34 +95,45 @@ def seen(observation: Tensor, rank: int) -> Tensor:
     return coarse.flatten(1).unflatten(0, observation.shape[:-rank])
 
 
-def fit_linear(x: Tensor, y: Tensor, ridge: float = 1e-5) -> Tensor:
-    """Solve min_w |x w - y|^2 + ridge |w|^2 for each task, the ridge raised until it can be.
+def factor_gram(x: Tensor, ridge: float = 1e-5) -> Tensor:
+    """Cholesky factor of x^T x + ridge for each task, the ridge raised until there is one.
+
+    Args:
+        x: [T, N, F] float64; rows to leave out are zero.
+        ridge: smallest ridge; multiplied by ten where the sum is not positive definite.
+
+    Returns:
+        [T, F, F], lower triangular; NaN where no ridge up to 1e5 times as large was enough.
+    """
+    gram = x.transpose(1, 2) @ x
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    factors = torch.full_like(gram, math.nan)
+    missing = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for _ in range(6):
+        # It says by `info` where a matrix is not positive definite in floating point.
+        factor, info = torch.linalg.cholesky_ex(gram + ridge * eye)
+        factors = torch.where((missing & (info == 0))[:, None, None], factor, factors)
+        missing &= info != 0
+        if not missing.any():
+            break
+        ridge *= 10.0
+    return factors
+
+
+def fit_linear(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
+    """Solve min_w |x w - y|^2 + ridge |w|^2 for each task.
 
     Args:
         x: [T, N, F] float64; rows to leave out are zero.
         y: [T, N] float64.
-        ridge: smallest ridge; multiplied by ten where the solution is not finite.
+        factor: [T, F, F] of `factor_gram`, which holds the ridge.
 
     Returns:
-        [T, F]; zeros where no ridge up to 1e5 times as large gave a finite solution.
+        [T, F]; zeros where the solution is not finite.
     """
-    gram = x.transpose(1, 2) @ x
-    target = x.transpose(1, 2) @ y.unsqueeze(-1)
-    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    weights = torch.zeros_like(target)
-    unsolved = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    for _ in range(6):
-        # Cholesky says by `info` where a matrix is not positive definite in floating point.
-        factor, info = torch.linalg.cholesky_ex(gram + ridge * eye)
-        solution = torch.cholesky_solve(target, factor)
-        good = (info == 0) & torch.isfinite(solution).all(dim=(1, 2))
-        take = unsolved & good
-        weights = torch.where(take[:, None, None], solution, weights)
-        unsolved = unsolved & ~good
-        if not unsolved.any():
-            break
-        ridge *= 10.0
-    return weights.squeeze(-1)
+    weights = torch.cholesky_solve(x.transpose(1, 2) @ y.unsqueeze(-1), factor)
+    finite = torch.isfinite(weights).all(dim=1, keepdim=True)
+    return torch.where(finite, weights, 0.0).squeeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +180,10 @@ def estimate(rollout: Rollout, config: AdvantageConfig, pool: ChunkPool) -> tupl
         if not whole:
             x *= valid.unsqueeze(-1)
         flat = x.flatten(1, 2)
+        factor = factor_gram(flat, config.ridge)
 
         def fitted(target: Tensor) -> tuple[Tensor, Tensor]:
-            weights = fit_linear(flat, target.flatten(1), config.ridge).unsqueeze(-1)
+            weights = fit_linear(flat, target.flatten(1), factor).unsqueeze(-1)
             value = (flat @ weights).view_as(reward)
             return value, gae(reward, value, config.discount, config.trace)
 
