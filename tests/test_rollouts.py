@@ -17,6 +17,8 @@ from metarl.envs.errors import UserError
 from metarl.learning.networks import stack
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.policies import CategoricalMLP, GaussianMLP
+from metarl.running.building import make_policy
+from metarl.running.config import Config, PolicyConfig
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import Address, Collector
 from metarl.sampling.seeding import episode_seeds, stream
@@ -177,6 +179,23 @@ def test_actions_are_clipped_or_scaled_to_the_bounds():
     action = np.float32([[0.5, 0.5], [-3.0, 3.0]])
     np.testing.assert_allclose(env_action(action, space, "clip"), [[0.5, 0.5], [-2.0, 1.0]])
     np.testing.assert_allclose(env_action(action, space, "scale"), [[1.0, 0.75], [-2.0, 1.0]])
+
+
+def test_unbounded_actions_are_not_scaled():
+    low, high = np.float32([-2, -np.inf, 0]), np.float32([4, np.inf, np.inf])
+    action = np.float32([[0.5, 7.0, -1.0]])
+    found = env_action(action, gym.spaces.Box(low, high), "scale")
+    np.testing.assert_allclose(found, [[2.5, 7.0, 0.0]])
+    bytes_ = gym.spaces.Box(0, 255, (1,), np.uint8)
+    assert env_action(np.float32([[0.0], [9.0]]), bytes_, "scale").tolist() == [[128], [255]]
+
+
+@pytest.mark.parametrize("limit", [np.inf, np.finfo(np.float32).max])
+def test_scaling_of_none_of_the_actions_is_refused(limit):
+    config = Config(policy=PolicyConfig(action="scale"))
+    make_policy(config, (2,), gym.spaces.Box(np.float32([-1, -limit]), np.float32([1, limit])))
+    with pytest.raises(UserError, match=r"policy\.action scale has no effect on unbounded"):
+        make_policy(config, (2,), gym.spaces.Box(-limit, limit, (2,)))
 
 
 def test_whole_numbers_are_the_nearest_ones():

@@ -26,7 +26,7 @@ from metarl.learning.objectives import dice
 from metarl.learning.policies import CategoricalMLP, GaussianMLP, MLPPolicy
 from metarl.learning.predictors import Classifier, Predictor, Regressor
 from metarl.running.config import Config, PolicyConfig
-from metarl.sampling.spaces import categories
+from metarl.sampling.spaces import bounded, categories
 
 
 def context_dim(row: Algorithm, config: Config, task_dim: int) -> int:
@@ -90,7 +90,9 @@ def make_policy(
     }
     found = categories(actions)
     if found is None:
-        assert actions.shape is not None
+        assert isinstance(actions, gym.spaces.Box)
+        if chosen.action == "scale" and not bounded(actions).any():
+            raise UserError(f"policy.action scale has no effect on unbounded actions, {actions}")
         return GaussianMLP(
             action_dim=actions.shape[0],
             initial_std=chosen.initial_std,

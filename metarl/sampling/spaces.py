@@ -45,9 +45,8 @@ def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
         return action.astype(space.dtype)
     assert isinstance(space, gym.spaces.Box)
     if mode == "scale":
-        with np.errstate(invalid="ignore"):  # infinite bounds, whose actions stay as they are
-            middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
-            action = np.where(np.isfinite(half), middle + half * action, action)
+        middle, half = _middle_and_half(space)
+        action = middle + half * action
     if np.issubdtype(space.dtype, np.integer):
         action = np.rint(action)
     return np.clip(action, space.low, space.high).astype(space.dtype, copy=False)
@@ -71,10 +70,21 @@ def policy_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArra
             raise wrong
     elif mode == "scale":
         assert isinstance(space, gym.spaces.Box)
-        with np.errstate(invalid="ignore"):
-            middle, half = 0.5 * (space.high + space.low), 0.5 * (space.high - space.low)
-            taken = np.where(np.isfinite(half), (taken - middle) / half, taken)
+        middle, half = _middle_and_half(space)
+        taken = (taken - middle) / half
     return taken.astype(np.float32)
+
+
+def bounded(space: gym.spaces.Box) -> NDArray[np.bool_]:
+    """Return which components of a Box have a finite width, which actions may be scaled to."""
+    with np.errstate(over="ignore"):
+        return np.isfinite(space.high - space.low)
+
+
+def _middle_and_half(space: gym.spaces.Box) -> tuple[NDArray, NDArray]:
+    """Return a Box's middle and half width; 0 and 1 where it is not bounded."""
+    low, high = (np.where(bounded(space), x, y) for x, y in ((space.low, -1.0), (space.high, 1.0)))
+    return 0.5 * (high + low), 0.5 * (high - low)
 
 
 def categories(space: gym.Space) -> tuple[int, ...] | None:
@@ -130,6 +140,6 @@ def beyond_bounds(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArra
         return None
     low, high = space.low, space.high
     if mode == "scale":
-        finite = np.isfinite(high - low)
+        finite = bounded(space)
         low, high = np.where(finite, -1.0, low), np.where(finite, 1.0, high)
     return (action < low) | (action > high)
