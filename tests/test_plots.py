@@ -168,6 +168,20 @@ def test_learning_curves_of_seeds(tmp_path, drawn):
         plots.plot_learning(runs, tmp_path / "x.png", smooth=0)
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 40])
+def test_a_curve_of_any_length_is_seen(iterations, tmp_path, drawn):
+    run = run_folder(tmp_path / "run", 0, [(-4.0, None, 1.0)] * iterations)
+    plots.plot_learning([run], tmp_path / "learning.png")
+    (figure,) = drawn
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    area = figure.axes[0].bbox
+    pixels = np.asarray(canvas.buffer_rgba())[::-1, :, :3]
+    inside = pixels[int(area.y0) : int(area.y1), int(area.x0) : int(area.x1)]
+    colour = 255 * np.array(to_rgb(figure.axes[0].lines[0].get_color()))
+    assert (np.abs(inside - colour).max(axis=-1) < 40).any()
+
+
 def test_names_are_no_markup(tmp_path, drawn):
     names = ("_first", "a$1$b")
     runs = [

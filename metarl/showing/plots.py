@@ -341,6 +341,8 @@ def plot_learning(
     for i, (name, several) in enumerate(traces.items()):
         style = _style(i)
         common = min((trace["x"] for trace in several), key=lambda x: x[-1])
+        # A share of the curve's length, of which one iteration has none.
+        marked = (0.05 * (i % 3), 0.15) if len(common) > 20 else None
         seeds = f" ({len(several)} seeds)" if len(several) > 1 else ""
         for kind in ("pre", "post"):
             curves = np.array([np.interp(common, t["x"], t[kind]) for t in several])
@@ -352,7 +354,7 @@ def plot_learning(
             when = "no" if name in still else "after" if after else "before"
             axes.plot(
                 common / unit, curves.mean(axis=0), color=style["color"], marker=style["marker"],
-                markevery=(0.05 * (i % 3), 0.15), markersize=5, linewidth=2.0 if after else 1.2,
+                markevery=marked, markersize=5, linewidth=2.0 if after else 1.2,
                 linestyle="-" if after else "--", markerfacecolor=None if after else "white",
                 label=f"{_label(name)}, {when} adaptation{seeds}",
             )  # fmt: skip
