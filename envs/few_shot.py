@@ -75,8 +75,29 @@ class Episodes(TaskDistribution):
         return f"{ways} classes of {counts}"
 
     def bounds(self, split: str = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        last = max(int(classes.max()) for classes in self.parts.values())
+        last = max(int(classes.max()) for classes in self.parts.values() if len(classes))
         return np.full(self.dim, -1.0), np.full(self.dim, float(last))
+
+    def vector(self, components: Mapping[str, float]) -> NDArray[np.float64]:
+        """Return the task vector of named components; see `TaskDistribution.vector`.
+
+        Raises:
+            UserError: also if a value is no class number, or given twice, or they are too few.
+        """
+        task = super().vector(components)
+        known = np.unique(np.concatenate([*self.parts.values()]))
+        for name, value in zip(self.names, task, strict=True):
+            if value != -1.0 and value not in known:
+                raise UserError(
+                    f"{name} must be the number of a class, {known[0]} to {known[-1]}, or -1 for"
+                    f" none, got {value:g}"
+                )
+        present = task[task >= 0]
+        if len(np.unique(present)) < max(len(present), self.ways[0]):
+            raise UserError(
+                f"a task has {self.ways[0]} or more classes, each once: got {present.tolist()}"
+            )
+        return task
 
 
 @dataclass(frozen=True, eq=False)

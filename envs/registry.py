@@ -18,11 +18,14 @@ from typing import Any
 
 from metarl.envs.errors import UserError, did_you_mean
 from metarl.envs.family import Family, TaskFamily
+from metarl.envs.supervised import SupervisedFamily
 
 Factory = Callable[..., Family]
 ENTRY_POINTS = "metarl.families"
 _factories: dict[str, Factory] = {}
-_data_sets: dict[str, Factory] = {}
+_data_sets: dict[str, Any] = {}
+# By id of a family or function, which is kept so that no other has its id, and by options.
+_kinds: dict[tuple[int, str], tuple[Any, tuple[bool, Mapping[str, Any]]]] = {}
 _MORE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -70,16 +73,37 @@ def description(name: str) -> str:
     return (inspect.getdoc(_find(name)) or "").partition("\n")[0]
 
 
-def training_values(name: str) -> Mapping[str, Any]:
+def training_values(name: str, options: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
     """Return the values of the config that a run on a family starts from, by dotted key.
 
     An entry that is a mapping holds those of the algorithm that is its key. There are none where
-    the family cannot be loaded; making it raises the error.
+    the family cannot be loaded or made; making it raises the error.
     """
+    return _kind(name, options or {})[1]
+
+
+def is_supervised(name: str, options: Mapping[str, Any] | None = None) -> bool:
+    """Return whether a family has supervised tasks; not where it cannot be loaded or made."""
+    return _kind(name, options or {})[0]
+
+
+def _kind(name: str, options: Mapping[str, Any]) -> tuple[bool, Mapping[str, Any]]:
+    """Return whether a family's tasks are supervised, and its values of the config."""
     try:
-        return getattr(_find(name), "training", {})
+        found = _find(name)
+        if name in _data_sets:
+            return True, found.training
+        if name in _factories:
+            return False, {}
+        # What a function returns says so alone; it may take long to make.
+        key = id(found), repr(options)
+        if key not in _kinds:
+            family = find_family(name, **options)
+            training = getattr(family, "training", {})
+            _kinds[key] = found, (isinstance(family, SupervisedFamily), training)
+        return _kinds[key][1]
     except UserError:
-        return {}
+        return False, {}
 
 
 def make_family(name: str, **options: Any) -> TaskFamily:

@@ -10,30 +10,13 @@ from metarl.envs.registry import register_data
 from metarl.envs.supervised import Floats, FunctionFamily
 from metarl.envs.tasks import Tasks, Uniform
 
-# Finn et al. 2017, section 5.1 and appendix A.1, and the authors' code: 70,000 iterations of 25
-# tasks, Adam at 0.001. Where a part adapts, or a context, the sizes are those of Zintgraf et al.
-# 2019 (section 5.1: 1.0), and of a search on validation tasks.
-_TRAINING = {
-    "iterations": 20000,
-    "tasks": 25,
-    "checkpoint_every": 1000,
-    "policy.hidden": (40, 40),
-    "policy.activation": "relu",
-    "inner.step_sizes": (0.01,),
-    "adam.learning_rate": 1e-3,
-    "reptile": {"inner.steps": 5, "inner.step_sizes": (0.02,)},
-    "imaml": {"inner.updates": 16, "inner.proximal": 2.0},
-    "anil": {"inner.step_sizes": (0.01,)},
-    "cavia": {"inner.step_sizes": (1.0,), "policy.context": 4},
-}
-
 
 def _sine(x: Floats, tasks: Tasks) -> Floats:
     amplitude, phase = tasks[:, :1], tasks[:, 1:]
     return amplitude * np.sin(x - phase)
 
 
-@register_data(_TRAINING)
+@register_data(FunctionFamily.training)
 def sinusoid(
     shots: int = 10, queries: int = 10, phases: float = math.pi, test_queries: int = 100
 ) -> FunctionFamily:

@@ -335,6 +335,18 @@ def test_no_policy_is_lost_to_anothers_name(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["random", "from scratch", "nearest prototype"])
+def test_names_of_rows_that_evaluation_makes_are_refused(name):
+    few = {"tasks": 2, "episodes": 1, "steps": 1, "threads": 1}
+    with pytest.raises(UserError, match=f"'{name}' is what a row of the evaluation's own is"):
+        evaluate(navigator(), name=name, **few)
+    with pytest.raises(UserError, match=f"'{name}' is what a row of the evaluation's own is"):
+        evaluate(navigator(), references={name: navigator()}, **few)
+    random = random_meta_policy(navigator(), 0)
+    row = dataclasses.replace(random, config=dataclasses.replace(random.config, algorithm="random"))
+    assert evaluate(navigator(), references={"random": row}, **few).rows.keys() >= {"random"}
+
+
 def test_a_checkpoint_is_called_by_its_run_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = []

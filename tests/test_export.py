@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import gymnasium as gym
@@ -25,7 +26,7 @@ from metarl.running.meta_policy import MetaPolicy
 from metarl.running.policy import Policy
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import Address
-from metarl.sampling.spaces import env_action, policy_action
+from metarl.sampling.spaces import env_action, policy_action, space_from_json, space_to_json
 
 # torch's own, of TorchScript's age.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -57,6 +58,7 @@ CASES = {
     "whole numbers": made(WHOLE),
     "whole numbers, scale": made(WHOLE, action="scale"),
     "clip": made(BOX),
+    "bytes, scale": made(gym.spaces.Box(100, 200, (3,), np.uint8), action="scale"),
     "scale, normalized": made(BOX, action="scale", normalize=True),
     "context, relu": made(BOX, context=4, activation="relu"),
     **{kind: made(space) for kind, space in SPACES.items()},
@@ -100,6 +102,23 @@ def test_files_act_as_the_policy(kind, case, tmp_path):
         assert alone(torch.from_numpy(seen)).numpy() == pytest.approx(
             policy.act(seen, deterministic=True), abs=1e-4
         )
+
+
+@pytest.mark.parametrize("space", [BOX, WHOLE, *SPACES.values()], ids=str)
+def test_spaces_of_actions_are_kept_in_files(space):
+    found = space_from_json(json.loads(json.dumps(space_to_json(space))))
+    assert found == space
+    assert found.dtype == space.dtype
+
+
+def test_an_adapted_policy_keeps_its_actions(tmp_path):
+    wide = gym.spaces.Box(-3.0, 7.0, (2,))
+    policy = load("navigation-2d-icml2017").adapter(wide).adapted()
+    policy.save(tmp_path / "policy")
+    seen = np.random.default_rng(0).standard_normal((200, 2))
+    acts = policy.act(seen)
+    np.testing.assert_array_equal(load_policy(tmp_path / "policy").act(seen), acts)
+    assert np.abs(acts).max() > 1.0  # the family's bounds
 
 
 def test_a_file_that_acts_otherwise_is_refused(tmp_path, monkeypatch):

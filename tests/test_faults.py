@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from metarl import load, train
 from metarl.commands.cli import main
 from metarl.envs import make_family
 from metarl.learning.first_order import Adam, AdamConfig
-from metarl.running import checkpoints
+from metarl.running import checkpoints, metrics
 from metarl.running.checkpoints import CheckpointError
 from metarl.running.config import PolicyConfig
 from metarl.running.files import write_atomically
@@ -292,6 +293,30 @@ def test_a_full_disk_stops_a_run_with_a_line_and_it_goes_on_later(
     assert [row["iteration"] for row in a] == [row["iteration"] for row in b]
 
 
+@pytest.mark.parametrize("name", ["000001.safetensors", "metrics.jsonl"])
+def test_a_write_that_fails_once_leaves_no_gap(tmp_path, monkeypatch, whole, name):
+    # The iteration after it is done by then, and could be written.
+    monkeypatch.chdir(tmp_path)
+    write, left = os.write, [1]
+
+    def once(file, data):
+        if name in os.readlink(f"/proc/self/fd/{file}") and left:
+            left.pop()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return write(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", once)
+        assert run("train", "navigation-2d", *FLAGS, "--iterations", "3", "--out", "run") == 2
+    assert not left
+    written = [row["iteration"] for row in read_metrics(tmp_path / "run")]
+    assert written == ([1] if "safetensors" in name else [])
+    assert list(checkpoints_of(tmp_path / "run")) == [0]
+    assert run("train", "--resume", "run") == 0
+    rows = [row["iteration"] for row in read_metrics(tmp_path / "run")]
+    assert rows == [row["iteration"] for row in timeless(whole)]
+
+
 def test_a_limit_on_file_sizes_is_a_line_and_leaves_no_folder(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
@@ -364,6 +389,18 @@ def test_of_flipped_bits_no_other_row_is_lost_and_none_silently(tmp_path, whole,
         joined = good[at : at + 1] == b"\n"
         assert intact >= len(rows) - 1 - joined
         assert len(found) == len(rows) or len(caplog.messages) == 1
+
+
+def test_many_metrics_take_no_more_memory_than_they_are(tmp_path):
+    lines = [metrics._Line({"iteration": i + 1}, i + 1, 0) for i in range(3000)]
+    tracemalloc.start()
+    try:
+        kept = metrics._increasing(lines)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept == lines
+    assert most < 1e6  # a list of each beginning would be 36 MB
 
 
 def replace_iteration(row: dict, more: int) -> dict:

@@ -7,6 +7,7 @@ import gc
 import weakref
 from typing import ClassVar
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,23 @@ from metarl.running.config import Config, PolicyConfig
 from metarl.running.presets import resolve
 from metarl.running.trainer import Trainer
 from metarl.sampling.rollouts import Address, Collector
+from metarl.sampling.spaces import as_observation, check_spaces
+
+
+def test_images_of_other_than_bytes_are_refused():
+    policy = network(NatureCNN((36, 36, 3)))
+    grey = np.random.default_rng(0).random((36, 36, 3))
+    with pytest.raises(UserError, match="images must be bytes of 0 to 255, got float64"):
+        as_observation(grey, policy)
+    whole = (255 * grey).astype(np.int64)
+    assert np.array_equal(as_observation(whole, policy), whole)
+    env = gym.Env()
+    env.action_space = gym.spaces.Discrete(3)
+    env.observation_space = gym.spaces.Box(0.0, 1.0, (36, 36, 3))
+    with pytest.raises(UserError, match="made for a Box of bytes of shape"):
+        check_spaces(env, policy, "mine")
+    env.observation_space = gym.spaces.Box(0, 255, (36, 36, 3), np.uint8)
+    check_spaces(env, policy, "mine")
 
 
 def network(encoder, normalize=False) -> CategoricalMLP:

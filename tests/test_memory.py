@@ -79,6 +79,19 @@ def test_free_memory_is_that_of_the_machine():
     assert free is None or 10**6 < free < 10**14
 
 
+def test_a_cache_of_files_in_a_container_is_free(monkeypatch):
+    files = {
+        "/proc/meminfo": "MemAvailable: 9000000 kB\n",
+        "/sys/fs/cgroup/memory.max": "4000000000\n",
+        "/sys/fs/cgroup/memory.current": "3500000000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 400000000\ninactive_file 3000000000\nactive_file 5\n",
+    }
+    monkeypatch.setattr(memory.Path, "read_text", lambda path: files[str(path)])
+    assert available() == 3_500_000_000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert available() == 9_216_000_000
+
+
 @pytest.mark.parametrize("steps", [1024, 1025, 2500])
 def test_long_rows_are_summed_as_a_loop_sums_them(steps):
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((3, steps)))

@@ -16,6 +16,7 @@ from metarl.learning.algorithms import find_algorithm
 from metarl.running.checks import check_combination
 from metarl.running.config import Config, config_keys
 from metarl.running.runs import run_config
+from metarl.running.trainer import Trainer
 
 
 def inner(preset, family, algorithm="maml-trpo", **values):
@@ -89,7 +90,8 @@ def test_a_preset_may_differ_by_algorithm_and_a_family_by_more():
         return resolve("metarl2026", family, algorithm, overrides).inner.step_sizes
 
     assert sizes("half-cheetah-dir", "maml-trpo") == (0.1, 0.05)
-    assert sizes("half-cheetah-dir", "meta-sgd") == sizes("ant-vel", "maml++") == (1.0,)
+    assert sizes("half-cheetah-dir", "meta-sgd") == (1.0,)
+    assert sizes("ant-vel", "maml++") == (1.0, 1.0)
     assert sizes("half-cheetah-vel", "maml++") == (0.02, 0.01)
     assert sizes("half-cheetah-dir", "imaml") == (0.2,)  # half, as with any preset
     assert sizes("half-cheetah-dir", "meta-sgd", **{"inner.step_sizes": (0.3,)}) == (0.3,)
@@ -190,6 +192,19 @@ def test_numbers_of_numpy_are_taken_as_they_are():
     config = resolve(None, "navigation-2d", overrides=said)
     assert (config.seed, config.inner.step_sizes, config.stratified) == (3, (0.4,), True)
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_steps_that_learn_a_size_for_each_layer_have_one_each():
+    sizes = resolve("metarl2026", "half-cheetah-dir", "maml++").inner.step_sizes
+    assert sizes == (1.0, 1.0)
+    inner = resolve(None, "characters", "leopard", {"inner.steps": 3}).inner
+    assert inner.step_sizes == inner.step_sizes[:1] * 3
+    said = {"inner.steps": 3, "inner.step_sizes": (0.3, 0.2)}
+    config = resolve(None, "navigation-2d", "maml++", said)
+    assert config.inner.step_sizes == (0.3, 0.2, 0.2)
+    with Trainer(dataclasses.replace(config, tasks=2, episodes=1)) as trainer:
+        learned = {n: p for n, p in trainer.state.params.items() if n.startswith("step_size.")}
+    assert {len(p) for p in learned.values()} == {3}
 
 
 def test_what_a_family_chose_for_an_algorithm_is_kept():

@@ -341,7 +341,7 @@ def test_batch_normalization_equals_torchs_and_leaves_out_what_has_no_weight():
         torch.testing.assert_close(found[t, :count], alone)
 
 
-@pytest.mark.parametrize("shape", [(9, 12), (3, 16, 16), (12, 12, 3)])
+@pytest.mark.parametrize("shape", [(9, 12), (8, 32), (30, 12), (3, 16, 16), (12, 12, 3)])
 def test_four_blocks_equal_torchs_layers(shape):
     encoder = FourBlocks(shape, filters=4)
     model = Classifier(outputs=3, encoder=encoder, hidden=(), inputs=shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from PIL import Image
 
 import metarl
 from metarl.commands.cli import main
-from metarl.envs import FewShotFamily, UserError
+from metarl.envs import FewShotFamily, FunctionFamily, Uniform, UserError
 from metarl.envs.registry import find_family
 from metarl.running import supervised_evaluation
+from metarl.running.config import Config
 from metarl.running.metrics import read_metrics
 from metarl.running.presets import resolve
 from metarl.running.trainer import Trainer, train
@@ -162,6 +164,100 @@ def test_accuracy_beside_nearest_prototype_and_from_scratch(tmp_path, monkeypatc
     nearest = (q[:, None] - x[None]).square().sum(-1).argmin(1)  # one shot: an image a class
     expected = 100.0 * (nearest == query.targets[0]).double().mean()
     assert rows["nearest prototype"].per_task[0, 0] == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "family"),
+    [("anil", "sinusoid"), ("cavia", "sinusoid"), ("leopard", "characters")],
+)
+def test_from_scratch_trains_what_the_algorithm_does_not_adapt(algorithm, family, monkeypatch):
+    monkeypatch.setattr(supervised_evaluation, "UPDATES", 20)
+    with Trainer(small(algorithm, family)) as trainer:
+        meta = trainer.meta_policy()
+    result = metarl.evaluate(meta, tasks=8, steps=1, threads=1, from_scratch=True)
+    curve = result.references["from scratch, 20 updates a step"]
+    assert curve.per_task.shape == (8, 2)
+    better = np.diff(curve.returns)[0] * curve.measure.sign
+    assert better > 0.0
+
+
+def slopes(interval=(-1.0, 1.0)) -> FunctionFamily:
+    return FunctionFamily(
+        name="slopes",
+        description="lines through the origin",
+        tasks=Uniform({"slope": (-1.0, 1.0)}),
+        function=lambda x, tasks: tasks * x,
+        interval=tuple(interval),
+    )
+
+
+def few(ways=3) -> FewShotFamily:
+    images = np.random.default_rng(0).random((120, 8, 8))
+    return FewShotFamily(images, np.repeat(np.arange(20), 6), ways=ways, queries=2, test_queries=3)
+
+
+@pytest.mark.parametrize(("name", "like"), [("slopes", "sinusoid"), ("few", "characters")])
+def test_a_function_that_returns_supervised_tasks_has_their_defaults(name, like):
+    for algorithm in ("maml-trpo", "reptile"):
+        own = resolve(None, f"{__name__}:{name}", algorithm)
+        expected = resolve(None, like, algorithm)
+        assert dataclasses.replace(own, family=like) == expected
+    config = resolve("reptile2018", f"{__name__}:slopes", "reptile")
+    assert config.policy.hidden == (64, 64)
+    with pytest.raises(UserError, match="preset icml2017 is for reinforcement learning"):
+        resolve("icml2017", f"{__name__}:{name}")
+
+
+def test_one_component_is_trained_and_drawn(tmp_path, capsys):
+    out, family = tmp_path / "run", f"{__name__}:slopes"
+    assert (
+        main(["train", family, *SMALL, "--family-options", "interval=(-2, 2)", "--out", str(out)])
+        == 0
+    )
+    said = capsys.readouterr()
+    assert "the outer step is Adam's" in said.err
+    assert "480 examples" in said.out
+    assert main(["evaluate", str(out), "--tasks", "4", "--steps", "1"]) == 0
+    assert (out / "evaluation-tasks.png").exists()
+    # A tuple among the options is a list in the run's files.
+    config = resolve(None, family, overrides={"family_options": {"interval": (-2, 2)}})
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+    again = ["train", family, *SMALL, "--family-options", "interval=(-2, 2)", "--out", str(out)]
+    assert main([*again, "--resume", "auto"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_task_of_fewer_classes_is_adapted_to_by_these_alone(tmp_path, capsys):
+    own = {**CHARACTERS, "ways": (2, 4)}
+    meta = train(small(family_options=own, **{"inner.step_sizes": (3.0,)}), tmp_path / "run")
+    words = ["adapt", str(tmp_path / "run"), "--task"]
+    assert main([*words, "class_0=3", "class_1=-1", "class_2=5", "class_3=-1"]) == 0
+    assert "on 2 examples" in capsys.readouterr().out
+    for classes, message in (
+        ((3, 77, 5, -1), "class_1 must be the number of a class, 0 to 39, or -1 for none, got 77"),
+        ((3, 0.5, 5, -1), "class_1 must be the number of a class"),
+        ((3, 3, 5, -1), "a task has 2 or more classes, each once"),
+        ((3, -1, -1, -1), "a task has 2 or more classes, each once"),
+    ):
+        assert main([*words, *(f"class_{i}={c:g}" for i, c in enumerate(classes))]) == 2
+        assert message in capsys.readouterr().err
+    rng = np.random.default_rng(0)
+    images = rng.random((40, 8, 8)).astype(np.float32)
+    for steps in (0, 1):
+        found = meta.adapt_to(images[:4], np.array([0, 2, 2, 0]), steps=steps).predict(images)
+        assert set(found) <= {0, 2}
+    every = meta.adapt_to(images[:4], np.arange(4), steps=1)
+    assert every.classes is None
+
+
+def test_a_family_without_validation_classes_has_bounds():
+    labels = np.repeat(np.arange(8), 6)
+    family = FewShotFamily(
+        np.random.default_rng(0).random((48, 5)), labels, ways=2, queries=2, test_queries=3,
+        train=range(5), test=range(5, 8),
+    )  # fmt: skip
+    assert family.tasks.bounds()[1].tolist() == [7.0, 7.0]
+    assert family.tasks.vector({"class_0": 7, "class_1": 0}).tolist() == [7.0, 0.0]
 
 
 def test_one_task_is_adapted_to(sinusoids, capsys):

@@ -176,14 +176,12 @@ def _adapt_to_examples(
             "--save writes policies: a predictor is adapted where it is used (adapt_to)"
         )
     rng = np.random.default_rng(command.seed)
-    support, query = family.draw(task[None], rng, supports=1, queries=family.test_queries)
+    drawn = family.draw(task[None], rng, supports=1, queries=family.test_queries)
+    (x, y), (query_x, truth) = ((d.inputs[d.valid], d.targets[d.valid]) for d in drawn)
     said = []
     for steps in (0, command.steps):
         sizes = command.step_sizes or None
-        adapted = meta.adapt_to(
-            support.inputs[0], support.targets[0], steps=steps, step_sizes=sizes
-        )
-        found, truth = adapted.predict(query.inputs[0]), query.targets[0]
+        found = meta.adapt_to(x, y, steps=steps, step_sizes=sizes).predict(query_x)
         classes = family.kind == "classification"
         said.append(
             f"{100.0 * (found == truth).mean():.1f} %" if classes
@@ -192,7 +190,7 @@ def _adapt_to_examples(
     name = "accuracy" if family.kind == "classification" else "mean squared error"
     print(
         f"{what} on {' '.join(command.task)}: {name} {' -> '.join(said)} after"
-        f" {_steps(command.steps)} on {support.inputs.shape[1]} examples"
+        f" {_steps(command.steps)} on {len(x)} examples"
     )
     return 0
 

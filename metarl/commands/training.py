@@ -18,7 +18,13 @@ import tyro
 
 from metarl.commands.arguments import peek, said
 from metarl.envs.errors import UserError
-from metarl.envs.registry import data_names, make_family, option_defaults, parse_options
+from metarl.envs.registry import (
+    data_names,
+    is_supervised,
+    make_family,
+    option_defaults,
+    parse_options,
+)
 from metarl.learning.ranks import LIMIT_SECONDS, Ranks, joined
 from metarl.running.config import Config, config_keys, default_workers
 from metarl.running.presets import resolve, usual_preset
@@ -224,11 +230,13 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
         if ranks.is_main:
             print(line, **options)
 
+    supervised = is_supervised(config.family, config.family_options)
+
     def started() -> None:
         preset = f", preset {config.preset}," if config.preset else ""
         tell(f"{config.algorithm} on {config.family}{preset} in {folder}", file=sys.stderr)
         bounded = find_algorithm(config.algorithm).outer == "trust-region"
-        if bounded and config.family in data_names():
+        if bounded and supervised:
             tell("the outer step is Adam's: a trust region is a policy's", file=sys.stderr)
 
     with _Stop(ranks) as stop:
@@ -255,7 +263,7 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
     if ranks.is_main and bar is None:
         tell(f"nothing to do: {folder} has its {done} iterations; give more with --iterations")
         return 0
-    sampled = "examples" if config.family in data_names() else "env steps"
+    sampled = "examples" if supervised else "env steps"
     tell(f"done: {done} iterations, {meta.provenance['env_steps']:,} {sampled}")
     tell(f"next: metarl evaluate {quote(str(folder))}")
     return 0

@@ -238,7 +238,8 @@ class FourBlocks(Encoder):
         sizes = []
         for _ in range(self.blocks):
             before = self.filters * height * width
-            height, width = max(height // 2, 1), max(width // 2, 1)
+            if min(height, width) > 1:
+                height, width = height // 2, width // 2
             sizes.append((before, self.filters * height * width))
         return sizes
 

@@ -7,11 +7,10 @@ environment's are inside; it is made of torch's own layers, and knows nothing of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from metarl.learning.encoders import NATURE, Encoder, NatureCNN, channels_first
@@ -70,23 +69,18 @@ class Residual(nn.Module):
 
 
 class Bounded(nn.Module):
-    """Actions cut to the bounds of a Box; `scale` maps [-1, 1] onto finite bounds first.
-
-    Of a Box of whole numbers the nearest one, as a float.
-    """
+    """middle + spread * x, cut to the bounds of a Box; of whole numbers the nearest, as a float."""
 
     middle: Tensor
     spread: Tensor
     low: Tensor
     high: Tensor
 
-    def __init__(self, low: NDArray, high: NDArray, mode: Literal["clip", "scale"]) -> None:
+    def __init__(
+        self, low: NDArray, high: NDArray, middle: ArrayLike = 0.0, spread: ArrayLike = 1.0
+    ) -> None:
         super().__init__()
         self.whole = np.issubdtype(low.dtype, np.integer)
-        finite = np.isfinite(low) & np.isfinite(high) & (mode == "scale")
-        with np.errstate(invalid="ignore"):
-            middle = np.where(finite, 0.5 * (high + low), 0.0)
-            spread = np.where(finite, 0.5 * (high - low), 1.0)
         parts = {"middle": middle, "spread": spread, "low": low, "high": high}
         for name, values in parts.items():
             self.register_buffer(name, torch.from_numpy(np.asarray(values, np.float32)))

@@ -23,6 +23,8 @@ class AdaptedPredictor:
     model: Predictor
     params: Params
     """Not stacked."""
+    classes: torch.Tensor | None = None
+    """[1, C]; which classes the examples had, which alone are predicted; None: all of them."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def predict(self, inputs: ArrayLike) -> NDArray:
@@ -34,7 +36,8 @@ class AdaptedPredictor:
             UserError: inputs are of another shape, or not finite.
         """
         x = as_inputs(self.model, inputs)
-        examples = Examples(x[None], torch.zeros(1, len(x)), torch.full((1, len(x)), 1.0 / len(x)))
+        weight = torch.full((1, len(x)), 1.0 / len(x))
+        examples = Examples(x[None], torch.zeros(1, len(x)), weight, self.classes)
         stacked = {name: p[None] for name, p in self.params.items()}
         with torch.no_grad():
             output = self.model.output(stacked, examples)
@@ -80,6 +83,9 @@ def as_examples(model: Predictor, inputs: ArrayLike, targets: ArrayLike) -> Exam
         labels = torch.from_numpy(y.reshape(len(x), -1).astype(np.float32))
     weight = torch.full((1, len(x)), 1.0 / len(x))
     classes = None
-    if isinstance(model, Classifier) and model.generated:
-        classes = torch.ones(1, int(labels.max()) + 1, dtype=torch.bool)
+    if isinstance(model, Classifier):
+        count = int(labels.max()) + 1 if model.generated else model.outputs
+        shown = torch.bincount(labels, minlength=count) > 0
+        # As in training: a class without examples is none of the task's.
+        classes = shown[None] if model.generated or not shown.all() else None
     return Examples(x[None], labels[None], weight, classes)

@@ -207,6 +207,8 @@ class Config:
         _positive("worker_timeout", self.worker_timeout)
         if self.seed < 0:
             raise UserError(f"seed must not be negative, got {self.seed}")
+        # As a file of the run gives them back: a tuple is a list there.
+        object.__setattr__(self, "family_options", _plain(self.family_options))
 
     def to_json(self) -> dict[str, Any]:
         """Return the config as plain JSON values."""
@@ -290,7 +292,7 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
-    return value
+    return value.tolist() if hasattr(value, "tolist") else value  # of numpy
 
 
 def _one_of(key: str, value: Any) -> None:

@@ -209,6 +209,10 @@ def evaluate(
     start: list[MetaPolicy] = []
     if not any(m[0].config.algorithm == "random" for m in (members, *others.values())):
         start = [random_meta_policy(first, seed)]
+    for key in (name, *others):
+        made_here = key == "nearest prototype" or key.startswith("from scratch")
+        if made_here or (key == "random" and start):
+            raise UserError(f"{key!r} is what a row of the evaluation's own is called: rename it")
 
     def tasks_of(part: Literal["test", "validation"]) -> tuple[Address, Floats]:
         address = Address(seed, split=part)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from metarl.running import checkpoints
-from metarl.running.building import make_adapter
+from metarl.running.building import make_adapter, spaces_of
 from metarl.running.checkpoints import CheckpointError, config_of
 from metarl.running.meta_policy import MetaPolicy
 from metarl.running.policy import Policy
+from metarl.sampling.spaces import space_from_json
 
 
 def shipped() -> list[str]:
@@ -137,10 +138,9 @@ def load_policy(path: str | Path) -> Policy:
     shapes = meta.policy.shapes()
     if meta.policy.context_dim:
         shapes["context"] = (meta.policy.context_dim,)
-    env = meta.family.make()
-    try:
-        space = env.action_space
-    finally:
-        env.close()
+    if "actions" in metadata:
+        space = space_from_json(metadata["actions"])
+    else:  # of a file from before
+        space = spaces_of(meta.family)[1]
     params = checkpoints.in_shapes(path, tensors, shapes)
     return Policy(meta.policy, params, space, meta.family.horizon, config, metadata["adapted"])

@@ -86,7 +86,11 @@ def available() -> int | None:
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            free.append(int(limit) - int((group / "memory.current").read_text()))
+            used = int((group / "memory.current").read_text())
+            for line in (group / "memory.stat").read_text().splitlines():
+                if line.startswith("inactive_file "):  # a cache of files, which gives way
+                    used -= int(line.split()[1])
+            free.append(int(limit) - used)
     except (OSError, ValueError):
         pass
     return min(free, default=None)

@@ -268,7 +268,7 @@ class MetaPolicy:
                 theta = loop.start(theta, adapted.slow, support)
         params = {**adapted.slow, **{name: p[0].clone() for name, p in theta.items()}}
         provenance = {"steps": steps, "examples": support.weight.numel()}
-        return AdaptedPredictor(self.model, params, provenance)
+        return AdaptedPredictor(self.model, params, support.classes, provenance)
 
     def adapter(
         self,

@@ -288,8 +288,9 @@ def _read(path: Path) -> _Content:
         else:
             rows.append(_Line(row, number, end))
     kept = _increasing(rows)
+    numbers = {line.number for line in kept}
     for line in rows:
-        if line not in kept:
+        if line.number not in numbers:
             damage[line.number] = f"iteration {line.row['iteration']} out of order"
     texts = [f"line {number} is damaged ({why})" for number, why in sorted(damage.items())]
     return _Content(data, kept, texts)
@@ -316,16 +317,22 @@ def _increasing(lines: Sequence[_Line]) -> list[_Line]:
     Of two lines of one iteration the later one is right only where one is missing before it.
     """
     ends: list[int] = []  # of the chains of 1, 2, ... lines, the smallest last iteration
-    chains: list[list[_Line]] = []
-    for line in lines:
+    lasts: list[int] = []  # and the line that it is of
+    before: list[int | None] = []  # a line in the longest chain that ends with it
+    for i, line in enumerate(lines):
         iteration = line.row["iteration"]
         at = bisect.bisect_left(ends, iteration)
-        before = ends[at - 1] if at else 0
-        if ends[at : at + 1] == [iteration] and iteration == before + 1:
+        before.append(lasts[at - 1] if at else None)
+        after_its_own = iteration == (ends[at - 1] if at else 0) + 1
+        if ends[at : at + 1] == [iteration] and after_its_own:
             continue
-        chain = [*(chains[at - 1] if at else []), line]
-        ends[at : at + 1], chains[at : at + 1] = [iteration], [chain]
-    return chains[-1] if chains else []
+        ends[at : at + 1], lasts[at : at + 1] = [iteration], [i]
+    kept: list[_Line] = []
+    last = lasts[-1] if lasts else None
+    while last is not None:
+        kept.append(lines[last])
+        last = before[last]
+    return kept[::-1]
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -32,7 +32,6 @@ class _Episode:
     action: list[NDArray] = field(default_factory=list)
     """As the policy drew them, before any clipping."""
     reward: list[float] = field(default_factory=list)
-    last: NDArray | None = None
     terminated: bool = False
     over: bool = False
 
@@ -99,8 +98,6 @@ class OnlineAdapter:
         reward: float,
         terminated: bool = False,
         truncated: bool = False,
-        *,
-        next_observation: Any = None,
     ) -> None:
         """Take one transition.
 
@@ -111,7 +108,6 @@ class OnlineAdapter:
             reward: for the action.
             terminated: the task ended with it.
             truncated: it was cut, as after the last step of an episode by time.
-            next_observation: after the action; kept at the end of an episode.
 
         Raises:
             UserError: something is not finite, has another shape, or is no action of the space.
@@ -137,8 +133,6 @@ class OnlineAdapter:
         episode.observation.append(seen)
         episode.action.append(raw)
         episode.reward.append(float(reward))
-        if next_observation is not None:
-            episode.last = as_observation(next_observation, policy)
         episode.terminated = bool(terminated)
         full = len(episode.reward) >= self._horizon
         episode.over = bool(terminated or truncated or full)
@@ -185,8 +179,7 @@ class OnlineAdapter:
             memory.action[0, e, :steps] = episode.action
             memory.reward[0, e, :steps] = episode.reward
             memory.valid[0, e, :steps] = True
-            last = episode.last if episode.last is not None else episode.observation[-1]
-            memory.last_observation[0, e] = last
+            memory.last_observation[0, e] = episode.observation[-1]  # what came after has no use
             memory.terminated[0, e] = episode.terminated
             memory.truncated[0, e] = not episode.terminated
             with torch.inference_mode():

@@ -20,7 +20,13 @@ from metarl.running import checkpoints
 from metarl.running.config import Config
 from metarl.sampling.episodes import episode
 from metarl.sampling.seeding import stream
-from metarl.sampling.spaces import ActionMode, as_observation, env_action
+from metarl.sampling.spaces import (
+    ActionMode,
+    as_observation,
+    env_action,
+    middle_and_half,
+    space_to_json,
+)
 
 
 class Policy:
@@ -139,7 +145,8 @@ class Policy:
             last: nn.Module = Chosen(self.policy.categories, start.tolist(), flat)
         else:
             assert isinstance(space, gym.spaces.Box)
-            last = Bounded(space.low, space.high, self._mode)
+            scaling = middle_and_half(space) if self._mode == "scale" else ()
+            last = Bounded(space.low, space.high, *scaling)
         return make_module(self.policy, self.params, last)
 
     def save(self, path: str | Path) -> None:
@@ -148,5 +155,11 @@ class Policy:
         Raises:
             OSError: the file cannot be written.
         """
-        metadata = {"kind": "adapted", "config": self.config.to_json(), "adapted": self.provenance}
-        checkpoints.save(Path(path), self.params, {**metadata, "versions": checkpoints.versions()})
+        metadata = {
+            "kind": "adapted",
+            "config": self.config.to_json(),
+            "adapted": self.provenance,
+            "actions": space_to_json(self._space),
+            "versions": checkpoints.versions(),
+        }
+        checkpoints.save(Path(path), self.params, metadata)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metarl.envs.errors import UserError, did_you_mean
-from metarl.envs.registry import import_source, option_defaults, training_values
+from metarl.envs.registry import import_source, is_supervised, option_defaults, training_values
 from metarl.learning.algorithms import Algorithm, find_algorithm
 from metarl.running.config import Config, check_type, config_keys
 
@@ -210,23 +210,27 @@ def resolve(
     row = find_algorithm(algorithm)
     said = dict(overrides or {})
     options = dict(said.pop("family_options", {}))
-    config = _preset_values(preset, family, algorithm, options)
+    usual = training_values(family, options)
+    config = _preset_values(preset, family, algorithm, options, _of_all(usual))
     for section, values in row.defaults.items():
         config = _replaced(config, {f"{section}.{key}": value for key, value in values.items()})
-    chosen = {**training_values(family).get(algorithm, {}), **said}
+    chosen = {**usual.get(algorithm, {}), **said}
     config = _replaced(config, chosen)
     return _replaced(config, _derived(config, row, chosen))
 
 
 def _preset_values(
-    name: str | None, family: str, algorithm: str, given: Mapping[str, Any]
+    name: str | None,
+    family: str,
+    algorithm: str,
+    given: Mapping[str, Any],
+    usual: Mapping[str, Any],
 ) -> Config:
-    usual = _of_all(training_values(family))
     if name is None:
         config = Config(family=family, algorithm=algorithm, family_options=given)
         return _replaced(config, usual)
     preset = find_preset(name)
-    if preset.supervised != bool(usual):
+    if preset.supervised != is_supervised(family, given):
         kind = "supervised tasks" if preset.supervised else "reinforcement learning"
         raise UserError(f"preset {name} is for {kind}, which {family} is not: leave it out")
     takes_scale = bool(family) and "scale" in option_defaults(family)
@@ -285,6 +289,9 @@ def _derived(config: Config, row: Algorithm, said: Mapping[str, Any]) -> dict[st
         derived["inner.proximal"] = 0.5 / sizes[0]
     elif row.gradient == "implicit" and "inner.step_sizes" not in said:
         sizes = (0.5 / config.inner.proximal,)
+        derived["inner.step_sizes"] = sizes
+    if row.learned_steps == "layer":  # each step learns its own, from the last that is given
+        sizes += sizes[-1:] * (config.inner.steps - len(sizes))
         derived["inner.step_sizes"] = sizes
     # Sizes of the algorithm's own, or learned, are those of evaluation too.
     own = row.learned_steps != "no" or "step_sizes" in row.defaults.get("inner", {})

@@ -91,9 +91,14 @@ class Recorder:
             self._join()
 
     def _join(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        if self._writing is None:
+            return
+        try:
+            self._writing.result()
+        except Exception:
+            self._writing, self._rows = None, []  # after a gap they could not be gone on from
+            raise
+        self._writing = None
 
     def __enter__(self) -> Recorder:
         return self

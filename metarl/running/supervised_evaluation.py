@@ -114,8 +114,8 @@ class SupervisedProtocol:
         for _, support, query in self.groups():
             fast, slow, _ = loop.adapter.split(meta)
             count = len(support.weight)
-            params = loop.start(stack(fast, count), {}, support) if not slow else fast
-            params = {**stack({**slow, **fast}, count), **params}
+            own = loop.start(stack(fast, count), slow, support)
+            params = {**stack(slow, count), **own}
             parts.append(self._trained(loop.adapter, params, support, query, learning_rate))
         name = f"from scratch, {UPDATES} updates a step"
         return {name: self._reference("from-scratch", np.concatenate(parts))}

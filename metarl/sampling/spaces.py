@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -21,13 +22,17 @@ def as_observation(observation: Any, policy: MLPPolicy) -> NDArray:
     """Return observations as the array that a policy reads, of any shape.
 
     Raises:
-        UserError: they are no array, as those of a Dict or Tuple.
+        UserError: they are no array, as those of a Dict or Tuple, or images of other than bytes.
     """
     try:
-        return np.asarray(observation, policy.observation_dtype)
+        seen = np.asarray(observation)
+        found = seen.astype(policy.observation_dtype, copy=False)
     except (TypeError, ValueError) as error:
         kind = type(observation).__name__
         raise UserError(f"observations must be an array, got a {kind}: {_WRAP}") from error
+    if policy.encoder is not None and seen.dtype.kind == "f":
+        raise UserError(f"images must be bytes of 0 to 255, got {seen.dtype}")
+    return found
 
 
 def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
@@ -45,7 +50,7 @@ def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
         return action.astype(space.dtype)
     assert isinstance(space, gym.spaces.Box)
     if mode == "scale":
-        middle, half = _middle_and_half(space)
+        middle, half = middle_and_half(space)
         action = middle + half * action
     if np.issubdtype(space.dtype, np.integer):
         action = np.rint(action)
@@ -70,7 +75,7 @@ def policy_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArra
             raise wrong
     elif mode == "scale":
         assert isinstance(space, gym.spaces.Box)
-        middle, half = _middle_and_half(space)
+        middle, half = middle_and_half(space)
         taken = (taken - middle) / half
     return taken.astype(np.float32)
 
@@ -81,10 +86,36 @@ def bounded(space: gym.spaces.Box) -> NDArray[np.bool_]:
         return np.isfinite(space.high - space.low)
 
 
-def _middle_and_half(space: gym.spaces.Box) -> tuple[NDArray, NDArray]:
+def middle_and_half(space: gym.spaces.Box) -> tuple[NDArray, NDArray]:
     """Return a Box's middle and half width; 0 and 1 where it is not bounded."""
     low, high = (np.where(bounded(space), x, y) for x, y in ((space.low, -1.0), (space.high, 1.0)))
     return 0.5 * (high + low), 0.5 * (high - low)
+
+
+def space_to_json(space: gym.Space) -> dict[str, Any]:
+    """Return a space of actions, one that `categories` knows, as plain values."""
+    keys = {
+        gym.spaces.Box: ("low", "high"),
+        gym.spaces.Discrete: ("n", "start"),
+        gym.spaces.MultiDiscrete: ("nvec", "start"),
+        gym.spaces.MultiBinary: ("n",),
+    }
+    kind = next(kind for kind in keys if isinstance(space, kind))
+    found = {key: np.asarray(getattr(space, key)).tolist() for key in keys[kind]}
+    return {"kind": kind.__name__, "dtype": str(space.dtype), **found}
+
+
+def space_from_json(data: Mapping[str, Any]) -> gym.Space:
+    """Return the space that `space_to_json` wrote."""
+    values = {key: value for key, value in data.items() if key not in ("kind", "dtype")}
+    dtype = np.dtype(data["dtype"])
+    if data["kind"] == "Box":
+        low, high = (np.array(values[key], dtype) for key in ("low", "high"))
+        return gym.spaces.Box(low, high, dtype=dtype.type)
+    if data["kind"] == "MultiBinary":
+        return gym.spaces.MultiBinary(values["n"])
+    kind = gym.spaces.Discrete if data["kind"] == "Discrete" else gym.spaces.MultiDiscrete
+    return kind(**values, dtype=dtype.type)
 
 
 def categories(space: gym.Space) -> tuple[int, ...] | None:
@@ -112,11 +143,13 @@ def check_spaces(env: TaskVectorEnv | gym.Env, policy: MLPPolicy, name: str) -> 
     observation = env.single_observation_space if vector else env.observation_space
     action = env.single_action_space if vector else env.action_space
     box = isinstance(observation, gym.spaces.Box)
-    if not box or observation.shape != policy.observation_shape:
+    bytes_ = policy.encoder is None or observation.dtype == np.uint8
+    if not box or not bytes_ or observation.shape != policy.observation_shape:
         wrap = "" if box else f": {_WRAP}"
+        made_for = "a Box" if policy.encoder is None else "a Box of bytes"
         raise UserError(
-            f"{name}: observations are {observation}, but the policy is made for a Box of shape"
-            f" {policy.observation_shape}{wrap}"
+            f"{name}: observations are {observation}, but the policy is made for {made_for} of"
+            f" shape {policy.observation_shape}{wrap}"
         )
     if isinstance(policy, CategoricalMLP):
         if categories(action) != policy.categories:

@@ -198,7 +198,8 @@ def plot_tasks(result: EvaluationResult, path: Path) -> list[Path]:
     figure = _figure(6.0 * (1 + len(achieved)), 4.6)
     panels = figure.subplots(1, 1 + len(achieved), squeeze=False)[0]
     _against_goal(panels[0], goals[:, 0], curve.per_task[:, shown], shown)
-    panels[0].set_ylabel(f"{_measured(result)}\nmean of {setting['episodes']} episodes")
+    mean = "" if "support" in setting else f"\nmean of {setting['episodes']} episodes"
+    panels[0].set_ylabel(_measured(result) + mean)
     for axes, (name, values) in zip(panels[1:], achieved.items(), strict=True):
         key = setting["achieved_by"][name]
         _against_goal(axes, goals[:, 0], values[:, shown], shown)
