@@ -92,6 +92,7 @@ TABLE = {
     ),
     "maml++": Row(
         outer=Adam, adam=REINFORCE, batches=3, learned="layer", curvature=(0.0, 0.0, 1.0, 1.0),
+        step_sizes=(0.1, 0.1),
         # Over the first 30 iterations from equal parts to the last alone.
         weights=((0.5, 0.5), (0.25, 0.75), (0.0, 1.0), (0.0, 1.0)),
         rate=(1.0, 0.5 + 0.5 * math.cos(0.15 * math.pi), 0.5, 0.5 - 0.5 * math.cos(0.01 * math.pi)),
