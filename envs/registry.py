@@ -82,12 +82,12 @@ def training_values(name: str, options: Mapping[str, Any] | None = None) -> Mapp
     return _kind(name, options or {})[1]
 
 
-def is_supervised(name: str, options: Mapping[str, Any] | None = None) -> bool:
-    """Return whether a family has supervised tasks; not where it cannot be loaded or made."""
+def is_supervised(name: str, options: Mapping[str, Any] | None = None) -> bool | None:
+    """Return whether a family has supervised tasks; None where it cannot be loaded or made."""
     return _kind(name, options or {})[0]
 
 
-def _kind(name: str, options: Mapping[str, Any]) -> tuple[bool, Mapping[str, Any]]:
+def _kind(name: str, options: Mapping[str, Any]) -> tuple[bool | None, Mapping[str, Any]]:
     """Return whether a family's tasks are supervised, and its values of the config."""
     try:
         found = _find(name)
@@ -103,7 +103,7 @@ def _kind(name: str, options: Mapping[str, Any]) -> tuple[bool, Mapping[str, Any
             _kinds[key] = found, (isinstance(family, SupervisedFamily), training)
         return _kinds[key][1]
     except UserError:
-        return False, {}
+        return None, {}
 
 
 def make_family(name: str, **options: Any) -> TaskFamily:

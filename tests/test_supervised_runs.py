@@ -208,6 +208,18 @@ def test_a_function_that_returns_supervised_tasks_has_their_defaults(name, like)
         resolve("icml2017", f"{__name__}:{name}")
 
 
+def steep(most: float) -> FunctionFamily:
+    return slopes(interval=(-most, most))
+
+
+def test_a_preset_judges_no_family_that_lacks_an_option(tmp_path, capsys):
+    words = ["train", f"{__name__}:steep", *SMALL, "--preset", "reptile2018"]
+    words += ["--algorithm", "reptile", "--out", str(tmp_path / "run")]
+    assert main(words) == 2
+    assert "steep needs most: give --family-options" in capsys.readouterr().err
+    assert main([*words, "--family-options", "most=2"]) == 0
+
+
 def test_one_component_is_trained_and_drawn(tmp_path, capsys):
     out, family = tmp_path / "run", f"{__name__}:slopes"
     assert (

@@ -227,7 +227,8 @@ def _preset_values(
         config = Config(family=family, algorithm=algorithm, family_options=given)
         return _replaced(config, usual)
     preset = find_preset(name)
-    if preset.supervised != is_supervised(family, given):
+    # One that cannot be made, as without an option that comes later, is not judged.
+    if is_supervised(family, given) is (not preset.supervised):
         kind = "supervised tasks" if preset.supervised else "reinforcement learning"
         raise UserError(f"preset {name} is for {kind}, which {family} is not: leave it out")
     takes_scale = bool(family) and "scale" in option_defaults(family)
