@@ -316,13 +316,18 @@ def commands(records: Sequence[dict[str, Any]]) -> list[str]:
             if count > 1:
                 words += f" --reference-seeds {' '.join(map(str, range(count)))}"
         lines.append(f"- `{words}`: `{one['command']}`")
-        where = one["machine"]
         made = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
-        place = f"{where['processor']}, {where['cores']} cores ({where['torch_cpu']}); {made}"
+        place = f"{processor(one)}, {one['machine']['cores']} cores; {made}"
         places.setdefault(place, []).append(f"`{name}`")
     for place, names in places.items():
         lines += ["", f"{', '.join(names) if len(places) > 1 else 'All'} on: {place}."]
     return lines
+
+
+def processor(found: Mapping[str, Any]) -> str:
+    """Return a record's processor and the instructions that torch used."""
+    where = found["machine"]
+    return f"{where['processor']} ({where['torch_cpu']})"
 
 
 def both_means(found: Mapping[str, Any]) -> list[str]:
@@ -353,11 +358,11 @@ def repeated(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, 
     if not repeats:
         return []
     lines = [
-        "Repeated with other instructions or seeds; plain means over tasks, and in the last column"
-        " over seeds too:",
+        "Repeated on another machine or with other instructions; plain means over tasks, and in the"
+        " last column over seeds too:",
         "",
-        "| row | run | by seed, 1 step | 0 / 1 / 2 / 3 steps |",
-        "| --- | --- | --- | --- |",
+        "| row | run | processor | by seed, 1 step | 0 / 1 / 2 / 3 steps |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for one in records:
         own = {key: again for key, again in repeats.items() if again["row"] == one["row"]}
@@ -366,7 +371,8 @@ def repeated(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, 
         for name, found in {"the record": one, **own}.items():
             means = " / ".join(f"{mean:.1f}" for mean in np.mean(found["even"]["by_seed"], axis=0))
             where = name.removeprefix(f"{one['row']}.")
-            lines.append(f"| `{one['row']}` | {where} | {by_seed(found)} | {means} |")
+            cells = [f"`{one['row']}`", where, processor(found), by_seed(found), means]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
