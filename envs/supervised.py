@@ -28,7 +28,12 @@ TRAINING: Mapping[str, Any] = {
     "inner.step_sizes": (0.01,),
     "adam.learning_rate": 1e-3,
     "reptile": {"inner.steps": 5, "inner.step_sizes": (0.02,)},
-    "imaml": {"inner.updates": 16, "inner.proximal": 2.0},
+    "imaml": {
+        "inner.updates": 16,
+        "inner.proximal": 10.0,
+        "inner.step_sizes": (0.01,),
+        "inner.backtrack": True,
+    },
     "anil": {"inner.step_sizes": (0.01,)},
     "cavia": {"inner.step_sizes": (1.0,), "policy.context": 4},
 }

@@ -154,6 +154,31 @@ def test_imamls_gradient_is_the_exact_implicit_one(pool, strength):
     assert stats["low_curvature"] == 0.0
 
 
+@pytest.mark.parametrize("size", [0.1, 3.0, 1e30])
+def test_backtracking_descends_task_by_task_whatever_the_size(size):
+    # A plain loop for each task alone; the last size leads beyond what numbers hold.
+    adapter = Adapter(Point(), quadratic, (size,), updates=30, proximal=2.0, backtrack=True)
+    start = stack(THETA, len(GOAL))
+    found = adapter.step(start, {}, {"x": torch.tensor([size], dtype=D)}, SUPPORT, 0, start=start)[
+        "x"
+    ]
+    halved = 0
+    for t in range(len(GOAL)):
+
+        def objective(x, t=t):
+            return 0.5 * (x - GOAL[t]) @ A[t] @ (x - GOAL[t]) + (x - THETA["x"]).square().sum()
+
+        x, step = THETA["x"], size
+        for _ in range(30):
+            new = x - step * (A[t] @ (x - GOAL[t]) + 2.0 * (x - THETA["x"]))
+            if objective(new) <= objective(x):
+                x = new
+            else:
+                step, halved = step / 2, halved + 1
+        torch.testing.assert_close(found[t], x, rtol=1e-9, atol=1e-12)
+    assert (halved > 0) == (size > 1.0)
+
+
 def test_imaml_reports_an_unfinished_inner_problem_and_solve(pool):
     adapter = Adapter(Point(), quadratic, (0.1,), updates=2, proximal=0.1)
     _, stats = ImplicitProblem(adapter, [SUPPORT, QUERY], pool, OBJECTIVE, iterations=1).gradient(
@@ -838,6 +863,7 @@ def test_the_inner_loss_can_be_chosen():
         ("reptile", {"meta": {"inner_kl": 0.1}}, "no effect with reptile"),
         ("reptile", {"inner": {"steps": 0}}, "reptile needs inner.steps of at least 1"),
         ("imaml", {"inner": {"proximal": 0.0}}, "imaml needs inner.steps 1 and inner.proximal"),
+        ("maml-trpo", {"inner": {"backtrack": True}}, "inner.backtrack has no effect with maml-tr"),
         ("maml-trpo", {"meta": {"anneal_fraction": 0.5}}, "meta.anneal_fraction has no effect"),
         ("fomaml-trpo", {"meta": {"curvature": 0.5}}, "meta.curvature has no effect"),
         ("reptile", {"meta": {"curvature": 0.5}}, "meta.curvature has no effect"),

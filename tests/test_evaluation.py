@@ -152,6 +152,8 @@ def test_step_sizes_seed_split_and_deterministic_actions_are_heeded():
     assert returns(seed=1).returns != base.returns
     assert returns(split="validation").returns != base.returns
     larger = returns(step_sizes=[2.0])
+    of_numpy = returns(step_sizes=np.array([2.0, 1.0]))
+    assert of_numpy.returns == returns(step_sizes=(2.0, 1.0)).returns
     assert larger.returns[0] == base.returns[0]
     assert larger.returns[1] != base.returns[1]
     still = returns(deterministic=True).per_task
@@ -187,6 +189,12 @@ def test_references_are_evaluated_on_the_same_tasks_and_must_share_the_family():
         ({"step_sizes": ["a"]}, "step sizes must be positive, got a"),
         ({"step_sizes": "0.1"}, r"one for each step, such as \(0.1,\), got '0.1'"),
         ({"random_step_sizes": 0.1}, r"one for each step, such as \(0.1,\), got 0.1"),
+        ({"step_sizes": np.array(0.1)}, "step sizes are one for each step"),
+        ({"step_sizes": np.array([0.1, np.nan])}, "step sizes must be positive, got nan"),
+        (
+            {"split": "validation", "tune_step_sizes": True},
+            "tune_step_sizes chooses on the validation tasks: evaluate on split 'test'",
+        ),
     ],
 )
 def test_bad_numbers_are_refused(options, message):
@@ -296,6 +304,15 @@ def test_a_task_whose_every_episode_diverged_is_left_out():
     told = json.loads(json.dumps(result(per_task).to_json(), allow_nan=False))
     assert told["gain"]["mean"] == 2.0
     assert told["per_task"][3] == [3.0, None]
+
+
+def test_success_is_the_mean_of_the_tasks_that_have_one():
+    rates = np.array([[0.0, np.nan], [0.5, np.nan], [np.nan, np.nan], [1.0, np.nan]])
+    scores = np.where(np.isnan(rates), np.nan, 1.0)[None]
+    found = EvaluationResult(Curve([0.1], scores, "maml-trpo", [0], success=rates), {})
+    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert told["success"] == [0.5, None]
+    assert found.table().splitlines()[-1].split() == ["this", "policy", "50.0", "nan"]
 
 
 def test_a_diverged_task_is_no_tasks_best_in_the_interquartile_mean():

@@ -196,6 +196,26 @@ def test_transitions_adapt_as_episodes_do(monkeypatch):
         assert not torch.equal(p, meta.params[name])
 
 
+def test_an_episode_goes_on_to_its_horizon_over_an_inner_step():
+    meta = load("navigation-2d-icml2017")
+    adapter, horizon = meta.adapter(), meta.family.horizon
+
+    def act(steps):
+        for _ in range(steps):
+            adapter.add(np.zeros(2), adapter.act(np.zeros(2)), -1.0)
+
+    act(horizon // 2)
+    adapter.adapted()
+    act(horizon - horizon // 2 - 10)
+    adapter.adapted()
+    act(10 + horizon + 5)
+    assert [len(episode.reward) for episode in adapter._episodes] == [10, horizon, 5]
+    adapter.add(np.zeros(2), adapter.act(np.zeros(2)), -1.0, truncated=True)
+    adapter.adapted()
+    act(horizon + 1)
+    assert [len(episode.reward) for episode in adapter._episodes] == [horizon, 1]
+
+
 def test_the_adapter_knows_what_it_drew_and_refuses_what_is_no_transition():
     meta = load("navigation-2d-icml2017")
     adapter = meta.adapter(seed=3)

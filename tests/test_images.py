@@ -37,6 +37,12 @@ def test_images_of_other_than_bytes_are_refused():
         as_observation(grey, policy)
     whole = (255 * grey).astype(np.int64)
     assert np.array_equal(as_observation(whole, policy), whole)
+    for odd in (-1, 256):
+        whole[3, 4, 0] = odd
+        with pytest.raises(UserError, match=f"images must be bytes of 0 to 255, got .*{odd}"):
+            as_observation(whole, policy)
+    with pytest.raises(UserError, match="images must be bytes of 0 to 255, got bool"):
+        as_observation(grey > 0.5, policy)
     env = gym.Env()
     env.action_space = gym.spaces.Discrete(3)
     env.observation_space = gym.spaces.Box(0.0, 1.0, (36, 36, 3))

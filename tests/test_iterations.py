@@ -437,8 +437,9 @@ def test_a_resumed_longer_run_says_what_becomes_of_its_schedules(tmp_path, capsy
     row = find_algorithm("maml++")
     assert schedule_change(row, config(200), 200, 100) is None
     expected = (
-        "200 iterations instead of 100: the outer step goes on at 0.50 of its size, not 0.00, and"
-        " is zero at iteration 200; multi-step loss and first order last until iteration 60, not 30"
+        "200 iterations instead of 100: adam.learning_rate goes on at 0.50 of its size, not 0.00,"
+        " and is zero at iteration 200; multi-step loss and first order last until iteration 60,"
+        " not 30"
     )
     assert schedule_change(row, config(200), 100, 100) == expected
     assert schedule_change(find_algorithm("maml-trpo"), config(200, "maml-trpo"), 100, 9) is None
@@ -447,7 +448,7 @@ def test_a_resumed_longer_run_says_what_becomes_of_its_schedules(tmp_path, capsy
     seen: list[str] = []
     train(config(4), tmp_path / "run", resume=True, notice=seen.append)
     assert len(seen) == 1
-    assert seen[0].startswith("4 iterations instead of 2: the outer step goes on at 0.50")
+    assert seen[0].startswith("4 iterations instead of 2: adam.learning_rate goes on at 0.50")
     # To the same end it says nothing, and is the run that was never interrupted.
     rows: list[dict] = []
     whole = train(config(4), tmp_path / "whole")

@@ -12,6 +12,8 @@ from test_evaluation import navigator
 
 import metarl
 from metarl.envs.errors import UserError
+from metarl.envs.vector import SingleTaskEnv
+from metarl.learning.inner_loop import NonFiniteError
 from metarl.running.checkpoints import CheckpointError
 from metarl.running.config import InnerConfig
 from metarl.running.loading import load, shipped
@@ -50,6 +52,45 @@ def test_an_environment_and_its_task_vector_give_the_same_policy():
     by_env = meta.adapt(env, steps=2, episodes=3)
     by_task = meta.adapt([0.3, 0.2], steps=2, episodes=3)
     assert all(torch.equal(by_env.params[name], by_task.params[name]) for name in meta.params)
+
+
+def test_words_of_another_environment_leave_out_no_episode():
+    meta = navigator()
+
+    class Point(gym.Env):
+        """Navigation under another class, whose info is its own."""
+
+        def __init__(self):
+            self.inner = gym.make("metarl/Navigation2D-v0", goal=(0.3, 0.2), horizon=15)
+            self.observation_space = self.inner.observation_space
+            self.action_space = self.inner.action_space
+            self.word: object = False
+
+        def reset(self, *, seed=None, options=None):
+            return self.inner.reset(seed=seed, options=options)
+
+        def step(self, action):
+            *step, info = self.inner.step(action)
+            return *step, {**info, "diverged": self.word, "success": self.word}
+
+    env = Point()
+    expected = meta.adapt(env, episodes=3)
+    assert not torch.equal(expected.params["log_std"], meta.params["log_std"])
+    for env.word in (True, np.array([True, False]), "no"):
+        found = meta.adapt(env, episodes=3)
+        assert all(torch.equal(p, expected.params[name]) for name, p in found.params.items())
+
+
+def test_a_task_whose_every_episode_diverges_is_not_passed_over(monkeypatch):
+    meta, native = navigator(), SingleTaskEnv.step
+
+    def diverging(self, action):
+        *step, info = native(self, action)
+        return *step, {**info, "diverged": True}
+
+    monkeypatch.setattr(SingleTaskEnv, "step", diverging)
+    with pytest.raises(NonFiniteError, match="the simulation diverged in every episode of 3"):
+        meta.adapt([0.3, 0.2], episodes=3)
 
 
 def test_an_oracle_takes_no_step(tmp_path, capsys, monkeypatch):

@@ -94,6 +94,20 @@ def test_every_row_runs_on_characters(algorithm):
     assert np.isfinite(row["loss_pre"])
 
 
+@pytest.mark.parametrize(
+    "algorithm",
+    ["maml-trpo", "fomaml-trpo", "maml++", "meta-sgd", "anil", "cavia", "reptile", "imaml",
+     "pretrained", "oracle"],
+)  # fmt: skip
+def test_every_row_learns_sinusoids(algorithm):
+    config = dataclasses.replace(resolve(None, "sinusoid", algorithm), threads=1)
+    with Trainer(config) as trainer:
+        rows = [trainer.iterate() for _ in range(60)]
+        after = metarl.evaluate(trainer.meta_policy(), tasks=30, steps=1, threads=1)
+    assert rows[-1]["skipped_updates"] == 0
+    assert after.curve.returns[1] < after.references["random"].returns[1]
+
+
 def test_tasks_of_several_sizes_in_one_run():
     options = {**CHARACTERS, "ways": (2, 4)}
     for algorithm in ("protomaml", "leopard", "maml-trpo"):
@@ -168,7 +182,12 @@ def test_accuracy_beside_nearest_prototype_and_from_scratch(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("algorithm", "family"),
-    [("anil", "sinusoid"), ("cavia", "sinusoid"), ("leopard", "characters")],
+    [
+        ("anil", "sinusoid"),
+        ("cavia", "sinusoid"),
+        ("oracle", "sinusoid"),
+        ("leopard", "characters"),
+    ],
 )
 def test_from_scratch_trains_what_the_algorithm_does_not_adapt(algorithm, family, monkeypatch):
     monkeypatch.setattr(supervised_evaluation, "UPDATES", 20)
@@ -210,6 +229,18 @@ def test_a_function_that_returns_supervised_tasks_has_their_defaults(name, like)
 
 def steep(most: float) -> FunctionFamily:
     return slopes(interval=(-most, most))
+
+
+def shown(ways: int) -> FewShotFamily:
+    return few(ways)
+
+
+def test_options_of_a_family_are_none_of_the_config():
+    # Made without its options the family's own values are not known.
+    name = f"{__name__}:shown"
+    config = resolve(None, name, "random", {"family_options": {"ways": 3}})
+    with Trainer(config) as trainer:
+        trainer.iterate()
 
 
 def test_a_preset_judges_no_family_that_lacks_an_option(tmp_path, capsys):
@@ -276,6 +307,10 @@ def test_one_task_is_adapted_to(sinusoids, capsys):
     run = str(sinusoids / "maml-trpo")
     assert main(["adapt", run, "--task", "amplitude=2", "phase=1", "--steps", "3"]) == 0
     assert "mean squared error" in capsys.readouterr().out
+    words = ["adapt", run, "--task", "amplitude=2", "phase=1", "--episodes", "3"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "--episodes has no effect on the supervised tasks of sinusoid" in said
     meta = metarl.load(run)
     x = np.linspace(-5, 5, 12)[:, None]
     adapted = meta.adapt_to(x, np.sin(x), steps=2)

@@ -469,6 +469,18 @@ def test_an_environment_of_ones_own_that_raises_shows_its_traceback(tmp_path, mo
     assert isinstance(family.make(), gym.Env)
 
 
+def test_the_random_initialization_stays_what_it_is():
+    # Observations' moments and a fitted factor of the step sizes are none of its.
+    base = resolve("metarl2026", "half-cheetah-dir", "random")
+    assert base.policy.normalize
+    assert base.inner.kl
+    with Trainer(replace(base, tasks=2, episodes=2, threads=1)) as trainer:
+        before = {name: p.clone() for name, p in trainer.state.params.items()}
+        row = trainer.iterate()
+        assert row["inner_kl"] > 0.1
+        assert same_params(trainer.meta_policy(), replace(trainer.meta_policy(), params=before))
+
+
 @pytest.mark.parametrize(
     ("family", "options", "algorithm"),
     [

@@ -39,11 +39,13 @@ def names_first(arguments: Sequence[str], kind: type) -> list[str]:
 def _check_first(
     flag: str, following: Sequence[str], wanted: Callable[[str], bool], numbers: bool
 ) -> None:
-    """Raise UserError where the word after a list's flag is no value of it."""
-    for word in following:
-        if not word.startswith("-") and not wanted(word):
-            form = "numbers, as in 0.1 0.05" if numbers else "component=value, as in goal_x=0.3"
-            raise UserError(f"{flag} takes {form}, got {word!r}")
+    """Raise UserError where no value of a list's flag follows it."""
+    form = "numbers, as in 0.1 0.05" if numbers else "component=value, as in goal_x=0.3"
+    found = [word for word in following if not word.startswith("--")]
+    if not found:
+        raise UserError(f"{flag} takes {form}, and none follow")
+    if not found[0].startswith("-") and not wanted(found[0]):
+        raise UserError(f"{flag} takes {form}, got {found[0]!r}")
 
 
 def check_file(flag: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:

@@ -175,6 +175,8 @@ def _adapt_to_examples(
         raise UserError(
             "--save writes policies: a predictor is adapted where it is used (adapt_to)"
         )
+    if command.episodes != Adapt.episodes:
+        raise UserError(f"--episodes has no effect on the supervised tasks of {family.name}")
     rng = np.random.default_rng(command.seed)
     drawn = family.draw(task[None], rng, supports=1, queries=family.test_queries)
     (x, y), (query_x, truth) = ((d.inputs[d.valid], d.targets[d.valid]) for d in drawn)

@@ -51,6 +51,8 @@ class Adapter:
     """Gradient steps on each batch."""
     proximal: float = 0.0
     """Strength of the pull towards the initialization."""
+    backtrack: bool = False
+    """Whether updates that raise a task's inner objective are not taken, see `proximal_descent`."""
     fitted: bool = False
     """Whether the meta-parameters hold a factor of the step sizes, which no gradient moves."""
 
@@ -142,16 +144,16 @@ class Adapter:
         curvature: float | None = None,
     ) -> Params:
         """Return iterate k + 1 of the fast parameters from iterate k, stacked; see `inner_step`."""
-        return inner_step(
-            lambda theta, batch: self.inner_loss(theta, slow, batch),
-            fast,
-            {name: size_at(sizes, k) for name, sizes in step_sizes.items()},
-            batch,
-            start=start,
-            curvature=curvature,
-            updates=self.updates,
-            proximal=self.proximal,
-        )
+        common: dict[str, Any] = {"updates": self.updates, "proximal": self.proximal}
+        sizes = {name: size_at(sizes, k) for name, sizes in step_sizes.items()}
+
+        def loss(theta: Params, batch: Samples) -> Tensor:
+            return self.inner_loss(theta, slow, batch)
+
+        if self.backtrack:
+            assert curvature is None
+            return proximal_descent(loss, fast, sizes, batch, start=start, **common)
+        return inner_step(loss, fast, sizes, batch, start=start, curvature=curvature, **common)
 
     def adapt(
         self,
@@ -245,4 +247,53 @@ def inner_step(
         if curvature is None:
             new = {name: p.detach() for name, p in new.items()}
         current = new
+    return current
+
+
+def proximal_descent(
+    loss: Callable[[Params, Samples], Tensor],
+    params: Params,
+    sizes: Params,
+    batch: Samples,
+    *,
+    start: Params,
+    updates: int,
+    proximal: float,
+) -> Params:
+    """Return what gradient descent with backtracking finds of iMAML's inner problem, with no graph.
+
+    The objective is L(theta) + lambda / 2 |theta - theta_0|^2 (Rajeswaran et al. 2019, eq. 3,
+    arXiv:1909.04630). An update that raises a task's objective, or leads to no number, is not
+    taken, and that task's later ones are half as large: how the solution is found is no part of the
+    implicit gradient. The arguments are those of `inner_step`.
+    """
+
+    def at(theta: Params) -> tuple[Tensor, list[Tensor]]:
+        leaves = {name: p.detach().requires_grad_() for name, p in theta.items()}
+        value = loss(leaves, batch)
+        slope = torch.autograd.grad(value.sum(), list(leaves.values()))
+        pull = [p.detach() - start[name].detach() for name, p in theta.items()]
+        squares = torch.stack([x.square().flatten(1).sum(1) for x in pull]).sum(0)
+        slope = [g + proximal * x for g, x in zip(slope, pull, strict=True)]
+        return value.detach() + 0.5 * proximal * squares, slope
+
+    def by_task(values: Tensor, like: Tensor) -> Tensor:
+        return values.view(-1, *[1] * (like.dim() - 1))
+
+    current = {name: p.detach() for name, p in params.items()}
+    value, slope = at(current)
+    share = torch.ones_like(value)
+    for _ in range(updates):
+        new = {
+            name: p - by_task(share, p) * sizes[name] * g
+            for (name, p), g in zip(current.items(), slope, strict=True)
+        }
+        found, new_slope = at(new)
+        lower = found <= value  # not where it is NaN
+        share = torch.where(lower, share, 0.5 * share)
+        value = torch.where(lower, found, value)
+        slope = [
+            torch.where(by_task(lower, g), h, g) for g, h in zip(slope, new_slope, strict=True)
+        ]
+        current = {n: torch.where(by_task(lower, p), new[n], p) for n, p in current.items()}
     return current

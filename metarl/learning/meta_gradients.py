@@ -362,7 +362,7 @@ class ImplicitProblem(QueryProblem):
             x = torch.where(curved.unsqueeze(1), b, x)
             pull = rows([strength * (theta[n] - start[n]) for n in theta])
             stationary = (rows(slope) + pull).norm(dim=1) / pull.norm(dim=1).clamp(min=1e-12)
-            unsolved = stationary > self.worst_residual
+            unsolved = ~(stationary <= self.worst_residual)  # NaN is none either
             x = torch.where(unsolved.unsqueeze(1), 0.0, x)
             parts = x.sum(0).split([p[0].numel() for p in theta.values()])
             solved = dict(zip(theta, parts, strict=True))

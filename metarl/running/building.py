@@ -55,6 +55,7 @@ def make_adapter(row: Algorithm, config: Config, model: Model) -> Adapter:
         learned=row.learned_steps,
         updates=config.inner.updates,
         proximal=config.inner.proximal,
+        backtrack=config.inner.backtrack,
         fitted=config.inner.kl > 0.0,
     )
 

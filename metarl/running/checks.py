@@ -22,7 +22,7 @@ def check_combination(row: Algorithm, config: Config, family: Family) -> None:
     if isinstance(family, SupervisedFamily):
         _check_supervised(row, config, family)
         network = predictor_network(config, family)
-    base = resolve(config.preset, config.family, config.algorithm)
+    base = _base(config)
     name, inner, meta = row.name, config.inner, config.meta
     for section in ("adam", "trust_region"):
         used = row.outer == "trust-region" if section == "trust_region" else row.outer in _ADAM
@@ -64,6 +64,10 @@ def check_combination(row: Algorithm, config: Config, family: Family) -> None:
         raise UserError(f"meta.credit and meta.inner_kl have no effect with {name}")
     if row.gradient == "implicit" and (inner.steps != 1 or not inner.proximal):
         raise UserError(f"{name} needs inner.steps 1 and inner.proximal above 0")
+    if inner.backtrack and row.gradient != "implicit":
+        raise UserError(
+            f"inner.backtrack has no effect with {name}, which differentiates its steps"
+        )
     if row.gradient == "displacement" and inner.steps < 1:
         raise UserError(f"{name} needs inner.steps of at least 1, got {inner.steps}")
     if inner.kl and (row.learned_steps != "no" or row.gradient == "implicit"):
@@ -91,8 +95,14 @@ _OF_POLICIES = (
 """Options without effect on supervised tasks."""
 
 
+def _base(config: Config) -> Config:
+    """Return what the config is where nobody chose a value."""
+    options = {"family_options": dict(config.family_options)}
+    return resolve(config.preset, config.family, config.algorithm, options)
+
+
 def _check_supervised(row: Algorithm, config: Config, family: SupervisedFamily) -> None:
-    base = resolve(config.preset, config.family, config.algorithm)
+    base = _base(config)
     for key in _OF_POLICIES:
         section, _, name = key.rpartition(".")
         ours, usual = (getattr(c, section) if section else c for c in (config, base))

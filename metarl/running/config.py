@@ -102,6 +102,8 @@ class InnerConfig:
     training scales them all up to it, and the policy keeps the factor; 0: off."""
     proximal: float = 0.0
     """Strength of the pull towards the initialization (iMAML's lambda)."""
+    backtrack: bool = False
+    """Take no update of iMAML that raises a task's inner objective, and halve its later ones."""
     dice_decay: float = 1.0
     """Discount of earlier actions' scores at later time steps (lambda of loaded DiCE): 1 is
     unbiased, smaller values have less variance."""
@@ -139,7 +141,8 @@ class MetaConfig:
     """Share of the run in which the losses of earlier inner steps fade out and the meta-gradient is
     of first order; afterwards it is of second order (MAML++)."""
     cosine: bool = False
-    """Decay the outer step along a cosine to zero at the end of the run (MAML++)."""
+    """Decay Adam's learning rate (MAML++) or the trust region's `max_kl` along a cosine to zero at
+    the end of the run."""
 
     def __post_init__(self) -> None:
         for name in ("credit", "inner_kl"):

@@ -21,7 +21,7 @@ from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.ranks import ALONE, Ranks
 from metarl.running.config import available_threads
 from metarl.running.loading import load
-from metarl.running.meta_policy import MetaPolicy, check_step_sizes, random_meta_policy
+from metarl.running.meta_policy import MetaPolicy, checked_step_sizes, random_meta_policy
 from metarl.running.policy_evaluation import PolicyProtocol, Sizes
 from metarl.running.presets import reference_step_sizes
 from metarl.running.results import REFERENCES, EvaluationResult
@@ -180,12 +180,15 @@ def evaluate(
         check_whole(key, value, least)
     if split not in ("test", "validation"):
         raise UserError(f"split must be 'test' or 'validation', got {split!r}")
+    if tune_step_sizes and split == "validation":
+        raise UserError("tune_step_sizes chooses on the validation tasks: evaluate on split 'test'")
     if not (math.isfinite(scratch_learning_rate) and scratch_learning_rate > 0.0):
         raise UserError(f"scratch_learning_rate must be positive, got {scratch_learning_rate}")
     if scratch_learning_rate != LEARNING_RATE and not from_scratch:
         raise UserError("scratch_learning_rate has no effect without from_scratch")
-    for sizes in (step_sizes, random_step_sizes, pretrained_step_sizes):
-        check_step_sizes(sizes)
+    step_sizes, random_step_sizes, pretrained_step_sizes = map(
+        checked_step_sizes, (step_sizes, random_step_sizes, pretrained_step_sizes)
+    )
     family, config = first.source, first.config
     if isinstance(family, SupervisedFamily) and (deterministic or episodes != EPISODES):
         key = "deterministic" if deterministic else "episodes"

@@ -49,7 +49,7 @@ class Schedule:
     """What changes from iteration to iteration of a run."""
 
     rate: float
-    """Share of the outer step's size."""
+    """Share of Adam's learning rate, or of the trust region's `max_kl`."""
     curvature: float
     """Share of the inner steps' curvature in the meta-gradient."""
     step_weights: tuple[float, ...]
@@ -85,9 +85,10 @@ def schedule_change(row: Algorithm, config: Config, planned: int, iteration: int
     parts = []
     if config.meta.cosine:
         before, now = (cosine(iteration / end) for end in (planned, total))
+        scaled = "trust_region.max_kl" if row.outer == "trust-region" else "adam.learning_rate"
         parts.append(
-            f"the outer step goes on at {now:.2f} of its size, not {before:.2f}, and is zero at"
-            f" iteration {total}"
+            f"{scaled} goes on at {now:.2f} of its size, not {before:.2f}, and is zero at iteration"
+            f" {total}"
         )
     if row.annealed and config.meta.anneal_fraction:
         ends = [math.ceil(config.meta.anneal_fraction * end) for end in (planned, total)]

@@ -47,13 +47,16 @@ from metarl.sampling.rollouts import Address
 from metarl.sampling.seeding import stream
 
 
-def check_step_sizes(sizes: Sequence[float] | None) -> None:
-    """Raise UserError unless these are positive numbers, one for each step; none are fine."""
-    if isinstance(sizes, (int, float, str)):
+def checked_step_sizes(sizes: Sequence[float] | NDArray | None) -> tuple[float, ...]:
+    """Return step sizes, none for None; UserError unless they are positive, one for each step."""
+    if sizes is None:
+        return ()
+    if isinstance(sizes, str) or not np.iterable(sizes):
         raise UserError(f"step sizes are one for each step, such as ({sizes},), got {sizes!r}")
-    for size in () if sizes is None else sizes:
-        if not (isinstance(size, Real) and math.isfinite(size) and size > 0.0):
+    for size in sizes:
+        if not (isinstance(size, Real) and math.isfinite(size) and float(size) > 0.0):
             raise UserError(f"step sizes must be positive, got {size}")
+    return tuple(map(float, sizes))
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,7 @@ class MetaPolicy:
         The step sizes are those given, else the config's for evaluation, else those learned, else
         those of training.
         """
-        check_step_sizes(step_sizes)
-        given = tuple(step_sizes or self.config.inner.test_step_sizes)
+        given = checked_step_sizes(step_sizes) or self.config.inner.test_step_sizes
         adapter = make_adapter(self.algorithm, self.config, self.model)
         params = dict(self.params)
         if given:
@@ -171,7 +173,8 @@ class MetaPolicy:
         Raises:
             UserError: a number is out of range, the environment or the task does not fit the
                 family, or the family has supervised tasks.
-            NonFiniteError: a sample or an adapted parameter is not finite (it is a UserError).
+            NonFiniteError: a sample or an adapted parameter is not finite, or every episode of a
+                step diverged (it is a UserError).
         """
         for name, value, least in (
             ("steps", steps, 0),

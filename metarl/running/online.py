@@ -32,6 +32,8 @@ class _Episode:
     action: list[NDArray] = field(default_factory=list)
     """As the policy drew them, before any clipping."""
     reward: list[float] = field(default_factory=list)
+    before: int = 0
+    """Steps of the same episode that an inner step was taken on already."""
     terminated: bool = False
     over: bool = False
 
@@ -48,7 +50,8 @@ class OnlineAdapter:
 
     Every call of `adapted` takes one inner step on the transitions since the one before, and later
     actions are those of the new parameters. An episode goes on from call to call of `add` until it
-    ends or the horizon is reached; one that has not ended yet counts as cut.
+    ends or the horizon is reached; one that has not ended yet counts as cut for that inner step,
+    and what comes of it later is one of its own for the next.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class OnlineAdapter:
         self._space, self._horizon, self._config, self._seed = action_space, horizon, config, seed
         fast, self._slow, self._step_sizes = loop.adapter.split(params)
         self._start = self._fast = stack(fast, 1)
-        self._steps = self._seen = 0
+        self._steps = self._seen = self._running = 0
         self._episodes: list[_Episode] = []
         self._drawn: tuple[NDArray, NDArray] | None = None  # the environment's action, the raw one
         self._policy = self._made()
@@ -128,13 +131,14 @@ class OnlineAdapter:
             raw = policy_action(action, self._space, self._config.policy.action)
         self._drawn = None
         if not self._episodes or self._episodes[-1].over:
-            self._episodes.append(_Episode())
+            self._episodes.append(_Episode(before=self._running))
+            self._running = 0
         episode = self._episodes[-1]
         episode.observation.append(seen)
         episode.action.append(raw)
         episode.reward.append(float(reward))
         episode.terminated = bool(terminated)
-        full = len(episode.reward) >= self._horizon
+        full = episode.before + len(episode.reward) >= self._horizon
         episode.over = bool(terminated or truncated or full)
 
     def adapted(self) -> Policy:
@@ -151,6 +155,8 @@ class OnlineAdapter:
                 )
             self._steps += 1
             self._seen += len(self._episodes)
+            last = self._episodes[-1]
+            self._running = 0 if last.over else last.before + len(last.reward)
             self._episodes = []
             self._policy = self._made()
         return self._policy

@@ -168,7 +168,7 @@ class Curve:
             result["iqm"] = self.iqm
             result["iqm_ci95"] = [list(pair) for pair in self.iqm_ci95]
         if self.success is not None:
-            result["success"] = self.success.mean(axis=0).tolist()
+            result["success"] = [_mean(rates) for rates in self.success.T]
             result["success_per_task"] = self.success.tolist()
         if self.achieved:
             result["achieved"] = {name: values.tolist() for name, values in self.achieved.items()}
@@ -320,6 +320,12 @@ def _difference(ours: Floats, theirs: Floats, measure: Measure) -> Difference:
 def _known(values: Floats) -> Floats:
     """Leave out tasks whose every episode diverged."""
     return values[np.isfinite(values).reshape(len(values), -1).all(axis=1)]
+
+
+def _mean(values: Floats) -> float:
+    """Return the mean of what is known; NaN of nothing."""
+    known = _known(values)
+    return float(known.mean()) if len(known) else math.nan
 
 
 def _finite(value: Any) -> Any:

@@ -108,6 +108,9 @@ class SupervisedProtocol:
 
     def scratch(self, like: MetaPolicy, learning_rate: float) -> dict[str, Curve]:
         """Return what training a random initialization on each support alone comes to, by name."""
+        if like.algorithm.observes_task:  # from examples alone
+            config = dataclasses.replace(like.config, algorithm="maml-trpo")
+            like = dataclasses.replace(like, config=config)
         start = random_meta_policy(like, self.address.seed)
         loop, meta = start.inner_loop(self.pool)
         parts = []

@@ -47,7 +47,7 @@ def tables(evaluation: Mapping[str, Any]) -> list[Table]:
         if "iqm" in curve
     ]
     told = [
-        [name, *(f"{100.0 * rate:.1f}" for rate in curve["success"])]
+        [name, *(_number(rate and 100.0 * rate, 1) for rate in curve["success"])]
         for name, curve in curves.items()
         if "success" in curve
     ]

@@ -148,8 +148,10 @@ class Trainer:
         if not count:
             stats |= {"finite": False, "skipped": "every episode diverged"}
         if stats.pop("finite"):
-            params = self.model.confined(opened.observed(params))
-            state.params, state.outer, state.skipped_in_a_row = params, outer, 0
+            if row.outer != "none":  # else what was fitted or observed would change the initial one
+                state.params = self.model.confined(opened.observed(params))
+                state.outer = outer
+            state.skipped_in_a_row = 0
         else:
             stats.setdefault("skipped", "the meta-gradient is not finite")
             state.skipped_updates += 1

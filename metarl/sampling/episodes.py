@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from metarl.envs.vector import SingleTaskEnv
 from metarl.learning.inner_loop import NonFiniteError
 from metarl.learning.networks import Params
 from metarl.learning.policies import MLPPolicy
@@ -63,10 +64,13 @@ def collect_episodes(
 
     Raises:
         UserError: the environment's spaces are not those of the policy.
-        NonFiniteError: an observation is not finite, of which a policy would make no action.
+        NonFiniteError: an observation is not finite, of which a policy would make no action; or
+            every episode's simulation diverged.
     """
     check_spaces(env, policy, getattr(env.spec, "id", None) or type(env.unwrapped).__name__)
     buffer = RolloutBuffer(policy, 1, episodes, horizon)
+    # In other environments' info these words may say anything.
+    native = isinstance(env.unwrapped, SingleTaskEnv)
     noise = torch.from_numpy(policy.noise(address.noise(0), episodes, horizon))
 
     def act(observation: Any, t: int) -> NDArray:
@@ -86,10 +90,13 @@ def collect_episodes(
             for t, step in enumerate(episode(env, act, horizon, seed)):
                 buffer.reward[0, e, t] = step.reward
                 buffer.valid[0, e, t] = True
-                buffer.diverged[0, e] |= bool(step.info.get("diverged", False))
-                buffer.success[0, e] |= bool(step.info.get("success", False))
+                if native:
+                    buffer.diverged[0, e] |= bool(step.info.get("diverged", False))
+                    buffer.success[0, e] |= bool(step.info.get("success", False))
             buffer.last_observation[0, e] = step.observation
             buffer.terminated[0, e] = step.terminated
             buffer.truncated[0, e] = not step.terminated
+    if buffer.diverged.all():
+        raise NonFiniteError(f"the simulation diverged in every episode of {episodes}")
     stacked = {name: p.detach()[None] for name, p in params.items()}
     return buffer.rollout(policy, stacked, np.asarray(task, np.float64)[None])

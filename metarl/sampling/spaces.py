@@ -30,8 +30,11 @@ def as_observation(observation: Any, policy: MLPPolicy) -> NDArray:
     except (TypeError, ValueError) as error:
         kind = type(observation).__name__
         raise UserError(f"observations must be an array, got a {kind}: {_WRAP}") from error
-    if policy.encoder is not None and seen.dtype.kind == "f":
-        raise UserError(f"images must be bytes of 0 to 255, got {seen.dtype}")
+    if policy.encoder is not None and seen.dtype != np.uint8:
+        if seen.dtype.kind not in "iu":
+            raise UserError(f"images must be bytes of 0 to 255, got {seen.dtype}")
+        if seen.size and not (seen.min() >= 0 and seen.max() <= 255):
+            raise UserError(f"images must be bytes of 0 to 255, got {seen.min()} to {seen.max()}")
     return found
 
 
