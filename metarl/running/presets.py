@@ -43,6 +43,14 @@ class Preset:
 _ICML_REFERENCES = {"pretrained": (0.2, 0.1), "random": (1.0, 0.5)}
 _ICML_VELOCITY_REFERENCES = {"pretrained": (0.02, 0.01), "random": (0.1, 0.05)}
 
+# Support episodes say more of an ant's task with a shorter trace and a baseline fitted to its
+# targets, and the outer step gains from them too (docs/results.md).
+_ANT = {
+    "advantage.trace": 0.9,
+    "advantage.targets": "lambda-returns",
+    "maml-trpo": {"meta.curvature": 0.5},
+}
+
 # Common to all: discount 0.99, trace 1, 40 tasks of 20 episodes, 10 iterations of conjugate
 # gradient with damping 1e-5, a line search of 15 steps by 0.8; they are the defaults.
 PRESETS = {
@@ -92,13 +100,8 @@ PRESETS = {
                 "advantage.trace": 0.9,
                 "trust_region.max_kl": 0.007,
             },
-            # Support episodes say more of the direction with a shorter trace and a baseline fitted
-            # to its targets; the outer step gains from them too (docs/results.md).
-            "ant-dir": {
-                "advantage.trace": 0.9,
-                "advantage.targets": "lambda-returns",
-                "maml-trpo": {"meta.curvature": 0.5},
-            },
+            "ant-dir": _ANT,
+            "ant-vel": _ANT,
         },
         scale="icml2017",
         # Actions reach to 10 there: a standard deviation of 1 explores a tenth of them.
