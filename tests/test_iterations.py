@@ -462,7 +462,7 @@ def test_a_resumed_longer_run_says_what_becomes_of_its_schedules(tmp_path, capsy
     assert main(["train", "--resume", str(tmp_path / "parts"), "--iterations", "5"]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "instead of" in line]
     assert len(said) == 1
-    assert said[0].startswith("5 iterations instead of 4: the outer step goes on at 0.10")
+    assert said[0].startswith("5 iterations instead of 4: adam.learning_rate goes on at 0.10")
 
 
 def test_keys_of_older_runs_are_read():

@@ -69,7 +69,7 @@ def collect_episodes(
     """
     check_spaces(env, policy, getattr(env.spec, "id", None) or type(env.unwrapped).__name__)
     buffer = RolloutBuffer(policy, 1, episodes, horizon)
-    # In other environments' info these words may say anything.
+    # In other environments' info this word may say anything.
     native = isinstance(env.unwrapped, SingleTaskEnv)
     noise = torch.from_numpy(policy.noise(address.noise(0), episodes, horizon))
 
@@ -90,9 +90,8 @@ def collect_episodes(
             for t, step in enumerate(episode(env, act, horizon, seed)):
                 buffer.reward[0, e, t] = step.reward
                 buffer.valid[0, e, t] = True
-                if native:
-                    buffer.diverged[0, e] |= bool(step.info.get("diverged", False))
-                    buffer.success[0, e] |= bool(step.info.get("success", False))
+                buffer.diverged[0, e] |= native and bool(step.info.get("diverged", False))
+                buffer.success[0, e] |= bool(np.any(step.info.get("success", False)))
             buffer.last_observation[0, e] = step.observation
             buffer.terminated[0, e] = step.terminated
             buffer.truncated[0, e] = not step.terminated
