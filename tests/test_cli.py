@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import pytest
+from expecting import mentions, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import metarl
-from metarl.commands.cli import main
 from metarl.running.config import Config
 from metarl.running.metrics import read_metrics
 from metarl.running.runs import run_config
@@ -26,32 +26,24 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def run(*arguments: str) -> int:
-    try:
-        return main(arguments)
-    except SystemExit as exit:  # tyro leaves this way
-        return int(exit.code or 0)
-
-
 def test_train_evaluate_resume(tmp_path, capsys):
     train = ["train", "navigation-2d", *SMALL, "--iterations", "2", "--out", "run"]
     assert run(*train) == 0
     out, err = capsys.readouterr()
-    assert "done: 2 iterations" in out
-    assert "metarl evaluate run" in out
-    assert "return" in err  # the progress bar
+    assert mentions(out, 2, "metarl evaluate run")
+    assert mentions(err, "return")  # the progress bar
     assert run("train", "--resume", "run", "--iterations", "3") == 0
     assert run("train", "navigation-2d", "--resume", "run", "--iterations", "4", "--seed", "0") == 0
     assert len(read_metrics(tmp_path / "run")) == 4
     capsys.readouterr()
     assert run("train", "--resume", "run", "--iterations", "2") == 0
-    assert "nothing to do: run has its 4 iterations" in capsys.readouterr().out
+    assert mentions(capsys.readouterr().out, "run", 4)
+    assert len(read_metrics(tmp_path / "run")) == 4
     evaluate = ["evaluate", "run", "--tasks", "3", "--episodes", "2", "--steps", "2"]
     assert run(*evaluate) == 0
-    out = capsys.readouterr().out
-    assert "\nrun  " in out
-    assert "\nrandom  " in out
-    assert "random" in out
+    rows = [line.split(maxsplit=1)[:1] for line in capsys.readouterr().out.splitlines()]
+    assert ["run"] in rows
+    assert ["random"] in rows
     assert (tmp_path / "run" / "evaluation.png").exists()
     stored = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert run(*evaluate, "--json", "--step-sizes", "0.5", "0.2", "--out", "elsewhere") == 0
@@ -68,14 +60,14 @@ def test_adapt_record_plot_and_report(tmp_path, capsys):
         assert run(*train, "--out", f"run-{seed}") == 0
     assert run("adapt", "run-0", "--task", "goal_x=0.3", "goal_y=-0.2", "--steps", "2",
                "--episodes", "3", "--save", "adapted") == 0  # fmt: skip
-    out = capsys.readouterr().out
-    assert "after 2 steps of 3 episodes each" in out
-    assert "next: metarl record adapted" in out
+    assert mentions(capsys.readouterr().out, 2, 3, "metarl record adapted")
     assert metarl.load_policy("adapted").provenance["task"] == [0.3, -0.2]
     far = ["--task", "goal_x=9", "goal_y=0", "--episodes", "1"]
     assert run("adapt", "run-0", *far) == 0
-    said = "note: goal_x=9 is outside the tasks of training, [-0.5, 0.5]\n"
-    assert capsys.readouterr().err == said
+    err = capsys.readouterr().err
+    assert mentions(err, "goal_x", 9, -0.5, 0.5)
+    assert not mentions(err, "goal_y")
+    assert err.count("\n") == 1
     assert run("record", "adapted", "--out", "films/adapted.mp4") == 0
     assert run("record", "run-0", "--tensorboard", "--episodes", "2", "--speed", "2") == 0
     for name in ("films/adapted.mp4", "films/adapted.gif", "run-0/video.mp4", "run-0/video.gif"):
@@ -87,9 +79,9 @@ def test_adapt_record_plot_and_report(tmp_path, capsys):
     small = ["--tasks", "6", "--episodes", "2", "--steps", "1"]
     assert run("evaluate", "run-0", "--step-sizes", "0.2", "0.1", "run-1", *small) == 0
     out = capsys.readouterr().out
-    assert "interquartile mean" in out
     evaluation = tmp_path / "run-0" / "evaluation.json"
     stored = json.loads(evaluation.read_text())
+    assert mentions(out, *(f"{mean:.1f}" for mean in stored["iqm"]))
     assert (stored["name"], stored["seeds"], stored["step_sizes"]) == ("run", [0, 1], [0.2])
     events = EventAccumulator(str(tmp_path / "run-0" / "evaluation")).Reload()
     told = events.Scalars("adaptation/return_after_steps")
@@ -107,7 +99,7 @@ def test_adapt_record_plot_and_report(tmp_path, capsys):
     assert page.count("<img") == 4
     assert "data:video/mp4" in page
     assert run("report", "run-1", "--no-video", *small, "--out", "page.html") == 0
-    assert "None was asked for." in (tmp_path / "page.html").read_text()
+    assert "data:video" not in (tmp_path / "page.html").read_text()
     assert run("train", "--resume", "run-1", "--iterations", "3") == 0
     assert run("report", "run-1", "--no-video", *small) == 0  # its evaluation was of another policy
     stored = json.loads((tmp_path / "run-1" / "evaluation.json").read_text())
@@ -118,16 +110,15 @@ def test_adapt_record_plot_and_report(tmp_path, capsys):
 
 
 def test_without_gl_all_but_the_video_is_reported(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("metarl.showing.videos._draws", lambda backend: False)
-    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "disabled")
     small = ["--tasks", "2", "--episodes", "1", "--steps", "1"]
     assert run("report", "half-cheetah-dir-icml2017", *small) == 0
-    assert "no video: neither EGL nor OSMesa" in capsys.readouterr().out
+    assert mentions(capsys.readouterr().out, "MUJOCO_GL=disabled")
     (page,) = tmp_path.rglob("report.html")
-    assert "apt-get install" in page.read_text()
+    assert mentions(page.read_text(), "libegl1")
     assert run("record", "half-cheetah-dir-icml2017", "--episodes", "1") == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: no video: neither EGL nor OSMesa draws here; on Debian")
+    assert mentions(err, "MUJOCO_GL=disabled", "libegl1")
     assert err.count("\n") == 1
 
 
@@ -156,8 +147,8 @@ def test_every_config_field_is_a_documented_flag(capsys):
 def test_a_help_text_is_one_paragraph(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     assert run("train", "--help") == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--resume {None}" in line]
-    assert "auto: continue the run in --out" in line  # a line break in the source
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--resume " in line]
+    assert mentions(line, "auto", "--out")  # after a line break in the source
 
 
 @pytest.mark.parametrize(
@@ -167,7 +158,7 @@ def test_a_help_text_is_one_paragraph(capsys, monkeypatch):
 def test_help_names_what_a_command_works_on(command, operand, capsys):
     assert run(command, "--help") == 0
     usage = capsys.readouterr().out.partition("\n\n")[0]
-    assert operand in usage
+    assert mentions(usage, operand)
 
 
 def test_presets_fill_in_what_is_not_given(tmp_path):
@@ -206,10 +197,7 @@ def test_the_packages_own_preset_is_taken_where_it_is_recorded(
 def test_listings(capsys):
     assert run("families") == 0
     out = capsys.readouterr().out
-    assert "half-cheetah-vel" in out
-    assert "velocity in [0, 2]" in out
-    assert "scale=stock" in out
-    assert "direction one of -1; 1" in out
+    assert mentions(out, "half-cheetah-vel", "velocity", "[0, 2]", "scale=stock", "direction")
     assert run("algorithms") == 0
     assert "arXiv:1703.03400" in capsys.readouterr().out
     assert run("--help") == 0
@@ -239,85 +227,83 @@ def test_benchmark_prints_one_object(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "names"),
     [
-        (["train"], "name a task family"),
-        (["train", "half-cheeta-vel"], "did you mean 'half-cheetah-vel'?"),
-        (["trian"], "no command 'trian'; did you mean 'train'?"),
-        (["train", "navigation-2d", "--preset", "icml"], "did you mean 'icml2017'?"),
-        (["train", "navigation-2d", "--algorithm", "mamltrpo"], "did you mean 'maml-trpo'?"),
-        (["train", "navigation-2d", "--itertions", "3"], "--iterations"),
-        (["train", "navigation-2d", "--iterations", "many"], "many"),
-        (["train", "navigation-2d", "--tasks", "0"], "tasks must be at least 1, got 0"),
-        (["benchmark", "--checkpoint-every=4"], "--checkpoint-every changes nothing here: --rep"),
-        (["evaluate", "x", "--rank-timeout", "0"], "rank_timeout must be positive, got 0"),
-        (["train", "navigation-2d", "--inner.step-sizes", "-0.1"], "inner.step_sizes must be pos"),
-        (
-            ["train", "navigation-2d", "--trust-region.max-kl", "0"],
-            "trust_region.max_kl must be",
-        ),
-        (["train", "navigation-2d", "--family-options", "horizn=3"], "did you mean 'horizon'?"),
-        (["train", "navigation-2d", "--family-options", "horizon"], "name=value, got 'horizon'"),
-        (["train", "navigation-2d", "--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
-        (["train", "navigation-2d", "--family-options", "horizon=2.5"], "a whole number"),
-        (
-            ["train", "half-cheetah-vel", "--family-options", "low=x"],
-            "takes two numbers, (low, high)",
-        ),
+        (["train"], ["FAMILY", "metarl families"]),
+        (["train", "half-cheeta-vel"], ["half-cheeta-vel", "half-cheetah-vel"]),
+        (["trian"], ["trian", "train"]),
+        (["train", "navigation-2d", "--preset", "icml"], ["preset", "icml", "icml2017"]),
+        (["train", "navigation-2d", "--algorithm", "mamltrpo"], ["mamltrpo", "maml-trpo"]),
+        (["train", "navigation-2d", "--itertions", "3"], ["--itertions", "--iterations"]),
+        (["train", "navigation-2d", "--iterations", "many"], ["--iterations", "many"]),
+        (["train", "navigation-2d", "--tasks", "0"], ["tasks", 0]),
+        (["benchmark", "--checkpoint-every=4"], ["--checkpoint-every", "--repeats"]),
+        (["evaluate", "x", "--rank-timeout", "0"], ["--rank-timeout", 0]),
+        (["train", "navigation-2d", "--inner.step-sizes", "-0.1"], ["inner.step_sizes", -0.1]),
+        (["train", "navigation-2d", "--trust-region.max-kl", "0"], ["trust_region.max_kl", 0]),
+        (["train", "navigation-2d", "--family-options", "horizn=3"], ["horizn", "horizon"]),
+        (["train", "navigation-2d", "--family-options", "horizon"], ["horizon", "name=value"]),
+        (["train", "navigation-2d", "--device", "tpu"], ["device", "tpu", "cpu", "cuda"]),
+        (["train", "navigation-2d", "--family-options", "horizon=2.5"], ["horizon", 2.5]),
+        (["train", "half-cheetah-vel", "--family-options", "low=x"], ["low", "high", "x"]),
         (
             ["train", "tabular-mdp", "--family-options", "states=x"],
-            "be made with states='x': TypeErr",
+            ["tabular-mdp", "states", "x", "TypeError"],
         ),
-        (["train", "--resume", "nowhere"], "nowhere is not a run folder"),
-        (["train", "nowhere:family"], "no module 'nowhere'"),
-        (["check"], "name a task family"),
-        (["check", "half-cheeta-vel"], "did you mean 'half-cheetah-vel'?"),
-        (["check", "navigation-2d", "--family-options", "horizn=3"], "did you mean 'horizon'?"),
-        (["evaluate"], "name a run folder"),
-        (["evaluate", "--tasks", "0", "navigation-2d-icml2017"], "tasks must be at least 1"),
-        (["adapt", "navigation-2d-icml2017"], "name the task: --task goal_x=... goal_y=..."),
-        (["adapt", "navigation-2d-icml2017", "--task", "goal_x=1"], "'goal_y' is missing"),
-        (["adapt", "navigation-2d-icml2017", "--task", "x=1"], "no task component 'x'"),
-        (["adapt", "navigation-2d-icml2017", "--task", "goal_x=far"], "component=value"),
-        (["adapt"], "name one run folder, policy file or shipped policy, got none"),
-        (["plot"], "name a run folder to plot"),
-        (["plot", "nowhere"], "nowhere is not a run folder"),
-        (["plot", "nowhere", "--against", "steps"], "env-steps"),
-        (["record", "nowhere"], "no run folder, policy file or shipped policy 'nowhere'"),
-        (["record", "navigation-2d-icml2017", "--speed", "0"], "speed must be positive, got 0"),
-        (["report"], "name a run folder"),
-        (["report", "nowhere"], "no run folder, policy file or shipped policy 'nowhere'"),
-        (["evaluate", "half-cheetah-dir-icml"], "no run folder, policy file or shipped policy"),
-        (["benchmark", "--repeats", "0"], "repeats must be at least 1, got 0"),
+        (["train", "--resume", "nowhere"], ["nowhere", "config.json"]),
+        (["train", "nowhere:family"], ["nowhere", "PYTHONPATH"]),
+        (["check"], ["FAMILY", "metarl families"]),
+        (["check", "half-cheeta-vel"], ["half-cheeta-vel", "half-cheetah-vel"]),
+        (["check", "navigation-2d", "--family-options", "horizn=3"], ["horizn", "horizon"]),
+        (["evaluate"], ["evaluate"]),
+        (["evaluate", "--tasks", "0", "navigation-2d-icml2017"], ["tasks", 0]),
+        (["adapt", "navigation-2d-icml2017"], ["--task", "goal_x", "goal_y"]),
+        (["adapt", "navigation-2d-icml2017", "--task", "goal_x=1"], ["goal_y"]),
+        (["adapt", "navigation-2d-icml2017", "--task", "x=1"], ["x", "goal_x", "goal_y"]),
+        (["adapt", "navigation-2d-icml2017", "--task", "goal_x=far"], ["goal_x", "far"]),
+        (["adapt"], ["policy"]),
+        (["plot"], ["plot"]),
+        (["plot", "nowhere"], ["nowhere", "config.json"]),
+        (["plot", "nowhere", "--against", "steps"], ["--against", "steps", "env-steps"]),
+        (["record", "nowhere"], ["nowhere", "navigation-2d-icml2017"]),
+        (["record", "navigation-2d-icml2017", "--speed", "0"], ["speed", 0]),
+        (["report"], ["report"]),
+        (["report", "nowhere"], ["nowhere", "navigation-2d-icml2017"]),
+        (
+            ["evaluate", "half-cheetah-dir-icml"],
+            ["half-cheetah-dir-icml", "half-cheetah-dir-icml2017"],
+        ),
+        (["benchmark", "--repeats", "0"], ["repeats", 0]),
     ],
 )
-def test_bad_input_is_told_in_a_line_with_exit_code_2(arguments, message, capsys, tmp_path):
+def test_bad_input_is_one_line_that_names_it_with_exit_code_2(arguments, names, capsys, tmp_path):
     assert run(*arguments) == 2
     err = capsys.readouterr().err
-    assert message in " ".join(err.split())
-    assert "Traceback" not in err
+    assert mentions(err, *names)
+    assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
 def test_a_resume_with_other_options_is_refused(capsys):
     assert run("train", "navigation-2d", *SMALL, "--iterations", "1", "--out", "run") == 0
-    for extra, message in (
-        (["--tasks", "9"], "tasks is 4, not 9"),
-        (["--preset", "icml2017"], "preset is metarl2026, not icml2017"),
-        (["--out", "other"], "leave --out out"),
+    for extra, names in (
+        (["--tasks", "9"], ["tasks", 4, 9]),
+        (["--preset", "icml2017"], ["preset", "metarl2026", "icml2017"]),
+        (["--out", "other"], ["--out", "--resume"]),
     ):
         capsys.readouterr()
         assert run("train", "--resume", "run", *extra) == 2
-        assert message in capsys.readouterr().err
+        assert mentions(capsys.readouterr().err, *names)
     assert run("train", "half-cheetah-vel", "--resume", "run") == 2
+    assert mentions(capsys.readouterr().err, "family", "navigation-2d", "half-cheetah-vel")
     assert run("train", "navigation-2d", *SMALL, "--out", "run") == 2
-    assert "exists; continue it with --resume run" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "--resume run", "--out")
 
 
-def test_a_file_that_cannot_be_written_is_told(capsys, tmp_path):
+def test_a_file_that_cannot_be_written_is_named(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert run("train", "navigation-2d", *SMALL, "--out", "file/run") == 2
-    assert "file/run" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "file/run")
 
 
 def test_numbers_of_a_run_are_json(tmp_path):
