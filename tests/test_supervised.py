@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from expecting import refused
 
-from metarl.envs import FewShotFamily, FunctionFamily, Uniform, UserError
+from metarl.envs import FewShotFamily, FunctionFamily, Uniform
 from metarl.envs.characters import draw_characters
 from metarl.envs.registry import find_family, make_family
 from metarl.learning.adaptation import Adapter
@@ -456,19 +457,19 @@ def test_ways_may_be_a_number_of_numpys():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "names"),
     [
-        ({"shots": 7}, "class c00 has 8 examples, and 7 shots with 3 queries need 10"),
-        ({"test": ["c01"], "train": ["c00", "c01"]}, "class c01 is in both train and test"),
-        ({"ways": 4}, "4 ways need as many test classes, there are 3 of 16"),
-        ({"ways": 1}, r"ways must be at least 2, or \(fewest, most\), got 1"),
-        ({"ways": (8, 3)}, r"\(fewest, most\), got \(8, 3\)"),
-        ({"shots": 0}, "shots must be at least 1, got 0"),
-        ({"test": ["c01", "c77", "c02"]}, "test names class 'c77', which has no image"),
+        ({"shots": 7}, ["c00", "shots", 7, 8, 10]),
+        ({"test": ["c01"], "train": ["c00", "c01"]}, ["c01", "train", "test"]),
+        ({"ways": 4}, ["ways", "test", 4, 3]),
+        ({"ways": 1}, ["ways", 2, 1]),
+        ({"ways": (8, 3)}, ["ways", "(8, 3)"]),
+        ({"shots": 0}, ["shots", 0]),
+        ({"test": ["c01", "c77", "c02"]}, ["test", "c77"]),
     ],
 )
-def test_faults_of_a_data_set_are_told_in_a_line(options, message):
-    with pytest.raises(UserError, match=message) as caught:
+def test_faults_of_a_data_set_are_named_in_one_line(options, names):
+    with refused(*names) as caught:
         few_shot(**options)
     assert "\n" not in str(caught.value)
 
@@ -476,27 +477,27 @@ def test_faults_of_a_data_set_are_told_in_a_line(options, message):
 def test_pixels_that_are_not_finite_are_refused():
     images, labels = pictures()
     images[17, 2, 3] = np.nan
-    with pytest.raises(UserError, match="image 17 has a pixel that is not finite"):
+    with refused("image", 17):
         FewShotFamily(images, labels, 3, 2, queries=3, test_queries=3)
 
 
 @pytest.mark.parametrize("name", ["e-maml", "promp", "dice-maml", "maml-ppo"])
 def test_rows_that_need_a_policy_are_refused(name):
-    with pytest.raises(UserError, match=f"{name} needs a policy"):
+    with refused(name, "sinusoid", "maml-trpo"):
         row_for(ALGORITHMS[name], find_family("sinusoid"))
 
 
 def test_rows_of_classification_are_refused_elsewhere():
-    with pytest.raises(UserError, match="protomaml is for few-shot classification"):
+    with refused("protomaml", "sinusoid"):
         row_for(ALGORITHMS["protomaml"], find_family("sinusoid"))
-    with pytest.raises(UserError, match="leopard is for few-shot classification"):
+    with refused("leopard", "navigation-2d"):
         row_for(ALGORITHMS["leopard"], find_family("navigation-2d"))
 
 
 def test_supervised_families_are_no_environments():
-    with pytest.raises(UserError, match="sinusoid has supervised tasks"):
+    with refused("sinusoid"):
         make_family("sinusoid")
-    with pytest.raises(UserError, match="did you mean 'sinusoid'"):
+    with refused("sinusoids", "sinusoid"):
         find_family("sinusoids")
 
 
