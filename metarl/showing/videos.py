@@ -102,7 +102,7 @@ def choose_gl() -> None:
         return  # the system's own way needs no choice
     asked = os.environ.get("MUJOCO_GL")
     for backend in [asked] if asked else ["egl", "osmesa", *(["glfw"] if _display() else [])]:
-        if _draws(backend):
+        if draws(backend):
             os.environ["MUJOCO_GL"] = backend
             return
     tried = f"MUJOCO_GL={asked} does not draw" if asked else "neither EGL nor OSMesa draws"
@@ -129,7 +129,8 @@ def _display() -> bool:
 
 
 @functools.cache
-def _draws(backend: str) -> bool:
+def draws(backend: str) -> bool:
+    """Return whether MuJoCo draws with a backend here, such as "egl"; tried in another process."""
     environment = {**os.environ, "MUJOCO_GL": backend}
     try:
         done = subprocess.run(
