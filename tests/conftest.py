@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import gymnasium as gym
 import numpy as np
 import pytest
+import rounding
 import torch
 
 import metarl  # noqa: F401  (before the first matrix product)
@@ -17,6 +18,21 @@ from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import GaussianMLP
 
 STRICT = ("rollouts", "serial_batch", "meta_gradients", "policies")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rounding-noise",
+        type=int,
+        metavar="SEED",
+        help="round results as another processor might: see tests/rounding.py",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    seed = config.getoption("--rounding-noise")
+    if seed is not None:
+        rounding.install(seed)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
