@@ -37,13 +37,13 @@ TORCH = """
     linalg_solve_triangular linalg_solve linalg_inv linalg_inv_ex linalg_lstsq linalg_pinv
     linalg_qr linalg_svd linalg_eigh linalg_det linalg_slogdet _linalg_solve_ex _linalg_svd
     _linalg_eigh _linalg_slogdet _linalg_det
-""".split()
+"""
 
 NUMPY = """
     exp exp2 expm1 log log2 log10 log1p tanh sqrt power float_power sin cos tan sinh cosh arcsin
     arccos arctan arctan2 hypot logaddexp sum cumsum dot vdot inner matmul einsum tensordot
     interp linalg.norm linalg.solve linalg.inv linalg.pinv linalg.cholesky linalg.det
-""".split()
+"""
 
 
 def install(seed: int) -> None:
@@ -74,15 +74,13 @@ class _AfterImport(MetaPathFinder):
         for finder in sys.meta_path:
             spec = finder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
-                execute = spec.loader.exec_module
-
-                def exec_module(module: Any) -> None:
-                    execute(module)
-                    self.then()
-
-                spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+                spec.loader.exec_module = functools.partial(self._run, spec.loader.exec_module)
                 return spec
         return None
+
+    def _run(self, execute: Callable[[Any], None], module: Any) -> None:
+        execute(module)
+        self.then()
 
 
 def mover(seed: int) -> Callable[[Any], None]:
@@ -149,7 +147,7 @@ def _in_numpy(seed: int) -> None:
         def __reduce__(self) -> str:
             return self._function.__name__
 
-    for name in NUMPY:
+    for name in NUMPY.split():
         *place, last = name.split(".")
         holder = getattr(np, place[0]) if place else np
         setattr(holder, last, Noisy(getattr(holder, last)))
@@ -162,7 +160,7 @@ def _in_torch(seed: int) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     move = mover(seed)
-    noisy = {getattr(torch.ops.aten, name) for base in TORCH for name in (base, f"{base}_")
+    noisy = {getattr(torch.ops.aten, name) for base in TORCH.split() for name in (base, f"{base}_")
              if hasattr(torch.ops.aten, name)}  # fmt: skip
 
     def moved(result: Any) -> None:

@@ -154,29 +154,49 @@ def test_imamls_gradient_is_the_exact_implicit_one(pool, strength):
     assert stats["low_curvature"] == 0.0
 
 
+def backtracked(size, updates):
+    """Return what backtracking finds of the inner problem with lambda = 2, [TASKS, DIM]."""
+    adapter = Adapter(Point(), quadratic, (size,), updates=updates, proximal=2.0, backtrack=True)
+    start, sizes = stack(THETA, TASKS), {"x": torch.tensor([size], dtype=D)}
+    return adapter.step(start, {}, sizes, SUPPORT, 0, start=start)["x"]
+
+
+def proximal_objective(x, t):
+    return 0.5 * (x - GOAL[t]) @ A[t] @ (x - GOAL[t]) + (x - THETA["x"]).square().sum()
+
+
 @pytest.mark.parametrize("size", [0.1, 3.0, 1e200])
-def test_backtracking_descends_task_by_task_whatever_the_size(size):
-    # A plain loop for each task alone; the last size leads beyond what numbers hold.
-    adapter = Adapter(Point(), quadratic, (size,), updates=30, proximal=2.0, backtrack=True)
-    start = stack(THETA, len(GOAL))
-    found = adapter.step(start, {}, {"x": torch.tensor([size], dtype=D)}, SUPPORT, 0, start=start)[
-        "x"
-    ]
+def test_backtracking_is_a_loop_that_halves_after_a_rise_for_each_task_alone(size):
+    # Few updates, so that each rise and fall is clear; the last size leads beyond all numbers.
+    updates = 8
+    found = backtracked(size, updates)
     halved = 0
-    for t in range(len(GOAL)):
-
-        def objective(x, t=t):
-            return 0.5 * (x - GOAL[t]) @ A[t] @ (x - GOAL[t]) + (x - THETA["x"]).square().sum()
-
+    for t in range(TASKS):
         x, step = THETA["x"], size
-        for _ in range(30):
+        for _ in range(updates):
             new = x - step * (A[t] @ (x - GOAL[t]) + 2.0 * (x - THETA["x"]))
-            if objective(new) <= objective(x):
+            rise = proximal_objective(new, t) - proximal_objective(x, t)
+            assert not rise.abs() < 1e-9 * proximal_objective(x, t), "rounding would decide"
+            if rise <= 0.0:
                 x = new
             else:
                 step, halved = step / 2, halved + 1
         torch.testing.assert_close(found[t], x, rtol=1e-9, atol=1e-12)
     assert (halved > 0) == (size > 1.0)
+
+
+@pytest.mark.parametrize("size", [0.1, 3.0, 1e200])
+def test_backtracking_never_raises_a_tasks_objective_beyond_rounding(size):
+    for t in range(TASKS):
+        values = [proximal_objective(backtracked(size, n)[t], t) for n in range(1, 31)]
+        for before, after in itertools.pairwise([proximal_objective(THETA["x"], t), *values]):
+            assert after <= before * (1.0 + 1e-12)
+
+
+def test_backtracking_finds_the_minimum_from_a_size_that_is_too_large():
+    pull = 2.0 * EYE.expand_as(A)
+    minimum = torch.linalg.solve(A + pull, times(A, GOAL) + times(pull, THETA["x"]))
+    torch.testing.assert_close(backtracked(3.0, 200), minimum, rtol=1e-5, atol=1e-6)
 
 
 def test_imaml_reports_an_unfinished_inner_problem_and_solve(pool):
