@@ -33,9 +33,11 @@ def draw_characters(
             "characters need classes and drawings of at least 1 and a size of at least 8, got"
             f" {classes}, {drawings} and {size}"
         )
-    return np.stack(
+    images = np.stack(
         [_drawings(np.random.default_rng([seed, c]), drawings, size) for c in range(classes)]
     )
+    images.flags.writeable = False  # later calls return the same array
+    return images
 
 
 def _drawings(rng: np.random.Generator, drawings: int, size: int) -> NDArray[np.uint8]:

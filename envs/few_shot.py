@@ -45,11 +45,21 @@ TRAINING: Mapping[str, Any] = {
 """Values of the config that a run on images starts from."""
 
 
+def _kept(images: ArrayLike) -> NDArray:
+    """Return images that nobody writes to: a copy, unless they are read-only."""
+    array = np.asarray(images)
+    if array.flags.writeable:
+        array = array.copy()
+        array.flags.writeable = False
+    return array
+
+
 class Episodes(TaskDistribution):
     """Tasks of some classes, drawn without replacement: class numbers, -1 where there are fewer."""
 
     def __init__(self, parts: Mapping[Part, NDArray[np.int64]], ways: tuple[int, int]) -> None:
-        self.parts, self.ways = parts, ways
+        self.parts = {part: _kept(classes) for part, classes in parts.items()}
+        self.ways = ways
         self.names = tuple(f"class_{i}" for i in range(ways[1]))
 
     def sample(self, rng: np.random.Generator, n: int, split: str = "train") -> Tasks:
@@ -104,6 +114,9 @@ class Episodes(TaskDistribution):
 class FewShotFamily(SupervisedFamily):
     """N-way K-shot classification of any labelled images or vectors.
 
+    Arrays are copied, so that later changes of them change no task. Images that are read-only, as
+    of `np.load(path, mmap_mode="r")`, are taken as they are.
+
     Args:
         images: [n, height, width], [n, height, width, channels], [n, channels, height, width] or
             vectors [n, size]; bytes are scaled to [0, 1], floats are taken as they are.
@@ -149,7 +162,7 @@ class FewShotFamily(SupervisedFamily):
             raise UserError(
                 f"{self.name}: ways must be at least 2, or (fewest, most), got {self.ways!r}"
             )
-        images, labels = np.asarray(self.images), np.asarray(self.labels)
+        images, labels = _kept(self.images), np.array(self.labels)
         if images.ndim not in (2, 3, 4) or labels.shape != images.shape[:1]:
             raise UserError(
                 f"{self.name}: images must be [n, ...] with a label each, got images"
@@ -180,7 +193,10 @@ class FewShotFamily(SupervisedFamily):
         order = np.argsort(which, kind="stable")
         for c, own in enumerate(np.split(order, np.cumsum(counts)[:-1])):
             members[c, : len(own)] = own
+        members.flags.writeable = False
         for key, value in (
+            ("images", images),
+            ("labels", labels),
             ("pixels", images),
             ("members", members),
             ("tasks", Episodes(parts, (ways[0], ways[1]))),

@@ -35,7 +35,9 @@ from metarl.envs.vector import (
     Bools,
     Floats,
     TaskVectorEnv,
+    check_movable,
     describe_progress,
+    detached,
     no_entry,
 )
 
@@ -85,10 +87,19 @@ class TaskEnv(gym.Wrapper):
     ) -> None:
         self._made_for = family.example_task() if task is None else task
         super().__init__(family.make_bare(render_mode, self._made_for))
-        self.family, self.task = family, task
+        self.family, self._task = family, detached(task)
         self._in_force = self._made_for
         self._rng: np.random.Generator | None = None
         self._observation: NDArray | None = None
+
+    @property
+    def task(self) -> Floats | None:
+        """The task of every episode; None: each draws its own."""
+        return detached(self._task)
+
+    @task.setter
+    def task(self, task: Floats | None) -> None:
+        self._task = detached(task)
 
     def begin(
         self, task: Floats, seed: int | None, options: dict[str, Any] | None = None
@@ -107,24 +118,29 @@ class TaskEnv(gym.Wrapper):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        task = self.task
+        task = self._task
         if task is None:
             if seed is not None or self._rng is None:
                 self._rng = np.random.default_rng(None if seed is None else [seed, 1])
             task = self.family.tasks.sample(self._rng, 1)[0]
         observation, info = self.begin(task, seed, options)
         self._observation = np.array(observation)
-        return observation, {**info, "task": self._in_force.copy()}
+        return detached(observation), {**detached(info), "task": self._in_force.copy()}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        given = np.array(action)  # which the environment may write to
         observation, reward, terminated, truncated, info = self.env.step(action)
         if self.family.reward is not None:
             assert self._observation is not None  # Gymnasium has refused a step before the reset
             after = np.array(observation)
             before, self._observation = self._observation, after
-            rows = (before[None], np.asarray(action)[None], after[None])
+            rows = (before[None], given[None], after[None])
             reward = float(self.family.compute_reward(*rows, [info], self._in_force[None])[0])
-        return observation, reward, terminated, truncated, info
+        # Copies: an environment may go on with the arrays that it gave.
+        return detached(observation), detached(reward), terminated, truncated, detached(info)
+
+    def render(self) -> Any:
+        return detached(self.env.render())
 
 
 class GymnasiumVectorEnv(TaskVectorEnv):
@@ -160,7 +176,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
         for i, seed in zip(ids.tolist(), seeds, strict=True):
             self._begun(RESET, i)
-            self._keep(i, self._envs[i].begin(self.tasks[i], seed)[0])
+            self._keep(i, self._envs[i].begin(self._tasks[i], seed)[0])
 
     def _advance(
         self, ids: NDArray[np.int64] | None, actions: Any
@@ -176,6 +192,8 @@ class GymnasiumVectorEnv(TaskVectorEnv):
             truncated[moved[~seen]] = True
             moved = moved[seen]
         before, infos = self._observation[moved], []
+        # Copies: an environment may write to the action that it is given.
+        given, actions = np.asarray(actions)[moved], np.array(actions)
         for i in moved.tolist():
             self._begun(STEP, i)
             env = self._envs[i].env  # past the TaskEnv, which would pay one row at a time
@@ -185,9 +203,8 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         if self.family.reward is not None and len(moved):
             self._begun(STEP)
             after = self._observation[moved]
-            acted = np.asarray(actions)[moved]
             reward[moved] = self.family.compute_reward(
-                before, acted, after, infos, self.tasks[moved]
+                before, given, after, infos, self._tasks[moved]
             )
         return reward, terminated, truncated, None, self._achieved(moved, infos)
 
@@ -212,7 +229,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         self._observation[i] = observation
 
     def _observe(self) -> NDArray:
-        return self._observation.copy()
+        return self._observation
 
     def render(self) -> Any:
         return tuple(env.render() for env in self._envs)
@@ -255,6 +272,7 @@ class GymnasiumFamily(TaskFamily):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "env_options", detached(dict(self.env_options)))
         if not isinstance(self.env, str) and not callable(self.env):
             raise UserError(
                 f"{self.name}: env must be a Gymnasium id or a function that returns a new"
@@ -330,7 +348,7 @@ class GymnasiumFamily(TaskFamily):
 
     def make_raw(self, render_mode: str | None = None, task: Floats | None = None) -> gym.Env:
         """Return the environment cut at the horizon, with the observations that it gives."""
-        options = dict(self.env_options)
+        options = detached(self.env_options)
         if self.keywords:
             task = self.example_task() if task is None else task
             options |= {name: float(x) for name, x in zip(self.tasks.names, task, strict=True)}
@@ -385,6 +403,7 @@ class GymnasiumFamily(TaskFamily):
                 " set_task, keywords=True or reward, or the environment a method set_task(task)"
                 " or an attribute task"
             )
+        check_movable(self.name, env.action_space, getattr(env.unwrapped, "model", None))
         return env
 
     def apply_task(self, env: gym.Env, task: Floats) -> None:
@@ -429,7 +448,7 @@ class GymnasiumFamily(TaskFamily):
                 )
 
     def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
-        task = None if task is None else np.asarray(task, np.float64)
+        task = None if task is None else np.array(task, np.float64)
         return TaskEnv(self, task, render_mode)
 
     def make_vec(self, num_tasks: int, episodes: int, **options: Any) -> GymnasiumVectorEnv:

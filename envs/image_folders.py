@@ -112,8 +112,10 @@ def _family(
     queries: int,
     test_queries: int,
 ) -> FewShotFamily:
+    pixels = np.stack(images)
+    pixels.flags.writeable = False  # so that the family makes no copy
     return FewShotFamily(
-        np.stack(images), labels, ways, shots, queries=queries, test_queries=test_queries,
+        pixels, labels, ways, shots, queries=queries, test_queries=test_queries,
         name=name, description=f"few-shot classification on {name}",
         train=parts["train"], validation=parts["validation"], test=parts["test"],
     )  # fmt: skip

@@ -190,7 +190,7 @@ class MetaWorldVectorEnv(TaskVectorEnv):
         return kind(render_mode=self.render_mode, camera_name="corner2")
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
-        wanted = {int(i): self.family.job_of(self.tasks[i]) for i in ids}
+        wanted = {int(i): self.family.job_of(self._tasks[i]) for i in ids}
         changed = [i for i, job in wanted.items() if job != self._jobs[i]]
         for i in changed:
             if self._envs[i] is not None:
@@ -201,7 +201,7 @@ class MetaWorldVectorEnv(TaskVectorEnv):
         for i, job in wanted.items():
             self._begun(RESET, i)
             # Nothing else is random: a reset is a function of the task alone.
-            self._observation[i] = _reset(self._envs[i], job, self.tasks[i, -len(PLACES) :])
+            self._observation[i] = _reset(self._envs[i], job, self._tasks[i, -len(PLACES) :])
 
     def _advance(
         self, ids: NDArray[np.int64] | None, actions: Any
@@ -217,7 +217,7 @@ class MetaWorldVectorEnv(TaskVectorEnv):
         return reward, None, None, diverged if diverged.any() else None, {"success": success}
 
     def _observe(self) -> NDArray:
-        return self._observation.copy()
+        return self._observation
 
     def render(self) -> Any:
         frames = [env.render() for env in self._envs]

@@ -22,7 +22,7 @@ from metarl.envs.vector import Floats
 
 @dataclass(frozen=True)
 class Sim:
-    """The state of all simulations; arrays are live, [simulations, ...]."""
+    """The state of all simulations; arrays are live and read-only, [simulations, ...]."""
 
     qpos: Floats
     qvel: Floats
@@ -54,6 +54,23 @@ class Step:
 
 
 Reward = tuple[Floats, dict[str, Any]]  # [simulations], and info arrays
+
+
+def read_only(array: NDArray) -> NDArray:
+    """Return a view of an array that cannot be written to."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def control_bounds(model: mujoco.MjModel) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the least and the greatest control of each actuator, [nu] both.
+
+    MuJoCo has a range of zeros for an actuator without `ctrlrange`, and does not apply it.
+    """
+    low, high = model.actuator_ctrlrange.astype(np.float32).T
+    limited = model.actuator_ctrllimited.astype(bool)
+    return np.where(limited, low, -np.inf), np.where(limited, high, np.inf)
 
 
 def _ignore(message: str) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,10 +31,10 @@ from metarl.envs.errors import UserError, check_whole, did_you_mean
 from metarl.envs.family import TaskFamily
 from metarl.envs.mujoco_bodies import find_body
 from metarl.envs.mujoco_rewards import root_x
-from metarl.envs.mujoco_simulation import Sim, Step, load_model
+from metarl.envs.mujoco_simulation import Sim, Step, control_bounds, load_model, read_only
 from metarl.envs.serial_batch import DATA_FIELDS, SerialBatch
 from metarl.envs.tasks import Tasks
-from metarl.envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
+from metarl.envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv, detached
 
 try:
     from mujoco.batch import DATA_FIELDS, Batch
@@ -81,7 +82,7 @@ class MujocoFamily(TaskFamily):
     frame_skip: int = STOCK
     """Physics steps per environment step."""
     observe: Callable[[Sim], Floats] = STOCK
-    """Observations [simulations, observation_dim], a new array."""
+    """Observations [simulations, observation_dim]."""
     reward: Callable[[Step], tuple[Floats, dict[str, Any]]] = STOCK
     """Rewards [simulations], and info arrays [simulations, ...] by name."""
     initial_state: Callable[[np.random.Generator, mujoco.MjModel], tuple[Floats, Floats]] = STOCK
@@ -106,7 +107,8 @@ class MujocoFamily(TaskFamily):
     """Stages to compute at the new state (mjtStage); mjSTAGE_NONE leaves derived fields one physics
     step behind."""
     action_scale: float = 1.0
-    """The policy's action for a full-strength control: actions in [-s, s] map to the bounds."""
+    """The policy's action for a full-strength control: actions in [-s, s] map to the bounds. The
+    control of an actuator without `ctrlrange` is the action divided by s, without bounds."""
     camera: str | None = "track"
     """Camera of the model to render with; a free camera, if the model has none of that name."""
 
@@ -131,6 +133,8 @@ class MujocoFamily(TaskFamily):
                 f"{self.name}: give {', '.join(missing)}, or env for those of a stock body"
             )
         check_whole(f"{self.name}: frame_skip", self.frame_skip, 1)
+        if not 0.0 < self.action_scale < math.inf:
+            raise UserError(f"{self.name}: action_scale must be positive, got {self.action_scale}")
         for field in fields:
             if field not in DATA_FIELDS:
                 raise UserError(
@@ -184,16 +188,21 @@ class MujocoVectorEnv(TaskVectorEnv):
         if self._forces is not None:
             derived[_CONTACT_FORCES] = self._forces
         self.sim = Sim(self.batch.bind("qpos"), self.batch.bind("qvel"), derived)
+        # What the family's functions see: a slip there must not change the simulations.
+        self._shown_sim = Sim(
+            read_only(self.sim.qpos),
+            read_only(self.sim.qvel),
+            {name: read_only(field) for name, field in derived.items()},
+        )
         self._ctrl = self.batch.bind("ctrl")
-        bounds = model.actuator_ctrlrange.astype(np.float32)
-        self._low, self._high = bounds[:, 0], bounds[:, 1]
+        self._low, self._high = control_bounds(model)
         scale = np.float32(family.action_scale)
         super().__init__(
             family,
             num_tasks,
             episodes,
             observation_space=gym.spaces.Box(
-                -np.inf, np.inf, (family.observe(self.sim).shape[1],), np.float64
+                -np.inf, np.inf, (family.observe(self._shown_sim).shape[1],), np.float64
             ),
             action_space=gym.spaces.Box(scale * self._low, scale * self._high, dtype=np.float32),
             metadata={
@@ -208,11 +217,15 @@ class MujocoVectorEnv(TaskVectorEnv):
         self._scale = scale
         self._rngs: list[np.random.Generator | None] = [None] * self.num_envs
         self._warnings = self.batch.warning[:, _DIVERGED, _COUNT].copy()
-        self._before = family.track(self.sim)
+        self._before = self._track()
+
+    def _track(self) -> Floats:
+        """Return what a reward needs to know of the present state, apart from it."""
+        return detached(self.family.track(self._shown_sim))
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
         if self.family.model_fields is not None:
-            self._put_model_fields(ids, self.family.model_fields(self.model, self.tasks[ids]))
+            self._put_model_fields(ids, self.family.model_fields(self.model, self._tasks[ids]))
         # Stage 0 clears what a finished episode left behind (a warm start would change the
         # trajectory) without computing anything yet.
         self.batch.reset(ids, stage=0)
@@ -228,7 +241,7 @@ class MujocoVectorEnv(TaskVectorEnv):
             if self.family.stage != mujoco.mjtStage.mjSTAGE_NONE:
                 self._compute_forces(ids)
         self._warnings[ids] = self.batch.warning[ids, _DIVERGED, _COUNT]
-        self._before = self.family.track(self.sim)
+        self._before = self._track()
 
     def _advance(
         self, ids: NDArray[np.int64] | None, actions: Any
@@ -244,13 +257,14 @@ class MujocoVectorEnv(TaskVectorEnv):
         self.batch.step(ids, nstep=family.frame_skip, stage=family.stage)
         if self._forces is not None:
             self._compute_forces(range(self.num_envs) if ids is None else ids)
-        reward, info = family.reward(Step(self.sim, self._before, action, self.tasks, self.dt))
-        self._before = family.track(self.sim)
+        step = Step(self._shown_sim, self._before, action, self.tasks, self.dt)
+        reward, info = family.reward(step)
+        self._before = self._track()
         diverged = None
         if not np.array_equal(counters := self.batch.warning[:, _DIVERGED, _COUNT], self._warnings):
             diverged = (counters != self._warnings).any(axis=1)
             self._warnings = counters.copy()
-        terminated = family.terminated(self.sim) if family.terminated is not None else None
+        terminated = family.terminated(self._shown_sim) if family.terminated is not None else None
         return reward, terminated, None, diverged, info
 
     def _put_model_fields(self, ids: NDArray[np.int64], fields: Mapping[str, NDArray]) -> None:
@@ -271,7 +285,7 @@ class MujocoVectorEnv(TaskVectorEnv):
             self._forces[i] = data.cfrc_ext
 
     def _observe(self) -> NDArray:
-        return self.family.observe(self.sim)
+        return self.family.observe(self._shown_sim)
 
     def render(self) -> Any:
         """Return one frame of each sub-environment, or show the first (render_mode 'human')."""

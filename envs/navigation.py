@@ -75,7 +75,7 @@ class NavigationVectorEnv(TaskVectorEnv):
         action = np.clip(np.asarray(actions, np.float32), -self._bound, self._bound)
         moves = slice(None) if ids is None else ids
         self._position[moves] += self._gain * action[moves].astype(np.float64)
-        gap = self._position - self.tasks
+        gap = self._position - self._tasks
         # The paper's text says the squared distance; its code, and its figures, the distance.
         reward = -np.sqrt(np.square(gap).sum(axis=1))
         reached: Bools = np.all(np.abs(gap) < REACHED, axis=1)
@@ -86,13 +86,13 @@ class NavigationVectorEnv(TaskVectorEnv):
         return reward, reached, None, None, {"x_position": x, "y_position": y}
 
     def _observe(self) -> NDArray:
-        return self._position.copy()
+        return self._position
 
     def render(self) -> Any:
         """Return a frame [480, 480, 3] of each point: its goal a ring, its path dots."""
         if self.render_mode is None:
             raise UserError("give render_mode='rgb_array' when making the environment")
-        return tuple(_draw(self.tasks[i], self._trails[i]) for i in range(self.num_envs))
+        return tuple(_draw(self._tasks[i], self._trails[i]) for i in range(self.num_envs))
 
 
 _SIDE, _REACH = 480, 1.0  # pixels; the frame shows [-1, 1]^2

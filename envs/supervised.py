@@ -131,7 +131,7 @@ class FunctionFamily(SupervisedFamily):
 
     def at(self, x: Floats, tasks: Tasks) -> Data:
         """Return the examples at x, [T, N]."""
-        y = self.function(x, tasks)
+        y = self.function(x.copy(), tasks.copy())  # which are the function's to write to
         inputs, targets = (values[..., None].astype(np.float32) for values in (x, y))
         return Data(inputs, targets, np.ones(x.shape, bool))
 

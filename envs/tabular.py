@@ -136,7 +136,7 @@ class TabularVectorEnv(TaskVectorEnv):
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
         family = self.family
-        self._rewards[ids], transitions = family.tables(self.tasks[ids])
+        self._rewards[ids], transitions = family.tables(self._tasks[ids])
         self._cumulative[ids] = transitions.cumsum(axis=-1)
         for i, seed in zip(ids, seeds, strict=True):
             rng = self._rngs[i]

@@ -143,8 +143,8 @@ class Uniform(TaskDistribution):
         return ", ".join(words if self.dim <= 8 else [*words[:3], f"… ({self.dim} components)"])
 
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        box = self._boxes[split]
-        return box[:, 0], box[:, 1]
+        low, high = self._boxes[split].T.copy()
+        return low, high
 
 
 class Finite(TaskDistribution):

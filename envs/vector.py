@@ -29,6 +29,49 @@ def describe_progress(progress: Sequence[int], tasks: Floats) -> str:
     return f"in {PHASES[phase]}" + (f" of task {tasks[i].tolist()}" if i >= 0 else "")
 
 
+def detached(value: Any) -> Any:
+    """Return a value whose arrays nobody else holds: arrays are copied, also inside containers."""
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, dict):
+        return {key: detached(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(detached(entry) for entry in value)
+    return value
+
+
+def check_movable(name: str, space: gym.Space, model: Any = None) -> None:
+    """Raise UserError if the bounds of actions leave a policy nothing to do.
+
+    They do if every component is locked, or one is at zero because its actuator has no range. A
+    component that is locked on purpose is allowed.
+
+    Args:
+        name: the family's.
+        space: the environment's actions.
+        model: its MuJoCo model, if it has one. Gymnasium's MujocoEnv takes bounds from the model's
+            `actuator_ctrlrange`, which is zero for an actuator without one.
+    """
+    if not isinstance(space, gym.spaces.Box) or not space.shape or not np.prod(space.shape):
+        return
+    locked = space.low == space.high
+    limited = getattr(model, "actuator_ctrllimited", None)
+    if limited is not None and np.shape(limited) == space.shape:
+        for i in np.flatnonzero(locked & (space.low == 0) & ~np.asarray(limited, bool)):
+            raise UserError(
+                f"{name}: component {i} of the action can only be 0: the actuator"
+                f" {model.actuator(int(i)).name or int(i)!r} has no ctrlrange; give it one in the"
+                ' model (ctrlrange="-1 1"), or set the action_space of the environment, infinite'
+                " where there are no bounds"
+            )
+    if locked.all():
+        raise UserError(
+            f"{name}: the bounds of component 0 of the action are equal, {space.low.flat[0]:g}, and"
+            " those of every other one too: a policy has nothing to choose; give the action_space"
+            " low < high (in a MuJoCo model, give the actuators a ctrlrange)"
+        )
+
+
 def no_entry(family: TaskFamily, key: str, info: Iterable[str]) -> UserError:
     """Return the error of an entry that `achieved` names and an environment's info lacks."""
     return UserError(
@@ -49,6 +92,8 @@ class TaskVectorEnv(VectorEnv):
       [num_envs, *observation_shape] and info with "task" [num_envs, task_dim].
     - `step` takes actions [num_envs, *action_shape]. It returns observations, rewards (float64),
       terminated and truncated (bool), [num_envs] each, and info of arrays [num_envs, ...].
+    - What it returns is the caller's: no later call changes it, and writing to it changes nothing
+      here. `tasks` [num_envs, task_dim], the tasks in force, is a copy too.
     - With `autoreset_mode` DISABLED a finished sub-environment stays as it is, with reward 0, until
       it is reset. With NEXT_STEP the step after its end resets it, with reward 0.
     - An episode whose simulation diverged is truncated and marked in `info["diverged"]`.
@@ -74,6 +119,7 @@ class TaskVectorEnv(VectorEnv):
     ) -> None:
         if num_tasks < 1 or episodes < 1:
             raise UserError(f"num_tasks and episodes must be >= 1, got {num_tasks}, {episodes}")
+        check_movable(family.name, action_space)
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
             raise UserError("autoreset_mode must be NextStep or Disabled, got SameStep")
@@ -84,16 +130,20 @@ class TaskVectorEnv(VectorEnv):
         self.observation_space = batch_space(observation_space, self.num_envs)
         self.action_space = batch_space(action_space, self.num_envs)
         self.metadata = {**(metadata or {}), "autoreset_mode": self.autoreset_mode}
-        self.tasks = np.full((self.num_envs, family.tasks.dim), np.nan)  # in force, per episode
+        self._tasks = np.full((self.num_envs, family.tasks.dim), np.nan)
         self._next_tasks: Floats | None = None
         self._task_rngs: list[np.random.Generator | None] = [None] * self.num_envs
         self._elapsed = np.zeros(self.num_envs, np.int64)
-        self._reward = np.zeros(self.num_envs)
         self._terminated = np.zeros(self.num_envs, np.bool_)
         self._truncated = np.zeros(self.num_envs, np.bool_)
         self._ready = np.zeros(self.num_envs, np.bool_)  # has been reset
         self.progress: MutableSequence[int] = [0, 0, -1]
         """Calls begun, phase (an index of PHASES), sub-environment (-1: all)."""
+
+    @property
+    def tasks(self) -> Floats:
+        """The tasks in force, [num_envs, task_dim]; NaN before the first reset."""
+        return self._tasks.copy()
 
     def _begun(self, phase: int, i: int = -1) -> None:
         progress = self.progress
@@ -125,12 +175,12 @@ class TaskVectorEnv(VectorEnv):
         Returns:
             reward, terminated, truncated (before the horizon) and diverged, [num_envs] each, with
             None for a flag that no sub-environment has; and info arrays. What they hold for
-            sub-environments outside ids is ignored.
+            sub-environments outside ids is ignored. The arrays are copied by the caller.
         """
 
     @abstractmethod
     def _observe(self) -> NDArray:
-        """Return the observations of all sub-environments, a new array."""
+        """Return the observations of all sub-environments; the caller copies them."""
 
     # gymnasium.vector.VectorEnv
 
@@ -174,7 +224,7 @@ class TaskVectorEnv(VectorEnv):
             if len(seeds) != self.num_envs:
                 raise UserError(f"seed must have {self.num_envs} entries, got {len(seeds)}")
         self._start(ids, [seeds[int(i)] for i in ids])
-        return self._observe(), {"task": self.tasks.copy()}
+        return np.array(self._observe()), {"task": self.tasks}
 
     def step(self, actions: Any) -> tuple[NDArray, Floats, Bools, Bools, dict[str, Any]]:
         if not self._ready.all():
@@ -187,12 +237,13 @@ class TaskVectorEnv(VectorEnv):
             if self.autoreset_mode is AutoresetMode.NEXT_STEP:
                 self._start(stand, [None] * len(stand))
         if ids is not None and not len(ids):
-            self._reward = np.zeros(self.num_envs)
             ends = self._terminated.copy(), self._truncated.copy()
-            return self._observe(), self._reward, *ends, {}
+            return np.array(self._observe()), np.zeros(self.num_envs), *ends, {}
         self._begun(STEP)
         with self._named():
             reward, terminated, truncated, diverged, info = self._advance(ids, actions)
+        # Copies: a backend may hand out what it will change, and the caller what it keeps.
+        reward, info = np.array(reward, np.float64), detached(info)
         for key in self.family.achieved.values():
             if key not in info:
                 raise no_entry(self.family, key, info)
@@ -202,28 +253,30 @@ class TaskVectorEnv(VectorEnv):
             now_truncated |= truncated
         if diverged is not None:
             now_truncated |= diverged
-            info["diverged"] = diverged
+            info["diverged"] = diverged = np.array(diverged)
             reward = np.where(diverged, 0.0, reward)
         if terminated is None:
             terminated = np.zeros(self.num_envs, np.bool_)
-        elif diverged is not None:
-            terminated &= ~diverged
+        else:
+            terminated = np.array(terminated, np.bool_)
+            if diverged is not None:
+                terminated &= ~diverged
         if stand is not None:
             reward[stand] = 0.0
             terminated[stand] = self._terminated[stand]
             now_truncated[stand] = self._truncated[stand]
             if diverged is not None:
                 diverged[stand] = False
-        self._reward, self._terminated, self._truncated = reward, terminated, now_truncated
-        # Copies: the caller may keep what it was given.
-        return self._observe(), reward, terminated.copy(), now_truncated.copy(), info
+        self._terminated, self._truncated = terminated, now_truncated
+        seen = np.array(self._observe())
+        return seen, reward, terminated.copy(), now_truncated.copy(), info
 
     def _start(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
         if self._next_tasks is not None:
-            self.tasks[ids] = self._next_tasks[ids]
+            self._tasks[ids] = self._next_tasks[ids]
         else:
             for i, seed in zip(ids, seeds, strict=True):
-                self.tasks[i] = self._draw_task(i, seed)
+                self._tasks[i] = self._draw_task(i, seed)
         self._begun(RESET)
         with self._named():
             self._begin(ids, seeds)

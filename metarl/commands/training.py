@@ -245,7 +245,7 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
                 config,
                 folder,
                 resume=resume,
-                progress=show,
+                display=show,
                 stop=stop,
                 notice=lambda line: print(line, file=sys.stderr),
                 start=command.start,

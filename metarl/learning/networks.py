@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -205,6 +205,11 @@ class MLP(Model):
             return number == self.layers - 1
         lower = 0 if self.encoder is not None else (self.layers - 1) // 2
         return number >= lower
+
+
+def copied(params: Mapping[str, Tensor]) -> Params:
+    """Return parameters of the same values that share no memory with others."""
+    return {name: p.detach().clone() for name, p in params.items()}
 
 
 def stack(params: Params, tasks: int) -> Params:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from metarl.envs.errors import UserError
-from metarl.learning.networks import Params
+from metarl.learning.networks import Params, copied
 from metarl.learning.predictors import Classifier, Predictor
 from metarl.learning.samples import Examples
 
@@ -26,6 +26,9 @@ class AdaptedPredictor:
     classes: torch.Tensor | None = None
     """[1, C]; which classes the examples had, which alone are predicted; None: all of them."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", copied(self.params))
 
     def predict(self, inputs: ArrayLike) -> NDArray:
         """Return what is predicted of inputs [n, *shape]: numbers [n, size], or classes [n].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import math
@@ -25,7 +26,7 @@ from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.adaptation import FACTOR
 from metarl.learning.algorithms import Algorithm, find_algorithm
 from metarl.learning.inner_loop import InnerLoop
-from metarl.learning.networks import Model, Params
+from metarl.learning.networks import Model, Params, copied
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import MLPPolicy
 from metarl.learning.predictors import Predictor
@@ -69,6 +70,11 @@ class MetaPolicy:
     config: Config
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Iterations, env steps and versions of its training."""
+
+    def __post_init__(self) -> None:
+        # Copies: the parameters of a run that goes on, or of another policy, are not this one's.
+        object.__setattr__(self, "params", copied(self.params))
+        object.__setattr__(self, "provenance", copy.deepcopy(dict(self.provenance)))
 
     @cached_property
     def algorithm(self) -> Algorithm:
@@ -123,7 +129,7 @@ class MetaPolicy:
         """
         given = checked_step_sizes(step_sizes) or self.config.inner.test_step_sizes
         adapter = make_adapter(self.algorithm, self.config, self.model)
-        params = dict(self.params)
+        params = copied(self.params)
         if given:
             adapter = dataclasses.replace(adapter, step_sizes=given, learned="no", fitted=False)
             params = {name: params[name] for name in adapter.shapes()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
 from metarl.learning.inner_loop import InnerLoop
-from metarl.learning.networks import Params, stack
+from metarl.learning.networks import Params, copied, stack
 from metarl.learning.parallel import one_intraop_thread
 from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
@@ -134,7 +135,7 @@ class OnlineAdapter:
             self._episodes.append(_Episode(before=self._running))
             self._running = 0
         episode = self._episodes[-1]
-        episode.observation.append(seen)
+        episode.observation.append(np.array(seen))  # the caller may change its own
         episode.action.append(raw)
         episode.reward.append(float(reward))
         episode.terminated = bool(terminated)
@@ -159,7 +160,9 @@ class OnlineAdapter:
             self._running = 0 if last.over else last.before + len(last.reward)
             self._episodes = []
             self._policy = self._made()
-        return self._policy
+        policy = copy.copy(self._policy)  # which draws from the same stream
+        policy.params = copied(policy.params)
+        return policy
 
     def _params(self) -> Params:
         return self._loop.adapter.params(self._fast, self._slow, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from metarl.envs.errors import UserError
 from metarl.learning.modules import Bounded, Chosen, make_module
-from metarl.learning.networks import Params
+from metarl.learning.networks import Params, copied
 from metarl.learning.policies import CategoricalMLP, MLPPolicy
 from metarl.running import checkpoints
 from metarl.running.config import Config
@@ -52,9 +53,9 @@ class Policy:
             provenance: `task` (a list of numbers, or None if it is not known), `steps`, `episodes`
                 and `seed` of the adaptation; the seed is also that of the actions.
         """
-        self.policy, self.params = policy, params
-        self.config, self.provenance = config, provenance
-        self._space, self._horizon = space, horizon
+        self.policy, self.params = policy, copied(params)
+        self.config, self.provenance = config, copy.deepcopy(dict(provenance))
+        self._space, self._horizon = copy.deepcopy(space), horizon
         self._mode: ActionMode = config.policy.action
         self._rng = stream(provenance["seed"], 0, "test-noise", provenance["steps"])
 
@@ -147,7 +148,7 @@ class Policy:
             assert isinstance(space, gym.spaces.Box)
             scaling = middle_and_half(space) if self._mode == "scale" else ()
             last = Bounded(space.low, space.high, *scaling)
-        return make_module(self.policy, self.params, last)
+        return make_module(self.policy, copied(self.params), last)
 
     def save(self, path: str | Path) -> None:
         """Write a policy file that `load_policy` reads.

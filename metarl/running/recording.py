@@ -84,7 +84,7 @@ class Recorder:
             raise
 
     def wait(self) -> None:
-        """Wait until all is written; raises as `record` does."""
+        """Wait until all that was recorded is on the disk; raises as `record` does."""
         self._join()
         if self._rows:
             self._begin()

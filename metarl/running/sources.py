@@ -241,10 +241,10 @@ def make_examples(data: Data, context: Tensor | None = None) -> Examples:
     count = data.valid.sum(axis=1, keepdims=True).clip(min=1)
     weight = (data.valid / count).astype(np.float32)
     return Examples(
-        inputs=torch.from_numpy(data.inputs),
-        targets=torch.from_numpy(data.targets),
+        inputs=torch.tensor(data.inputs),  # a copy: a family may draw into the same arrays again
+        targets=torch.tensor(data.targets),
         weight=torch.from_numpy(weight),
-        classes=None if data.classes is None else torch.from_numpy(data.classes),
+        classes=None if data.classes is None else torch.tensor(data.classes),
         context=context,
     )
 

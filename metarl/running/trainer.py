@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from metarl.envs.family import Family
 from metarl.envs.registry import find_family
 from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError, Query
+from metarl.learning.networks import copied
 from metarl.learning.objectives import Batch
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.ranks import ALONE, Ranks
@@ -55,6 +58,9 @@ from metarl.running.sources import Episodes, make_source
 from metarl.sampling.rollouts import Address
 from metarl.sampling.seeding import stream
 from metarl.sampling.workers import START_SECONDS
+
+Callback = Callable[[dict[str, Any]], None]
+"""Takes an iteration's metrics; they are a copy."""
 
 SKIPPED_LIMIT = 10
 """Updates skipped in a row after which a run stops."""
@@ -158,11 +164,9 @@ class Trainer:
             state.skipped_in_a_row += 1
         state.iteration += 1
         state.env_steps += count
-        if on_rollouts is not None and isinstance(opened, Episodes):
-            on_rollouts(opened.rollouts)
         recorded = opened.metrics(before, state.params, stats)
         total = time.perf_counter() - start
-        return {
+        metrics = {
             "iteration": state.iteration,
             "env_steps": state.env_steps,
             **recorded,
@@ -177,6 +181,10 @@ class Trainer:
             "seconds_ranks": ranks.traffic.seconds - waited,
             "env_steps_per_second": count / total,
         }
+        if on_rollouts is not None and isinstance(opened, Episodes):
+            # Last, and without views of parameters: what is done to them changes nothing here.
+            on_rollouts([replace(r, behaviour=copied(r.behaviour)) for r in opened.rollouts])
+        return metrics
 
     def _carried(self) -> list[torch.Tensor]:
         """Return what is carried from one iteration to the next."""
@@ -190,7 +198,7 @@ class Trainer:
             "env_steps": state.env_steps,
             "versions": versions(),
         }
-        return MetaPolicy(dict(state.params), self.config, provenance)
+        return MetaPolicy(state.params, self.config, provenance)
 
 
 def _check_ranks(config: Config, family: Family, ranks: Ranks) -> None:
@@ -211,7 +219,8 @@ def train(
     out: str | Path,
     *,
     resume: bool | Literal["auto"] = False,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callback | None = None,
+    display: Callback | None = None,
     stop: Callable[[], bool] = lambda: False,
     start: int | None = None,
     notice: Callable[[str], object] = warnings.warn,
@@ -224,7 +233,9 @@ def train(
         config: what to train; `iterations` is the total, also of a resumed run.
         out: the run folder; a new one, or with `resume` the one to continue.
         resume: go on from a checkpoint; "auto": where there is a run, and else begin one.
-        progress: is given each iteration's metrics, on rank 0.
+        progress: is given each iteration's metrics, on rank 0, once they and the checkpoint are
+            saved. The next iteration waits for that.
+        display: is given the same before they are saved, while the run goes on: for a progress bar.
         stop: asked after each iteration. The run ends once that is saved.
         start: with `resume`, the checkpoint's iteration; by default the newest.
         notice: is given a line where a resumed run's new length changes its schedules.
@@ -263,7 +274,7 @@ def train(
             trainer.state = ranks.from_main(trainer.state)
         started()
         try:
-            _train(trainer, folder, recorder, progress, stop)
+            _train(trainer, folder, recorder, progress, display, stop)
         except OSError as error:
             if checkpoints_of(folder):
                 error.add_note(f"then go on with: metarl train --resume {quote(str(folder))}")
@@ -322,7 +333,8 @@ def _train(
     trainer: Trainer,
     folder: Path,
     recorder: Recorder | None,
-    progress: Callable[[dict[str, Any]], None] | None,
+    progress: Callback | None,
+    display: Callback | None,
     stop: Callable[[], bool],
 ) -> None:
     ranks, state = trainer.ranks, trainer.state
@@ -336,8 +348,11 @@ def _train(
                 )
             if recorder is not None:
                 recorder.record(row, state)
+                if display is not None:
+                    display(copy.deepcopy(row))
                 if progress is not None:
-                    progress(row)
+                    recorder.wait()
+                    progress(copy.deepcopy(row))
     with ranks.agreeing():
         if recorder is not None:
             recorder.wait()
