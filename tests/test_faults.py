@@ -24,15 +24,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import counting_family
+from expecting import mentions, refused, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_trainer import Poisoned, same_params, small, timeless
+from test_trainer import same_params, small, timeless
 
 from metarl import load, train
-from metarl.commands.cli import main
-from metarl.envs import make_family
 from metarl.learning.first_order import Adam, AdamConfig
-from metarl.running import checkpoints, metrics
+from metarl.running import checkpoints
 from metarl.running.checkpoints import CheckpointError
 from metarl.running.config import PolicyConfig
 from metarl.running.files import write_atomically
@@ -51,13 +49,6 @@ FLAGS = [
     "--tasks", "2", "--episodes", "2", "--threads", "1", "--workers", "0", "--policy.hidden", "4",
     "--family-options", "horizon=3",
 ]  # fmt: skip
-
-
-def run(*arguments: str) -> int:
-    try:
-        return main(arguments)
-    except SystemExit as exit:
-        return int(exit.code or 0)
 
 
 def in_child(work: Callable[[], object], seconds: float | None = None) -> int:
@@ -193,7 +184,7 @@ def test_killed_before_its_first_checkpoint_a_run_is_resumed_or_replaced(tmp_pat
     # But where metrics tell of iterations, nothing begins afresh.
     for path in checkpoints_of(folder).values():
         path.unlink()
-    with pytest.raises(CheckpointError, match="holds metrics but no checkpoint"):
+    with refused(folder, error=CheckpointError):
         train(replace(TINY, iterations=3), folder, resume=True)
 
 
@@ -217,7 +208,8 @@ def test_ctrl_c_while_it_starts_is_a_line(tmp_path, command):
     until_it_runs_metarl(process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
-    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+    assert (process.returncode, out, err.count("\n")) == (130, "", 1)
+    assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
 
@@ -259,6 +251,8 @@ def test_ctrl_c_at_random_moments_is_a_line_and_leaves_no_process(tmp_path, comm
 
 # Disks --------------------------------------------------------------------------------------------
 
+NO_SPACE = os.strerror(errno.ENOSPC)
+
 
 def full_at(monkeypatch, name: str) -> None:
     """Let nothing be written to files whose names hold a text."""
@@ -266,7 +260,7 @@ def full_at(monkeypatch, name: str) -> None:
 
     def full(file, data):
         if name in os.readlink(f"/proc/self/fd/{file}"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, NO_SPACE)
         return write(file, data)
 
     monkeypatch.setattr(os, "write", full)
@@ -282,10 +276,10 @@ def test_a_full_disk_stops_a_run_with_a_line_and_it_goes_on_later(
     with monkeypatch.context() as patch:
         full_at(patch, name)
         assert run("train", "--resume", "run", "--iterations", "3") == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(lines) == 1
-    assert f"{name}: No space left on device; make room there" in lines[0]
-    assert "metarl train --resume run" in lines[0]
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if mentions(line, NO_SPACE)]
+    assert mentions(line, name, "metarl train --resume run")
     assert len(checkpoints_of(tmp_path / "run")) == 2
     assert not list((tmp_path / "run").rglob(".*"))
     assert run("train", "--resume", "run", "--iterations", "3") == 0
@@ -326,7 +320,7 @@ def test_a_limit_on_file_sizes_is_a_line_and_leaves_no_folder(tmp_path, capfd, m
 
     assert in_child(limited) == 2
     err = capfd.readouterr().err
-    assert "config.json: File too large; raise the limit on the size of files (ulimit -f)" in err
+    assert mentions(err, "config.json", os.strerror(errno.EFBIG), "ulimit")
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
 
@@ -353,15 +347,16 @@ def test_a_full_disk_stops_other_commands_with_a_line(
     full_at(monkeypatch, name)
     assert run(*command.split()) == 2
     err = capsys.readouterr().err
-    assert re.fullmatch(rf"error: \S*{name}: No space left on device; make room.*\n", err)
+    assert mentions(err, name, NO_SPACE)
+    assert err.count("\n") == 1
     assert not list(tmp_path.rglob(f"*{name}*"))
 
 
 def test_tensorboard_that_cannot_be_written_is_told_once(tmp_path, monkeypatch, caplog, whole):
     full_at(monkeypatch, "tfevents")
     meta = train(replace(TINY, iterations=3), tmp_path / "run")
-    assert len(caplog.messages) == 1
-    assert "No space left on device; TensorBoard shows no more of" in caplog.messages[0]
+    (message,) = caplog.messages
+    assert mentions(message, NO_SPACE, "TensorBoard", tmp_path / "run")
     assert same_params(meta, load(whole))
     assert timeless(tmp_path / "run") == timeless(whole)
 
@@ -392,15 +387,17 @@ def test_of_flipped_bits_no_other_row_is_lost_and_none_silently(tmp_path, whole,
 
 
 def test_many_metrics_take_no_more_memory_than_they_are(tmp_path):
-    lines = [metrics._Line({"iteration": i + 1}, i + 1, 0) for i in range(3000)]
+    numbers = ["env_steps", "seconds_iteration", "return_pre", "return_post"]
+    rows = [{"iteration": i + 1, **dict.fromkeys(numbers, i)} for i in range(3000)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tracemalloc.start()
     try:
-        kept = metrics._increasing(lines)
+        found = read_metrics(tmp_path)
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert kept == lines
-    assert most < 1e6  # a list of each beginning would be 36 MB
+    assert found == rows
+    assert most < 1e7  # a list of each beginning would be 36 MB
 
 
 def replace_iteration(row: dict, more: int) -> dict:
@@ -408,26 +405,26 @@ def replace_iteration(row: dict, more: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "names"),
     [
-        (b'{"iteration": 1', b'["iteration": 1', "line 1 is damaged (no JSON)"),
-        (b'"env_steps"', b'"env_s\xffeps"', "line 1 is damaged (no JSON)"),
-        (b'"iteration": 1', b'"iterbtion": 1', "line 1 is damaged (iteration is missing)"),
-        (b'"iteration": 1', b'"iteration": 9', "line 1 is damaged (iteration 9 out of order)"),
-        (b'"iteration": 1', b'"iteration": 1.5', "whole numbers"),
+        (b'{"iteration": 1', b'["iteration": 1', ["JSON"]),
+        (b'"env_steps"', b'"env_s\xffeps"', ["JSON"]),
+        (b'"iteration": 1', b'"iterbtion": 1', ["iteration"]),
+        (b'"iteration": 1', b'"iteration": 9', ["iteration", 9]),
+        (b'"iteration": 1', b'"iteration": 1.5', ["iteration", "env_steps"]),
     ],
 )
-def test_damaged_metrics_are_named_and_kept_aside(tmp_path, whole, caplog, old, new, told):
+def test_damaged_metrics_are_named_and_kept_aside(tmp_path, whole, caplog, old, new, names):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     path = folder / "metrics.jsonl"
     damaged = path.read_bytes().replace(old, new, 1)
     path.write_bytes(damaged)
     train(replace(TINY, iterations=4), folder, resume=True)
-    assert told in caplog.messages[0]
-    assert "is kept as" in caplog.messages[0]
-    assert "has no row of iteration 1" in caplog.messages[1]
-    assert (folder / "metrics.jsonl.set-aside-1").read_bytes() == damaged
+    aside = folder / "metrics.jsonl.set-aside-1"
+    assert mentions(caplog.messages[0], path, "line 1", *names, aside)
+    assert mentions(caplog.messages[1], path, "iteration 1")
+    assert aside.read_bytes() == damaged
     assert [row["iteration"] for row in read_metrics(folder)] == [2, 3, 4]
 
 
@@ -439,13 +436,13 @@ def test_a_damaged_checkpoint_names_the_newest_good_one(tmp_path, capsys, monkey
     path.write_bytes(damaged)
     remedy = "metarl train --resume run --from 2"
     assert run("train", "--resume", "run") == 2
-    err = capsys.readouterr().err
-    assert err.count("error: run/checkpoints/000003.safetensors is damaged") == 1
-    assert remedy in err
+    bad, good = (f"run/checkpoints/00000{i}.safetensors" for i in (3, 2))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if mentions(line, bad)]
+    assert mentions(line, remedy)
     assert run("evaluate", "run", "--tasks", "1") == 2
-    assert "the newest good one is run/checkpoints/000002.safetensors" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, bad, good)
     assert run("train", "--resume", "run", "--from", "1") == 2
-    assert "no checkpoint of iteration 1 (there: 0, 2, 3)" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "run", 1, "0, 2, 3")
     assert run(*remedy.split()[1:]) == 0
     assert timeless(whole) == timeless(Path("run"))
     assert same_params(load(whole), load("run"))
@@ -453,63 +450,58 @@ def test_a_damaged_checkpoint_names_the_newest_good_one(tmp_path, capsys, monkey
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "names"),
     [
-        ({"format": "2"}, "has format '2', which no version of metarl writes"),
-        ({"format": None}, "has format None"),
-        ({"format": 0}, "has format 0"),
-        ({"format": -1}, "has format -1"),
-        ({"format": True}, "has format True"),
-        ({"format": 2}, "this version reads up to 1; update metarl"),
-        ({"config": None}, "holds a config that cannot be used"),
-        ({"config": "gone"}, "holds no config"),
-        ({"config": {"tasks": "5"}}, "holds a config that cannot be used"),
-        ({"iteration": "gone"}, "iteration must be a whole number, 0 or more, is 'missing'"),
-        ({"iteration": "3"}, "iteration must be a whole number, 0 or more, is '3'"),
-        ({"iteration": 2}, "is of iteration 2, which is not its name"),
-        ({"env_steps": -1}, "env_steps must be a whole number, 0 or more, is -1"),
-        ({"kind": "policy"}, "is no checkpoint of a run but 'policy'"),
-        ({"kind": "gone"}, "is no checkpoint of a run but None"),
+        ({"format": "2"}, ["format", "'2'"]),
+        ({"format": None}, ["format", None]),
+        ({"format": 0}, ["format", 0]),
+        ({"format": -1}, ["format", -1]),
+        ({"format": True}, ["format", True]),
+        ({"format": 2}, ["format", 2, 1]),
+        ({"config": None}, ["config"]),
+        ({"config": "gone"}, ["config"]),
+        ({"config": {"tasks": "5"}}, ["config", "tasks", "'5'"]),
+        ({"iteration": "gone"}, ["iteration"]),
+        ({"iteration": "3"}, ["iteration", "'3'"]),
+        ({"iteration": 2}, ["iteration", 2]),
+        ({"env_steps": -1}, ["env_steps", -1]),
+        ({"kind": "policy"}, ["policy"]),
+        ({"kind": "gone"}, [None]),
     ],
 )
-def test_odd_metadata_is_refused_by_name(tmp_path, whole, changes, message):
+def test_odd_metadata_is_refused_by_name(tmp_path, monkeypatch, whole, changes, names):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     path = newest_checkpoint(folder)
     tensors, metadata = checkpoints.load(path)
     odd = {k: v for k, v in {**metadata, **changes}.items() if v != "gone"}
-    write_as_it_is(path, tensors, odd)
-    with pytest.raises(CheckpointError, match=re.escape(message)):
+    with monkeypatch.context() as another_version:
+        another_version.setattr(checkpoints, "FORMAT", odd["format"])
+        checkpoints.save(path, tensors, odd)
+    with refused(path, *names, error=CheckpointError):
         train(replace(TINY, iterations=4), folder, resume=True)
 
 
-def write_as_it_is(path: Path, tensors: dict, metadata: dict) -> None:
-    """Save without the format that `save` puts in."""
-    import safetensors.torch
-
-    text = json.dumps(metadata)
-    header = {"metarl": text, "sha256": checkpoints._digest(tensors, text)}
-    path.write_bytes(safetensors.torch.save(tensors, header))
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "names"),
     [
-        (lambda t: t.double(), "is torch.float64, expected torch.float32"),
-        (lambda t: t * torch.nan, "holds a number that is not finite"),
-        (lambda t: t.flatten(), "is of another network"),
+        (lambda t: t.double(), ["torch.float64", "torch.float32"]),
+        (lambda t: t * torch.nan, []),
+        (lambda t: t.flatten(), ["(8, 4)", "(8,)"]),
     ],
 )
-def test_odd_tensors_are_refused_by_name(tmp_path, whole, change, message):
+def test_odd_tensors_are_refused_by_name(tmp_path, whole, change, names):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     path = newest_checkpoint(folder)
     tensors, metadata = checkpoints.load(path)
     checkpoints.save(path, {name: change(t) for name, t in tensors.items()}, metadata)
-    with pytest.raises(CheckpointError, match=message):
+    with refused(path, *names, error=CheckpointError) as in_training:
         train(replace(TINY, iterations=4), folder, resume=True)
-    with pytest.raises(CheckpointError, match=message):
+    with refused(path, *names, error=CheckpointError) as in_loading:
         load(folder)
+    for caught in (in_training, in_loading):
+        assert any(mentions(str(caught.value), name.removeprefix("meta.")) for name in tensors)
 
 
 # Folders ------------------------------------------------------------------------------------------
@@ -530,7 +522,7 @@ def test_a_folder_that_goes_while_it_is_trained_in(tmp_path, whole, fault):
         if fault == "replaced":
             shutil.copytree(whole, folder)
 
-    with pytest.raises(RunError, match="was moved or deleted while it was trained in"):
+    with refused(folder, "--resume", error=RunError):
         train(replace(TINY, iterations=3), folder, progress=break_it)
     if fault == "replaced":
         assert same_runs(whole, folder)
@@ -570,7 +562,7 @@ def test_of_two_processes_on_a_folder_one_is_refused(tmp_path, whole, resume):
         finally:
             os._exit(1)
     os.read(ours, 1)
-    with pytest.raises(RunError, match=r"another process is training|exists; continue it"):
+    with refused(folder, "--out", error=RunError):
         train(replace(TINY, iterations=3), folder, resume=resume)
     os.write(go, b"xxx")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -630,9 +622,8 @@ def test_another_machine_is_told_in_a_line(tmp_path, whole, caplog):
     train(replace(TINY, iterations=5), folder, resume=True)
     (message,) = caplog.messages
     here = checkpoints.versions()["torch"]
-    assert f"began with torch 0.4.1 (now {here}), processor Z80 (now " in message
-    assert "in distribution, not in every bit" in message
-    assert "cores" not in message
+    assert mentions(message, "torch", "0.4.1", here, "processor", "Z80")
+    assert not mentions(message, "cores")
 
 
 # Numbers ------------------------------------------------------------------------------------------
@@ -673,13 +664,11 @@ def test_one_huge_gradient_is_bounded_and_counted():
 
 
 def test_ten_rewards_that_are_nan_stop_with_the_last_good_state(tmp_path, monkeypatch):
-    family = replace(counting_family(), env=Poisoned)
-    monkeypatch.setattr("metarl.running.trainer.find_family", lambda *_, **__: family)
-    config = replace(TINY, iterations=12)
+    config = replace(TINY, family="test_trainer:poisoned", family_options={}, iterations=12)
     monkeypatch.setattr("test_trainer.bad_above", 100.0)
     meta = train(replace(config, iterations=1), tmp_path / "run")
     monkeypatch.setattr("test_trainer.bad_above", 0.0)
-    with pytest.raises(RunError, match="10 updates in a row were skipped"):
+    with refused(10, "reward", error=RunError):
         train(config, tmp_path / "run", resume=True)
     assert same_params(meta, load(tmp_path / "run"))
     monkeypatch.setattr("test_trainer.bad_above", 100.0)
@@ -687,22 +676,12 @@ def test_ten_rewards_that_are_nan_stop_with_the_last_good_state(tmp_path, monkey
     assert after.provenance["iteration"] == 12
 
 
-def test_a_simulation_that_diverges_leaves_the_others_as_they_are(monkeypatch):
-    family = make_family("half-cheetah-dir", horizon=8)
-    monkeypatch.setattr("metarl.running.trainer.find_family", lambda *_, **__: family)
-    config = small(family="half-cheetah-dir", family_options={}, threads=1)
+def test_a_simulation_that_diverges_leaves_the_others_as_they_are():
     seen = []
-    for sabotaged in (False, True):
-        with Trainer(config) as trainer, monkeypatch.context() as patch:
-            env = trainer.source.collector._envs[0]
-            begin = env._begin
-
-            def broken(ids, seeds, begin=begin, env=env, sabotaged=sabotaged):
-                begin(ids, seeds)
-                if sabotaged:
-                    env.sim.qvel[5, 0] = 1e11  # the second episode of task 1
-
-            patch.setattr(env, "_begin", broken)
+    for which in ([], [5]):  # the second episode of task 1
+        options = {"which": which}
+        config = small(family="test_trainer:thrown", family_options=options, threads=1)
+        with Trainer(config) as trainer:
             trainer.iterate(seen.append)
     a, b = (rollouts[0] for rollouts in seen)
     assert b.diverged.sum() == 1
@@ -716,23 +695,26 @@ def test_a_simulation_that_diverges_leaves_the_others_as_they_are(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "names"),
     [
-        pytest.param("kill step", "was killed", marks=pytest.mark.slow),
-        pytest.param("hang step", "hung", marks=pytest.mark.slow),
-        pytest.param("shape step", "shape", marks=pytest.mark.slow),
-        pytest.param("nan step", "10 updates in a row were skipped", marks=pytest.mark.slow),
-        ("raise step", "ArithmeticError: the fault"),
+        pytest.param("kill step", ["worker", "killed"], marks=pytest.mark.slow),
+        pytest.param("hang step", ["worker", "--worker-timeout"], marks=pytest.mark.slow),
+        pytest.param("shape step", ["shape"], marks=pytest.mark.slow),
+        pytest.param("nan step", [10, "observation"], marks=pytest.mark.slow),
+        ("raise step", ["ArithmeticError", "the fault"]),
     ],
 )
-def test_a_worker_that_goes_on_failing_ends_the_command(tmp_path, monkeypatch, capsys, fault, told):
+def test_a_worker_that_goes_on_failing_ends_the_command(
+    tmp_path, monkeypatch, capsys, fault, names
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "faults").write_text(f"always {fault}")
     arguments = ["train", "worker_envs:always_faulty", "--family-options", "faults=faults"]
     small = ["--tasks", "2", "--episodes", "2", "--workers", "2", "--worker-timeout", "1"]
     code = run(*arguments, *small, "--iterations", "10", "--out", "run")
     err = capsys.readouterr().err
-    assert (code, "error: " in err, told in err) == (2, True, True)
+    assert code == 2
+    assert mentions(err, *names)
     assert load("run").provenance["iteration"] == 9 if "nan" in fault else not Path("run").exists()
 
 
@@ -740,84 +722,70 @@ def test_a_worker_that_goes_on_failing_ends_the_command(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    ("command", "message"),
+    ("command", "names"),
     [
-        ("train navigation-2d --itertions 3",
-         "no option '--itertions'; did you mean '--iterations'? (metarl train --help lists"),
-        ("train navigation-2d --no-such=3", "no option '--no-such'"),
-        ("train navigation-2d --iterations many", "--iterations must be a whole number, got 'man"),
-        ("train navigation-2d --seed 1.5", "--seed must be a whole number, got '1.5'"),
-        ("record x --speed fast", "--speed must be a number, got 'fast'"),
-        ("train navigation-2d --iterations", "--iterations needs a value"),
-        ("train navigation-2d --inner.step-sizes x", "--inner.step-sizes cannot be made of 'x'"),
-        ("train navigation-2d --policy.activation foo",
-         "--policy.activation must be one of tanh, relu, got 'foo'"),
-        ("train navigation-2d extra", "'extra' is not expected here"),
-        ("train navigation-2d --stratified False",
-         "'False' is not expected here: a switch is turned off as in --advantage.no-normalize ("),
+        ("train navigation-2d --itertions 3", "--itertions --iterations"),
+        ("train navigation-2d --no-such=3", "--no-such"),
+        ("train navigation-2d --iterations many", "--iterations many"),
+        ("train navigation-2d --seed 1.5", "--seed 1.5"),
+        ("record x --speed fast", "--speed fast"),
+        ("train navigation-2d --iterations", "--iterations"),
+        ("train navigation-2d --inner.step-sizes x", "--inner.step-sizes x"),
+        ("train navigation-2d --policy.activation foo", "--policy.activation foo tanh relu"),
+        ("train navigation-2d extra", "extra"),
+        ("train navigation-2d --stratified False", "False"),
         ("train navigation-2d --no-advantage.normalize",
-         "no option '--no-advantage.normalize'; did you mean '--advantage.no-normalize'? ("),
-        ("check a b", "'b' is not expected here (metarl check --help lists the options)"),
-        ("train navigation-2d --from 3", "--from 3 needs the run: --resume FOLDER"),
-        ("train navigation-2d --adam.max-norm 0", "adam.max_norm must be positive, got 0"),
+         "--no-advantage.normalize --advantage.no-normalize"),
+        ("check a b", "b"),
+        ("train navigation-2d --from 3", "--from 3 --resume"),
+        ("train navigation-2d --adam.max-norm 0", "adam.max_norm 0"),
         ("train navigation-2d --algorithm promp --adam.learning-rate inf",
-         "adam.learning_rate must be finite, got inf"),
-        ("train navigation-2d --advantage.ridge inf",
-         "advantage.ridge must be positive and finite, got inf"),
-        ("train navigation-2d --device tpu", "device must be"),
-        ("train navigation-2d --algorithm protomaml", "protomaml"),
-        ("train navigation-2d --family-options nope=1", "navigation-2d has no option 'nope'"),
+         "adam.learning_rate inf"),
+        ("train navigation-2d --advantage.ridge inf", "advantage.ridge inf"),
+        ("train navigation-2d --device tpu", "device tpu"),
+        ("train navigation-2d --algorithm protomaml", "protomaml navigation-2d"),
+        ("train navigation-2d --family-options nope=1", "navigation-2d nope"),
         ("train half-cheetah-vel --iterations 1 --family-options low=0.5 --family-options high=1.5",
-         "--family-options is there twice: name all options after one"),
-        ("train sinusoid --shots 3 --family-options=nonsense=1",
-         "sinusoid has no option 'nonsense'"),
-        ("train half-cheetah-vel --iterations 1 --family-options low=0.5 low=0.7",
-         "the family option low is given twice"),
+         "--family-options low=0.5 high=1.5"),
+        ("train sinusoid --shots 3 --family-options=nonsense=1", "sinusoid nonsense"),
+        ("train half-cheetah-vel --iterations 1 --family-options low=0.5 low=0.7", "low"),
         ("train ant-dir --iterations 1 --family-options contact_forces=no",
-         "ant-dir: contact_forces must be True or False, got 'no'"),
+         "ant-dir contact_forces no True False"),
         ("train half-cheetah-dir --iterations 1 --family-options balanced=no",
-         "balanced must be True or False, got 'no'"),
+         "balanced no True False"),
         ("train navigation-2d --iterations 1 --family-options horizon=True",
-         "navigation-2d: horizon must be a whole number, got True"),
+         "navigation-2d horizon True"),
         ("train hopper-params --iterations 1 --family-options frame_skip=2.5",
-         "hopper-params: frame_skip must be a whole number, got 2.5"),
-        ("train cartpole-length --iterations 1 --family-options low=-1",
-         "cartpole-length: low must be positive, got -1"),
-        ("export navigation-2d-icml2017 --steps 2 --out x.pt",
-         "to adapt before it is exported, name the task: --task goal_x=... goal_y=..."),
-        ("evaluate navigation-2d-icml2017 --tasks 1 --threads 0", "threads must be at least 1"),
-        ("report navigation-2d-icml2017 --out x.pdf", "--out x.pdf must end in .html or .htm"),
+         "hopper-params frame_skip 2.5"),
+        ("train cartpole-length --iterations 1 --family-options low=-1", "cartpole-length low -1"),
+        ("export navigation-2d-icml2017 --steps 2 --out x.pt", "--task goal_x goal_y"),
+        ("evaluate navigation-2d-icml2017 --tasks 1 --threads 0", "threads 0"),
+        ("report navigation-2d-icml2017 --out x.pdf", "--out x.pdf .html"),
         ("train half-cheetah-dir --iterations 1 --trust-region.max-kl inf",
-         "trust_region.max_kl must be positive and finite, got inf"),
-        ("train conftest.py:counting_family",
-         "a family is named without .py: conftest:counting_family"),
-        ("train conftest:nothing", "module 'conftest' has no 'nothing'"),
-        ("evaluate navigation-2d-icml2017 --step-sizes 0.1,0.05",
-         "--step-sizes takes numbers, as in 0.1 0.05, got '0.1,0.05'"),
-        ("evaluate navigation-2d-icml2017 --step-sizes",
-         "--step-sizes takes numbers, as in 0.1 0.05, and none follow"),
-        ("adapt navigation-2d-icml2017 --task --steps 2",
-         "--task takes component=value, as in goal_x=0.3, and none follow"),
-        ("adapt navigation-2d-icml2017 --task goal_x 1",
-         "--task takes component=value, as in goal_x=0.3, got 'goal_x'"),
-        ("adapt navigation-2d-icml2017 --task goal_x=0 goal_y=0 goal_x=1",
-         "task component 'goal_x' is given twice"),
+         "trust_region.max_kl inf"),
+        ("train conftest.py:counting_family", ".py conftest:counting_family"),
+        ("train conftest:nothing", "conftest nothing"),
+        ("evaluate navigation-2d-icml2017 --step-sizes 0.1,0.05", "--step-sizes 0.1,0.05"),
+        ("evaluate navigation-2d-icml2017 --step-sizes", "--step-sizes"),
+        ("adapt navigation-2d-icml2017 --task --steps 2", "--task goal_x"),
+        ("adapt navigation-2d-icml2017 --task goal_x 1", "--task goal_x"),
+        ("adapt navigation-2d-icml2017 --task goal_x=0 goal_y=0 goal_x=1", "goal_x"),
         ("adapt navigation-2d-icml2017 --task goal_x=0 goal_y=0 --save no/where",
-         "--save no/where: there is no folder no"),
-        ("export navigation-2d-icml2017 --out x.bin", "--out x.bin must end in .pt or .onnx"),
+         "--save no/where no"),
+        ("export navigation-2d-icml2017 --out x.bin", "--out x.bin .pt .onnx"),
         ("export navigation-2d-icml2017 --out x.pt --format onnx",
-         "--out x.pt is a name for torchscript, and --format onnx"),
-        ("record navigation-2d-icml2017 --out x.avi", "--out x.avi must end in .mp4 or .gif"),
+         "--out x.pt torchscript --format onnx"),
+        ("record navigation-2d-icml2017 --out x.avi", "--out x.avi .mp4 .gif"),
         ("adapt navigation-2d-icml2017 --task goal_x=0 goal_y=0 --episodes 100000000000",
-         "out of memory: take fewer tasks or episodes"),
-        ("train navigation-2d --policy.hidden 1000000000000", "out of memory"),
+         "memory tasks episodes"),
+        ("train navigation-2d --policy.hidden 1000000000000", "memory network"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_in_one_line(tmp_path, monkeypatch, capsys, command, message):
+def test_a_mistake_is_named_in_one_line(tmp_path, monkeypatch, capsys, command, names):
     monkeypatch.chdir(tmp_path)
     assert run(*command.split()) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"error: {message}")
+    assert mentions(err, *names.split())
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -834,19 +802,17 @@ def test_a_place_for_results_that_is_a_file_is_told_before_anything_is_measured(
     name = "navigation-2d-icml2017"
     for command, suffix in (("report", "html"), ("record", "mp4"), ("export", "pt")):
         assert run(command, name, "--out", f"file/x.{suffix}") == 2
-        told = "file is a file, and results need a folder: name one with --out"
-        assert told in capsys.readouterr().err
+        assert mentions(capsys.readouterr().err, "file", "--out")
         assert run(command, name, "--out", "folder") == 2
-        assert "--out folder is a folder; name a file" in capsys.readouterr().err
+        assert mentions(capsys.readouterr().err, "folder", "--out")
     assert not Path("runs").exists()
     for out in ("file", "file/below"):
         assert run("evaluate", "navigation-2d-icml2017", "--out", out) == 2
-        assert "file is a file, and results need a folder" in capsys.readouterr().err
+        assert mentions(capsys.readouterr().err, "file", "--out")
     # Root may write anywhere.
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != Path("folder"))
     assert run("evaluate", "navigation-2d-icml2017", "--out", "folder/new") == 2
-    told = "nothing may be written in folder: name another place with --out"
-    assert told in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "folder", "--out")
 
 
 def test_links_devices_and_pipes_stay_what_they_are(tmp_path):
