@@ -8,6 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from expecting import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -232,5 +233,5 @@ def test_a_task_of_no_valid_steps_has_no_advantages(pool):
     [("discount", 1.5), ("trace", -0.1), ("ridge", 0.0), ("targets", "mean")],
 )
 def test_bad_values_are_refused_by_name(key, value):
-    with pytest.raises(ValueError, match=f"advantage.{key}"):
+    with refused(f"advantage.{key}", value):
         AdvantageConfig(**{key: value})

@@ -9,6 +9,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
+from expecting import refused
 
 from metarl.envs import make_family, mujoco_vector
 from metarl.envs.serial_batch import SerialBatch
@@ -43,7 +44,7 @@ def same(native, serial) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("body", ["ant", "hopper"])
-def test_states_and_derived_fields(body, stage):
+def test_states_and_derived_fields_equal_the_native_batch(body, stage):
     native, serial = pair(body)
     both = (native, serial)
     rng = np.random.default_rng(stage)
@@ -74,7 +75,7 @@ def test_states_and_derived_fields(body, stage):
     same(*both)
 
 
-def test_a_divergence_is_counted_alike():
+def test_a_divergence_is_counted_as_by_the_native_batch():
     native, serial = pair("hopper", 3)
     for b in (native, serial):
         b.reset()
@@ -119,9 +120,9 @@ def test_fields_of_the_model_differ_between_simulations():
     for data in (serial.get_data(2), serial.get_data(2, mujoco.MjData(serial.model))):
         assert np.array_equal(data.qpos, native.get_data(2).qpos)
     for b in (native, serial):
-        with pytest.raises(ValueError, match=r"body_mas.*body_mass"):
+        with refused("body_mas", "body_mass", error=ValueError):
             b.expand("body_mas")
-        with pytest.raises(ValueError, match="qps"):
+        with refused("qps", "qpos", error=ValueError):
             b.bind("qps")
 
 
@@ -143,7 +144,7 @@ def test_contact_forces_from_the_whole_data_of_a_persistent_batch():
 
 
 @pytest.mark.parametrize("scale", ["stock", "icml2017"])
-def test_a_family_gives_the_same_on_it(monkeypatch, scale):
+def test_a_family_gives_the_same_on_either_batch(monkeypatch, scale):
     def episode() -> list[np.ndarray]:
         family = make_family("half-cheetah-vel", scale=scale)
         vector = family.make_vec(2, 2, autoreset_mode="Disabled")

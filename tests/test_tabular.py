@@ -7,11 +7,11 @@ import itertools
 import gymnasium as gym
 import numpy as np
 import pytest
+from expecting import mentions, refused
 from gymnasium.vector import AutoresetMode
 
 from metarl import evaluate, resolve
 from metarl.envs import make_family
-from metarl.envs.errors import UserError
 from metarl.learning.algorithms import find_algorithm
 from metarl.running.building import policy_for
 from metarl.running.meta_policy import MetaPolicy
@@ -46,7 +46,7 @@ def test_the_optimum_of_a_bandit_is_the_best_arm_every_time():
     np.testing.assert_allclose(family.optimal_return(tasks), 7 * tasks.max(axis=1))
 
 
-def test_tables_are_the_task_by_name():
+def test_tables_hold_the_components_of_the_task_by_name():
     family = make_family("tabular-mdp", states=3, actions=2)
     task = family.tasks.grid(1)
     rewards, transitions = family.tables(task)
@@ -132,22 +132,22 @@ def test_an_episode_depends_on_its_seed_and_task_alone(name):
     assert truncated
 
 
-def test_bad_actions_and_sizes_are_told():
+def test_bad_actions_and_sizes_are_refused():
     vector = make_family("bandit").make_vec(2, 1)
     vector.reset(seed=0)
-    with pytest.raises(UserError, match=r"from 0 to 4, got \[0 5\]"):
+    with refused("actions", 0, 4, 5):
         vector.step(np.array([0, 5]))
-    with pytest.raises(UserError, match="2 whole numbers"):
+    with refused("actions", "0. 1."):
         vector.step(np.array([0.0, 1.0]))
-    with pytest.raises(UserError, match="arms must be at least 2, got 1"):
+    with refused("arms", 2, 1):
         make_family("bandit", arms=1)
-    with pytest.raises(UserError, match="at least 2, got 1 and 5"):
+    with refused("states", 2, 1):
         make_family("tabular-mdp", states=1)
-    with pytest.raises(UserError, match="bandit has no render mode"):
+    with refused("bandit", "human"):
         make_family("bandit").make(render_mode="human")
 
 
-def test_evaluation_tells_the_optimum():
+def test_evaluation_reports_the_optimum():
     config = resolve(None, "bandit")
     family = make_family("bandit")
     meta = MetaPolicy(
@@ -158,5 +158,4 @@ def test_evaluation_tells_the_optimum():
     arms = np.array(found.setting["tasks"])
     assert found.setting["optimal_returns"] == pytest.approx(arms.max(1) * family.horizon)
     best = f"{arms.max(1).mean() * family.horizon:.1f}"
-    [line] = [line for line in found.table().splitlines() if line.startswith("optimum")]
-    assert line.split() == ["optimum", best, "exact"]
+    assert mentions(found.table(), best)

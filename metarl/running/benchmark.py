@@ -64,7 +64,7 @@ def benchmark(config: Config, repeats: int = 3, ranks: Ranks = ALONE) -> dict[st
             row["steps"] = ranks.total(sum(rollout.env_steps for rollout in seen))
             address = Address(config.seed, row["iteration"] - 1, first_task=trainer.block.start)
             row["seconds_ceiling"] = sum(
-                _replay(trainer, rollout, dataclasses.replace(address, inner_step=k))
+                replay(trainer, rollout, dataclasses.replace(address, inner_step=k))
                 for k, rollout in enumerate(seen)
             )
             rows.append(row)
@@ -155,7 +155,9 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
         }  # fmt: skip
         for collector in collectors.values():
             closing.callback(collector.close)
-        plain = [closing.enter_context(contextlib.closing(_plain(family, t))) for t in tasks]
+        plain = [
+            closing.enter_context(contextlib.closing(raw_environment(family, t))) for t in tasks
+        ]
         for _ in range(1 + repeats):  # the first to warm up
             start = time.perf_counter()
             steps = _step_all(vector, family.horizon, policy, params, count, config)
@@ -165,7 +167,9 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
                 rollout = collector.collect(params, tasks, address)
                 seconds[name].append((time.perf_counter() - start) / rollout.env_steps)
                 if name == "one_process":
-                    seconds["plain_loop"].append(_loop(family, plain, rollout, address, config))
+                    seconds["plain_loop"].append(
+                        loop_seconds(family, plain, rollout, address, config)
+                    )
     each = {name: np.array(values[1:]) for name, values in seconds.items()}
     return {
         "environments": count * episodes,
@@ -178,12 +182,12 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
     }
 
 
-def _plain(family: TaskFamily, task: NDArray) -> gym.Env:
+def raw_environment(family: TaskFamily, task: NDArray) -> gym.Env:
     """Return a task's environment as its own package makes it, without the family's around it."""
     return family.make_raw(task=task) if isinstance(family, GymnasiumFamily) else family.make(task)
 
 
-def _loop(
+def loop_seconds(
     family: TaskFamily,
     envs: Sequence[gym.Env],
     rollout: Rollout,
@@ -236,7 +240,7 @@ def _step_all(
     return env.num_envs * steps
 
 
-def _replay(trainer: Trainer, rollout: Rollout, address: Address) -> float:
+def replay(trainer: Trainer, rollout: Rollout, address: Address) -> float:
     """Return the seconds that physics alone takes for a rollout's actions; 0 if not native.
 
     Contact forces, fetched one simulation at a time, are no part of it.
