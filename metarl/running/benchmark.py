@@ -155,9 +155,9 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
         }  # fmt: skip
         for collector in collectors.values():
             closing.callback(collector.close)
-        plain = [
-            closing.enter_context(contextlib.closing(raw_environment(family, t))) for t in tasks
-        ]
+        plain = [raw_environment(family, task) for task in tasks]
+        for env in plain:
+            closing.callback(env.close)
         for _ in range(1 + repeats):  # the first to warm up
             start = time.perf_counter()
             steps = _step_all(vector, family.horizon, policy, params, count, config)

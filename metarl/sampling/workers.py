@@ -262,6 +262,11 @@ class WorkerCollector:
             self._finalizer()
             raise
 
+    @property
+    def pids(self) -> list[int | None]:
+        """Process ids of the workers, in order of their tasks; none after `close`."""
+        return [worker.process.pid for worker in self._workers]
+
     def collect(
         self, params: Params, tasks: NDArray, address: Address, *, deterministic: bool = False
     ) -> Rollout:
