@@ -487,7 +487,7 @@ def test_odd_metadata_is_refused_by_name(tmp_path, monkeypatch, whole, changes, 
     [
         (lambda t: t.double(), ["torch.float64", "torch.float32"]),
         (lambda t: t * torch.nan, []),
-        (lambda t: t.flatten(), ["(8, 4)", "(8,)"]),
+        (lambda t: t.flatten(), ["(8,)"]),
     ],
 )
 def test_odd_tensors_are_refused_by_name(tmp_path, whole, change, names):
