@@ -7,9 +7,9 @@ import json
 
 import numpy as np
 import pytest
+from expecting import refused, run
 
-from metarl import UserError, load, resolve
-from metarl.commands.cli import main
+from metarl import load, resolve
 from metarl.envs import make_family
 from metarl.envs.registry import training_values
 from metarl.learning.algorithms import find_algorithm
@@ -113,17 +113,17 @@ def test_a_preset_may_differ_for_one_algorithm_on_one_family():
 
 @pytest.mark.parametrize("preset", [None, "metarl2026"])
 def test_unknown_families_are_refused_by_name(preset):
-    with pytest.raises(UserError, match="no task family 'half-cheeta-dir'; did you mean 'half-ch"):
+    with refused("half-cheeta-dir", "half-cheetah-dir"):
         resolve(preset, "half-cheeta-dir")
 
 
 def test_unknown_keys_are_refused_by_name():
-    with pytest.raises(UserError, match=r"no config key 'inner.step_size'; did you mean 'inner.st"):
+    with refused("inner.step_size", "inner.step_sizes"):
         resolve(None, "navigation-2d", overrides={"inner.step_size": (0.1,)})
     for key in ("inner", "nothing.steps", "seeed", "family.name"):
-        with pytest.raises(UserError, match="no config key"):
+        with refused(key):
             resolve(None, "navigation-2d", overrides={key: 1})
-    with pytest.raises(UserError, match=r"inner.step_sizes takes several values, such as \(0.1,\)"):
+    with refused("inner.step_sizes", 0.1):
         resolve(None, "navigation-2d", overrides={"inner.step_sizes": 0.1})
 
 
@@ -156,34 +156,34 @@ SMALL = ["--iterations", "1", "--tasks", "2", "--episodes", "2", "--policy.hidde
 def test_a_run_evaluates_with_what_was_said(flags, sizes, test_sizes, proximal, tmp_path):
     out = tmp_path / "run"
     arguments = ["train", "navigation-2d", "--preset", "icml2017", *SMALL, "--out", str(out)]
-    assert main([*arguments, *flags]) == 0
+    assert run(*arguments, *flags) == 0
     stored = json.loads((out / "config.json").read_text())["config"]["inner"]
     assert (stored["step_sizes"], stored["test_step_sizes"]) == (sizes, test_sizes)
     assert stored["proximal"] == proximal
     # A resumed run has the values of its folder.
-    assert main(["train", "--resume", str(out), "--iterations", "2"]) == 0
+    assert run("train", "--resume", str(out), "--iterations", "2") == 0
     assert load(str(out)).config.inner == run_config(out).inner
     assert list(run_config(out).inner.test_step_sizes) == test_sizes
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "known"),
     [
-        ("iterations", "3", "iterations must be a whole number, got '3'"),
-        ("tasks", True, "tasks must be a whole number, got True"),
-        ("inner.step_sizes", ("a",), r"inner.step_sizes must be numbers, got \('a',\)"),
-        ("trust_region.max_kl", None, "trust_region.max_kl must be a number, got None"),
-        ("stratified", 1, "stratified must be True or False, got 1"),
-        ("inner.step_sizes", (True,), r"inner.step_sizes must be numbers, got \(True,\)"),
-        ("policy.hidden", (64.5,), r"whole numbers of at least 1, got \(64.5,\)"),
-        ("policy.hidden", (0,), r"whole numbers of at least 1, got \(0,\)"),
-        ("policy.action", "scaled", "policy.action must be one of clip, scale, got 'scaled'"),
-        ("policy.activation", "gelu", "policy.activation must be one of tanh, relu, got 'gelu'"),
-        ("policy.network", "foo", "policy.network must be one of auto, mlp, .*, got 'foo'"),
+        ("iterations", "3", []),
+        ("tasks", True, []),
+        ("inner.step_sizes", ("a",), []),
+        ("trust_region.max_kl", None, []),
+        ("stratified", 1, [True, False]),
+        ("inner.step_sizes", (True,), []),
+        ("policy.hidden", (64.5,), []),
+        ("policy.hidden", (0,), [1]),
+        ("policy.action", "scaled", ["clip", "scale"]),
+        ("policy.activation", "gelu", ["tanh", "relu"]),
+        ("policy.network", "foo", ["auto", "mlp"]),
     ],
 )
-def test_a_value_of_another_kind_is_refused(key, value, told):
-    with pytest.raises(UserError, match=told):
+def test_a_value_of_another_kind_is_refused(key, value, known):
+    with refused(key, repr(value), *known):
         resolve(None, "navigation-2d", overrides={key: value})
 
 

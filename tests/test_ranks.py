@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from expecting import mentions, refused
 
 from metarl.envs.errors import UserError
 from metarl.learning.ranks import ALONE, CHUNK, Ranks, device_of
@@ -107,14 +108,14 @@ def test_blocks_are_whole_chunks_of_all_tasks(tasks):
 def test_more_ranks_than_chunks_are_refused():
     ranks = Ranks()
     ranks.size = 11
-    with pytest.raises(UserError, match="40 tasks are 10 chunks of 4, too few for 11 ranks"):
+    with refused("tasks", 40, "ranks", 11):
         ranks.block(40)
 
 
 def test_supervised_tasks_train_on_one_rank():
     ranks = Ranks()
     ranks.size = 2
-    with pytest.raises(UserError, match="sinusoid: supervised tasks train on one rank, got 2"):
+    with refused("sinusoid", "rank", 2):
         Trainer(resolve(None, "sinusoid"), ranks)
 
 
@@ -122,7 +123,7 @@ def test_one_process_is_the_identity():
     values = torch.randn(3, 2)
     assert torch.equal(ALONE.gather(values), values)
     assert (ALONE.total(3), ALONE.largest(4), ALONE.any(False)) == (3, 4, False)
-    with pytest.raises(UserError, match="mine"), ALONE.agreeing():
+    with refused("mine"), ALONE.agreeing():
         raise UserError("mine")
 
 
@@ -237,8 +238,7 @@ def test_a_rank_that_is_stopped_is_given_up_in_time(tmp_path):
     finally:
         process.kill()
     assert ended(ranks)
-    assert "rank 0 of 2 waited 5 s for the others" in err
-    assert "--rank-timeout" in err
+    assert mentions(err, "rank 0", "--rank-timeout", 5)
 
 
 @pytest.mark.slow

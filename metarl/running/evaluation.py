@@ -186,9 +186,9 @@ def evaluate(
         raise UserError(f"scratch_learning_rate must be positive, got {scratch_learning_rate}")
     if scratch_learning_rate != LEARNING_RATE and not from_scratch:
         raise UserError("scratch_learning_rate has no effect without from_scratch")
-    step_sizes, random_step_sizes, pretrained_step_sizes = map(
-        checked_step_sizes, (step_sizes, random_step_sizes, pretrained_step_sizes)
-    )
+    step_sizes = checked_step_sizes("step_sizes", step_sizes)
+    random_step_sizes = checked_step_sizes("random_step_sizes", random_step_sizes)
+    pretrained_step_sizes = checked_step_sizes("pretrained_step_sizes", pretrained_step_sizes)
     family, config = first.source, first.config
     if isinstance(family, SupervisedFamily) and (deterministic or episodes != EPISODES):
         key = "deterministic" if deterministic else "episodes"

@@ -48,15 +48,19 @@ from metarl.sampling.rollouts import Address
 from metarl.sampling.seeding import stream
 
 
-def checked_step_sizes(sizes: Sequence[float] | NDArray | None) -> tuple[float, ...]:
-    """Return step sizes, none for None; UserError unless they are positive, one for each step."""
+def checked_step_sizes(name: str, sizes: Sequence[float] | NDArray | None) -> tuple[float, ...]:
+    """Return an option's step sizes, () if it is None.
+
+    Raises:
+        UserError: they are not positive numbers, one for each step.
+    """
     if sizes is None:
         return ()
     if isinstance(sizes, str) or not np.iterable(sizes):
-        raise UserError(f"step sizes are one for each step, such as ({sizes},), got {sizes!r}")
+        raise UserError(f"{name} takes one size for each step, such as ({sizes},), got {sizes!r}")
     for size in sizes:
         if not (isinstance(size, Real) and math.isfinite(size) and float(size) > 0.0):
-            raise UserError(f"step sizes must be positive, got {size}")
+            raise UserError(f"{name} must be positive, got {size}")
     return tuple(map(float, sizes))
 
 
@@ -127,7 +131,7 @@ class MetaPolicy:
         The step sizes are those given, else the config's for evaluation, else those learned, else
         those of training.
         """
-        given = checked_step_sizes(step_sizes) or self.config.inner.test_step_sizes
+        given = checked_step_sizes("step_sizes", step_sizes) or self.config.inner.test_step_sizes
         adapter = make_adapter(self.algorithm, self.config, self.model)
         params = copied(self.params)
         if given:
