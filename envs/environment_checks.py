@@ -18,7 +18,8 @@ from gymnasium.vector import AutoresetMode
 
 from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily
-from metarl.envs.gymnasium_family import GymnasiumFamily, is_image
+from metarl.envs.gymnasium_family import GymnasiumFamily
+from metarl.envs.observations import fits, is_image, misfit
 from metarl.envs.traces import Doubt, Trace, example_tasks, named_task, play, random_actions
 
 LARGEST_VECTOR = 10_000
@@ -80,7 +81,11 @@ def check_environment(family: TaskFamily) -> Iterator[str]:
             "step must return (observation, reward, terminated, truncated, info), got"
             f" {_short(result)}"
         )
-    env.close()
+    try:
+        env.close()
+    except Exception as error:  # the user's own
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+        yield Doubt(f"close raises {text}: runs continue, but what it holds may stay open")
 
 
 def check_spaces(family: TaskFamily) -> Iterator[str]:
@@ -97,9 +102,15 @@ def check_spaces(family: TaskFamily) -> Iterator[str]:
             " an image is among them, let a wrapper give it alone, as uint8: a convolutional"
             " network then reads it"
         )
-    kinds = (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
-    if not isinstance(action, (gym.spaces.Box, *kinds)) or len(action.shape or ()) > 1:
-        yield f"actions must be a flat Box, Discrete, MultiDiscrete or MultiBinary, got {action}"
+    several = (gym.spaces.Box, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
+    flat = isinstance(action, several) and len(action.shape or ()) == 1
+    if not flat and not isinstance(action, gym.spaces.Discrete):
+        yield (
+            "actions must be a flat Box, such as shape (1,), Discrete, a flat MultiDiscrete or"
+            f" MultiBinary, got {action}: reshape actions in a wrapper"
+            " (gym.wrappers.TransformAction)"
+        )
+        return
     vector = family.make_vec(2, 1, autoreset_mode=AutoresetMode.DISABLED)
     for kind, space in (("observation_space", observation), ("action_space", action)):
         if getattr(other, kind) != space:
@@ -115,49 +126,60 @@ def check_episodes(family: TaskFamily) -> Iterator[str]:
     for task in example_tasks(family):
         env = family.make(task)
         trace = play(env, 0, random_actions(env.action_space, family.horizon))
-        fault = _fault(trace, env.observation_space, family.horizon)
         env.close()
-        if fault and not (doubted and isinstance(fault, Doubt)):  # a doubt is told once
-            yield type(fault)(f"{fault} (task {named_task(family, task)})")
-        doubted |= isinstance(fault, Doubt)
-        if fault and not isinstance(fault, Doubt):
-            return
+        doubts = []
+        for fault in _faults(trace, env.observation_space, family.horizon):
+            said = type(fault)(f"{fault} (task {named_task(family, task)})")
+            if not isinstance(fault, Doubt):
+                yield said
+                return
+            doubts.append(said)
+        if not doubted:  # they are told once
+            yield from doubts
+        doubted |= bool(doubts)
 
 
-def _fault(trace: Trace, space: gym.Space, horizon: int) -> str | None:
+def _faults(trace: Trace, space: gym.Space, horizon: int) -> Iterator[str]:
+    """Give what is amiss with an episode, in order; each kind of doubt once."""
     assert isinstance(space, gym.spaces.Box)
+    converted = outside = False
     for t, seen in enumerate(trace.observation):
         gives = "reset gives" if t == 0 else f"step {t} gives"
         if seen.shape != space.shape:
-            return f"{gives} an observation of shape {seen.shape}, the space says {space.shape}"
-        if not np.can_cast(seen.dtype, space.dtype):
-            return (
-                f"{gives} {seen.dtype} observations, the space says {space.dtype}: return"
-                f" np.asarray(observation, np.{space.dtype}), or declare the space so"
+            yield f"{gives} an observation of shape {seen.shape}, the space says {space.shape}"
+        if not fits(seen, space):
+            yield f"{gives} {misfit(seen, space)}"
+        if not converted and not np.can_cast(seen.dtype, space.dtype):
+            converted = True
+            yield Doubt(
+                f"{gives} {seen.dtype} observations, and they become {space.dtype} as the space"
+                f" says: return np.asarray(observation, np.{space.dtype}) if they should be that"
             )
         if not np.isfinite(seen).all():
-            return f"{gives} an observation with {seen[~np.isfinite(seen)][0]} in it"
+            yield f"{gives} an observation with {seen[~np.isfinite(seen)][0]} in it"
         for i in np.flatnonzero((seen < space.low) | (seen > space.high)):
-            return Doubt(
+            if outside:
+                break
+            outside = True
+            yield Doubt(
                 f"{gives} {seen.flat[i]:g} as component {i} of the observation, outside the"
                 f" space's [{space.low.flat[i]:g}, {space.high.flat[i]:g}]: nothing is cut to these"
                 " bounds, so policies see it as it is; declare the space wider if it is yours"
             )
     for t, reward in enumerate(trace.reward):
         if np.shape(reward) != ():
-            return f"step {t + 1} gives a reward of shape {np.shape(reward)}: it must be a number"
+            yield f"step {t + 1} gives a reward of shape {np.shape(reward)}: it must be a number"
         if not np.isfinite(reward):
-            return f"step {t + 1} gives a reward of {reward}"
+            yield f"step {t + 1} gives a reward of {reward}"
     steps = len(trace.reward)
     if trace.truncated and steps < horizon:
-        return Doubt(
+        yield Doubt(
             f"the environment truncates an episode after {steps} steps, before the family's horizon"
             f" of {horizon}: if this is its limit of time, set horizon={steps}, or lift the limit;"
             " if it cuts for another reason, all is well"
         )
     if not (trace.terminated or trace.truncated):
-        return f"an episode goes on after the horizon of {horizon} steps"
-    return None
+        yield f"an episode goes on after the horizon of {horizon} steps"
 
 
 def check_seeding(family: TaskFamily) -> Iterator[str]:

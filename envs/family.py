@@ -50,8 +50,6 @@ class TaskFamily(Family, ABC):
 
     parallel: ClassVar[bool] = False
     """Whether several vector environments of the family run at once on threads of one process."""
-    tells_success: ClassVar[bool] = False
-    """Whether `info["success"]` of a step says where the task is done; evaluation reports it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,8 +5,9 @@ How a task reaches the environment is one of four ways, or several together:
 - `set_task(env, task)`, a callable;
 - `keywords=True`: the task's components are keyword arguments of the id or function, and a change
   of the task makes a new environment, which goes on with the random numbers of the old one;
-- `reward`, a vectorised function that pays by the task while the environment stays as it is;
-- none of them: the environment's own `set_task(task)`, or its attribute `task`.
+- `reward`, a vectorised function that pays by the task;
+- the environment's own `set_task(task)`, or its attribute `task`, which are used with `reward` too
+  (`task_arrival`).
 
 Observations become flat vectors, but for an image alone (uint8, [height, width] or with channels),
 which stays as it is. A pickled family brings the registration of its Gymnasium id along, which
@@ -15,9 +16,11 @@ another process may not know.
 
 from __future__ import annotations
 
+import functools
+import logging
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +29,20 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import ArrayLike, NDArray
 
+from metarl.envs import task_arrival
 from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily
+from metarl.envs.observations import (
+    FLATTENABLE,
+    FlatObservation,
+    check_fits,
+    columns,
+    components,
+    fits,
+    has_pixels,
+    is_image,
+)
+from metarl.envs.step_results import plain_reset, plain_step, success, usual
 from metarl.envs.vector import (
     CLOSE,
     RESET,
@@ -40,22 +55,11 @@ from metarl.envs.vector import (
     detached,
     no_entry,
 )
+from metarl.envs.wrappers import refuse_running_statistics
 
-_FLATTENABLE = (
-    gym.spaces.Box,
-    gym.spaces.Discrete,
-    gym.spaces.MultiDiscrete,
-    gym.spaces.MultiBinary,
-)
+_log = logging.getLogger(__name__)
 
 Reward = Callable[[NDArray, NDArray, NDArray, Mapping[str, NDArray], Floats], NDArray]
-
-
-def is_image(space: gym.Space) -> bool:
-    """Whether observations are one image: uint8, [height, width] or with channels."""
-    return (
-        isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
-    )
 
 
 def _stacked(values: Sequence[Any]) -> NDArray:
@@ -69,14 +73,18 @@ def _stacked(values: Sequence[Any]) -> NDArray:
         return found
 
 
-def _leaves(space: gym.Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Give the components of a space that are no Dict or Tuple, each with the names to it."""
-    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
-        named = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
-        for name, inner in named:
-            yield from _leaves(inner, (*path, str(name)))
-    else:
-        yield path, space
+def _close(env: gym.Env, name: str) -> None:
+    """Close an environment. If that fails, say so: what was played before is as good as ever."""
+    try:
+        env.close()
+    except Exception as error:  # the user's own
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+        _warn_once(f"{name}: closing the environment failed, and the run continues: {text}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
 
 
 class TaskEnv(gym.Wrapper):
@@ -89,6 +97,7 @@ class TaskEnv(gym.Wrapper):
         super().__init__(family.make_bare(render_mode, self._made_for))
         self.family, self._task = family, detached(task)
         self._in_force = self._made_for
+        self._verified = False  # that tasks arrive in the environment
         self._rng: np.random.Generator | None = None
         self._observation: NDArray | None = None
 
@@ -109,11 +118,16 @@ class TaskEnv(gym.Wrapper):
             self.env, old = self.family.make_bare(self.render_mode, task), self.env
             self.family.check_spaces(old, self.env)
             self.env.unwrapped.np_random = old.unwrapped.np_random
-            old.close()
+            _close(old, self.family.name)
             self._made_for = task.copy()
-        self.family.apply_task(self.env, task.copy())
+            self._verified = False
+        self.family.apply_task(self.env, task.copy(), verify=not self._verified)
+        self._verified = True
         self._in_force = task.copy()
-        return self.env.reset(seed=seed, options=options)
+        try:
+            return plain_reset(self.env.reset(seed=seed, options=options))  # type: ignore[return-value]
+        except UserError as error:
+            raise UserError(f"{self.family.name}: {error}") from None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -124,12 +138,15 @@ class TaskEnv(gym.Wrapper):
                 self._rng = np.random.default_rng(None if seed is None else [seed, 1])
             task = self.family.tasks.sample(self._rng, 1)[0]
         observation, info = self.begin(task, seed, options)
+        check_fits(observation, self.observation_space, self.family.name)
         self._observation = np.array(observation)
         return detached(observation), {**detached(info), "task": self._in_force.copy()}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         given = np.array(action)  # which the environment may write to
-        observation, reward, terminated, truncated, info = self.env.step(action)
+        observation, *rest = self.env.step(action)
+        check_fits(observation, self.observation_space, self.family.name)
+        reward, terminated, truncated, info = self.family.plain(*rest)
         if self.family.reward is not None:
             assert self._observation is not None  # Gymnasium has refused a step before the reset
             after = np.array(observation)
@@ -141,6 +158,9 @@ class TaskEnv(gym.Wrapper):
 
     def render(self) -> Any:
         return detached(self.env.render())
+
+    def close(self) -> None:
+        _close(self.env, self.family.name)
 
 
 class GymnasiumVectorEnv(TaskVectorEnv):
@@ -172,6 +192,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         self.render_mode = render_mode
         shape = (self.num_envs, *first.observation_space.shape)  # type: ignore[misc]
         self._observation = np.zeros(shape, first.observation_space.dtype)
+        self._dtype = self._observation.dtype
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
         for i, seed in zip(ids.tolist(), seeds, strict=True):
@@ -197,7 +218,10 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         for i in moved.tolist():
             self._begun(STEP, i)
             env = self._envs[i].env  # past the TaskEnv, which would pay one row at a time
-            observation, reward[i], terminated[i], truncated[i], info = env.step(actions[i])
+            observation, paid, ended, cut, info = env.step(actions[i])
+            if not usual(paid, ended, cut, info):
+                paid, ended, cut, info = self._plain(paid, ended, cut, info)
+            reward[i], terminated[i], truncated[i] = paid, ended, cut
             self._keep(i, observation)
             infos.append(info)
         if self.family.reward is not None and len(moved):
@@ -206,7 +230,27 @@ class GymnasiumVectorEnv(TaskVectorEnv):
             reward[moved] = self.family.compute_reward(
                 before, given, after, infos, self._tasks[moved]
             )
-        return reward, terminated, truncated, None, self._achieved(moved, infos)
+        return reward, terminated, truncated, None, self._told(moved, infos)
+
+    def _plain(self, *result: Any) -> tuple[float, bool, bool, Any]:
+        try:
+            return self.family.plain(*result)
+        except UserError as error:
+            where = describe_progress(self.progress, self.tasks)
+            raise UserError(f"{error} ({where})") from None
+
+    def _told(self, moved: NDArray[np.int64], infos: list[Any]) -> dict[str, Floats]:
+        told = self._achieved(moved, infos)
+        if any("success" in info for info in infos) and "success" not in told:
+            found = {
+                i: value
+                for i, info in zip(moved.tolist(), infos, strict=True)
+                if (value := success(info)) is not None
+            }
+            if found:
+                told["success"] = np.zeros(self.num_envs)
+                told["success"][list(found)] = list(found.values())
+        return told
 
     def _achieved(self, moved: NDArray[np.int64], infos: list[dict[str, Any]]) -> dict[str, Floats]:
         achieved = {}
@@ -226,6 +270,10 @@ class GymnasiumVectorEnv(TaskVectorEnv):
                 f" environment returned an observation of shape {np.shape(observation)}, but its"
                 f" observation_space has shape {shape}"
             )
+        space = self.single_observation_space
+        if getattr(observation, "dtype", None) is not self._dtype and not fits(observation, space):
+            where = f"{self.family.name}: {describe_progress(self.progress, self.tasks)}"
+            check_fits(observation, space, where)
         self._observation[i] = observation
 
     def _observe(self) -> NDArray:
@@ -235,10 +283,16 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         return tuple(env.render() for env in self._envs)
 
     def close_extras(self, **kwargs: Any) -> None:
+        failed: Exception | None = None
         with self._named():
             for i, env in enumerate(self._envs):
                 self._begun(CLOSE, i)
-                env.close()
+                try:
+                    env.env.close()
+                except Exception as error:
+                    failed = failed or error
+            if failed is not None:  # after all others are closed
+                raise failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,10 +370,40 @@ class GymnasiumFamily(TaskFamily):
         space = env.observation_space
         if is_image(space) or (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             return env
-        for path, leaf in _leaves(space):
-            if not isinstance(leaf, _FLATTENABLE):
+        for path, leaf in components(space):
+            if not isinstance(leaf, FLATTENABLE):
                 raise UserError(f"{self.name}: {self._cannot_flatten(path, leaf, space)}")
-        return gym.wrappers.FlattenObservation(env)
+            if has_pixels(leaf):
+                raise UserError(f"{self.name}: {self._pixels(path, leaf, space)}")
+        return FlatObservation(env, self.name)
+
+    def columns(self) -> list[tuple[str, int, int]]:
+        """Return name, first column and end of each component of the flat observation.
+
+        An empty list if the environment's observations are one array already.
+        """
+        env = self.make_raw()
+        space = env.observation_space
+        _close(env, self.name)
+        return columns(space) if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple) else []
+
+    def _pixels(self, path: tuple[str, ...], leaf: gym.Space, space: gym.Space) -> str:
+        """Say which component is an image, and write the wrappers that take it out or leave it."""
+        shape = list(leaf.shape or ())
+        if not path:
+            return (
+                f"observations are {leaf.dtype} images of {shape}, which would become raw numbers"
+                " from 0 to 255: return uint8 of [height, width] or [height, width, channels], or"
+                " scale them (gym.wrappers.TransformObservation)"
+            )
+        name = path[0]
+        return (
+            f"the component {'.'.join(path)!r} of the observation is an image of {shape}, which"
+            " would become raw numbers from 0 to 255: name a function as env that gives the image"
+            f" alone (gym.wrappers.TransformObservation(env, lambda o: o[{name!r}],"
+            f" env.observation_space[{name!r}])), leaves it out"
+            " (gym.wrappers.FilterObservation), or scales it"
+        )
 
     def _cannot_flatten(self, path: tuple[str, ...], leaf: gym.Space, space: gym.Space) -> str:
         """Say which component is no number, and write the wrapper that leaves it out."""
@@ -333,7 +417,7 @@ class GymnasiumFamily(TaskFamily):
         kept = [
             name
             for name, inner in space.items()
-            if all(isinstance(other, _FLATTENABLE) for _, other in _leaves(inner))
+            if all(isinstance(other, FLATTENABLE) for _, other in components(inner))
         ]
         make = f'gym.make("{self.env}", render_mode=render_mode)'
         if not isinstance(self.env, str):
@@ -391,31 +475,47 @@ class GymnasiumFamily(TaskFamily):
             raise UserError(
                 f"{self.name}: {self.env} cannot be made with {given}: {said}{hint}"
             ) from error
-        if not (
-            self.set_task
-            or self.keywords
-            or self.reward
-            or env.has_wrapper_attr("set_task")
-            or env.has_wrapper_attr("task")
-        ):
+        if not (self.set_task or self.keywords or self.reward or task_arrival.has_own_way(env)):
             raise UserError(
                 f"{self.name}: nothing says how a task gets into {env.unwrapped}: give the family"
                 " set_task, keywords=True or reward, or the environment a method set_task(task)"
                 " or an attribute task"
             )
         check_movable(self.name, env.action_space, getattr(env.unwrapped, "model", None))
+        refuse_running_statistics(env, self.name)
         return env
 
-    def apply_task(self, env: gym.Env, task: Floats) -> None:
-        """Put a task into an environment made by `make_bare`."""
+    def apply_task(self, env: gym.Env, task: Floats, *, verify: bool = False) -> None:
+        """Put a task into an environment made by `make_bare`; `verify` that it arrives."""
+        name = self.name
         if self.set_task is not None:
             self.set_task(env.unwrapped, task)
-        elif self.keywords or self.reward is not None:
+        elif not self.keywords:
+            only_way = self.reward is None
+            if not verify:
+                task_arrival.give(env, task, name, only_way=only_way)
+                return
+            other = next((x for x in self.tasks.grid(2, "train") if (x != task).any()), task)
+            task_arrival.give_and_verify(env, task, other, name, only_way=only_way)
             return
-        elif env.has_wrapper_attr("set_task"):
-            env.get_wrapper_attr("set_task")(task)
-        else:
-            env.set_wrapper_attr("task", task)
+        if verify:
+            way = "keywords" if self.keywords else "set_task"
+            task_arrival.verify_given(env, task, name, way)
+
+    def plain(
+        self, reward: Any, terminated: Any, truncated: Any, info: Any
+    ) -> tuple[float, bool, bool, Any]:
+        """Return what an environment's step returned after the observation, as plain values.
+
+        Raises:
+            UserError: one of them is of another kind.
+        """
+        if self.reward is not None:
+            reward = 0.0  # the environment's own is not used
+        try:
+            return plain_step(reward, terminated, truncated, info)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
 
     def compute_reward(
         self,

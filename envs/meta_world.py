@@ -17,7 +17,7 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import mujoco
@@ -122,8 +122,6 @@ class MetaWorldFamily(TaskFamily):
     """A benchmark of Meta-World; `job` is the one of ML1, None where the task says it."""
 
     job: str | None = None
-
-    tells_success: ClassVar[bool] = True
 
     def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
         return SingleTaskEnv(self, task, render_mode)

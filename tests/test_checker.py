@@ -398,7 +398,7 @@ BROKEN = {
     "NaN reward": ({"env": NanReward}, "episodes: step 1 gives a reward of nan"),
     "reward's shape": (
         {"env": RewardInAnArray},
-        r"episodes: step 1 gives a reward of shape \(1,\): it must be a number",
+        r"episodes: point: step must return a number as reward, got .* \(1,\)",
     ),
     "horizon": (
         {"env": EndsItself},
@@ -473,7 +473,7 @@ BROKEN = {
     ),
 }
 WARNINGS = (
-    *("bounds", "horizon", "no super().reset", "any keywords", "one buffer"),
+    *("dtype", "bounds", "horizon", "no super().reset", "any keywords", "one buffer"),
     *("forgotten", "unpaid", "a component", "out of reach"),
 )
 

@@ -234,8 +234,6 @@ class ReachingVectorEnv(NavigationVectorEnv):
 
 
 class ReachingFamily(NavigationFamily):
-    tells_success = True
-
     def make_vec(self, num_tasks, episodes, **options):
         return ReachingVectorEnv(self, num_tasks, episodes, **options)
 

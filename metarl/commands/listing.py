@@ -9,6 +9,8 @@ import tyro
 
 from metarl.envs.checker import CHECKS, checks
 from metarl.envs.errors import UserError
+from metarl.envs.family import Family
+from metarl.envs.gymnasium_family import GymnasiumFamily
 from metarl.envs.registry import (
     data_names,
     description,
@@ -53,8 +55,20 @@ def check(command: Check) -> int:
             said = [("-", f"left out for the fault of {checked.left_out}")]
         for label, message in said or [("ok", CHECKS[checked.name].words)]:
             print(f"  {label:<6} {checked.name:<12} {message}", flush=True)
+        sound = all(found.severity != "fault" for found in checked.findings)
+        if checked.name == "spaces" and checked.left_out is None and sound:
+            _print_columns(family)
         faults += any(found.severity == "fault" for found in checked.findings)
     return 2 if faults else 0
+
+
+def _print_columns(family: Family) -> None:
+    """Print which columns of the flat observation are which component of a Dict or Tuple."""
+    if not isinstance(family, GymnasiumFamily):
+        return
+    for name, start, end in family.columns():
+        columns = f"column {start}" if end == start + 1 else f"columns {start} to {end - 1}"
+        print(f"         {'':<12} observation: {columns} = {name}", flush=True)
 
 
 def families(command: Families) -> int:

@@ -40,6 +40,8 @@ class Rollout:
     """[T, context_dim]; the context input of the policy, where it has one."""
     success: Tensor | None = None
     """[T, E] bool; the environment said at some step that the task is done."""
+    tells_success: Tensor | None = None
+    """[T, E] bool; the environment said anything about success."""
     info: dict[str, Tensor] = field(default_factory=dict)
     """[T, E, H] float64 each; the entries of the environment's info that were asked for."""
 

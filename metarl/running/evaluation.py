@@ -268,6 +268,10 @@ def evaluate(
                 results |= protocol.scratch(first, scratch_learning_rate)
             if isinstance(protocol, SupervisedProtocol):
                 results |= protocol.nearest_prototype()
+            else:
+                told = protocol.told_of({name: own, **results})
+                own = told.pop(name)
+                results = told
         except NonFiniteError as error:
             raise UserError(f"{family.name}: {error}") from error
         finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,8 @@ class PolicyProtocol:
     workers: int
     collectors: dict[tuple[MLPPolicy, ActionMode], AnyCollector] = field(default_factory=dict)
     """By what they are made for: policies of one kind share the environments."""
+    told: list[bool] = field(default_factory=list)
+    """For each curve, whether the environments said anything about success."""
 
     @property
     def measure(self) -> Measure:
@@ -109,6 +111,7 @@ class PolicyProtocol:
         adapts = not members[0].algorithm.observes_task
         scores, success, achieved, paths = [], [], [], {}
         used: list[float] = []
+        told = False
         with self.pool.ranks.agreeing():
             for i, member in enumerate(members):
                 given = sizes(member) if callable(sizes) else sizes
@@ -122,8 +125,10 @@ class PolicyProtocol:
                         }
                 scores.append(np.stack([r.mean_returns().numpy() for r in rollouts], axis=1))
                 success.append(np.stack([r.success_rates().numpy() for r in rollouts], axis=1))
+                told |= any(_tells_success(rollout) for rollout in rollouts)
                 came = _last if len(names) == 2 else _mean
                 achieved.append([[came(r, key) for r in rollouts] for key in names.values()])
+        self.told.append(self.pool.ranks.any(told))
         means = self._of_all(np.mean(np.array(achieved), axis=0), axis=2) if names else []
         return Curve(
             used,
@@ -132,8 +137,17 @@ class PolicyProtocol:
             [member.config.seed for member in members],
             {name: values.T for name, values in zip(names, means, strict=True)},
             {name: self._of_all(values)[:PATHS] for name, values in paths.items()},
-            self._of_all(np.mean(success, axis=0)) if self.family.tells_success else None,
+            self._of_all(np.mean(success, axis=0)),
         )
+
+    def told_of(self, curves: Mapping[str, Curve]) -> dict[str, Curve]:
+        """Return curves without success rates if no environment has said anything about success.
+
+        One that only tells of a success is told by another policy's: then a rate of 0 is known.
+        """
+        if any(self.told):
+            return dict(curves)
+        return {name: dataclasses.replace(curve, success=None) for name, curve in curves.items()}
 
     def scratch(self, like: MetaPolicy, learning_rate: float) -> dict[str, Curve]:
         """Return what training from scratch earns, ours and, where it is installed, PPO of
@@ -199,6 +213,10 @@ class PolicyProtocol:
                 for k, fast in enumerate(iterates)
             ]
         return loop.adapter.mean_step_sizes(meta, self.steps) if adapts else [], rollouts
+
+
+def _tells_success(rollout: Rollout) -> bool:
+    return rollout.tells_success is not None and bool(rollout.tells_success.any())
 
 
 def _mean(rollout: Rollout, key: str) -> Floats:

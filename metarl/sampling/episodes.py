@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from metarl.envs.observations import check_fits
+from metarl.envs.step_results import plain_reset, plain_step, success
 from metarl.envs.vector import SingleTaskEnv
+from metarl.envs.wrappers import refuse_running_statistics
 from metarl.learning.inner_loop import NonFiniteError
 from metarl.learning.networks import Params
 from metarl.learning.policies import MLPPolicy
@@ -28,18 +31,19 @@ class Step:
     reward: float
     terminated: bool
     truncated: bool
-    info: dict[str, Any]
+    info: Mapping[str, Any]
 
 
 def episode(
     env: gym.Env, act: Callable[[Any, int], Any], horizon: int, seed: int | None
 ) -> Iterator[Step]:
     """Play one episode, of `horizon` steps at most; `act` takes an observation and its time."""
-    observation, _ = env.reset(seed=seed)
+    observation, _ = plain_reset(env.reset(seed=seed))
     for t in range(horizon):
-        observation, reward, terminated, truncated, info = env.step(act(observation, t))
-        yield Step(observation, float(reward), bool(terminated), bool(truncated), info)
-        if terminated or truncated:
+        observation, *rest = env.step(act(observation, t))
+        step = Step(observation, *plain_step(*rest))
+        yield step
+        if step.terminated or step.truncated:
             return
 
 
@@ -67,13 +71,16 @@ def collect_episodes(
         NonFiniteError: an observation is not finite, of which a policy would make no action; or
             every episode's simulation diverged.
     """
-    check_spaces(env, policy, getattr(env.spec, "id", None) or type(env.unwrapped).__name__)
+    name = getattr(env.spec, "id", None) or type(env.unwrapped).__name__
+    check_spaces(env, policy, name)
+    refuse_running_statistics(env, name)
     buffer = RolloutBuffer(policy, 1, episodes, horizon)
     # In other environments' info this word may say anything.
     native = isinstance(env.unwrapped, SingleTaskEnv)
     noise = torch.from_numpy(policy.noise(address.noise(0), episodes, horizon))
 
     def act(observation: Any, t: int) -> NDArray:
+        check_fits(observation, env.observation_space, name)
         buffer.observation[0, e, t] = observation
         if not np.isfinite(observation).all():
             raise NonFiniteError(f"observation is not finite at step {t} of episode {e}")
@@ -91,7 +98,7 @@ def collect_episodes(
                 buffer.reward[0, e, t] = step.reward
                 buffer.valid[0, e, t] = True
                 buffer.diverged[0, e] |= native and bool(step.info.get("diverged", False))
-                buffer.success[0, e] |= bool(np.any(step.info.get("success", False)))
+                buffer.success[0, e] |= (success(step.info) or 0.0) > 0.0
             buffer.last_observation[0, e] = step.observation
             buffer.terminated[0, e] = step.terminated
             buffer.truncated[0, e] = not step.terminated

@@ -8,6 +8,7 @@ with physics in the other.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,8 @@ from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
 from metarl.sampling.seeding import episode_seeds, stream
 from metarl.sampling.spaces import ActionMode, check_spaces, env_action
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class RolloutBuffer:
         self.truncated = zeros(*grid[:2], dtype=np.bool_)
         self.diverged = zeros(*grid[:2], dtype=np.bool_)
         self.success = zeros(*grid[:2], dtype=np.bool_)
+        self.tells_success = zeros(*grid[:2], dtype=np.bool_)
         self.info = {key: zeros(*grid, dtype=np.float64) for key in info_keys}
 
     def arrays(self) -> dict[str, NDArray]:
@@ -122,6 +126,7 @@ class RolloutBuffer:
             diverged=torch.from_numpy(self.diverged),
             context=params.get("context"),
             success=torch.from_numpy(self.success),
+            tells_success=torch.from_numpy(self.tells_success),
             info={key: torch.from_numpy(values) for key, values in self.info.items()},
         )
 
@@ -177,6 +182,7 @@ def collect_into(
             if "diverged" in info:
                 buffer.diverged[where] |= info["diverged"].reshape(shape)
             if "success" in info:
+                buffer.tells_success[where] = True
                 buffer.success[where] |= active & (info["success"] > 0).reshape(shape)
             active = ~(terminated | truncated).reshape(shape)
             if not active.any():
@@ -263,6 +269,10 @@ class Collector:
         return buffer.rollout(self.policy, detached, tasks)
 
     def close(self) -> None:
-        """Close the environments."""
+        """Close the environments; a failure is told, and loses nothing that was sampled."""
         for env in self._envs:
-            env.close()
+            try:
+                env.close()
+            except Exception as error:  # the user's own
+                text = f"{type(error).__name__}: {error}".removesuffix(": ")
+                _log.warning("%s: closing an environment failed: %s", self.family.name, text)

@@ -30,6 +30,8 @@ def as_observation(observation: Any, policy: MLPPolicy) -> NDArray:
     except (TypeError, ValueError) as error:
         kind = type(observation).__name__
         raise UserError(f"observations must be an array, got a {kind}: {_WRAP}") from error
+    if seen.dtype.kind not in "biuf":
+        raise UserError(f"observations must be real numbers, got {seen.dtype}")
     if policy.encoder is not None and seen.dtype != np.uint8:
         if seen.dtype.kind not in "iu":
             raise UserError(f"images must be bytes of 0 to 255, got {seen.dtype}")
@@ -135,8 +137,12 @@ def categories(space: gym.Space) -> tuple[int, ...] | None:
         return (2,) * space.shape[0]
     if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
         return None
+    remedy = ""
+    if isinstance(space, gym.spaces.Box):
+        remedy = "; reshape actions in a wrapper (gym.wrappers.TransformAction)"
     raise UserError(
-        f"actions must be a flat Box, Discrete, a flat MultiDiscrete or MultiBinary, got {space}"
+        "actions must be a flat Box, such as shape (1,), Discrete, a flat MultiDiscrete or"
+        f" MultiBinary, got {space}{remedy}"
     )
 
 

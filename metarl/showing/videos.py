@@ -188,6 +188,7 @@ def record(
                 for step, total, image in shown
             ]
         )
+    panels = _of_one_size(panels)
     longest = max(map(len, panels)) + round(fps / 2)  # the end stands for half a second
     joined = []
     for i in range(longest):
@@ -196,6 +197,19 @@ def record(
         joined.append(np.concatenate([x for p in row for x in (p, space)][:-1], axis=1))
     frames = np.stack(joined)
     return Video(frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2], fps)
+
+
+def _of_one_size(panels: list[list[NDArray[np.uint8]]]) -> list[list[NDArray[np.uint8]]]:
+    """Scale frames to the size of the first; some environments draw others in other states."""
+    height, width = panels[0][0].shape[:2]
+    return [
+        [
+            frame if frame.shape[:2] == (height, width)
+            else np.asarray(Image.fromarray(frame).resize((width, height)))
+            for frame in panel
+        ]
+        for panel in panels
+    ]  # fmt: skip
 
 
 def _episode(
