@@ -216,7 +216,7 @@ def test_imaml_leaves_out_tasks_whose_inner_problem_is_not_solved(pool):
         adapter = Adapter(Point(), quadratic, (size,), updates=updates, proximal=strength)
         problem = ImplicitProblem(adapter, [SUPPORT, QUERY], pool, OBJECTIVE)
         gradients[updates], stats = problem.gradient(THETA)
-        assert stats["unsolved"] == (updates == 1)
+        assert stats["unsolved"] == pytest.approx(float(updates == 1))
     assert gradients[4000].abs().max() > 0.1
     assert not gradients[1].any()
 
@@ -227,7 +227,7 @@ def test_imaml_detects_curvature_that_is_not_positive_or_hardly(pool, curvature)
     adapter = Adapter(Point(), quadratic, (1e-3,), updates=1, proximal=1.0)
     problem = ImplicitProblem(adapter, [hollow, QUERY], pool, OBJECTIVE, worst_residual=math.inf)
     gradient, stats = problem.gradient(THETA)
-    assert stats["low_curvature"] == 1.0
+    assert stats["low_curvature"] == pytest.approx(1.0)
     slope = THETA["x"] - 1e-3 * times(curvature, THETA["x"] - GOAL) - QUERY_GOAL
     torch.testing.assert_close(gradient, times(B, slope).mean(0), rtol=1e-12, atol=1e-14)
 
@@ -445,7 +445,8 @@ def test_e_mamls_estimator_is_the_gradient_of_what_adaptation_earns(pool):
             weight = float((chance[paths[0]] * chance[paths[1]]).detach())
             estimate[credited] -= weight * made.gradient(LOGITS)[0]
     (expected,) = torch.autograd.grad(truth / STEPS, logits)  # a loss is a mean over steps
-    torch.testing.assert_close(estimate[True], expected.flatten(), rtol=1e-10, atol=1e-12)
+    # Returns are float32.
+    torch.testing.assert_close(estimate[True], expected.flatten(), rtol=1e-5, atol=1e-7)
     assert not torch.allclose(estimate[False], expected.flatten(), rtol=1e-2, atol=1e-3)
 
 
