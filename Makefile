@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/first
 
-.PHONY: install dev train test slow lint matrix
+.PHONY: install dev train test noise slow lint matrix
 
 install: .venv/installed
 dev: .venv/installed-dev
@@ -27,6 +27,11 @@ train: install
 test: dev
 	$(BIN)/python -m pytest -m "not slow and not learning"
 
+# The default tests once more, with results rounded as another processor might.
+SEED ?= 1
+noise: dev
+	$(BIN)/python -m pytest -m "not slow and not learning" --rounding-noise $(SEED)
+
 slow: dev
 	$(BIN)/python -m pytest -m "slow or learning"
 
@@ -38,6 +43,6 @@ lint: dev
 	cp -r metarl build/typecheck/metarl && cp -r envs build/typecheck/metarl/envs
 	$(BIN)/pyright
 
-# Numerically strict tests once more, as other processors would run them.
+# The default tests as two other processors would run them, then the strict ones as nine.
 matrix: dev
 	PYTHON=$(BIN)/python scripts/matrix.sh

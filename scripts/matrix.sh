@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The tests marked `strict` as other processors would run them: fewer instructions, other kernels.
-# A test that asks for equal bits where only agreement is promised fails in one of these.
+# The tests as other processors would run them: fewer instructions, other kernels. All default tests
+# on two that differ most, those marked `strict` on all. A test that asks for equal bits where only
+# agreement is promised fails in one of these.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -14,18 +15,33 @@ print(" ".join(name for name in known if has[name] and name.startswith(tuple(sys
 END
 }
 
+# try WHICH SETTING...: run the tests that a marker expression selects, with settings of libraries.
 try() {
-  echo "strict: $*"
-  env "$@" "$python" -m pytest -q -m "strict and not slow" -p no:cacheprovider
+  local which=$1
+  shift
+  echo "$which: $*"
+  env "$@" "$python" -m pytest -q -m "$which" -p no:cacheprovider
 }
 
-try ATEN_CPU_CAPABILITY=default
-try ATEN_CPU_CAPABILITY=avx2
-try MKL_ENABLE_INSTRUCTIONS=AVX2
-try MKL_ENABLE_INSTRUCTIONS=SSE4_2
-try MKL_CBWR=COMPATIBLE
-try OPENBLAS_CORETYPE=Haswell
-try OPENBLAS_CORETYPE=Nehalem
-try NPY_DISABLE_CPU_FEATURES="$(features AVX512 X86_V4)"
-try NPY_DISABLE_CPU_FEATURES="$(features AVX512 X86_V4 AVX2 FMA3 X86_V3)" \
+default="not slow and not learning"
+strict="strict and not slow"
+avx512="AVX512 X86_V4"
+avx2="$avx512 AVX2 FMA3 X86_V3"
+# shellcheck disable=SC2086  (each word is a feature's name)
+oldest=(NPY_DISABLE_CPU_FEATURES="$(features $avx2)" ATEN_CPU_CAPABILITY=default
+  MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=Nehalem)
+compatible=(NPY_DISABLE_CPU_FEATURES="$(features $avx512)" MKL_CBWR=COMPATIBLE)
+
+try "$default" "${compatible[@]}"
+try "$default" "${oldest[@]}"
+
+try "$strict" ATEN_CPU_CAPABILITY=default
+try "$strict" ATEN_CPU_CAPABILITY=avx2
+try "$strict" MKL_ENABLE_INSTRUCTIONS=AVX2
+try "$strict" MKL_ENABLE_INSTRUCTIONS=SSE4_2
+try "$strict" MKL_CBWR=COMPATIBLE
+try "$strict" OPENBLAS_CORETYPE=Haswell
+try "$strict" OPENBLAS_CORETYPE=Nehalem
+try "$strict" NPY_DISABLE_CPU_FEATURES="$(features $avx512)"
+try "$strict" NPY_DISABLE_CPU_FEATURES="$(features $avx2)" \
   ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem
