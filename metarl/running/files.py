@@ -81,14 +81,13 @@ class GrowingFile:
         with named(path):
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
-    def append(self, data: bytes, *, durably: bool = True) -> None:
-        """Write a piece; with `durably`, wait until it is on the disk."""
+    def append(self, data: bytes) -> None:
+        """Write a piece, and wait until it is on the disk."""
         end = os.fstat(self._file).st_size
         with named(self._path):
             try:
                 _write(self._file, data)
-                if durably:
-                    os.fsync(self._file)
+                os.fsync(self._file)
             except OSError:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._file, end)

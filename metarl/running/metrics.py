@@ -13,7 +13,7 @@ import contextlib
 import json
 import logging
 import math
-import time
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,7 @@ class MetricsLog:
         self._events.add_config(text)
         for line in kept:
             self._show(line.row)
+        self._events.flush()
 
     def _recover(
         self, path: Path, content: _Content, kept: Sequence[_Line], iteration: int
@@ -109,6 +110,7 @@ class MetricsLog:
         self._file.append(b"".join(_line(row) for row in rows))
         for row in rows:
             self._show(row)
+        self._events.flush()
 
     def _show(self, row: dict[str, Any]) -> None:
         shown = {tag: row[name] for name, tag in _TENSORBOARD.items() if row.get(name) is not None}
@@ -132,25 +134,24 @@ class MetricsLog:
 
 
 class Events:
-    """A TensorBoard run in a folder, in place of what it held; a fault is told once, not raised.
+    """A TensorBoard run in a folder, instead of what it held; a fault is told once, not raised.
 
-    Events are written as they come, by no thread that could fail on its own.
+    torch's own writer writes it, since other programs watch that one: Weights & Biases, with
+    `sync_tensorboard`, records what goes through it and nothing else.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file: GrowingFile | None = None
         self._folder = folder
+        self._writer: Any = None
+        self._stack = contextlib.ExitStack()
         with self._told_once():
             # Imported where it is needed: it takes seconds, and only training needs it.
-            from tensorboard.compat.proto.event_pb2 import (
-                Event,  # pyright: ignore[reportAttributeAccessIssue]
-            )
+            from torch.utils.tensorboard import FileWriter
 
-            folder.mkdir(parents=True, exist_ok=True)
             for events in folder.glob("events.out.tfevents.*"):
                 events.unlink()
-            self._file = GrowingFile(folder / f"events.out.tfevents.{int(time.time())}.metarl")
-            self._write(Event(file_version="brain.Event:2", wall_time=time.time()))
+            self._stack.enter_context(_quiet_writers())
+            self._writer = FileWriter(str(folder))
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add numbers by their tags."""
@@ -173,7 +174,7 @@ class Events:
 
     def add_config(self, text: str) -> None:
         """Add a config, JSON, as text and as hyper-parameters."""
-        # In this run's own file; torch's SummaryWriter.add_hparams would make another run of them.
+        # In this run's own file; SummaryWriter.add_hparams would make another run of them.
         from torch.utils.tensorboard import summary
 
         self.add(summary.text("config", f"```json\n{text}\n```"), 0)
@@ -193,39 +194,55 @@ class Events:
     def add(self, summary: Any, step: int) -> None:
         """Add a summary."""
         with self._told_once():
-            from tensorboard.compat.proto.event_pb2 import (
-                Event,  # pyright: ignore[reportAttributeAccessIssue]
-            )
+            if self._writer is not None:
+                self._writer.add_summary(summary, step)
 
-            self._write(Event(wall_time=time.time(), step=step, summary=summary))
-
-    def _write(self, event: Any) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        if self._file is not None:
-            RecordWriter(self).write(event.SerializeToString())
-
-    def write(self, record: bytes) -> None:
-        """Append a record; for RecordWriter."""
-        if self._file is not None:
-            self._file.append(record, durably=False)
+    def flush(self) -> None:
+        """Write what was added."""
+        with self._told_once():
+            if self._writer is not None:
+                self._writer.flush()
 
     @contextlib.contextmanager
     def _told_once(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except Exception as error:  # tensorboard's file systems have errors of their own
             _log.warning(
-                "%s: %s; TensorBoard shows no more of %s, all else goes on",
-                error.filename, error.strerror, self._folder,
+                "%s: %s; TensorBoard shows no more of it, all else goes on",
+                self._folder, getattr(error, "strerror", None) or error,
             )  # fmt: skip
-            self.close()
+            self._end()
+
+    def _end(self) -> None:
+        writer, self._writer = self._writer, None
+        with self._stack, contextlib.suppress(Exception):  # it was told
+            if writer is not None:
+                writer.close()
 
     def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Write what was added, and close the file."""
+        self.flush()
+        self._end()
+
+
+@contextlib.contextmanager
+def _quiet_writers() -> Iterator[None]:
+    """Keep the threads that write events from printing their faults: `Events` tells them."""
+    from tensorboard.summary.writer import event_file_writer
+
+    before = threading.excepthook
+
+    def hook(fault: threading.ExceptHookArgs) -> None:
+        if type(fault.thread).__module__ != event_file_writer.__name__:
+            before(fault)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        if threading.excepthook is hook:
+            threading.excepthook = before
 
 
 def show_adaptation(folder: Path, returns: Sequence[float], images: Mapping[str, bytes]) -> None:
