@@ -352,15 +352,6 @@ def test_a_full_disk_stops_other_commands_with_a_line(
     assert not list(tmp_path.rglob(f"*{name}*"))
 
 
-def test_tensorboard_that_cannot_be_written_is_told_once(tmp_path, monkeypatch, caplog, whole):
-    full_at(monkeypatch, "tfevents")
-    meta = train(replace(TINY, iterations=3), tmp_path / "run")
-    (message,) = caplog.messages
-    assert mentions(message, NO_SPACE, "TensorBoard", tmp_path / "run")
-    assert same_params(meta, load(whole))
-    assert timeless(tmp_path / "run") == timeless(whole)
-
-
 # Damaged ------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.utils.tensorboard.writer as torch_writer
 from expecting import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -102,8 +103,10 @@ def test_a_full_disk_costs_the_events_alone_and_is_told_once(
     tmp_path, monkeypatch, caplog, capsys, after
 ):
     hook = threading.excepthook
+    whole = train(small(), tmp_path / "whole")
     full_disk(monkeypatch, after)
-    train(small(), tmp_path / "run")
+    meta = train(small(), tmp_path / "run")
+    assert all(torch.equal(meta.params[name], p) for name, p in whole.params.items())
     assert len(read_metrics(tmp_path / "run")) == 3
     (message,) = caplog.messages
     assert str(tmp_path / "run") in message
