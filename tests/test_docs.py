@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import json
@@ -15,12 +14,11 @@ from pathlib import Path
 
 import pytest
 import tyro
+from expecting import mentions, refused, run
 
 import metarl
 from metarl.commands import cli
-from metarl.commands.cli import main
 from metarl.envs import family_names, registry
-from metarl.envs.errors import UserError
 from metarl.envs.registry import data_names, option_defaults
 from metarl.learning.algorithms import ALGORITHMS
 
@@ -116,7 +114,7 @@ def test_examples_run(path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
     if path.stem.startswith("my_") and path.stem != "my_algorithm":
-        assert result.stdout == "no faults found\n"
+        assert not result.stdout.startswith("[")  # no list of faults
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -147,13 +145,12 @@ def test_commands_are_taken(command, tmp_path, monkeypatch):
         from metarl.running.runs import create_run
 
         create_run(tmp_path / words[words.index("--resume") + 1], small())
-    assert main(words[1:]) == 0
+    assert run(*words[1:]) == 0
 
 
 def test_every_option_that_the_text_names_exists(capsys):
     for name in cli.COMMANDS:
-        with contextlib.suppress(SystemExit):
-            main([name, "--help"])
+        assert run(name, "--help") == 0
     known = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
     of_families = {option for name in data_names() for option in option_defaults(name)}
     known |= {f"--{option.replace('_', '-')}" for option in of_families}
@@ -177,9 +174,9 @@ def test_every_family_of_ones_own_is_checked():
 @pytest.mark.parametrize("name", [name for name in CHECKED if name.startswith("examples.")])
 def test_a_family_of_ones_own_trains_and_evaluates(name, capsys):
     small = ["--tasks", "2", "--episodes", "2", "--workers", "0", "--out", "run"]
-    assert main(["train", name, "--iterations", "2", *small]) == 0
-    assert main(["evaluate", "run", "--steps", "1", *small]) == 0
-    assert "random" in capsys.readouterr().out
+    assert run("train", name, "--iterations", "2", *small) == 0
+    assert run("evaluate", "run", "--steps", "1", *small) == 0
+    assert mentions(capsys.readouterr().out, "random")
     made = importlib.import_module(name.partition(":")[0])  # from Python, the same
     own = getattr(made, name.partition(":")[2])
     task = own.tasks.grid(1)[0]
@@ -243,14 +240,14 @@ def test_a_script_goes_on_with_a_run_only_under_its_own_options(monkeypatch, tmp
     flags = ["navigation-2d", "--tasks", "2", "--episodes", "2", "--family-options", "horizon=5"]
     train(tmp_path / "run", [*flags, "--iterations", "2"], 1)
     train(tmp_path / "run", [*flags, "--iterations", "3"], 1)
-    with pytest.raises(UserError, match="has 3 iterations, not 2: choose another --out"):
+    with refused(tmp_path / "run", 3, 2, "--out"):
         train(tmp_path / "run", [*flags, "--iterations", "2"], 1)
-    with pytest.raises(UserError, match=r"failed; .*run\.log says why"):
+    with refused(tmp_path / "run.log"):
         train(tmp_path / "run", [*flags, "--iterations", "3", "--seed", "1"], 1)
-    assert "seed is 0, not 1" in (tmp_path / "run.log").read_text()
+    assert mentions((tmp_path / "run.log").read_text(), "seed", 0, 1)
     # Nothing is begun after a failure.
     wanted = {tmp_path / name: [*flags, "--iterations", "2"] for name in ("run", "next")}
-    with pytest.raises(UserError, match="choose another --out"):
+    with refused(tmp_path / "run", 3, 2, "--out"):
         trainings.train_all(wanted, 1)
     assert not (tmp_path / "next").exists()
 
@@ -267,9 +264,9 @@ def test_a_record_keeps_its_seeds_and_references(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     reproduce = importlib.import_module("reproduce")
     path = ROOT / "docs" / "records" / "navigation-2d-icml2017.json"
-    with pytest.raises(UserError, match=r"also has seeds \[1, 2, 3, 4\]: give them to --seeds"):
+    with refused("--seeds", [1, 2, 3, 4]):
         reproduce.check_kept(path, reproduce.Arguments(seeds=(0,), references=True))
-    with pytest.raises(UserError, match="has references: give --references"):
+    with refused("--references"):
         reproduce.check_kept(path, reproduce.Arguments(seeds=tuple(range(5))))
     reproduce.check_kept(path, reproduce.Arguments(seeds=tuple(range(6)), references=True))
 

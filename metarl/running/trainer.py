@@ -85,8 +85,8 @@ class Trainer:
         _check_ranks(config, self.family, ranks)
         adapter = make_adapter(self.algorithm, config, self.model)
         params = adapter.init(self.model.init(stream(config.seed, 0, "init")))
-        self._outer = make_outer(self.algorithm, config)
-        self.state = State(params, self._outer.init(params))
+        self.outer = make_outer(self.algorithm, config)
+        self.state = State(params, self.outer.init(params))
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(one_intraop_thread())
         self.pool = self._stack.enter_context(ChunkPool(config.threads, ranks))
@@ -147,7 +147,7 @@ class Trainer:
                 row, config, state.iteration, adapted, params, self.inner_loop.adapter, self.pool
             )
             rate = schedule(row, config, state.iteration).rate
-            params, outer, stats = self._outer.step(problem, params, outer, rate)
+            params, outer, stats = self.outer.step(problem, params, outer, rate)
         except NonFiniteError as error:
             stats["skipped"] = str(error)
         count = ranks.total(opened.count)
