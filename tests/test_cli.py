@@ -109,7 +109,7 @@ def test_adapt_record_plot_and_report(tmp_path, capsys):
     assert len(stored["tasks"]) == 5
 
 
-def test_without_gl_all_but_the_video_is_reported(tmp_path, monkeypatch, capsys):
+def test_without_gl_a_report_has_everything_except_the_video(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MUJOCO_GL", "disabled")
     small = ["--tasks", "2", "--episodes", "1", "--steps", "1"]
     assert run("report", "half-cheetah-dir-icml2017", *small) == 0
@@ -184,9 +184,7 @@ def test_presets_fill_in_what_is_not_given(tmp_path):
         (["bandit"], None, None, 0.0),
     ],
 )
-def test_the_packages_own_preset_is_taken_where_it_is_recorded(
-    words, preset, scale, fitted, tmp_path
-):
+def test_a_family_with_a_recorded_preset_uses_it_by_default(words, preset, scale, fitted, tmp_path):
     small = ["--iterations", "1", "--tasks", "2", "--episodes", "1", "--policy.hidden", "8"]
     assert run("train", *words, *small, "--out", "run") == 0
     config = run_config(tmp_path / "run")

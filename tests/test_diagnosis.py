@@ -61,7 +61,7 @@ def test_support_agreement_needs_two_episodes():
     assert math.isnan(support_agreement(adapter, params(), episodes_of(1)))
 
 
-def test_what_bounds_cut():
+def test_actions_beyond_the_bounds_are_found():
     box = gym.spaces.Box(np.array([-2.0, -1.0]), np.array([2.0, np.inf]), dtype=np.float64)
     action = np.array([[1.5, 5.0], [-2.5, -1.5], [0.0, 0.0]])
     cut = beyond_bounds(action, box, "clip")
@@ -77,7 +77,7 @@ def rows(**values):
     return [{"gain": 50.0 + i % 2, **values} for i in range(20)]
 
 
-def test_a_run_that_adapts_is_one_sentence():
+def test_a_run_that_adapts_has_one_finding():
     # A first policy of unit deviation and mean 0 is cut this often.
     healthy = {"inner_kl": 0.5, "saturation": 0.33, "support_agreement": 0.4}
     (gain,) = findings(rows(**healthy, gradient_agreement=None))
@@ -96,17 +96,17 @@ def test_a_run_that_adapts_is_one_sentence():
         ("gradient_agreement", -0.2, [-0.2]),
     ],
 )
-def test_what_stands_in_the_way_is_named(metric, value, names):
+def test_each_obstacle_to_adaptation_is_named(metric, value, names):
     found = findings(rows(**{metric: value}))
     assert len(found) == 2
     assert mentions(found[1], *names)
 
 
-def test_the_spread_of_stratified_tasks_is_no_noise():
+def test_the_spread_of_stratified_tasks_is_not_reported_as_noise():
     assert len(findings(rows(gradient_agreement=-0.9), stratified=True)) == 1
 
 
-def test_a_gain_within_its_noise_is_called_so():
+def test_a_gain_within_its_noise_reads_differently_from_a_clear_one():
     noisy, clear = (
         findings([{"gain": (-1) ** i * noise + 0.1} for i in range(10)]) for noise in (10.0, 0.01)
     )

@@ -102,7 +102,7 @@ THIRD_PARTY = {
 
 
 @pytest.mark.parametrize(("page", "code"), EXCERPTS, ids=[code.split()[1] for _, code in EXCERPTS])
-def test_excerpts_are_a_part_of_the_example(page, code):
+def test_excerpts_equal_lines_of_the_example(page, code):
     first, _, rest = code.partition("\n")
     assert rest in (ROOT / first.removeprefix("# ")).read_text()
 
@@ -118,7 +118,7 @@ def test_examples_run(path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_taken(command, tmp_path, monkeypatch):
+def test_documented_commands_are_accepted(command, tmp_path, monkeypatch):
     # Parsed whole and handed to the function behind them, which is run where it is quick.
     words = shlex.split(command)
     if words[0] == "make":
@@ -164,7 +164,7 @@ def test_every_option_that_the_text_names_exists(capsys):
                 assert not unknown, f"{page}: {span}"
 
 
-def test_every_family_of_ones_own_is_checked():
+def test_the_documentation_checks_every_example_family():
     files = {name.partition(":")[0].removeprefix("examples.") for name in CHECKED}
     shown = {path.stem for path in EXAMPLES if "check_task_family" in path.read_text()}
     assert shown <= files
@@ -172,7 +172,7 @@ def test_every_family_of_ones_own_is_checked():
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKED if name.startswith("examples.")])
-def test_a_family_of_ones_own_trains_and_evaluates(name, capsys):
+def test_each_example_family_trains_and_evaluates(name, capsys):
     small = ["--tasks", "2", "--episodes", "2", "--workers", "0", "--out", "run"]
     assert run("train", name, "--iterations", "2", *small) == 0
     assert run("evaluate", "run", "--steps", "1", *small) == 0
@@ -192,7 +192,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_what_is_linked_exists(page):
+def test_every_link_has_a_target(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
         if link.startswith("https://"):
             continue
@@ -221,7 +221,7 @@ def test_the_cited_version_is_the_newest():
     assert f"\nversion: {newest}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_records_are_of_their_rows_and_the_page_is_written_from_them(monkeypatch, tmp_path):
+def test_records_match_their_rows_and_produce_the_results_page(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     reproduce = importlib.import_module("reproduce")
     for name, row in reproduce.ROWS.items():
@@ -233,7 +233,7 @@ def test_records_are_of_their_rows_and_the_page_is_written_from_them(monkeypatch
     assert reproduce.write_docs(tmp_path) == TEXTS["docs/results.md"]
 
 
-def test_a_script_goes_on_with_a_run_only_under_its_own_options(monkeypatch, tmp_path):
+def test_a_script_continues_a_run_only_with_the_same_options(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     trainings = importlib.import_module("trainings")
     train = trainings.train
@@ -271,7 +271,7 @@ def test_a_record_keeps_its_seeds_and_references(monkeypatch):
     reproduce.check_kept(path, reproduce.Arguments(seeds=tuple(range(6)), references=True))
 
 
-def test_a_checkpoint_is_chosen_of_the_newest_by_the_rows_own_measure(tmp_path, monkeypatch):
+def test_the_best_of_the_newest_checkpoints_is_chosen_by_the_rows_measure(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     reproduce = importlib.import_module("reproduce")
     (tmp_path / "checkpoints").mkdir()
@@ -293,7 +293,7 @@ def test_a_checkpoint_is_chosen_of_the_newest_by_the_rows_own_measure(tmp_path, 
     assert asked[4:] == [{"steps": 2, "tasks": 20}] * 4
 
 
-def test_the_commands_of_records_may_write_them(monkeypatch):
+def test_the_documented_commands_reproduce_the_records(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     reproduce = importlib.import_module("reproduce")
     commands = re.findall(r"python scripts/reproduce\.py ([^`\n]+)", TEXTS["docs/results.md"])
@@ -311,7 +311,7 @@ def test_the_commands_of_records_may_write_them(monkeypatch):
                 assert len(given.reference_seeds) == pretrained
 
 
-def test_the_gap_closed_is_a_share_of_the_way_to_the_oracle(monkeypatch):
+def test_the_gap_closed_is_the_share_of_the_distance_to_the_oracle(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     records = importlib.import_module("records")
     returns = {"MAML": (7.0, 70.0, 90.0), "random": (-50.0, 0.0), "oracle": (140.0, 160.0)}

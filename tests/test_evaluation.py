@@ -100,7 +100,7 @@ def test_a_policy_that_cannot_adapt_gains_nothing():
     assert sum(low <= 0.0 <= high for _, low, high in gains) >= 4
 
 
-def test_k_steps_take_k_plus_one_samples_of_their_own(monkeypatch):
+def test_k_steps_draw_k_plus_one_sets_of_episodes(monkeypatch):
     meta = navigator()
     addresses = []
     from metarl.sampling.rollouts import Collector
@@ -238,7 +238,7 @@ class ReachingFamily(NavigationFamily):
         return ReachingVectorEnv(self, num_tasks, episodes, **options)
 
 
-def test_success_rates_are_reported_where_the_family_tells(monkeypatch):
+def test_success_rates_are_reported_if_the_family_has_them(monkeypatch):
     policy = navigator()
     silent = evaluate(policy, tasks=6, episodes=4, steps=1, threads=1)
     assert "success" not in silent.to_json()
@@ -319,7 +319,7 @@ def test_success_is_the_mean_of_the_tasks_that_have_one():
     assert found.table().splitlines()[-1].split() == [*found.name.split(), "50.0", "nan"]
 
 
-def test_a_diverged_task_is_no_tasks_best_in_the_interquartile_mean():
+def test_the_interquartile_mean_leaves_out_a_diverged_task():
     scores = np.arange(16.0).reshape(2, 8, 1)
     scores[:, 0] = np.nan  # the worst task diverged with both seeds
     told = EvaluationResult(Curve([0.1], scores, seeds=[0, 1]), {}).to_json()
@@ -357,7 +357,7 @@ def test_no_policy_is_lost_to_anothers_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["random", "from scratch", "nearest prototype"])
-def test_names_of_rows_that_evaluation_makes_are_refused(name):
+def test_names_of_the_evaluations_own_rows_are_refused(name):
     few = {"tasks": 2, "episodes": 1, "steps": 1, "threads": 1}
     with refused(name):
         evaluate(navigator(), name=name, **few)
@@ -368,7 +368,7 @@ def test_names_of_rows_that_evaluation_makes_are_refused(name):
     assert evaluate(navigator(), references={"random": row}, **few).rows.keys() >= {"random"}
 
 
-def test_a_checkpoint_is_called_by_its_run_too(tmp_path, monkeypatch):
+def test_the_name_of_a_checkpoint_includes_its_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = []
     for run in ("cheetah-0", "cheetah-1", "other-1"):
@@ -385,7 +385,7 @@ def test_a_checkpoint_is_called_by_its_run_too(tmp_path, monkeypatch):
     assert str(results_folder(names[0])) == "runs/cheetah-0-000040-evaluation"
 
 
-def test_at_random_steps_are_as_large_as_those_that_were_fitted():
+def test_the_random_policy_takes_steps_of_the_fitted_size():
     config = dataclasses.replace(
         navigator().config, inner=InnerConfig(step_sizes=(0.1, 0.05), kl=0.5)
     )
@@ -395,7 +395,7 @@ def test_at_random_steps_are_as_large_as_those_that_were_fitted():
     assert made.digest != fitted.digest == dataclasses.replace(fitted).digest
 
 
-def test_seeds_make_one_group_and_references_know_their_place(tmp_path):
+def test_seeds_form_one_group_and_references_come_last(tmp_path):
     names = [
         saved(tmp_path, "first-oracle", algorithm="oracle"),
         saved(tmp_path, "run-0", seed=0),
@@ -581,7 +581,7 @@ def test_training_from_scratch_is_adam_on_the_clipped_ratio_of_each_task_alone()
             assert not torch.equal(p, start[name][t])
 
 
-def test_from_scratch_stands_beside_the_policy_with_one_and_ten_times_the_steps(monkeypatch):
+def test_from_scratch_has_rows_with_one_and_ten_times_the_steps(monkeypatch):
     monkeypatch.setattr(stable_baselines, "installed", lambda: False)
     meta = navigator()
     options = {"tasks": 6, "episodes": 4, "steps": 2, "threads": 1}
@@ -605,7 +605,7 @@ def test_from_scratch_stands_beside_the_policy_with_one_and_ten_times_the_steps(
         evaluate(meta, pretrained_step_sizes=[0.1])
 
 
-def test_ppo_of_stable_baselines3_stands_beside_them_where_it_is_installed():
+def test_ppo_of_stable_baselines3_is_a_row_if_it_is_installed():
     # The corner of the plane is far: PPO's policies must learn to walk there in forty updates.
     pytest.importorskip("stable_baselines3")
     meta = navigator()

@@ -131,7 +131,7 @@ def dies_at(boundary: int, work: Callable[[], object]) -> bool:
     return code == 99
 
 
-def test_killed_at_every_write_of_a_run_it_goes_on_to_the_same_end(tmp_path, whole):
+def test_a_run_killed_at_any_write_continues_to_the_same_end(tmp_path, whole):
     boundary, folder = 0, tmp_path / "run"
     while dies_at(boundary, lambda: train(replace(TINY, iterations=2), folder)):
         assert in_child(lambda: go_on(folder)) == 0, boundary
@@ -141,7 +141,7 @@ def test_killed_at_every_write_of_a_run_it_goes_on_to_the_same_end(tmp_path, who
     assert boundary > 30
 
 
-def test_killed_at_every_write_of_a_resume_it_goes_on_to_the_same_end(tmp_path, whole):
+def test_a_resume_killed_at_any_write_continues_to_the_same_end(tmp_path, whole):
     train(replace(TINY, iterations=2), tmp_path / "two")
     # What a crash leaves: a row without its checkpoint, half a line, a file aside.
     rows = (whole / "metrics.jsonl").read_text()
@@ -171,7 +171,7 @@ def test_kill_9_at_fifty_random_moments(tmp_path):
     assert killed > 20
 
 
-def test_killed_before_its_first_checkpoint_a_run_is_resumed_or_replaced(tmp_path, whole):
+def test_a_run_killed_before_its_first_checkpoint_is_resumed_or_replaced(tmp_path, whole):
     for resume, later in ((True, False), (True, True), (False, True)):
         folder = tmp_path / f"{resume}-{later}"
         folder.mkdir()
@@ -203,7 +203,7 @@ def until_it_runs_metarl(process: subprocess.Popen) -> None:
 
 
 @pytest.mark.parametrize("command", ["train navigation-2d --out run", "evaluate x"])
-def test_ctrl_c_while_it_starts_is_a_line(tmp_path, command):
+def test_ctrl_c_during_startup_is_one_line(tmp_path, command):
     process = starting(*command.split(), cwd=tmp_path)
     until_it_runs_metarl(process)
     process.send_signal(signal.SIGINT)
@@ -231,7 +231,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path, monkeypatch, bu
         "report half-cheetah-dir-icml2017",
     ],
 )
-def test_ctrl_c_at_random_moments_is_a_line_and_leaves_no_process(tmp_path, command, monkeypatch):
+def test_ctrl_c_at_random_moments_is_one_line_and_leaves_no_process(tmp_path, command, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     rng = random.Random(command)
     for _ in range(12):
@@ -267,7 +267,7 @@ def full_at(monkeypatch, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["000003.safetensors", "metrics.jsonl"])
-def test_a_full_disk_stops_a_run_with_a_line_and_it_goes_on_later(
+def test_a_full_disk_stops_a_run_with_one_line_and_it_can_be_resumed(
     tmp_path, monkeypatch, capsys, whole, name
 ):
     monkeypatch.chdir(tmp_path)
@@ -311,7 +311,7 @@ def test_a_write_that_fails_once_leaves_no_gap(tmp_path, monkeypatch, whole, nam
     assert rows == [row["iteration"] for row in timeless(whole)]
 
 
-def test_a_limit_on_file_sizes_is_a_line_and_leaves_no_folder(tmp_path, capfd, monkeypatch):
+def test_a_limit_on_file_sizes_is_one_line_and_leaves_no_folder(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def limited() -> None:
@@ -339,7 +339,7 @@ def test_a_limit_on_file_sizes_is_a_line_and_leaves_no_folder(tmp_path, capfd, m
         ("adapt run --task goal_x=0 goal_y=0 --episodes 1 --save adapted", "adapted"),
     ],
 )  # fmt: skip
-def test_a_full_disk_stops_other_commands_with_a_line(
+def test_a_full_disk_stops_other_commands_with_one_line(
     tmp_path, monkeypatch, capsys, whole, command, name
 ):
     monkeypatch.chdir(tmp_path)
@@ -355,7 +355,7 @@ def test_a_full_disk_stops_other_commands_with_a_line(
 # Damaged ------------------------------------------------------------------------------------------
 
 
-def test_of_flipped_bits_no_other_row_is_lost_and_none_silently(tmp_path, whole, caplog):
+def test_a_flipped_bit_loses_at_most_its_row_and_is_reported(tmp_path, whole, caplog):
     rows = [replace_iteration(row, i) for row in read_metrics(whole) for i in (0, 3, 6)]
     rows.sort(key=lambda row: row["iteration"])
     path = tmp_path / "metrics.jsonl"
@@ -377,7 +377,7 @@ def test_of_flipped_bits_no_other_row_is_lost_and_none_silently(tmp_path, whole,
         assert len(found) == len(rows) or len(caplog.messages) == 1
 
 
-def test_many_metrics_take_no_more_memory_than_they_are(tmp_path):
+def test_reading_many_metrics_takes_little_memory(tmp_path):
     numbers = ["env_steps", "seconds_iteration", "return_pre", "return_post"]
     rows = [{"iteration": i + 1, **dict.fromkeys(numbers, i)} for i in range(3000)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -405,7 +405,7 @@ def replace_iteration(row: dict, more: int) -> dict:
         (b'"iteration": 1', b'"iteration": 1.5', ["iteration", "env_steps"]),
     ],
 )
-def test_damaged_metrics_are_named_and_kept_aside(tmp_path, whole, caplog, old, new, names):
+def test_damaged_metrics_are_named_and_set_aside(tmp_path, whole, caplog, old, new, names):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     path = folder / "metrics.jsonl"
@@ -499,7 +499,7 @@ def test_odd_tensors_are_refused_by_name(tmp_path, whole, change, names):
 
 
 @pytest.mark.parametrize("fault", ["deleted", "renamed", "replaced"])
-def test_a_folder_that_goes_while_it_is_trained_in(tmp_path, whole, fault):
+def test_a_run_whose_folder_disappears_is_stopped(tmp_path, whole, fault):
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
 
     def break_it(row: dict) -> None:
@@ -531,7 +531,7 @@ def test_a_run_folder_that_was_moved_is_resumed_there(tmp_path, whole):
 
 
 @pytest.mark.parametrize("resume", [False, True], ids=["two runs", "two resumes"])
-def test_of_two_processes_on_a_folder_one_is_refused(tmp_path, whole, resume):
+def test_a_second_process_on_a_folder_is_refused(tmp_path, whole, resume):
     folder = tmp_path / "run"
     if resume:
         train(replace(TINY, iterations=1), folder)
@@ -560,7 +560,7 @@ def test_of_two_processes_on_a_folder_one_is_refused(tmp_path, whole, resume):
     assert same_runs(whole, folder)
 
 
-def test_two_processes_that_start_at_once_leave_one_whole_run(tmp_path, whole):
+def test_two_processes_started_together_leave_one_complete_run(tmp_path, whole):
     for i in range(6):
         folder = tmp_path / str(i)
         children = []
@@ -600,7 +600,7 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
     assert [point.step for point in points] == steps
 
 
-def test_another_machine_is_told_in_a_line(tmp_path, whole, caplog):
+def test_a_resume_on_another_machine_is_one_warning(tmp_path, whole, caplog):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     train(replace(TINY, iterations=4), folder, resume=True)
@@ -654,7 +654,7 @@ def test_one_huge_gradient_is_bounded_and_counted():
     assert stats["bounded_gradients"] == told["bounded_gradients"] == 0
 
 
-def test_ten_rewards_that_are_nan_stop_with_the_last_good_state(tmp_path, monkeypatch):
+def test_ten_iterations_of_nan_rewards_stop_with_the_last_good_state(tmp_path, monkeypatch):
     config = replace(TINY, family="test_trainer:poisoned", family_options={}, iterations=12)
     monkeypatch.setattr("test_trainer.bad_above", 100.0)
     meta = train(replace(config, iterations=1), tmp_path / "run")
@@ -667,7 +667,7 @@ def test_ten_rewards_that_are_nan_stop_with_the_last_good_state(tmp_path, monkey
     assert after.provenance["iteration"] == 12
 
 
-def test_a_simulation_that_diverges_leaves_the_others_as_they_are():
+def test_a_simulation_that_diverges_does_not_change_the_others():
     seen = []
     for which in ([], [5]):  # the second episode of task 1
         options = {"which": which}
@@ -695,9 +695,7 @@ def test_a_simulation_that_diverges_leaves_the_others_as_they_are():
         ("raise step", ["ArithmeticError", "the fault"]),
     ],
 )
-def test_a_worker_that_goes_on_failing_ends_the_command(
-    tmp_path, monkeypatch, capsys, fault, names
-):
+def test_a_worker_that_keeps_failing_ends_the_command(tmp_path, monkeypatch, capsys, fault, names):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "faults").write_text(f"always {fault}")
     arguments = ["train", "worker_envs:always_faulty", "--family-options", "faults=faults"]
@@ -781,7 +779,7 @@ def test_a_mistake_is_named_in_one_line(tmp_path, monkeypatch, capsys, command, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_for_results_that_is_a_file_is_told_before_anything_is_measured(
+def test_an_output_path_below_a_file_is_refused_before_anything_is_measured(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -806,7 +804,7 @@ def test_a_place_for_results_that_is_a_file_is_told_before_anything_is_measured(
     assert mentions(capsys.readouterr().err, "folder", "--out")
 
 
-def test_links_devices_and_pipes_stay_what_they_are(tmp_path):
+def test_writing_to_links_and_pipes_keeps_them(tmp_path):
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_bytes(b"old")
     link.symlink_to(target)
@@ -824,7 +822,7 @@ def test_links_devices_and_pipes_stay_what_they_are(tmp_path):
 # The table ----------------------------------------------------------------------------------------
 
 
-def test_the_table_of_faults_is_that_of_the_tests():
+def test_the_table_of_faults_names_every_test():
     text = (ROOT / "docs" / "faults.md").read_text()
     table = text.partition("| fault |")[2].partition("\n\n")[0].splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
@@ -832,7 +830,7 @@ def test_the_table_of_faults_is_that_of_the_tests():
     assert all(len(row) == 4 and all(row) and "::" in row[-1] for row in rows)
     for module, name in named:
         assert name in names_of_tests(module), f"{module} has no {name}"
-    here = names_of_tests("test_faults") - {"test_the_table_of_faults_is_that_of_the_tests"}
+    here = names_of_tests("test_faults") - {"test_the_table_of_faults_names_every_test"}
     assert here == {name for module, name in named if module == "test_faults"}
 
 

@@ -59,7 +59,7 @@ def problems(algorithm: str) -> tuple[Params, Problem, Problem]:
 
 
 @pytest.mark.parametrize("algorithm", ROWS)
-def test_gradients_and_fisher_products_are_those_of_the_processor(algorithm):
+def test_gradients_and_fisher_products_agree_with_the_cpu(algorithm):
     meta, here, there = problems(algorithm)
     expected, _ = here.gradient(meta)
     gradient, _ = there.gradient(meta)

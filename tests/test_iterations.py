@@ -217,7 +217,7 @@ def check_loss(row: Row, problem) -> None:
     assert float(found) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_clip_of_ones_own_reaches_the_objective():
+def test_a_given_clip_reaches_the_objective():
     config = table_config("maml-ppo")
     config = dataclasses.replace(config, adam=dataclasses.replace(config.adam, clip=0.1))
     found, _ = built(config, 0)
@@ -394,7 +394,7 @@ def test_a_diverged_task_is_credited_nothing_and_changes_no_others_credit():
 # Schedules ----------------------------------------------------------------------------------------
 
 
-def test_a_schedule_is_that_of_the_whole_run():
+def test_a_schedule_spans_the_whole_run():
     row = find_algorithm("maml++")
     for total in (10, 100, 501):
         config = dataclasses.replace(table_config("maml++"), iterations=total)
@@ -428,7 +428,7 @@ def test_without_curvature_maml_is_first_order_maml(tmp_path):
     assert not same_params(params("maml-trpo", 0.5), first_order)
 
 
-def test_a_resumed_longer_run_says_what_becomes_of_its_schedules(tmp_path, capsys):
+def test_resuming_with_more_iterations_reports_the_changed_schedules(tmp_path, capsys):
     def config(iterations, name="maml++"):
         base, shared = resolve(None, "navigation-2d", name), small(threads=1)
         values = {f: getattr(shared, f) for f in ("family_options", "tasks", "episodes", "policy")}

@@ -57,7 +57,7 @@ def test_imports_point_up(module):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "envs").glob("*.py")), ids=lambda path: path.stem)
-def test_envs_know_nothing_of_learning(path):
+def test_envs_import_neither_torch_nor_the_rest(path):
     for name in imports(path):
         assert name.split(".")[0] != "torch", name
         assert name.split(".")[0] != "metarl" or name.startswith("metarl.envs"), name

@@ -36,7 +36,7 @@ def test_rollouts_are_counted_as_they_are_held():
     assert 36 * 36 * 3 * 42 < more[1] - more[0] < 1.3 * 36 * 36 * 3 * 42  # a byte each
 
 
-def test_what_a_forward_pass_makes_is_counted():
+def test_activations_of_a_forward_pass_are_counted():
     encoder = NatureCNN((36, 40, 3))
     sizes = []
     policy = GaussianMLP(observation_dim=encoder.features, action_dim=2, encoder=encoder)
@@ -55,7 +55,9 @@ def test_what_a_forward_pass_makes_is_counted():
     assert encoder.activations == 36 * 40 * 3 + sum(sizes)
 
 
-def test_what_does_not_fit_is_refused_or_warned_of(monkeypatch, caplog, tmp_path, capsys):
+def test_a_run_that_does_not_fit_in_memory_is_refused_or_warned_about(
+    monkeypatch, caplog, tmp_path, capsys
+):
     monkeypatch.setattr(memory, "available", lambda: 8 * 10**9)
     check_memory(Need(4 * 10**9, 3 * 10**9), "far")
     assert not caplog.records
@@ -74,12 +76,12 @@ def test_what_does_not_fit_is_refused_or_warned_of(monkeypatch, caplog, tmp_path
     check_memory(Need(10**15, 0), "far")
 
 
-def test_free_memory_is_that_of_the_machine():
+def test_free_memory_is_plausible_on_this_machine():
     free = available()
     assert free is None or 10**6 < free < 10**14
 
 
-def test_a_cache_of_files_in_a_container_is_free(monkeypatch):
+def test_file_cache_in_a_container_counts_as_free(monkeypatch):
     files = {
         "/proc/meminfo": "MemAvailable: 9000000 kB\n",
         "/sys/fs/cgroup/memory.max": "4000000000\n",

@@ -226,7 +226,7 @@ def test_gradient_and_products_are_bit_identical_at_any_number_of_threads(small_
         assert torch.equal(image, results[0][1])
 
 
-def test_evaluate_is_the_loss_and_kl_of_policies_adapted_anew(small_policy, pool):
+def test_evaluate_gives_the_loss_and_kl_after_adapting_again(small_policy, pool):
     meta = double_params(small_policy)
     made = problem(small_policy, pool, 2, curvature=1.0)
     elsewhere = {name: p + 0.05 for name, p in meta.items()}
@@ -241,7 +241,7 @@ def test_evaluate_is_the_loss_and_kl_of_policies_adapted_anew(small_policy, pool
     assert found.kl == pytest.approx(expected, rel=1e-12)
 
 
-def test_of_one_step_a_share_of_the_curvature_gives_that_share_of_the_gradients(small_policy, pool):
+def test_after_one_step_the_gradient_is_linear_in_the_share_of_the_curvature(small_policy, pool):
     meta = double_params(small_policy)
 
     def gradient(curvature):
@@ -253,7 +253,7 @@ def test_of_one_step_a_share_of_the_curvature_gives_that_share_of_the_gradients(
 
 
 @pytest.mark.parametrize("curvature", [0.0, 0.3, 1.0])
-def test_fisher_products_go_through_that_share_of_the_curvature(pool, curvature):
+def test_fisher_products_use_the_share_of_the_curvature(pool, curvature):
     # Of one step J is I - c a H, with H the dense Hessian of a task's inner loss.
     policy = GaussianMLP(observation_dim=2, action_dim=2, hidden=(3,))
     meta = double_params(policy)

@@ -54,7 +54,7 @@ def test_an_environment_and_its_task_vector_give_the_same_policy():
     assert all(torch.equal(by_env.params[name], by_task.params[name]) for name in meta.params)
 
 
-def test_words_of_another_environment_leave_out_no_episode():
+def test_unrelated_info_entries_leave_out_no_episode():
     meta = navigator()
 
     class Point(gym.Env):
@@ -81,7 +81,7 @@ def test_words_of_another_environment_leave_out_no_episode():
         assert all(torch.equal(p, expected.params[name]) for name, p in found.params.items())
 
 
-def test_a_task_whose_every_episode_diverges_is_not_passed_over(monkeypatch):
+def test_adapting_to_a_task_whose_every_episode_diverges_is_an_error(monkeypatch):
     meta, native = navigator(), SingleTaskEnv.step
 
     def diverging(self, action):
@@ -115,7 +115,7 @@ def test_an_oracle_takes_no_step(tmp_path, capsys, monkeypatch):
     assert list(film(str(tmp_path / "told.safetensors"), [])) == ["told its task"]
 
 
-def test_steps_taken_are_the_steps_asked_for():
+def test_adapt_takes_the_requested_number_of_steps():
     meta = navigator()
     results = [meta.adapt([0.3, 0.2], steps=k, episodes=3).params["log_std"] for k in range(4)]
     assert torch.equal(results[0], meta.params["log_std"])
@@ -125,7 +125,7 @@ def test_steps_taken_are_the_steps_asked_for():
     torch.testing.assert_close(sized.params["log_std"], meta.params["log_std"])
 
 
-def test_actions_are_as_the_environment_takes_them():
+def test_actions_have_the_shape_and_bounds_of_the_environment():
     meta = navigator()
     policy = meta.adapt([0.0, 0.3], steps=0)
     one = policy.act(np.zeros(2))
@@ -139,7 +139,7 @@ def test_actions_are_as_the_environment_takes_them():
     assert not np.array_equal(policy.act(np.zeros(2)), policy.act(np.zeros(2)))
 
 
-def test_saved_and_loaded_it_is_the_same(tmp_path):
+def test_a_loaded_policy_equals_the_saved_one(tmp_path):
     meta = navigator()
     meta.save(tmp_path / "mine.safetensors")
     again = load(tmp_path / "mine.safetensors")

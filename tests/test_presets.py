@@ -52,14 +52,14 @@ def test_the_proximal_strength_of_imaml_follows_its_step_size():
     assert (found.step_sizes, found.proximal) == ((0.2,), 3.0)
 
 
-def test_algorithms_that_do_not_take_sizes_as_given_fit_none():
+def test_algorithms_that_learn_step_sizes_do_not_fit_them():
     for algorithm, kl in (("maml-trpo", 0.5), ("anil", 0.5), ("meta-sgd", 0.0), ("imaml", 0.0)):
         assert inner("metarl2026", "half-cheetah-dir", algorithm).kl == kl
         config = resolve("metarl2026", "half-cheetah-dir", algorithm)
         check_combination(find_algorithm(algorithm), config, make_family(config.family))
 
 
-def test_what_is_said_goes_before_the_algorithm_and_that_before_the_preset():
+def test_given_values_override_the_algorithm_which_overrides_the_preset():
     assert resolve("icml2017", "navigation-2d").policy.hidden == (100, 100)
     assert resolve("icml2017", "half-cheetah-vel").iterations == 475
     assert resolve(None, "navigation-2d", "promp").adam.clip == 0.3
@@ -71,7 +71,7 @@ def test_what_is_said_goes_before_the_algorithm_and_that_before_the_preset():
     assert resolve("icml2017", "navigation-2d").family_options == {}
 
 
-def test_options_of_the_family_join_the_presets_and_its_scale_decides():
+def test_family_options_are_merged_with_the_presets_and_the_scale_decides():
     options = {"family_options": {"scale": "promp2019", "balanced": True}}
     config = resolve("metarl2026", "half-cheetah-dir", overrides=options)
     assert config.family_options == {"scale": "promp2019", "balanced": True}
@@ -153,7 +153,7 @@ SMALL = ["--iterations", "1", "--tasks", "2", "--episodes", "2", "--policy.hidde
         (["--algorithm", "imaml"], [0.25], [0.25, 0.125], 2.0),
     ],
 )  # fmt: skip
-def test_a_run_evaluates_with_what_was_said(flags, sizes, test_sizes, proximal, tmp_path):
+def test_a_run_evaluates_with_the_given_step_sizes(flags, sizes, test_sizes, proximal, tmp_path):
     out = tmp_path / "run"
     arguments = ["train", "navigation-2d", "--preset", "icml2017", *SMALL, "--out", str(out)]
     assert run(*arguments, *flags) == 0
@@ -187,14 +187,14 @@ def test_a_value_of_another_kind_is_refused(key, value, known):
         resolve(None, "navigation-2d", overrides={key: value})
 
 
-def test_numbers_of_numpy_are_taken_as_they_are():
+def test_numpy_numbers_are_accepted():
     said = {"seed": np.int64(3), "inner.step_sizes": np.array([0.4]), "stratified": np.bool_(1)}
     config = resolve(None, "navigation-2d", overrides=said)
     assert (config.seed, config.inner.step_sizes, config.stratified) == (3, (0.4,), True)
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-def test_steps_that_learn_a_size_for_each_layer_have_one_each():
+def test_learned_step_sizes_have_one_entry_per_step():
     sizes = resolve("metarl2026", "half-cheetah-dir", "maml++").inner.step_sizes
     assert sizes == (1.0, 1.0)
     inner = resolve(None, "characters", "leopard", {"inner.steps": 3}).inner
@@ -207,7 +207,7 @@ def test_steps_that_learn_a_size_for_each_layer_have_one_each():
     assert {len(p) for p in learned.values()} == {3}
 
 
-def test_what_a_family_chose_for_an_algorithm_is_kept():
+def test_values_that_a_family_sets_for_an_algorithm_are_kept():
     inner = resolve(None, "characters", "imaml").inner
     chosen = training_values("characters")["imaml"]
     assert inner.proximal == chosen["inner.proximal"] != 0.5 / inner.step_sizes[0]

@@ -136,7 +136,7 @@ def test_ranks_on_a_machine_share_its_processors_and_gpus(monkeypatch):
     assert (device_of("cuda"), device_of("cpu"), device_of("cuda:0")) == ("cuda:1", "cpu", "cuda:0")
 
 
-def test_two_ranks_and_a_resume_on_one_have_the_same_bits_bit_for_bit(tmp_path):
+def test_two_ranks_and_a_resume_on_one_agree_bit_for_bit(tmp_path):
     todo = cases(9, 2)
     run_alone(todo, tmp_path / "one")
     run_cases(2, until(todo, 1), tmp_path / "two")
@@ -148,7 +148,7 @@ def test_two_ranks_and_a_resume_on_one_have_the_same_bits_bit_for_bit(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-def test_any_number_of_ranks_has_the_same_bits_bit_for_bit(ranks, tmp_path):
+def test_any_number_of_ranks_agrees_bit_for_bit(ranks, tmp_path):
     few = (33, 2)
     norm = {"policy.normalize": True}
     steps = {"inner.steps": 2, "inner.kl": 0.05}
@@ -227,7 +227,7 @@ def test_a_signal_to_one_rank_stops_all_with_the_iteration_saved(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_stopped_is_given_up_in_time(tmp_path):
+def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path):
     out = tmp_path / "run"
     process = started(2, *train_command(out, 10_000), "--rank-timeout", "5")
     try:
@@ -242,7 +242,7 @@ def test_a_rank_that_is_stopped_is_given_up_in_time(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_ranks_are_started_again_to_the_same_end(tmp_path):
+def test_killed_ranks_restart_and_reach_the_same_end(tmp_path):
     rng = random.Random(0)
     alone, out = tmp_path / "one", tmp_path / "some"
     subprocess.run([sys.executable, *train_command(alone, 60)], check=True)

@@ -24,7 +24,7 @@ def test_the_interquartile_mean_by_hand():
     np.testing.assert_allclose(interquartile_mean(both), stats.trim_mean(both, 0.25, axis=1))
 
 
-def test_the_interquartile_mean_leaves_out_what_is_not_known():
+def test_the_interquartile_mean_leaves_out_missing_scores():
     # The worst of 1 ... 8 diverged: of the seven others one is cut at either end.
     values = np.array([np.nan, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
     rng = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def test_the_interquartile_mean_leaves_out_what_is_not_known():
     assert interquartile_mean(gone.ravel()) == interquartile_mean(scores.ravel())
 
 
-def test_the_interval_over_seeds_leaves_out_what_is_not_known():
+def test_the_interval_over_seeds_leaves_out_missing_scores():
     # Of 5 tasks one is not known: some resamples hold little else, a few nothing else.
     scores = np.random.default_rng(1).standard_normal((6, 5))
     scores[:, 2] = np.nan
@@ -114,7 +114,7 @@ def test_the_interval_over_seeds_covers_where_seeds_differ():
     assert 0.85 < np.mean(hits) <= 1.0
 
 
-def test_too_little_to_tell_is_nan_and_the_same_scores_give_the_same_interval():
+def test_too_few_scores_give_nan_and_equal_scores_equal_intervals():
     assert all(math.isnan(bound) for bound in bootstrap_interval(np.ones(1)))
     assert all(math.isnan(bound) for bound in interquartile_mean_interval(np.ones((1, 9))))
     values = np.random.default_rng(6).standard_normal(9)

@@ -119,7 +119,7 @@ def test_gradients_on_linear_regression_have_their_closed_form(name, steps):
     assert stats["kl"] == 0.0
 
 
-def test_reptile_goes_where_descent_on_linear_regression_goes():
+def test_reptile_on_linear_regression_equals_gradient_descent():
     batches = [regression_examples(seed) for seed in (1, 2, 3)]
     meta = doubled(LINEAR)
     gradient, *_ = gradient_of(
@@ -265,7 +265,7 @@ def test_protomamls_first_logits_are_the_prototypical_networks_distances():
             torch.testing.assert_close(gap, gap[:1].expand(3), rtol=0, atol=1e-12)
 
 
-def test_leopards_last_layer_is_the_mean_of_what_is_generated():
+def test_leopards_last_layer_is_the_mean_of_the_generated_ones():
     model = Classifier(outputs=3, head="generated", **SMALL)
     params = doubled(model)
     support = class_examples(5)
@@ -315,7 +315,7 @@ def test_a_class_that_a_task_lacks_changes_nothing():
 # Losses and the network ---------------------------------------------------------------------------
 
 
-def test_losses_equal_torchs():
+def test_losses_equal_torch():
     output, examples = {"logits": numbers(TASKS, 6, 3, seed=9)}, class_examples(5)
     found = cross_entropy(None, output, examples)
     hits = accuracy(None, output, examples)
@@ -330,7 +330,7 @@ def test_losses_equal_torchs():
     torch.testing.assert_close(error[1], (prediction[1] - examples.targets[1]).square().mean())
 
 
-def test_batch_normalization_equals_torchs_and_leaves_out_what_has_no_weight():
+def test_batch_normalization_equals_torch_and_leaves_out_examples_without_weight():
     x, scale, shift = numbers(2, 5, 3, 4, 4, seed=1), numbers(2, 3, seed=2), numbers(2, 3, seed=3)
     weight = torch.ones(2, 5, dtype=D)
     weight[1, 3:] = 0.0
@@ -361,7 +361,7 @@ def test_four_blocks_equal_torchs_layers(shape):
     torch.testing.assert_close(stacked, found)
 
 
-def test_class_means_leave_out_what_has_no_weight():
+def test_class_means_leave_out_examples_without_weight():
     examples = class_examples(5, missing=True)
     means = class_means(examples.inputs, examples, 3)
     torch.testing.assert_close(means[1, 2], examples.inputs[1, 4:].mean(0))
@@ -422,7 +422,7 @@ def test_further_supports_share_nothing_with_the_query():
         assert not asked & {x.tobytes() for s in supports for x in s.inputs[t]}
 
 
-def test_classes_of_the_parts_are_apart():
+def test_train_validation_and_test_classes_are_disjoint():
     family = FewShotFamily(*pictures(25), 4, 2, queries=3, test_queries=3)
     rng = np.random.default_rng(0)
     drawn = {
@@ -452,7 +452,7 @@ def test_bytes_are_scaled_and_floats_are_not():
     assert data.inputs.max() <= 1.0
 
 
-def test_ways_may_be_a_number_of_numpys():
+def test_ways_may_be_a_numpy_integer():
     assert few_shot(ways=np.int64(3)).outputs == few_shot(ways=3).outputs
 
 
@@ -494,14 +494,14 @@ def test_rows_of_classification_are_refused_elsewhere():
         row_for(ALGORITHMS["leopard"], find_family("navigation-2d"))
 
 
-def test_supervised_families_are_no_environments():
+def test_supervised_families_are_refused_as_environments():
     with refused("sinusoid"):
         make_family("sinusoid")
     with refused("sinusoids", "sinusoid"):
         find_family("sinusoids")
 
 
-def test_trust_regions_give_way_to_adam():
+def test_supervised_tasks_replace_a_trust_region_by_adam():
     row = row_for(ALGORITHMS["maml-trpo"], find_family("sinusoid"))
     assert row.outer == "adam"
     assert row_for(ALGORITHMS["maml-trpo"], find_family("navigation-2d")).outer == "trust-region"
@@ -519,7 +519,7 @@ def test_characters_are_a_function_of_the_seed_and_differ():
     assert between > within
 
 
-def test_a_function_of_ones_own():
+def test_a_user_defined_function_family_draws_its_function():
     family = FunctionFamily(
         name="lines", tasks=Uniform({"slope": (-1.0, 1.0)}), interval=(0.0, 1.0),
         function=lambda x, tasks: tasks * x, shots=3,

@@ -116,7 +116,7 @@ def test_tasks_of_several_sizes_in_one_run():
         assert "skipped" not in row, algorithm
 
 
-def test_an_evaluation_tells_the_error_after_each_step(sinusoids, capsys, monkeypatch):
+def test_an_evaluation_reports_the_error_after_each_step(sinusoids, capsys, monkeypatch):
     command = ["evaluate", str(sinusoids / "maml-trpo"), str(sinusoids / "pretrained")]
     assert run(*command, "--tasks", "30", "--steps", "2", "--threads", "1") == 0
     assert mentions(capsys.readouterr().out, 30, 10, "mean squared error")
@@ -157,7 +157,7 @@ def test_an_oracle_is_told_its_task(tmp_path):
     assert len(set(result.curve.returns)) == 1
 
 
-def test_accuracy_beside_nearest_prototype_and_from_scratch(tmp_path, monkeypatch):
+def test_accuracy_is_compared_with_nearest_prototype_and_from_scratch(tmp_path, monkeypatch):
     monkeypatch.setattr(supervised_evaluation, "UPDATES", 3)
     train(small("protomaml"), tmp_path / "run")
     result = metarl.evaluate(tmp_path / "run", tasks=30, steps=2, threads=1, from_scratch=True)
@@ -232,7 +232,7 @@ def shown(ways: int) -> FewShotFamily:
     return few(ways)
 
 
-def test_options_of_a_family_are_none_of_the_config():
+def test_a_family_with_a_required_option_trains():
     # Made without its options the family's own values are not known.
     name = f"{__name__}:shown"
     config = resolve(None, name, "random", {"family_options": {"ways": 3}})
@@ -240,7 +240,7 @@ def test_options_of_a_family_are_none_of_the_config():
         trainer.iterate()
 
 
-def test_a_preset_judges_no_family_that_lacks_an_option(tmp_path, capsys):
+def test_a_missing_family_option_is_named_when_a_preset_is_given(tmp_path, capsys):
     words = ["train", f"{__name__}:steep", *SMALL, "--preset", "reptile2018"]
     words += ["--algorithm", "reptile", "--out", str(tmp_path / "run")]
     assert run(*words) == 2
@@ -267,7 +267,7 @@ def test_one_component_is_trained_and_drawn(tmp_path, capsys):
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_task_of_fewer_classes_is_adapted_to_by_these_alone(tmp_path, capsys):
+def test_a_task_with_fewer_classes_adapts_with_those_only(tmp_path, capsys):
     own = {**CHARACTERS, "ways": (2, 4)}
     meta = train(small(family_options=own, **{"inner.step_sizes": (3.0,)}), tmp_path / "run")
     words = ["adapt", str(tmp_path / "run"), "--task"]

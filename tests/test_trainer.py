@@ -126,7 +126,7 @@ def test_the_inner_step_is_fitted_to_a_kl_and_kept_with_the_policy(tmp_path):
         train(config(algorithm="meta-sgd"), tmp_path / "learned")
 
 
-def test_a_step_that_goes_far_enough_is_taken_as_it_is(tmp_path):
+def test_a_step_that_reaches_the_kl_is_not_rescaled(tmp_path):
     inner = InnerConfig(kl=1e-4, step_sizes=(0.4, 0.2))
     train(small(inner=inner), tmp_path / "fitted")
     train(small(inner=dataclasses.replace(inner, kl=0.0)), tmp_path / "given")
@@ -179,7 +179,7 @@ def test_a_folder_of_other_things_is_refused_and_stays_as_it_is(tmp_path, name, 
     assert path.read_text() == text
 
 
-def test_a_longer_run_that_is_stopped_goes_on_to_its_new_length(tmp_path):
+def test_a_lengthened_run_that_was_stopped_continues_to_its_new_length(tmp_path):
     folder, done = tmp_path / "run", []
     train(small(iterations=1), folder)
     stop = {"progress": done.append, "stop": lambda: len(done) == 1}
@@ -191,7 +191,7 @@ def test_a_longer_run_that_is_stopped_goes_on_to_its_new_length(tmp_path):
     assert timeless(folder) == timeless(tmp_path / "whole")
 
 
-def test_a_run_that_has_more_iterations_than_are_asked_for_keeps_its_length(tmp_path):
+def test_asking_for_fewer_iterations_than_a_run_has_keeps_its_length(tmp_path):
     folder, done, told = tmp_path / "run", [], []
     config = small(meta=MetaConfig(cosine=True))
     train(config, folder, progress=done.append, stop=lambda: len(done) == 2)
@@ -336,7 +336,7 @@ def breaking() -> MujocoFamily:
     )  # fmt: skip
 
 
-def test_where_every_episode_diverges_nothing_is_learned_and_that_is_said(tmp_path):
+def test_if_every_episode_diverges_the_update_is_skipped_and_the_cause_named(tmp_path):
     config = resolve(None, "test_trainer:breaking", overrides={"tasks": 4, "episodes": 2})
     with Trainer(config) as trainer:
         before = dict(trainer.state.params)
@@ -360,7 +360,7 @@ def test_ten_skipped_updates_in_a_row_stop_the_run(tmp_path, monkeypatch):
     assert all(torch.isfinite(p).all() for p in state.params.values())
 
 
-def test_tasks_are_stratified_where_asked_for():
+def test_stratified_tasks_cover_every_stratum():
     def goals(stratified: bool) -> np.ndarray:
         rollouts: list = []
         with Trainer(small(tasks=10, threads=1, stratified=stratified)) as trainer:
@@ -395,7 +395,7 @@ def thrown(which: list[int]) -> ThrownFamily:
     return ThrownFamily(**values, thrown=which)
 
 
-def test_a_diverging_family_is_counted_and_trains_on():
+def test_diverged_episodes_are_counted_and_training_continues():
     # Every episode of task 0, and one of task 1.
     options = {"which": [0, 1, 2, 3, 5]}
     config = small(family="test_trainer:thrown", family_options=options, threads=1)
@@ -422,7 +422,7 @@ def wait_for_rows(folder, count: int) -> None:
     assert len(read_metrics(folder)) >= count
 
 
-def test_killed_at_random_moments_a_run_resumes_to_the_same_end(tmp_path):
+def test_a_run_killed_at_random_moments_resumes_to_the_same_end(tmp_path):
     subprocess.run([*RUN, "--iterations", "60", "--out", "whole"], cwd=tmp_path, check=True)
     command = [*RUN, "--iterations", "60", "--out", "parts"]
     rng = random.Random(0)
@@ -439,7 +439,7 @@ def test_killed_at_random_moments_a_run_resumes_to_the_same_end(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
+def test_a_signal_saves_the_iteration_and_prints_the_resume_command(tmp_path, number, code):
     process = subprocess.Popen(
         [*RUN, "--iterations", "100000", "--out", "my run"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -477,14 +477,14 @@ def failing() -> GymnasiumFamily:
     return dataclasses.replace(counting_family(), env=Failing)
 
 
-def test_an_environment_of_ones_own_that_raises_shows_its_traceback(tmp_path):
+def test_an_error_in_a_user_environment_keeps_its_traceback(tmp_path):
     with refused("mine", error=ZeroDivisionError) as caught:
         train(small(family="test_trainer:failing", family_options={}), tmp_path / "run")
     assert caught.traceback[-1].name == "step"
     assert not (tmp_path / "run").exists()  # so that the same command works once it is mended
 
 
-def test_the_random_initialization_stays_what_it_is():
+def test_the_random_algorithm_never_changes_its_parameters():
     # Observations' moments and a fitted factor of the step sizes are none of its.
     base = resolve("metarl2026", "half-cheetah-dir", "random")
     assert base.policy.normalize

@@ -100,7 +100,7 @@ def flat_quadratic(B=0.0, slack=6.0):
 
 
 @pytest.mark.parametrize("slack", [6.0, 30.0])
-def test_a_step_that_falls_short_of_the_bound_may_grow_to_it(slack):
+def test_a_step_below_the_bound_may_grow_to_it(slack):
     # The KL of the first step is 1 / slack of the bound: sqrt(slack) times as far would meet it.
     short = TrustRegionConfig(max_kl=0.02, cg_damping=0.0)
     new, _, stats = TrustRegion(short).step(flat_quadratic(slack=slack), ZERO, {})
