@@ -6,8 +6,7 @@ import json
 import sys
 
 import pytest
-
-from metarl.commands.cli import main
+from expecting import run
 
 FLAPPY = """
 import flappy_bird_gymnasium
@@ -103,19 +102,19 @@ def test_a_package_plugs_in(package, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "plugged.py").write_text(PACKAGES[package])
     monkeypatch.delitem(sys.modules, "plugged", raising=False)
-    assert main(["check", "plugged:family"]) == 0, capsys.readouterr().out
+    assert run("check", "plugged:family") == 0, capsys.readouterr().out
     small = ["--tasks", "2", "--episodes", "2", "--policy.hidden", "8"]
     rows = []
     for workers in ("0", "2"):
         out = f"run-{workers}"
         command = ["train", "plugged:family", *small, "--iterations", "2", "--workers", workers]
-        assert main([*command, "--out", out]) == 0
+        assert run(*command, "--out", out) == 0
         lines = (tmp_path / out / "metrics.jsonl").read_text().splitlines()
         kept = [json.loads(line) for line in lines]
         times = ("seconds", "env_steps_per_second")
         rows.append([{k: v for k, v in row.items() if not k.startswith(times)} for row in kept])
     assert rows[0] == rows[1]
     few = ["--tasks", "2", "--episodes", "1", "--steps", "1", "--workers", "0"]
-    assert main(["evaluate", "run-0", *few]) == 0
-    assert main(["record", "run-0", "--episodes", "1"]) == 0
-    assert main(["export", "run-0", "--out", "policy.pt"]) == 0
+    assert run("evaluate", "run-0", *few) == 0
+    assert run("record", "run-0", "--episodes", "1") == 0
+    assert run("export", "run-0", "--out", "policy.pt") == 0

@@ -26,7 +26,7 @@ from metarl.running.results import ACCURACY, EvaluationResult
 from metarl.running.runs import alike, group_names, run_config
 from metarl.running.statistics import Floats
 
-_STYLES = [
+STYLES = [
     ("#0072B2", "o", "-"),
     ("#E69F00", "s", "--"),
     ("#009E73", "^", "-."),
@@ -34,19 +34,21 @@ _STYLES = [
     ("#56B4E9", "v", (0, (5, 1, 1, 1, 1, 1))),
     ("#D55E00", "P", (0, (8, 2))),
 ]
+"""Colour, marker and line style of each curve."""
 _LABELS = {
     "random": "random initialization",
     "pretrained": "pretrained on all tasks",
     "oracle": "oracle, told its task",
 }
-_BEFORE, _AFTER = "#D55E00", "#0072B2"
+BEFORE, AFTER = "#D55E00", "#0072B2"
+"""Colours of what is before and after adaptation."""
 _SEVERAL = 6  # values of a task component, shared by tasks, that stand side by side
 
 Against = Literal["env-steps", "time"]
 
 
 def _style(i: int) -> dict[str, Any]:
-    colour, marker, line = _STYLES[i % len(_STYLES)]
+    colour, marker, line = STYLES[i % len(STYLES)]
     return {"color": colour, "marker": marker, "linestyle": line}
 
 
@@ -162,11 +164,11 @@ def plot_functions(result: EvaluationResult, path: Path) -> list[Path]:
             axes.plot(known["x"], known["truth"][t], color="black", label="truth")
             for i, steps in enumerate(sorted({0, min(1, last), last})):
                 axes.plot(
-                    known["x"], curve.functions[t, steps], color=_STYLES[i][0],
+                    known["x"], curve.functions[t, steps], color=STYLES[i][0],
                     linestyle=(":", "--", "-")[i], label=_after(steps), linewidth=1.8,
                 )  # fmt: skip
             axes.plot(
-                known["support_x"][t], known["support_y"][t], "^", color=_BEFORE, markersize=8,
+                known["support_x"][t], known["support_y"][t], "^", color=BEFORE, markersize=8,
                 label="examples",
             )  # fmt: skip
             axes.grid(alpha=0.3)
@@ -229,8 +231,8 @@ def _against_goal(axes: Axes, goals: Floats, values: Floats, shown: Sequence[int
             x = which + rank + 0.3 * (i - 0.5 * (len(shown) - 1))
         axes.scatter(
             x, values[:, i], s=28, label=_after(steps), alpha=0.8,
-            marker="s" if i == 0 else "o", color=_BEFORE if i == 0 else _AFTER,
-            facecolors="none" if i == 0 else _AFTER,
+            marker="s" if i == 0 else "o", color=BEFORE if i == 0 else AFTER,
+            facecolors="none" if i == 0 else AFTER,
         )  # fmt: skip
     if several:
         axes.set_xticks(range(len(distinct)), [f"{value:g}" for value in distinct])
@@ -276,7 +278,7 @@ def plot_paths(result: EvaluationResult, path: Path) -> list[Path]:
     goals = np.array(setting["tasks"])[:, [setting["components"].index(n) for n in paths]]
     for axes, steps in zip(panels, shown, strict=True):
         for i in range(len(x)):
-            colour = _STYLES[i % len(_STYLES)][0]
+            colour = STYLES[i % len(STYLES)][0]
             axes.plot(
                 x[i, steps], y[i, steps], color=colour, linewidth=1.0,
                 label="one episode's path" if not i else None,
