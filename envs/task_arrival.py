@@ -32,6 +32,11 @@ def has_own_way(env: gym.Env) -> bool:
     return own_method(env) is not None or any(hasattr(layer, "task") for layer in layers(env))
 
 
+def takes_tasks(env: gym.Env) -> bool:
+    """Whether an environment uses tasks by a way of its own, in a family with a reward too."""
+    return own_method(env) is not None or any(_holds_a_task(x, only_way=False) for x in layers(env))
+
+
 def give(env: gym.Env, task: Floats, name: str, *, only_way: bool) -> None:
     """Give a task to an environment by its own ways.
 
@@ -87,8 +92,9 @@ def give_and_verify(env: gym.Env, task: Floats, other: Floats, name: str, **opti
         give(env, task, name, **options)
     for layer in missed:
         own = "set_task(task)" if _has_method(layer) else "task = task"
+        keeper = [outer for outer in _above(env, layer) if _has_method(outer)][-1]
         raise UserError(
-            f"{name}: set_task of {kind(method)} keeps the task for itself, and {kind(layer)},"  # type: ignore[arg-type]
+            f"{name}: set_task of {kind(keeper)} keeps the task for itself, and {kind(layer)},"
             f" inside it, has a way of its own that is never used: hand the task on in set_task"
             f" (self.unwrapped.{own})"
         )

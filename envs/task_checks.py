@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 
 import numpy as np
 
+from metarl.envs import task_arrival
 from metarl.envs.errors import UserError, did_you_mean
 from metarl.envs.family import TaskFamily
 from metarl.envs.gymnasium_family import GymnasiumFamily
@@ -64,7 +65,9 @@ def check_dependence(family: TaskFamily) -> Iterator[str]:
     tasks = example_tasks(family)
     if not _differ(family, tasks):
         yield _why_equal(family, tasks)
-    elif isinstance(family.tasks, Uniform) and 1 < family.tasks.dim <= MOST_COMPONENTS:
+        return
+    yield from _idle_way(family, tasks)
+    if isinstance(family.tasks, Uniform) and 1 < family.tasks.dim <= MOST_COMPONENTS:
         for i, name in enumerate(family.tasks.names):
             pair = np.repeat(family.tasks.grid(1, "train"), 2, axis=0)
             pair[:, i] = [bound[i] for bound in family.tasks.bounds()]
@@ -74,6 +77,47 @@ def check_dependence(family: TaskFamily) -> Iterator[str]:
                     f" {pair[1, i]:g}, under {_TRIED}: use it, or leave it out of the task; if it"
                     " matters only where none of these leads, all is well"
                 )
+
+
+def _idle_way(family: TaskFamily, tasks: Tasks) -> Iterator[str]:
+    """Doubt a way into the environment that changes nothing there, where a reward hides that."""
+    if not isinstance(family, GymnasiumFamily) or family.reward is None:
+        return
+    way = "set_task" if family.set_task else "keywords" if family.keywords else None
+    if way is None:
+        env = family.make_bare()
+        way = "the environment's own way" if task_arrival.takes_tasks(env) else None
+        env.close()
+    if way is None:
+        return
+    bare = replace(family, reward=None)
+    try:
+        idle = not _differ(bare, tasks) and not _infos_differ(bare, tasks)
+    except UserError:  # the environment's own reward, which nothing else uses, is no number
+        return
+    if idle:
+        yield Doubt(
+            f"the reward depends on the task, but {way} changed neither the environment's"
+            f" observations nor its own rewards and info under {_TRIED}: see that it sets what the"
+            " environment reads, or leave it out"
+        )
+
+
+def _infos_differ(family: TaskFamily, tasks: Tasks) -> bool:
+    """Whether what steps say in info differs between tasks, under random actions."""
+    said = []
+    for task in tasks:
+        env = family.make(task)
+        env.reset(seed=0)
+        infos = []
+        for action in random_actions(env.action_space, min(family.horizon, LONGEST)):
+            *_, terminated, truncated, info = env.step(action)
+            infos.append(repr({k: v for k, v in info.items() if k != "task"}))
+            if terminated or truncated:
+                break
+        env.close()
+        said.append(infos)
+    return any(infos != said[0] for infos in said)
 
 
 _TRIED = f"{', '.join(list(BEHAVIOURS)[:-1])} and {list(BEHAVIOURS)[-1]} actions"

@@ -343,10 +343,17 @@ class WorkerCollector:
                         continue
                     closing.remove(worker)
                     if reply.kind != "done":
-                        trace = f"\n\n{reply.trace.rstrip()}" if reply.trace else ""
-                        _log.warning("%s: %s%s", self.family.name, reply.text, trace)
+                        _log.warning("%s: %s%s", self.family.name, reply.text, _where(reply))
         finally:
             self._finalizer()
+
+
+def _where(reply: Reply) -> str:
+    """Return the innermost place of a reply's traceback as a part of a line."""
+    places = [line.strip() for line in reply.trace.splitlines() if line.lstrip().startswith("File")]
+    if not places:
+        return ""
+    return f" ({places[0 if reply.kind == 'hung' else -1]})"  # a dump begins with the innermost
 
 
 def _wait(workers: Sequence[_Worker]) -> None:
