@@ -20,7 +20,7 @@ from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily
 from metarl.envs.gymnasium_family import GymnasiumFamily
 from metarl.envs.observations import fits, is_image, misfit
-from metarl.envs.traces import Doubt, Trace, example_tasks, named_task, play, random_actions
+from metarl.envs.traces import Doubt, Trace, close, example_tasks, named_task, play, random_actions
 
 LARGEST_VECTOR = 10_000
 """Components of a flat observation beyond which a network of affine layers has a doubt."""
@@ -118,7 +118,7 @@ def check_spaces(family: TaskFamily) -> Iterator[str]:
         elif (together := getattr(vector, f"single_{kind}")) != space:
             yield f"make_vec must have the {kind} of make, which is {space}, got {together}"
     for env in (one, other, vector):
-        env.close()
+        close(env)
 
 
 def check_episodes(family: TaskFamily) -> Iterator[str]:
@@ -126,7 +126,7 @@ def check_episodes(family: TaskFamily) -> Iterator[str]:
     for task in example_tasks(family):
         env = family.make(task)
         trace = play(env, 0, random_actions(env.action_space, family.horizon))
-        env.close()
+        close(env)
         doubts = []
         for fault in _faults(trace, env.observation_space, family.horizon):
             said = type(fault)(f"{fault} (task {named_task(family, task)})")
@@ -201,8 +201,8 @@ def check_seeding(family: TaskFamily) -> Iterator[str]:
             f" differ after {t} steps; reset must set back all that step changes (where the"
             " environment is not yours, let the reset of a wrapper do it, or make it anew)"
         )
-    env.close()
-    other.close()
+    close(env)
+    close(other)
 
 
 def check_gymnasium(family: TaskFamily) -> Iterator[str]:
@@ -221,7 +221,7 @@ def check_gymnasium(family: TaskFamily) -> Iterator[str]:
                 f"gymnasium.utils.env_checker.check_env says: {text.rstrip('.')}; nothing here"
                 " depends on it, other libraries may"
             )
-    env.close()
+    close(env)
 
 
 def _outermost(family: TaskFamily) -> gym.Env:

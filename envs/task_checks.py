@@ -29,6 +29,7 @@ from metarl.envs.traces import (
     Doubt,
     Trace,
     all_equal,
+    close,
     example_tasks,
     first_difference,
     named_task,
@@ -58,7 +59,7 @@ def check_batch(family: TaskFamily) -> Iterator[str]:
                     " returns must depend on that row alone (task[:, 0], not task[0])"
                 )
                 return
-        env.close()
+        close(env)
 
 
 def check_dependence(family: TaskFamily) -> Iterator[str]:
@@ -87,7 +88,7 @@ def _idle_way(family: TaskFamily, tasks: Tasks) -> Iterator[str]:
     if way is None:
         env = family.make_bare()
         way = "the environment's own way" if task_arrival.takes_tasks(env) else None
-        env.close()
+        close(env)
     if way is None:
         return
     bare = replace(family, reward=None)
@@ -115,7 +116,7 @@ def _infos_differ(family: TaskFamily, tasks: Tasks) -> bool:
             infos.append(repr({k: v for k, v in info.items() if k != "task"}))
             if terminated or truncated:
                 break
-        env.close()
+        close(env)
         said.append(infos)
     return any(infos != said[0] for infos in said)
 
@@ -143,7 +144,7 @@ def _why_equal(family: TaskFamily, tasks: Tasks) -> str:
             family.apply_task(env, tasks[0])
             actions = way(env.action_space, min(family.horizon, LONGEST), 0)
             late.append([play(env, 0, actions, after_reset=partial(family.apply_task, env, task))])
-            env.close()
+            close(env)
         if not all_equal(late):
             return (
                 f"the task is lost at reset: {same}, but not if it is put in after the reset; reset"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
@@ -111,6 +112,12 @@ BEHAVIOURS: dict[str, Behaviour] = {
 """Ways of acting, by what they are called."""
 
 
+def close(env: gym.Env | VectorEnv) -> None:
+    """Close an environment; a fault in that is told by a check of its own."""
+    with contextlib.suppress(Exception):
+        env.close()
+
+
 def play(
     env: gym.Env, seed: int, actions: Sequence[Any], after_reset: Callable[[], None] = lambda: None
 ) -> Trace:
@@ -153,7 +160,7 @@ def play_together(
         for i in active:
             observations[i].append(observation[i].copy())
             rewards[i].append(reward[i])
-    env.close()
+    close(env)
     ends = zip(observations, rewards, terminated, truncated, strict=True)
     traces = [Trace(seen, paid, bool(end), bool(cut)) for seen, paid, end, cut in ends]
     return [traces[i : i + EPISODES] for i in range(0, len(traces), EPISODES)]
