@@ -88,6 +88,9 @@ class Episodes(TaskDistribution):
         last = max(int(classes.max()) for classes in self.parts.values() if len(classes))
         return np.full(self.dim, -1.0), np.full(self.dim, float(last))
 
+    def extent(self, split: str = "train") -> dict[str, NDArray]:
+        return {"ways": np.array(self.ways), "classes": self.parts[split].copy()}  # type: ignore[index]
+
     def vector(self, components: Mapping[str, float]) -> NDArray[np.float64]:
         """Return the task vector of named components; see `TaskDistribution.vector`.
 

@@ -35,12 +35,17 @@ def register(factory: Factory) -> Factory:
     Raises:
         UserError: another function has that name already.
     """
+    _factories[_free_name(factory)] = factory
+    return factory
+
+
+def _free_name(factory: Any) -> str:
+    """Return the name that a function is offered under; UserError if another one has it."""
     name = factory.__name__.replace("_", "-")
-    before = _factories.get(name, factory)
+    before = _factories.get(name) or _data_sets.get(name) or factory
     if (before.__module__, before.__qualname__) != (factory.__module__, factory.__qualname__):
         raise UserError(f"{before.__module__} has a family {name!r} already: take another name")
-    _factories[name] = factory
-    return factory
+    return name
 
 
 def register_data(training: Mapping[str, Any]) -> Callable[[Factory], Factory]:
@@ -51,7 +56,7 @@ def register_data(training: Mapping[str, Any]) -> Callable[[Factory], Factory]:
     """
 
     def add(factory: Factory) -> Factory:
-        _data_sets[factory.__name__.replace("_", "-")] = factory
+        _data_sets[_free_name(factory)] = factory
         factory.training = training  # type: ignore[attr-defined]
         return factory
 
@@ -224,6 +229,13 @@ def _offered() -> dict[str, importlib.metadata.EntryPoint]:
     return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
 
 
+def _check_one_offer(name: str) -> None:
+    """Raise UserError if several installed packages offer different families of a name."""
+    points = importlib.metadata.entry_points(group=ENTRY_POINTS, name=name)
+    if len(values := sorted({point.value for point in points})) > 1:
+        raise UserError(f"several packages have a family {name!r}: name one of {', '.join(values)}")
+
+
 def _find(name: str) -> Any:
     """Return the family or factory of a name; raise UserError if there is none."""
     if ":" in name:
@@ -231,7 +243,9 @@ def _find(name: str) -> Any:
     ours = _data_sets.get(name) or _factories.get(name)
     if ours is not None:
         return ours
-    if (point := _offered().get(name)) is None:
+    point = _offered().get(name)
+    _check_one_offer(name)
+    if point is None:
         hint = did_you_mean(name, [*family_names(), *data_names()])
         if os.path.exists(f"{name}.py"):
             hint = f"; a family in {name}.py is {name}:ITS_NAME"

@@ -57,6 +57,14 @@ class TaskDistribution(ABC):
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the smallest and the largest value of each component, [task_dim] both."""
 
+    def extent(self, split: Split = "train") -> Mapping[str, NDArray]:
+        """Return what a split holds, by which it is told from another: arrays by a name each.
+
+        By default the bounds of each component.
+        """
+        low, high = self.bounds(split)
+        return dict(zip(self.names, np.stack([low, high], axis=1), strict=True))
+
     def vector(self, components: Mapping[str, float]) -> NDArray[np.float64]:
         """Return the task vector of named components.
 
@@ -204,6 +212,9 @@ class Finite(TaskDistribution):
 
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         return self._values[split].min(0), self._values[split].max(0)
+
+    def extent(self, split: Split = "train") -> Mapping[str, NDArray]:
+        return {"values": self._values[split].copy()}
 
 
 def _rounds(values: Tasks, rng: np.random.Generator, n: int) -> Tasks:

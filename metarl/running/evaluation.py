@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Literal
 
 from metarl.envs.errors import UserError, check_whole
+from metarl.envs.family import Family, TaskFamily
 from metarl.envs.few_shot import FewShotFamily
 from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.inner_loop import NonFiniteError
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.ranks import ALONE, Ranks
+from metarl.running.building import spaces_of
 from metarl.running.config import available_threads
+from metarl.running.fingerprint import changes
 from metarl.running.loading import load
 from metarl.running.meta_policy import MetaPolicy, checked_step_sizes, random_meta_policy
 from metarl.running.policy_evaluation import PolicyProtocol, Sizes
@@ -107,7 +110,22 @@ def _members(what: What | Sequence[What], name: str) -> list[MetaPolicy]:
     configs = [but_seed(member.config) for member in members]
     if any(config != configs[0] for config in configs):
         raise UserError(f"{name}: policies that differ by more than the seed are no one's seeds")
+    for member in members[1:]:
+        if found := changes(members[0].trained_on, member.trained_on):
+            raise UserError(
+                f"{name}: policies of one {configs[0].family}, but trained when it was another:"
+                f" {'; '.join(found)}; evaluate them one by one"
+            )
     return members
+
+
+def _check_spaces(family: Family, policies: Sequence[MetaPolicy]) -> None:
+    """Raise UserError unless a family's environments have the spaces that policies know."""
+    known = [policy for policy in policies if "actions" in policy.trained_on]
+    if known and isinstance(family, TaskFamily):
+        spaces = spaces_of(family)
+        for policy in known:
+            policy.check_spaces(*spaces)
 
 
 def evaluate(
@@ -205,6 +223,8 @@ def evaluate(
             )
         if key == name:
             raise UserError(f"a reference and the policy are both called {key!r}")
+        reference[0].check_family(family)
+    _check_spaces(family, [first, *(reference[0] for reference in others.values())])
     if pretrained_step_sizes and not any(
         group[0].config.algorithm == "pretrained" for group in others.values()
     ):

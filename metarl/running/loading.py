@@ -114,7 +114,7 @@ def load(what: str | Path) -> MetaPolicy:
         provenance["versions"] = metadata["versions"]
     if not any(name.endswith(".weight") for name in params):
         raise CheckpointError(f"{path} holds no policy")
-    meta = MetaPolicy(params, config, provenance)
+    meta = MetaPolicy(params, config, provenance, metadata.get("family") or {})
     shapes = make_adapter(meta.algorithm, config, meta.model).shapes()
     return dataclasses.replace(meta, params=checkpoints.in_shapes(path, params, shapes))
 
@@ -134,7 +134,7 @@ def load_policy(path: str | Path) -> Policy:
     if metadata.get("kind") != "adapted":
         raise CheckpointError(f"{path} is an initialization: metarl adapt makes a policy of it")
     config = config_of(path, metadata)
-    meta = MetaPolicy(tensors, config)
+    meta = MetaPolicy(tensors, config, trained_on=metadata.get("family") or {})
     shapes = meta.policy.shapes()
     if meta.policy.context_dim:
         shapes["context"] = (meta.policy.context_dim,)
@@ -143,4 +143,7 @@ def load_policy(path: str | Path) -> Policy:
     else:  # of a file from before
         space = spaces_of(meta.family)[1]
     params = checkpoints.in_shapes(path, tensors, shapes)
-    return Policy(meta.policy, params, space, meta.family.horizon, config, metadata["adapted"])
+    return Policy(
+        meta.policy, params, space, meta.family.horizon, config, metadata["adapted"],
+        meta.trained_on,
+    )  # fmt: skip

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from metarl.learning.networks import Model, Params, copied
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import MLPPolicy
 from metarl.learning.predictors import Predictor
-from metarl.running import checkpoints
+from metarl.running import checkpoints, fingerprint
 from metarl.running.adapted_predictor import AdaptedPredictor, as_examples
 from metarl.running.building import (
     context_dim,
@@ -41,11 +42,14 @@ from metarl.running.building import (
     scaled_tasks,
 )
 from metarl.running.config import Config
+from metarl.running.fingerprint import Fingerprint
 from metarl.running.online import OnlineAdapter
 from metarl.running.policy import Policy
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import Address
 from metarl.sampling.seeding import stream
+
+_log = logging.getLogger(__name__)
 
 
 def checked_step_sizes(name: str, sizes: Sequence[float] | NDArray | None) -> tuple[float, ...]:
@@ -74,11 +78,14 @@ class MetaPolicy:
     config: Config
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Iterations, env steps and versions of its training."""
+    trained_on: Fingerprint = field(default_factory=dict)
+    """What identifies the family as it was in training; empty if that is not known."""
 
     def __post_init__(self) -> None:
         # Copies: the parameters of a run that goes on, or of another policy, are not this one's.
         object.__setattr__(self, "params", copied(self.params))
-        object.__setattr__(self, "provenance", copy.deepcopy(dict(self.provenance)))
+        for name in ("provenance", "trained_on"):
+            object.__setattr__(self, name, copy.deepcopy(dict(getattr(self, name))))
 
     @cached_property
     def algorithm(self) -> Algorithm:
@@ -87,8 +94,36 @@ class MetaPolicy:
 
     @cached_property
     def source(self) -> Family:
-        """The family it was trained on, of environments or of supervised tasks."""
-        return find_family(self.config.family, **self.config.family_options)
+        """The family it was trained on, of environments or of supervised tasks.
+
+        Raises:
+            UserError: it cannot be made, or has changed so that the policy cannot be used on it.
+                Changes of its horizon or of the range of its tasks are told in a line.
+        """
+        family = find_family(self.config.family, **self.config.family_options)
+        self.check_family(family)
+        return family
+
+    def check_family(self, family: Family) -> None:
+        """Compare a family with that of training, as `source` does."""
+        now = fingerprint.fingerprint(family)
+        self._check(now)
+        if found := fingerprint.notices(self.trained_on, now):
+            _log.warning(
+                "%s was trained with other settings (then -> now): %s",
+                self.config.family, "; ".join(found),
+            )  # fmt: skip
+
+    def check_spaces(self, observation: gym.Space, action: gym.Space) -> None:
+        """Raise UserError unless spaces are those that it was trained in, if they are known."""
+        self._check(fingerprint.fingerprint(self.source, (observation, action)))
+
+    def _check(self, now: Fingerprint) -> None:
+        if found := fingerprint.obstacles(self.trained_on, now):
+            raise UserError(
+                f"this policy was trained on another {self.config.family} (then -> now):"
+                f" {'; '.join(found)}; put the family back as it was, or train on it again"
+            )
 
     @property
     def family(self) -> TaskFamily:
@@ -198,6 +233,8 @@ class MetaPolicy:
         made = None if given is None else self.family.make(given)
         target = env if isinstance(env, gym.Env) else made
         assert target is not None
+        if made is not None:
+            self.check_spaces(made.observation_space, made.action_space)
         mode = self.config.policy.action
         task = None if given is None else given.tolist()
         context: Params = {}
@@ -230,7 +267,10 @@ class MetaPolicy:
         params = loop.adapter.params(adapted.iterates[-1], adapted.slow, 1) | context
         params = {name: p[0].clone() for name, p in params.items()}
         provenance = {"task": task, "steps": steps, "episodes": episodes, "seed": seed}
-        return Policy(self.policy, params, space, self.family.horizon, self.config, provenance)
+        return Policy(
+            self.policy, params, space, self.family.horizon, self.config, provenance,
+            self.trained_on,
+        )  # fmt: skip
 
     def _task(self, value: ArrayLike) -> NDArray[np.float64]:
         """Return a task vector of the family."""
@@ -304,9 +344,12 @@ class MetaPolicy:
             raise UserError("an oracle is told its task and does not adapt")
         if action_space is None:
             with contextlib.closing(self.family.make()) as env:
+                self.check_spaces(env.observation_space, env.action_space)
                 action_space = env.action_space
         loop, params = self.inner_loop(ChunkPool(1), step_sizes)
-        return OnlineAdapter(loop, params, action_space, self.family.horizon, self.config, seed)
+        return OnlineAdapter(
+            loop, params, action_space, self.family.horizon, self.config, seed, self.trained_on
+        )
 
     def save(self, path: str | Path) -> None:
         """Write a policy file that `load` reads.
@@ -314,7 +357,10 @@ class MetaPolicy:
         Raises:
             OSError: the file cannot be written.
         """
-        metadata = {"kind": "policy", "config": self.config.to_json(), **self.provenance}
+        metadata = {
+            "kind": "policy", "config": self.config.to_json(), "family": dict(self.trained_on),
+            **self.provenance,
+        }  # fmt: skip
         checkpoints.save(Path(path), self.params, metadata)
 
 

@@ -18,6 +18,7 @@ from metarl.learning.parallel import one_intraop_thread
 from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
 from metarl.running.config import Config
+from metarl.running.fingerprint import Fingerprint
 from metarl.running.policy import Policy
 from metarl.sampling.rollouts import RolloutBuffer
 from metarl.sampling.spaces import as_observation, policy_action
@@ -63,6 +64,7 @@ class OnlineAdapter:
         horizon: int,
         config: Config,
         seed: int = 0,
+        trained_on: Fingerprint | None = None,
     ) -> None:
         """Make an adapter; `MetaPolicy.adapter` does so for its user.
 
@@ -73,10 +75,12 @@ class OnlineAdapter:
             horizon: steps after which an episode is cut.
             config: of the training behind it.
             seed: of the actions.
+            trained_on: what identifies the family as it was in training, if that is known.
         """
         assert isinstance(loop.adapter.model, MLPPolicy)
         self._loop, self._network = loop, loop.adapter.model
         self._space, self._horizon, self._config, self._seed = action_space, horizon, config, seed
+        self._trained_on = trained_on
         fast, self._slow, self._step_sizes = loop.adapter.split(params)
         self._start = self._fast = stack(fast, 1)
         self._steps = self._seen = self._running = 0
@@ -175,7 +179,10 @@ class OnlineAdapter:
             "episodes": self._seen,
             "seed": self._seed,
         }
-        return Policy(self._network, params, self._space, self._horizon, self._config, provenance)
+        return Policy(
+            self._network, params, self._space, self._horizon, self._config, provenance,
+            self._trained_on,
+        )  # fmt: skip
 
     def _rollout(self) -> Rollout:
         """Return the transitions as episodes of one task, with what the policy gave at each."""

@@ -19,6 +19,7 @@ from metarl.learning.networks import Params, copied
 from metarl.learning.policies import CategoricalMLP, MLPPolicy
 from metarl.running import checkpoints
 from metarl.running.config import Config
+from metarl.running.fingerprint import Fingerprint
 from metarl.sampling.episodes import episode
 from metarl.sampling.seeding import stream
 from metarl.sampling.spaces import (
@@ -41,6 +42,7 @@ class Policy:
         horizon: int,
         config: Config,
         provenance: Mapping[str, Any],
+        trained_on: Fingerprint | None = None,
     ) -> None:
         """Make a policy of a network and its parameters; `MetaPolicy.adapt` does so for users.
 
@@ -52,10 +54,12 @@ class Policy:
             config: the config that it was trained with.
             provenance: `task` (a list of numbers, or None if it is not known), `steps`, `episodes`
                 and `seed` of the adaptation; the seed is also that of the actions.
+            trained_on: what identifies the family as it was in training, if that is known.
         """
         self.policy, self.params = policy, copied(params)
         self.config, self.provenance = config, copy.deepcopy(dict(provenance))
         self._space, self._horizon = copy.deepcopy(space), horizon
+        self.trained_on = dict(trained_on or {})
         self._mode: ActionMode = config.policy.action
         self._rng = stream(provenance["seed"], 0, "test-noise", provenance["steps"])
 
@@ -159,6 +163,7 @@ class Policy:
         metadata = {
             "kind": "adapted",
             "config": self.config.to_json(),
+            "family": self.trained_on,
             "adapted": self.provenance,
             "actions": space_to_json(self._space),
             "versions": checkpoints.versions(),

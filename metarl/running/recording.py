@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from metarl.running.config import Config
+from metarl.running.fingerprint import Fingerprint
 from metarl.running.metrics import MetricsLog
 from metarl.running.runs import State, save_checkpoint
 
@@ -35,6 +36,7 @@ class Recorder:
         state: that it goes on from; metrics of later iterations are forgotten.
         check: raises where the folder is no longer at its place.
         between: seconds that pass between two checkpoints, but for those that are kept.
+        family: what identifies the family, stored in checkpoints.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Recorder:
         state: State,
         check: Callable[[], None],
         between: float = 0.0,
+        family: Fingerprint | None = None,
     ) -> None:
         self._folder, self._config, self._check = folder, config, check
+        self._family = family
         self._between, self._saved = between, time.monotonic()
         self._rows: list[dict[str, Any]] = []  # that are not written yet
         self._state = state
@@ -78,7 +82,7 @@ class Recorder:
         try:
             self._metrics.write(*rows)
             # After the metrics: a crash in between repeats iterations, and their rows.
-            save_checkpoint(self._folder, self._config, state)
+            save_checkpoint(self._folder, self._config, state, self._family)
         except OSError:
             self._check()  # a folder that went meanwhile is told as such
             raise

@@ -17,7 +17,7 @@ from typing import Any
 from metarl.envs.errors import UserError
 from metarl.learning.networks import Params
 from metarl.learning.trust_region import OuterState
-from metarl.running import checkpoints
+from metarl.running import checkpoints, fingerprint
 from metarl.running.checkpoints import (
     CheckpointError,
     changes,
@@ -28,6 +28,7 @@ from metarl.running.checkpoints import (
 )
 from metarl.running.config import Config
 from metarl.running.files import is_aside, set_aside, sweep, write_atomically
+from metarl.running.fingerprint import Fingerprint
 from metarl.running.loading import checkpoint_path, checkpoints_of, newest_good
 from metarl.running.metrics import read_metrics
 
@@ -130,15 +131,18 @@ def check_free(folder: Path) -> None:
     raise RunError(f"{folder} is {kind}; choose another --out")
 
 
-def create_run(folder: Path, config: Config) -> None:
-    """Make a run folder with its `config.json`.
+def create_run(folder: Path, config: Config, family: Fingerprint | None = None) -> None:
+    """Make a run folder with its `config.json`, and in it what identifies the family.
 
     Raises:
         RunError: the folder holds something else.
     """
     check_free(folder)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    data = {"config": config.to_json(), "versions": versions(), "machine": machine()}
+    data = {
+        "config": config.to_json(), "family": dict(family or {}), "versions": versions(),
+        "machine": machine(),
+    }  # fmt: skip
     write_atomically(folder / "config.json", json.dumps(data, indent=2).encode())
 
 
@@ -164,14 +168,30 @@ def run_config(folder: Path) -> Config:
     return config_of(folder / "config.json", data if isinstance(data, dict) else {})
 
 
-def save_checkpoint(folder: Path, config: Config, state: State) -> None:
+def check_family(folder: Path, config: Config, family: Fingerprint) -> None:
+    """Raise RunError if a run was trained on a family that differs from this one of its name."""
+    data = json.loads((folder / "config.json").read_text())
+    if found := fingerprint.changes(data.get("family") or {}, family):
+        raise RunError(_other_family(folder, config, found))
+
+
+def _other_family(where: Path, config: Config, found: Sequence[str]) -> str:
+    return (
+        f"{where} was trained on another {config.family} (then -> now): {'; '.join(found)}; put the"
+        " family back as it was, or start a new run"
+    )
+
+
+def save_checkpoint(
+    folder: Path, config: Config, state: State, family: Fingerprint | None = None
+) -> None:
     """Save a run's state as its newest checkpoint; the one before goes, unless it is kept."""
     tensors = {f"meta.{name}": p for name, p in state.params.items()}
     tensors |= {f"outer.{name}": p for name, p in state.outer.items()}
     counters = {k: v for k, v in vars(state).items() if k not in ("params", "outer")}
     metadata = {
-        "kind": "checkpoint", "config": config.to_json(), "versions": versions(),
-        "machine": machine(), **counters,
+        "kind": "checkpoint", "config": config.to_json(), "family": dict(family or {}),
+        "versions": versions(), "machine": machine(), **counters,
     }  # fmt: skip
     checkpoints.save(checkpoint_path(folder, state.iteration), tensors, metadata)
     for before, path in checkpoints_of(folder).items():
@@ -179,7 +199,13 @@ def save_checkpoint(folder: Path, config: Config, state: State) -> None:
             path.unlink(missing_ok=True)
 
 
-def load_state(folder: Path, config: Config, like: State, start: int | None = None) -> State:
+def load_state(
+    folder: Path,
+    config: Config,
+    like: State,
+    start: int | None = None,
+    family: Fingerprint | None = None,
+) -> State:
     """Return a checkpoint's state, of the names and shapes of another.
 
     A run that was killed before its first checkpoint begins as it would have: with `like`. What
@@ -187,6 +213,7 @@ def load_state(folder: Path, config: Config, like: State, start: int | None = No
 
     Args:
         start: the checkpoint's iteration; by default the newest. Later ones are set aside.
+        family: what identifies the family; a checkpoint of another is refused.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is another run's or network's; the
@@ -206,9 +233,9 @@ def load_state(folder: Path, config: Config, like: State, start: int | None = No
         return like
     chosen = max(found) if start is None else start
     try:
-        state, metadata = _load_state(found[chosen], config, like)
+        state, metadata = _load_state(found[chosen], config, like, family)
     except CheckpointError as error:
-        older = newest_good(folder, chosen, lambda path: _load_state(path, config, like))
+        older = newest_good(folder, chosen, lambda path: _load_state(path, config, like, family))
         if older is None:
             raise
         raise CheckpointError(
@@ -229,7 +256,9 @@ def load_state(folder: Path, config: Config, like: State, start: int | None = No
     return state
 
 
-def _load_state(path: Path, config: Config, like: State) -> tuple[State, dict[str, Any]]:
+def _load_state(
+    path: Path, config: Config, like: State, family: Fingerprint | None
+) -> tuple[State, dict[str, Any]]:
     tensors, metadata = checkpoints.load(path)
     if metadata.get("kind") != "checkpoint":
         raise CheckpointError(f"{path} is no checkpoint of a run but {metadata.get('kind')!r}")
@@ -237,6 +266,8 @@ def _load_state(path: Path, config: Config, like: State) -> tuple[State, dict[st
     if replace(stored, **{k: getattr(config, k) for k in CHANGEABLE_ON_RESUME}) != config:
         other = differences(stored, config)[0]
         raise CheckpointError(f"{path} is of another run: {other}")
+    if found := fingerprint.changes(metadata.get("family") or {}, family or {}):
+        raise CheckpointError(_other_family(path, config, found))
     params, outer = (
         checkpoints.in_shapes(
             path,

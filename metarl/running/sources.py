@@ -116,7 +116,8 @@ class Environments(Source):
         pool: ChunkPool, block: slice,
     ) -> None:  # fmt: skip
         super().__init__(row, config, family, model, block)
-        self.ranks, self.action_space = pool.ranks, spaces_of(family)[1]
+        self.ranks, self.spaces = pool.ranks, spaces_of(family)
+        self.action_space = self.spaces[1]
         self.collector: AnyCollector = make_collector(
             family, model, block.stop - block.start, config.episodes, pool, config.policy.action,
             workers=config.workers, timeout=config.worker_timeout,

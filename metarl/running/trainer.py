@@ -32,6 +32,7 @@ from metarl.running.building import make_adapter, model_for, row_for
 from metarl.running.checkpoints import versions
 from metarl.running.checks import check_combination, check_device
 from metarl.running.config import Config
+from metarl.running.fingerprint import fingerprint
 from metarl.running.iterations import (
     make_outer,
     make_problem,
@@ -44,6 +45,7 @@ from metarl.running.recording import SAVE_SECONDS, Recorder
 from metarl.running.runs import (
     RunError,
     State,
+    check_family,
     check_free,
     create_run,
     differences,
@@ -94,6 +96,7 @@ class Trainer:
             self.algorithm, config, self.family, adapter, self.pool, self.block
         )
         self._stack.callback(self.source.close)
+        self.fingerprint = fingerprint(self.family, getattr(self.source, "spaces", None))
         self.inner_loop = InnerLoop(adapter, config.advantage, self.pool)
 
     def close(self) -> None:
@@ -198,7 +201,7 @@ class Trainer:
             "env_steps": state.env_steps,
             "versions": versions(),
         }
-        return MetaPolicy(state.params, self.config, provenance)
+        return MetaPolicy(state.params, self.config, provenance, self.fingerprint)
 
 
 def _check_ranks(config: Config, family: Family, ranks: Ranks) -> None:
@@ -269,7 +272,9 @@ def train(
                 opened = _continued(folder, trainer, start, notice) if resume else None
                 check = stack.enter_context(opened or _begun(folder, trainer))
                 between = SAVE_SECONDS if trainer.source.fixed else 0.0
-                recorder = Recorder(folder, config, trainer.state, check, between)
+                recorder = Recorder(
+                    folder, config, trainer.state, check, between, trainer.fingerprint
+                )
                 stack.enter_context(recorder)
             trainer.state = ranks.from_main(trainer.state)
         started()
@@ -299,8 +304,8 @@ def _begun(folder: Path, trainer: Trainer) -> Iterator[Callable[[], None]]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder) as check:
-            create_run(folder, trainer.config)
-            save_checkpoint(folder, trainer.config, trainer.state)
+            create_run(folder, trainer.config, trainer.fingerprint)
+            save_checkpoint(folder, trainer.config, trainer.state, trainer.fingerprint)
             yield check
     except Exception as error:
         # Nothing was learned that could be continued; another process may have been first.
@@ -317,10 +322,11 @@ def _continued(
     config = trainer.config
     with locked(folder) as check:
         planned = run_config(folder).iterations
-        trainer.state = load_state(folder, config, trainer.state, start)
+        check_family(folder, config, trainer.fingerprint)
+        trainer.state = load_state(folder, config, trainer.state, start, trainer.fingerprint)
         iteration = trainer.state.iteration
         if not iteration:  # it may have been killed before its first checkpoint
-            save_checkpoint(folder, config, trainer.state)
+            save_checkpoint(folder, config, trainer.state, trainer.fingerprint)
         if iteration < config.iterations != planned:
             change = schedule_change(trainer.algorithm, config, planned, iteration)
             if change is not None:
