@@ -20,7 +20,7 @@ from metarl.envs.environment_checks import (
     check_spaces,
     check_tasks,
 )
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, kind_of
 from metarl.envs.family import TaskFamily
 from metarl.envs.task_checks import (
     check_batch,
@@ -89,7 +89,10 @@ class Checked:
 def checks(family: TaskFamily) -> Iterator[Checked]:
     """Make all checks of a family that can be made, one after the other."""
     if not isinstance(family, TaskFamily):
-        raise UserError(f"check_task_family takes a TaskFamily, got {type(family).__name__}")
+        raise UserError(
+            "check_task_family takes a TaskFamily (make_family gives that of a name), got"
+            f" {kind_of(family)}"
+        )
     told: list[str] = []
     blamed: dict[str, str] = {}  # by check: that whose fault stands in its way
     for name, check in CHECKS.items():

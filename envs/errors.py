@@ -9,13 +9,37 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input. The message names what is wrong, its value and the remedy; it is shown as is."""
+    """Bad input. The message names what is wrong, its value and the remedy; it is shown as is.
+
+    Args:
+        message: for Python.
+        command: what a command shows instead, if the remedy is a flag there.
+    """
+
+    def __init__(self, message: str = "", command: str = "") -> None:
+        super().__init__(message)
+        self.command = command or message
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest known name, or an empty string."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def kind_of(value: Any) -> str:
+    """Return what a value of a wrong kind is, in few words: "a Box", "the family 'mine'"."""
+    if value is None or isinstance(value, (str, int, float)):
+        return repr(value)
+    name = getattr(value, "name", None)
+    kind = type(value).__name__
+    return f"the {kind} {name!r}" if isinstance(name, str) else f"a {kind}"
+
+
+def check_name(role: str, value: Any, such_as: str) -> None:
+    """Raise UserError unless a value is a name."""
+    if not isinstance(value, str):
+        raise UserError(f"{role} is given by its name, {such_as}, got {kind_of(value)}")
 
 
 def check_one_of(name: str, value: Any, choices: Iterable[str]) -> None:

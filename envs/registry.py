@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.errors import UserError, check_name, did_you_mean
 from metarl.envs.family import Family, TaskFamily
 from metarl.envs.supervised import SupervisedFamily
 
@@ -236,8 +236,16 @@ def _check_one_offer(name: str) -> None:
         raise UserError(f"several packages have a family {name!r}: name one of {', '.join(values)}")
 
 
+SUCH_AS = (
+    "such as 'half-cheetah-dir', or 'module:attribute' for one of your own ('my_family:mine' for"
+    " the family or function mine in my_family.py)"
+)
+"""How a family is named."""
+
+
 def _find(name: str) -> Any:
     """Return the family or factory of a name; raise UserError if there is none."""
+    check_name("a family", name, SUCH_AS)
     if ":" in name:
         return _import_attribute(name)
     ours = _data_sets.get(name) or _factories.get(name)

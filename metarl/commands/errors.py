@@ -41,7 +41,7 @@ def exit_code(command: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        return _told(str(error), error)
+        return _told(error.command, error)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 141

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.errors import UserError, check_name, did_you_mean
 from metarl.learning.adaptation import Fast, Learned
 from metarl.learning.objectives import Loss, dice, likelihood_ratio, log_likelihood
 from metarl.learning.predictors import Head
@@ -244,6 +244,7 @@ def find_algorithm(name: str) -> Algorithm:
     Raises:
         UserError: there is none.
     """
+    check_name("an algorithm", name, "such as 'maml-trpo'")
     if name not in ALGORITHMS:
         raise UserError(
             f"no algorithm {name!r}{did_you_mean(name, ALGORITHMS)}"

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from metarl.envs.errors import UserError, check_whole
+from metarl.envs.errors import UserError, check_whole, kind_of
 from metarl.envs.family import Family, TaskFamily
 from metarl.envs.few_shot import FewShotFamily
 from metarl.envs.supervised import SupervisedFamily
@@ -103,7 +104,8 @@ def _scaled(factor: float) -> Callable[[MetaPolicy], Sequence[float]]:
 
 
 def _members(what: What | Sequence[What], name: str) -> list[MetaPolicy]:
-    several = [what] if isinstance(what, (MetaPolicy, str, Path)) else list(what)
+    one = isinstance(what, (str, os.PathLike)) or not isinstance(what, Iterable)
+    several = [what] if one else list(what)
     if not several:
         raise UserError(f"{name}: no policy given")
     members = [one if isinstance(one, MetaPolicy) else load(one) for one in several]
@@ -191,6 +193,8 @@ def evaluate(
             family, or adaptation leads to numbers that are not finite.
         CheckpointError: a policy cannot be loaded.
     """
+    if references is not None and not isinstance(references, Mapping):
+        raise UserError(f"references are policies by name, got {kind_of(references)}")
     members = _members(meta_policy, name)
     first = members[0]
     least_values = (("tasks", tasks, 1), ("episodes", episodes, 1), ("steps", steps, 0))

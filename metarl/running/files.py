@@ -11,6 +11,16 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from metarl.envs.errors import UserError, kind_of
+
+
+def as_path(role: str, value: Any) -> Path:
+    """Return a path; UserError if a value is none."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise UserError(f"{role} must be a path, such as 'runs/mine', got {kind_of(value)}")
+    return Path(value)
 
 
 @contextlib.contextmanager

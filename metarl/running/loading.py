@@ -13,9 +13,12 @@ from typing import Any
 from metarl.running import checkpoints
 from metarl.running.building import make_adapter, spaces_of
 from metarl.running.checkpoints import CheckpointError, config_of
+from metarl.running.files import as_path
 from metarl.running.meta_policy import MetaPolicy
 from metarl.running.policy import Policy
 from metarl.sampling.spaces import space_from_json
+
+_POLICY = "a policy (a run folder, a file or the name of a shipped one)"
 
 
 def shipped() -> list[str]:
@@ -74,7 +77,7 @@ def load(what: str | Path) -> MetaPolicy:
         CheckpointError: it is none of them, or its file is damaged.
         UserError: the family that it was trained on is needed and cannot be made.
     """
-    path = Path(what)
+    path = as_path(_POLICY, what)
     if path.is_dir():
         newest = newest_checkpoint(path)
         try:
@@ -127,7 +130,7 @@ def load_policy(path: str | Path) -> Policy:
         UserError: the family that it was trained on cannot be made; one of your own must be
             importable under its name.
     """
-    path = Path(path)
+    path = as_path("an adapted policy", path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: metarl adapt makes a policy of a run")
     tensors, metadata = checkpoints.load(path)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from metarl.envs import TaskFamily
-from metarl.envs.errors import UserError, check_whole
+from metarl.envs.errors import UserError, check_whole, kind_of
 from metarl.envs.family import Family
 from metarl.envs.registry import find_family
 from metarl.envs.supervised import SupervisedFamily
@@ -42,6 +42,7 @@ from metarl.running.building import (
     scaled_tasks,
 )
 from metarl.running.config import Config
+from metarl.running.files import as_path
 from metarl.running.fingerprint import Fingerprint
 from metarl.running.online import OnlineAdapter
 from metarl.running.policy import Policy
@@ -342,6 +343,8 @@ class MetaPolicy:
         """
         if self.algorithm.observes_task:
             raise UserError("an oracle is told its task and does not adapt")
+        if action_space is not None and not isinstance(action_space, gym.Space):
+            raise UserError(f"action_space must be a space, got {kind_of(action_space)}")
         if action_space is None:
             with contextlib.closing(self.family.make()) as env:
                 self.check_spaces(env.observation_space, env.action_space)
@@ -361,7 +364,7 @@ class MetaPolicy:
             "kind": "policy", "config": self.config.to_json(), "family": dict(self.trained_on),
             **self.provenance,
         }  # fmt: skip
-        checkpoints.save(Path(path), self.params, metadata)
+        checkpoints.save(as_path("the file", path), self.params, metadata)
 
 
 def random_meta_policy(like: MetaPolicy, seed: int = 0) -> MetaPolicy:

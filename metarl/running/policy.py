@@ -19,6 +19,7 @@ from metarl.learning.networks import Params, copied
 from metarl.learning.policies import CategoricalMLP, MLPPolicy
 from metarl.running import checkpoints
 from metarl.running.config import Config
+from metarl.running.files import as_path
 from metarl.running.fingerprint import Fingerprint
 from metarl.sampling.episodes import episode
 from metarl.sampling.seeding import stream
@@ -168,4 +169,4 @@ class Policy:
             "actions": space_to_json(self._space),
             "versions": checkpoints.versions(),
         }
-        checkpoints.save(Path(path), self.params, metadata)
+        checkpoints.save(as_path("the file", path), self.params, metadata)

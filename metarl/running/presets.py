@@ -7,8 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from metarl.envs.errors import UserError, did_you_mean
-from metarl.envs.registry import import_source, is_supervised, option_defaults, training_values
+from metarl.envs.errors import UserError, check_name, did_you_mean, kind_of
+from metarl.envs.registry import (
+    SUCH_AS,
+    import_source,
+    is_supervised,
+    option_defaults,
+    training_values,
+)
 from metarl.learning.algorithms import Algorithm, find_algorithm
 from metarl.running.config import Config, check_type, config_keys
 
@@ -170,6 +176,7 @@ def find_preset(name: str) -> Preset:
     Raises:
         UserError: there is none.
     """
+    check_name("a preset", name, "such as 'icml2017', or None for none")
     if name not in PRESETS:
         raise UserError(
             f"no preset {name!r}{did_you_mean(name, PRESETS)}"
@@ -204,6 +211,11 @@ def resolve(
         UserError: there is no such family, preset, algorithm or key, a value is out of range, or
             the preset is not for this kind of family.
     """
+    check_name("a family", family, SUCH_AS)
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise UserError(
+            f"overrides are values by key, such as {{'inner.steps': 2}}, got {kind_of(overrides)}"
+        )
     # A command's help may have none yet, and a user's own file is imported where it is made.
     if family and ":" not in family:
         import_source(family)

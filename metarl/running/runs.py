@@ -70,7 +70,8 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(
-                f"another process is training in {folder}; wait for it, or choose another --out"
+                f"another process is training in {folder}; wait for it, or choose another folder",
+                f"another process is training in {folder}; wait for it, or choose another --out",
             ) from error
         except OSError as error:
             raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(path)) from error
@@ -81,9 +82,11 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
             except FileNotFoundError:
                 there = False
             if not there:
-                raise RunError(
+                gone = (
                     f"{folder} was moved or deleted while it was trained in; where it is now, go on"
-                    " with: metarl train --resume FOLDER"
+                )
+                raise RunError(
+                    f"{gone} with resume=True", f"{gone} with: metarl train --resume FOLDER"
                 )
 
         check()  # it may have been replaced before it was locked
@@ -125,10 +128,13 @@ def check_free(folder: Path) -> None:
         return
     if checkpoints_of(folder) or _is_config(folder / "config.json"):
         raise RunError(
-            f"{folder} exists; continue it with --resume {folder}, or choose another --out"
+            f"{folder} exists; continue it with resume=True, or choose another folder",
+            f"{folder} exists; continue it with --resume {folder}, or choose another --out",
         )
     kind = "a folder with other things in it" if folder.is_dir() else "a file"
-    raise RunError(f"{folder} is {kind}; choose another --out")
+    raise RunError(
+        f"{folder} is {kind}; choose another", f"{folder} is {kind}; choose another --out"
+    )
 
 
 def create_run(folder: Path, config: Config, family: Fingerprint | None = None) -> None:
@@ -238,9 +244,10 @@ def load_state(
         older = newest_good(folder, chosen, lambda path: _load_state(path, config, like, family))
         if older is None:
             raise
+        good = f"{error}; go on from the newest good one with"
         raise CheckpointError(
-            f"{error}; go on from the newest good one with: metarl train"
-            f" --resume {quote(str(folder))} --from {older}"
+            f"{good} resume=True, start={older}",
+            f"{good}: metarl train --resume {quote(str(folder))} --from {older}",
         ) from error
     for later in sorted(found, reverse=True):
         if later > chosen:

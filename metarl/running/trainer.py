@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 
 from metarl.envs import TaskFamily
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, kind_of
 from metarl.envs.family import Family
-from metarl.envs.registry import find_family
+from metarl.envs.registry import SUCH_AS, find_family
 from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError, Query
 from metarl.learning.networks import copied
@@ -32,6 +32,7 @@ from metarl.running.building import make_adapter, model_for, row_for
 from metarl.running.checkpoints import versions
 from metarl.running.checks import check_combination, check_device
 from metarl.running.config import Config
+from metarl.running.files import as_path
 from metarl.running.fingerprint import fingerprint
 from metarl.running.iterations import (
     make_outer,
@@ -254,12 +255,15 @@ def train(
         RanksError: another rank was lost.
     """
     if not isinstance(config, Config):
-        raise UserError(f"train takes a Config, which metarl.resolve makes, got {config!r}")
+        raise UserError(
+            f"train takes a Config, which metarl.resolve makes, got {kind_of(config)}; a family is"
+            f" given to resolve by its name, {SUCH_AS}"
+        )
     if resume not in (True, False, "auto"):
         raise UserError(f"resume must be True, False or 'auto', got {resume!r}")
     if start is not None and not resume:
         raise UserError(f"start {start} is of a run that goes on: give resume=True")
-    folder = Path(out)
+    folder = as_path("out", out)
     with contextlib.ExitStack() as stack:
         recorder = None
         with ranks.agreeing():
