@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from metarl.envs.errors import UserError, check_whole, kind_of
 from metarl.envs.family import Family, TaskFamily
@@ -104,8 +104,9 @@ def _scaled(factor: float) -> Callable[[MetaPolicy], Sequence[float]]:
 
 
 def _members(what: What | Sequence[What], name: str) -> list[MetaPolicy]:
-    one = isinstance(what, (str, os.PathLike)) or not isinstance(what, Iterable)
-    several = [what] if one else list(what)
+    alone = isinstance(what, (MetaPolicy, str, os.PathLike)) or not isinstance(what, Iterable)
+    given: Any = [what] if alone else what
+    several: list[Any] = list(given)
     if not several:
         raise UserError(f"{name}: no policy given")
     members = [one if isinstance(one, MetaPolicy) else load(one) for one in several]

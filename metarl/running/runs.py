@@ -69,9 +69,9 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            busy = f"another process is training in {folder}; wait for it, or"
             raise RunError(
-                f"another process is training in {folder}; wait for it, or choose another folder",
-                f"another process is training in {folder}; wait for it, or choose another --out",
+                f"{busy} give another folder as out", f"{busy} choose another --out"
             ) from error
         except OSError as error:
             raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(path)) from error
@@ -128,12 +128,13 @@ def check_free(folder: Path) -> None:
         return
     if checkpoints_of(folder) or _is_config(folder / "config.json"):
         raise RunError(
-            f"{folder} exists; continue it with resume=True, or choose another folder",
+            f"{folder} exists; continue it with resume=True, or give another folder as out",
             f"{folder} exists; continue it with --resume {folder}, or choose another --out",
         )
     kind = "a folder with other things in it" if folder.is_dir() else "a file"
     raise RunError(
-        f"{folder} is {kind}; choose another", f"{folder} is {kind}; choose another --out"
+        f"{folder} is {kind}; give another folder as out",
+        f"{folder} is {kind}; choose another --out",
     )
 
 
