@@ -187,10 +187,13 @@ def test_backtracking_is_a_loop_that_halves_after_a_rise_for_each_task_alone(siz
 
 @pytest.mark.parametrize("size", [0.1, 3.0, 1e200])
 def test_backtracking_never_raises_a_tasks_objective_beyond_rounding(size):
-    for t in range(TASKS):
-        values = [proximal_objective(backtracked(size, n)[t], t) for n in range(1, 31)]
-        for before, after in itertools.pairwise([proximal_objective(THETA["x"], t), *values]):
-            assert after <= before * (1.0 + 1e-12)
+    before = [proximal_objective(THETA["x"], t) for t in range(TASKS)]
+    for updates in range(1, 31):
+        found = backtracked(size, updates)
+        after = [proximal_objective(found[t], t) for t in range(TASKS)]
+        for high, low in zip(before, after, strict=True):
+            assert low <= high * (1.0 + 1e-12)
+        before = after
 
 
 def test_backtracking_finds_the_minimum_from_a_size_that_is_too_large():
