@@ -171,6 +171,10 @@ def _in_torch(seed: int) -> None:
             move(result.detach().numpy())
 
     class Noise(TorchDispatchMode):
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False  # or every process imports the compiler, for seconds
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
             if func.overloadpacket in noisy:
