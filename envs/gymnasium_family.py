@@ -42,7 +42,7 @@ from metarl.envs.observations import (
     has_pixels,
     is_image,
 )
-from metarl.envs.step_results import plain_reset, plain_step, success, usual
+from metarl.envs.step_results import FLAGS, NUMBERS, plain_reset, plain_step, success
 from metarl.envs.vector import (
     CLOSE,
     RESET,
@@ -213,24 +213,35 @@ class GymnasiumVectorEnv(TaskVectorEnv):
             truncated[moved[~seen]] = True
             moved = moved[seen]
         before, infos = self._observation[moved], []
+        tells = False  # of success
         # Copies: an environment may write to the action that it is given.
         given, actions = np.asarray(actions)[moved], np.array(actions)
         for i in moved.tolist():
             self._begun(STEP, i)
             env = self._envs[i].env  # past the TaskEnv, which would pay one row at a time
             observation, paid, ended, cut, info = env.step(actions[i])
-            if not usual(paid, ended, cut, info):
+            # Types that need no look, which is most of them, cost no call.
+            if (
+                type(info) is not dict
+                or type(paid) not in NUMBERS
+                or type(ended) not in FLAGS
+                or type(cut) not in FLAGS
+            ):
                 paid, ended, cut, info = self._plain(paid, ended, cut, info)
             reward[i], terminated[i], truncated[i] = paid, ended, cut
             self._keep(i, observation)
             infos.append(info)
+            tells = tells or "success" in info
         if self.family.reward is not None and len(moved):
             self._begun(STEP)
             after = self._observation[moved]
             reward[moved] = self.family.compute_reward(
                 before, given, after, infos, self._tasks[moved]
             )
-        return reward, terminated, truncated, None, self._told(moved, infos)
+        told = self._achieved(moved, infos)
+        if tells:
+            self._add_success(told, moved, infos)
+        return reward, terminated, truncated, None, told
 
     def _plain(self, *result: Any) -> tuple[float, bool, bool, Any]:
         try:
@@ -239,18 +250,14 @@ class GymnasiumVectorEnv(TaskVectorEnv):
             where = describe_progress(self.progress, self.tasks)
             raise UserError(f"{error} ({where})") from None
 
-    def _told(self, moved: NDArray[np.int64], infos: list[Any]) -> dict[str, Floats]:
-        told = self._achieved(moved, infos)
-        if any("success" in info for info in infos) and "success" not in told:
-            found = {
-                i: value
-                for i, info in zip(moved.tolist(), infos, strict=True)
-                if (value := success(info)) is not None
-            }
-            if found:
-                told["success"] = np.zeros(self.num_envs)
-                told["success"][list(found)] = list(found.values())
-        return told
+    def _add_success(
+        self, told: dict[str, Floats], moved: NDArray[np.int64], infos: list[Any]
+    ) -> None:
+        """Add what infos tell of success, unless none of them tells it as a number."""
+        values = [success(info) for info in infos]
+        if any(value is not None for value in values):
+            told["success"] = np.zeros(self.num_envs)
+            told["success"][moved] = [value or 0.0 for value in values]
 
     def _achieved(self, moved: NDArray[np.int64], infos: list[dict[str, Any]]) -> dict[str, Floats]:
         achieved = {}
@@ -270,10 +277,11 @@ class GymnasiumVectorEnv(TaskVectorEnv):
                 f" environment returned an observation of shape {np.shape(observation)}, but its"
                 f" observation_space has shape {shape}"
             )
-        space = self.single_observation_space
-        if getattr(observation, "dtype", None) is not self._dtype and not fits(observation, space):
-            where = f"{self.family.name}: {describe_progress(self.progress, self.tasks)}"
-            check_fits(observation, space, where)
+        if getattr(observation, "dtype", None) is not self._dtype:
+            space = self.single_observation_space
+            if not fits(observation, space):
+                where = f"{self.family.name}: {describe_progress(self.progress, self.tasks)}"
+                check_fits(observation, space, where)
         self._observation[i] = observation
 
     def _observe(self) -> NDArray:

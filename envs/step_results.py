@@ -28,16 +28,6 @@ def number(value: Any) -> float | None:
     return float(array) if array.shape == () and array.dtype.kind in "biuf" else None
 
 
-def usual(reward: Any, terminated: Any, truncated: Any, info: Any) -> bool:
-    """Whether what step returned is of the types that need no look."""
-    return (
-        type(info) is dict
-        and type(reward) in NUMBERS
-        and type(terminated) in FLAGS
-        and type(truncated) in FLAGS
-    )
-
-
 def plain_step(
     reward: Any, terminated: Any, truncated: Any, info: Any
 ) -> tuple[float, bool, bool, Mapping[str, Any]]:
