@@ -281,6 +281,6 @@ def test_a_backend_is_chosen_whatever_the_environment_draws_with(monkeypatch):
     assert os.environ.pop("MUJOCO_GL") == "osmesa"
     assert os.environ.pop("SDL_VIDEODRIVER") == "dummy"
     monkeypatch.setattr(videos, "draws", lambda name: False)
-    with refused("EGL", "OSMesa", "libegl1", "no OpenGL context"):  # the last by the environment
+    with refused("EGL", "OSMesa", "libegl1", "OpenGL"):  # the last by the environment
         videos.record({"it": policy}, family, np.zeros(1))
     os.environ.pop("SDL_VIDEODRIVER")
