@@ -87,7 +87,7 @@ def test_finite_test_tasks_are_balanced():
 
 
 @pytest.mark.parametrize("name", ["half-cheetah-dir", "ant-dir", "walker2d-dir"])
-def test_directions_are_drawn_equally_often_where_that_is_asked_for(name):
+def test_balanced_directions_are_drawn_equally_often(name):
     assert make_family(name, balanced=True).tasks.sample(rng(), 40).sum() == 0.0
     assert make_family(name).tasks.sample(rng(), 40).sum() != 0.0
 
@@ -101,7 +101,7 @@ def test_a_box_needs_low_below_high(bounds):
 # The registry -------------------------------------------------------------------------------------
 
 
-def test_a_misspelt_name_or_option_is_answered_with_the_nearest():
+def test_a_misspelt_name_or_option_is_refused_with_the_nearest_name():
     with refused("half-cheeta-vel", "half-cheetah-vel"):
         make_family("half-cheeta-vel")
     with refused("half-cheetah-vel", "hihg", "high"):
@@ -130,7 +130,7 @@ def _own_module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_family_of_ones_own_is_found_by_module_and_attribute():
+def test_a_users_family_is_found_by_module_and_attribute():
     family = make_family("tests_family_module:gravity_family", low=8.0)
     assert family.source == ("tests_family_module:gravity_family", {"low": 8.0})
     assert family.tasks.bounds()[0] == [8.0]
@@ -309,7 +309,7 @@ def test_action_scale_divides_before_clipping():
         assert np.array_equal(one[1], two[1])
 
 
-def test_a_diverged_simulation_is_noticed_and_the_others_go_on():
+def test_a_diverged_simulation_is_truncated_and_the_others_continue():
     family = make_family("half-cheetah-dir")
     vector = family.make_vec(1, 3, autoreset_mode=DISABLED)
     alone = family.make_vec(1, 3, autoreset_mode=DISABLED)
@@ -352,7 +352,7 @@ def test_tasks_take_effect_at_the_next_reset():
     assert info["task"].tolist() == [[-1.0], [1.0]]
 
 
-def test_a_mask_resets_a_part_and_leaves_the_rest():
+def test_a_reset_mask_resets_only_the_masked_environments():
     family = make_family("half-cheetah-dir")
     vector = family.make_vec(3, 1, autoreset_mode=DISABLED)
     vector.set_tasks([[1.0]] * 3)
@@ -380,7 +380,7 @@ def test_a_reset_after_steps_equals_a_fresh_start():
         assert np.array_equal(used.step(action)[0], fresh.step(action)[0])
 
 
-def test_finished_episodes_stand_still_or_start_again_as_the_mode_says():
+def test_finished_episodes_stay_or_restart_by_the_autoreset_mode():
     family = make_family("half-cheetah-dir", horizon=3)
     still = family.make_vec(1, 2, autoreset_mode=DISABLED)
     still.reset(seed=0)
@@ -408,7 +408,7 @@ def test_finished_episodes_stand_still_or_start_again_as_the_mode_says():
 
 
 @pytest.mark.parametrize("name", ["half-cheetah-dir", "half-cheetah-vel", "ant-dir", "ant-vel"])
-def test_what_a_step_gives_is_the_callers_to_keep(name):
+def test_results_of_a_step_do_not_change_later(name):
     vector = make_family(name, scale="icml2017", horizon=3).make_vec(2, 1, autoreset_mode=DISABLED)
     vector.reset(seed=0)
     kept = []

@@ -58,7 +58,7 @@ def test_the_wheel_holds_one_package(site):
     assert (site / "metarl" / "py.typed").exists()
 
 
-def test_it_trains_beside_a_folder_envs_of_the_users_own(site, tmp_path):
+def test_the_wheel_trains_next_to_a_users_folder_envs(site, tmp_path):
     (tmp_path / "envs").mkdir()
     (tmp_path / "envs" / "__init__.py").write_text("MINE = True\n")
     script = tmp_path / "train.py"

@@ -31,7 +31,7 @@ def two_dists(small_policy):
 
 @pytest.mark.parametrize("sizes", [(1, 64), (64, 1), (1, 1), (64, 64), (17, 6)])
 @pytest.mark.parametrize("samples", [1, 20])
-def test_in_sampling_a_task_alone_has_the_bits_that_it_has_among_others(sizes, samples):
+def test_sampling_gives_a_task_the_same_bits_alone_and_among_others(sizes, samples):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     x, weight, bias = draw(7, samples, sizes[0]), draw(7, *sizes), draw(7, sizes[1])

@@ -233,7 +233,7 @@ def test_streams_differ_by_every_part_of_their_address():
     assert tuple(stream(*addresses[0]).integers(1 << 60, size=2)) == draws[0]
 
 
-def test_an_episodes_streams_do_not_depend_on_how_many_there_are():
+def test_streams_of_an_episode_do_not_depend_on_the_number_of_episodes():
     few = episode_seeds(0, 0, "reset", 0, 3, episodes=3)
     assert episode_seeds(0, 0, "reset", 0, 3, episodes=10)[:3] == few
     address = Address(0)

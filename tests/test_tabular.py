@@ -46,7 +46,7 @@ def test_the_optimum_of_a_bandit_is_the_best_arm_every_time():
     np.testing.assert_allclose(family.optimal_return(tasks), 7 * tasks.max(axis=1))
 
 
-def test_tables_hold_the_components_of_the_task_by_name():
+def test_probability_and_reward_tables_are_components_of_the_task():
     family = make_family("tabular-mdp", states=3, actions=2)
     task = family.tasks.grid(1)
     rewards, transitions = family.tables(task)
