@@ -12,16 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from metarl.envs.environment_checks import (
-    check_environment,
-    check_episodes,
-    check_gymnasium,
-    check_seeding,
-    check_spaces,
-    check_tasks,
-)
+from metarl.envs.copy_checks import check_copies, check_seeding
+from metarl.envs.environment_checks import check_episodes, check_spaces, check_tasks
 from metarl.envs.errors import UserError, kind_of
 from metarl.envs.family import TaskFamily
+from metarl.envs.global_generators import kept
+from metarl.envs.interface_checks import check_environment, check_gymnasium
 from metarl.envs.task_checks import (
     check_batch,
     check_dependence,
@@ -39,7 +35,7 @@ class Finding:
     """A name in `CHECKS`."""
     message: str
     severity: Literal["fault", "warning"] = "fault"
-    """"warning": it is harmless here, or a few episodes cannot prove that it is a fault."""
+    """"warning": training is possible, and the message names the consequence or the doubt."""
 
     def __str__(self) -> str:
         return f"{self.check}: {self.message}"
@@ -60,16 +56,18 @@ class Check:
 CHECKS = {
     "tasks": Check("drawn by the generator they are given, finite, not all the same", check_tasks),
     "environment": Check("can be made, reset and stepped", check_environment, ("tasks",)),
-    "spaces": Check("are flat or one image, and the same for every task", check_spaces,
+    "spaces": Check("a policy reads and acts in them, and every task has the same", check_spaces,
                     ("environment",)),
     "episodes": Check("are finite, within the spaces, and end at the horizon", check_episodes,
                       ("spaces",)),
     "seeding": Check("the same seed and actions give the same episode", check_seeding,
                      ("spaces",)),
-    "gymnasium": Check("check_env passes", check_gymnasium, ("episodes", "seeding")),
-    "batch": Check("make_vec plays what make plays", check_batch, ("episodes", "seeding")),
+    "gymnasium": Check("reset and step keep Gymnasium's rules", check_gymnasium,
+                       ("episodes", "seeding")),
+    "copies": Check("share no state", check_copies, ("episodes", "seeding")),
+    "batch": Check("make_vec plays what make plays", check_batch, ("copies",)),
     "dependence": Check("observations or rewards depend on the task", check_dependence,
-                        ("episodes", "seeding")),
+                        ("copies",)),
     "pickling": Check("the family can be sent to a worker process", check_pickling),
     "worker": Check("plays the same there", check_worker, ("environment", "pickling")),
 }  # fmt: skip
@@ -103,7 +101,7 @@ def checks(family: TaskFamily) -> Iterator[Checked]:
             continue
         findings = []
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), kept():
                 warnings.simplefilter("ignore")  # Gymnasium's are heard in a check of their own
                 for message in check.messages(family):
                     doubt = isinstance(message, Doubt)

@@ -42,6 +42,7 @@ from metarl.envs.observations import (
     has_pixels,
     is_image,
 )
+from metarl.envs.seeds import foreign_seed
 from metarl.envs.step_results import FLAGS, NUMBERS, plain_reset, plain_step, success
 from metarl.envs.vector import (
     CLOSE,
@@ -125,7 +126,7 @@ class TaskEnv(gym.Wrapper):
         self._verified = True
         self._in_force = task.copy()
         try:
-            return plain_reset(self.env.reset(seed=seed, options=options))  # type: ignore[return-value]
+            return plain_reset(self.env.reset(seed=foreign_seed(seed), options=options))  # type: ignore[return-value]
         except UserError as error:
             raise UserError(f"{self.family.name}: {error}") from None
 
@@ -459,6 +460,8 @@ class GymnasiumFamily(TaskFamily):
                     )
                 env = gym.wrappers.TimeLimit(env, self.horizon)
         except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
+            if not isinstance(self.env, str):  # it is the function that needs another package
+                raise UserError(f"{self.name}: env cannot make an environment: {error}") from error
             raise UserError(
                 f"{self.name}: {str(error).removesuffix('.')}: import the package that registers"
                 f" {self.env} in the file that makes the family, or write env='package:Name-v0'"

@@ -44,7 +44,7 @@ def pack(family: TaskFamily) -> Parcel:
         return Parcel(family.name, source, pickle.dumps(family))
     except Exception as error:  # whatever a user's objects raise
         if source is None:
-            raise UserError(f"{_cannot(family.name)}: {error}") from error
+            raise UserError(_cannot(family.name, error)) from error
         return Parcel(family.name, source, None)
 
 
@@ -62,14 +62,16 @@ def unpack(parcel: Parcel) -> TaskFamily:
             import_source(parcel.source[0])
         return pickle.loads(parcel.pickled)
     except Exception as error:
-        raise UserError(f"{_cannot(parcel.name)}: {type(error).__name__}: {error}") from error
+        raise UserError(_cannot(parcel.name, error)) from error
 
 
-def _cannot(name: str) -> str:
+def _cannot(name: str, error: Exception) -> str:
+    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     return (
-        f"{name} cannot be made again in a worker process (define it, and the functions it uses,"
-        " in a module and name it module:attribute; no lambda in a family made by hand; or use"
-        " workers=0)"
+        f"{name} cannot be made again in a worker process: {said}; what the main program alone has"
+        " set, a lambda, a nested function or an open file or simulator may be the cause: define"
+        " the family, and the functions it uses, in a module and name it module:attribute, or use"
+        " workers=0"
     )
 
 

@@ -68,6 +68,12 @@ def family_names() -> list[str]:
     return sorted({*_factories, *_offered()})
 
 
+def is_built_in(name: str) -> bool:
+    """Return whether a name is of a family of environments that this package brings."""
+    factory = _factories.get(name)
+    return factory is not None and factory.__module__.startswith("metarl.envs.")
+
+
 def data_names() -> list[str]:
     """Return the names of families of supervised tasks, sorted."""
     return sorted(_data_sets)

@@ -21,6 +21,7 @@ from metarl.envs.errors import UserError, did_you_mean
 from metarl.envs.family import TaskFamily
 from metarl.envs.gymnasium_family import GymnasiumFamily
 from metarl.envs.processes import Parcel, pack, unpack
+from metarl.envs.seeds import training_seeds
 from metarl.envs.tasks import Tasks, Uniform
 from metarl.envs.traces import (
     BEHAVIOURS,
@@ -46,20 +47,32 @@ def check_batch(family: TaskFamily) -> Iterator[str]:
     tasks = example_tasks(family)
     for task, together in zip(tasks, play_together(family, tasks), strict=True):
         env = family.make(task)
-        for seed in range(EPISODES):
+        for e, seed in enumerate(training_seeds(EPISODES)):
             alone = play(
-                env, seed, random_actions(env.action_space, min(family.horizon, LONGEST), seed)
+                env, seed, random_actions(env.action_space, min(family.horizon, LONGEST), e)
             )
             # Vectorised functions may round otherwise on another number of rows.
-            difference = alone.first_difference(together[seed], tolerance=1e-5)
+            difference = alone.first_difference(together[e], tolerance=1e-5)
             if difference is not None:
                 yield (
                     f"{difference[0]} of make_vec differ from those of make after {difference[1]}"
-                    f" steps of task {named_task(family, task)}: a row that a vectorised function"
-                    " returns must depend on that row alone (task[:, 0], not task[0])"
+                    f" steps of task {named_task(family, task)}: {_why_otherwise(family)}"
                 )
                 return
         close(env)
+
+
+def _why_otherwise(family: TaskFamily) -> str:
+    """Name what may let one environment among several play otherwise than alone."""
+    rows = "a row that {} returns must depend on that row alone (task[:, 0], not task[0])"
+    if not isinstance(family, GymnasiumFamily):
+        return rows.format("a vectorised function")
+    if family.reward is not None:
+        return rows.format("reward") + ", and on nothing that copies share"
+    return (
+        "possible causes are state that copies share, as a module-level object or a class"
+        " attribute, and a task that set_task does not put in whole"
+    )
 
 
 def check_dependence(family: TaskFamily) -> Iterator[str]:
@@ -109,7 +122,7 @@ def _infos_differ(family: TaskFamily, tasks: Tasks) -> bool:
     said = []
     for task in tasks:
         env = family.make(task)
-        env.reset(seed=0)
+        env.reset(seed=training_seeds(1)[0])
         infos = []
         for action in random_actions(env.action_space, min(family.horizon, LONGEST)):
             *_, terminated, truncated, info = env.step(action)
@@ -143,7 +156,8 @@ def _why_equal(family: TaskFamily, tasks: Tasks) -> str:
             env = family.make_bare()
             family.apply_task(env, tasks[0])
             actions = way(env.action_space, min(family.horizon, LONGEST), 0)
-            late.append([play(env, 0, actions, after_reset=partial(family.apply_task, env, task))])
+            put = partial(family.apply_task, env, task)
+            late.append([play(env, training_seeds(1)[0], actions, after_reset=put)])
             close(env)
         if not all_equal(late):
             return (
@@ -155,8 +169,8 @@ def _why_equal(family: TaskFamily, tasks: Tasks) -> str:
     family.apply_task(env, tasks[0])
     for made in sorted(set(vars(env.unwrapped)) - known):
         return (
-            f"{same}: set_task makes a new attribute {made!r}, which the environment does not"
-            f" read{did_you_mean(made, known)}"
+            f"{same}: set_task sets an attribute {made!r}, which the environment did not have"
+            f" before{did_you_mean(made, known)}"
         )
     return Doubt(f"{same}: something in step must depend on what set_task sets{elsewhere}")
 
@@ -170,8 +184,9 @@ def check_pickling(family: TaskFamily) -> Iterator[str]:
             pickle.dumps(part)
         except Exception as error:  # PicklingError, AttributeError, TypeError, the user's own
             yield (
-                f"{name} cannot be sent to a worker process ({error}): let it be made of functions"
-                " and classes at the top level of a module, without lambda or nested def"
+                f"{name} cannot be sent to a worker process ({type(error).__name__}: {error}): use"
+                " functions and classes at the top level of a module, no lambda or nested def, and"
+                " open files and simulators in the environment, not in the family"
             )
             return
 
@@ -187,7 +202,7 @@ def check_worker(family: TaskFamily) -> Iterator[str]:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             there = pool.submit(_play_there, pack(family), tasks, here is not None).result()
     except BrokenProcessPool:
-        yield "a worker process died of it; what it printed may say why"
+        yield "a worker process died while it played the family; what it printed may say why"
         return
     except RuntimeError as error:
         if "bootstrapping" not in str(error):
@@ -201,16 +216,22 @@ def check_worker(family: TaskFamily) -> Iterator[str]:
         return  # nothing that could be compared
     if all_equal(there) and not all_equal(here):
         yield (
-            "the task is lost on the way to a worker process, where every task plays the same:"
-            " set_task and reward must find all they need in the family or in their module"
+            "every task plays the same in a worker process, and not in this one: the task is lost"
+            f" on the way; {_NEEDED_THERE}"
         )
     elif (difference := first_difference(here, there)) is not None:
         i, kind, t = difference
         yield (
             f"{kind} differ in a worker process after {t} steps of task"
-            f" {named_task(family, tasks[i])}: set_task and reward must find all they need in the"
-            " family or in their module"
+            f" {named_task(family, tasks[i])}; {_NEEDED_THERE}, or files, environment variables,"
+            " hash order and devices that differ between processes"
         )
+
+
+_NEEDED_THERE = (
+    "a possible cause is what only the main program has set: set_task, reward and the environment"
+    " must find all they need in the family or in their module"
+)
 
 
 def _play_there(parcel: Parcel, tasks: Tasks, play: bool) -> list[list[Trace]]:

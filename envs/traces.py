@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily
+from metarl.envs.gymnasium_family import GymnasiumFamily
+from metarl.envs.seeds import training_seeds
 from metarl.envs.tasks import Tasks
 
 EPISODES = 2  # of each task
@@ -35,6 +37,10 @@ class Trace:
     reward: list[Any]
     terminated: bool
     truncated: bool
+    flags: list[tuple[Any, Any]] = field(default_factory=list)
+    """What each step returned as terminated and truncated, where one environment was played."""
+    info: list[Any] = field(default_factory=list)
+    """Of the reset and every step, where one environment was played."""
 
     def first_difference(self, other: Trace, tolerance: float = 0.0) -> tuple[str, int] | None:
         """Return what differs first and after how many steps, None where nothing does."""
@@ -42,7 +48,10 @@ class Trace:
         def differ(one: Any, two: Any) -> bool:
             if np.shape(one) != np.shape(two):
                 return True
-            return not np.allclose(one, two, rtol=tolerance, atol=tolerance, equal_nan=True)
+            try:
+                return not np.allclose(one, two, rtol=tolerance, atol=tolerance, equal_nan=True)
+            except TypeError:  # no numbers
+                return one != two
 
         for t in range(min(len(self.observation), len(other.observation))):
             if differ(self.observation[t], other.observation[t]):
@@ -119,20 +128,52 @@ def close(env: gym.Env | VectorEnv) -> None:
 
 
 def play(
-    env: gym.Env, seed: int, actions: Sequence[Any], after_reset: Callable[[], None] = lambda: None
+    env: gym.Env,
+    seed: int,
+    actions: Iterable[Any],
+    after_reset: Callable[[], object] = lambda: None,
 ) -> Trace:
     """Play one episode of one environment, until it ends or the actions do."""
-    observation, _ = env.reset(seed=seed)
+    observation, info = env.reset(seed=seed)
     after_reset()
-    observations, rewards = [np.array(observation)], []
-    terminated = truncated = False
+    observations, rewards, flags, infos = [np.array(observation)], [], [], [info]
     for action in actions:
-        observation, reward, terminated, truncated, _ = env.step(action)
+        observation, reward, terminated, truncated, info = env.step(action)
         observations.append(np.array(observation))
         rewards.append(reward)
+        flags.append((terminated, truncated))
+        infos.append(info)
         if terminated or truncated:
             break
-    return Trace(observations, rewards, bool(terminated), bool(truncated))
+    terminated, truncated = flags[-1] if flags else (False, False)
+    return Trace(observations, rewards, bool(terminated), bool(truncated), flags, infos)
+
+
+def play_beside(
+    env: gym.Env, other: gym.Env, seeds: tuple[int, int], actions: Iterable[tuple[Any, Any]]
+) -> Trace:
+    """Play one episode of `env` while another copy is stepped in turn, as in a vector environment.
+
+    Args:
+        env: one copy.
+        other: another copy.
+        seeds: of the one and the other.
+        actions: pairs of actions of the one and the other.
+
+    Returns:
+        the episode of `env`.
+    """
+    over = False
+
+    def first_actions() -> Iterator[Any]:
+        nonlocal over
+        for mine, theirs in actions:
+            yield mine
+            if not over:  # after the step of `env`
+                *_, terminated, truncated, _ = other.step(theirs)
+                over = bool(terminated or truncated)
+
+    return play(env, seeds[0], first_actions(), after_reset=lambda: other.reset(seed=seeds[1]))
 
 
 def play_together(
@@ -140,16 +181,17 @@ def play_together(
 ) -> list[list[Trace]]:
     """Play the episodes of each task in one vector environment, of `LONGEST` steps at most.
 
-    Episode e of every task has seed e, and the actions of `behaviour` with seed e.
+    Episode e of every task has the seed of the first task's episode e in training, and the actions
+    of `behaviour` with seed e.
     """
     env = family.make_vec(len(tasks), EPISODES, autoreset_mode=AutoresetMode.DISABLED)
     env.set_tasks(tasks)
-    seeds = list(range(EPISODES)) * len(tasks)
     steps = min(family.horizon, LONGEST)
-    columns = [behaviour(env.single_action_space, steps, seed) for seed in seeds]
-    observation, _ = env.reset(seed=seeds)
+    each = [behaviour(env.single_action_space, steps, e) for e in range(EPISODES)]
+    columns = each * len(tasks)
+    observation, _ = env.reset(seed=training_seeds(EPISODES) * len(tasks))
     observations = [[row.copy()] for row in observation]
-    rewards: list[list[float]] = [[] for _ in seeds]
+    rewards: list[list[float]] = [[] for _ in columns]
     terminated = truncated = np.zeros(env.num_envs, np.bool_)
     for t in range(steps):
         active = np.flatnonzero(~(terminated | truncated))
@@ -180,6 +222,34 @@ def first_difference(
 def all_equal(traces: Sequence[Sequence[Trace]]) -> bool:
     """Whether every task's episodes equal those of the first task."""
     return first_difference([traces[0]] * len(traces), traces) is None
+
+
+def outermost(family: TaskFamily) -> gym.Env:
+    """Return the environment as the user gives it, wrappers included, with a task put in."""
+    task = family.tasks.grid(1, "train")[0]
+    if not isinstance(family, GymnasiumFamily):
+        env = family.make(task)
+        if not isinstance(env, gym.Env):
+            raise UserError(f"make must return a gymnasium.Env, got {type(env).__name__}")
+        return env
+    env = family.make_raw(None, task)
+    while isinstance(env, _GYMNASIUMS_OWN):
+        env = env.env
+    family.apply_task(env, task)
+    return env
+
+
+_GYMNASIUMS_OWN = (
+    gym.wrappers.TimeLimit,
+    gym.wrappers.OrderEnforcing,
+    gym.wrappers.PassiveEnvChecker,
+)
+
+
+def short(value: Any) -> str:
+    """Return how a value is written, cut after a hundred characters."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def example_tasks(family: TaskFamily) -> Tasks:

@@ -324,6 +324,7 @@ SOUND = {
     "a reward": {"reward": pay},
     "an image": {"env": Pixels},
     "a vector made of an image": {"env": flat_pixels},
+    "a reset that takes any keywords": {"env": AnyKeywords},
     "a wrapper mends the reward": {"env": paid_in_floats},
     "only full thrust shows the task": {"env": FarLimit, "tasks": ONE},
     "registered by an import": {"env": "RegisteredHere-v0"},
@@ -398,8 +399,7 @@ BROKEN = {
     "unseeded": ({"env": Unseeded}, "seeding", ["self.np_random"]),
     "not set back": ({"env": Remembers}, "seeding", ["reset"]),
     "no super().reset": ({"env": NoSuperReset}, "gymnasium", ["super().reset(seed=seed)"]),
-    "any keywords": ({"env": AnyKeywords}, "gymnasium", ["reset", "seed"]),
-    "one buffer": ({"env": OneBuffer}, "gymnasium", ["env.reset()", "env.step()"]),
+    "one buffer": ({"env": OneBuffer}, "gymnasium", ["observations"]),
     "rows": ({"reward": first_row_only}, "batch", ["make_vec", "goal", "task[:, 0]"]),
     "lost at reset": ({"env": LosesItsTask}, "dependence", ["reset", "set_task"]),
     "misspelt": ({"set_task": misspell, "env": "Pendulum-v1"}, "dependence", ["set_task", "tsk"]),
@@ -426,7 +426,7 @@ BROKEN = {
 }
 """Changes to `family`; the check that finds their fault, and the names that it mentions."""
 WARNINGS = (
-    *("dtype", "bounds", "horizon", "no super().reset", "any keywords", "one buffer"),
+    *("dtype", "bounds", "horizon", "no super().reset", "one buffer"),
     *("forgotten", "unpaid", "a component", "out of reach"),
 )
 

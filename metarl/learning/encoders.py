@@ -17,17 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from metarl.envs.errors import UserError
-
-
-def image_size(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Return channels, height and width of an image [H, W], [H, W, C] or [C, H, W].
-
-    Channels are the smaller one of the first and the last axis, the last where they are equal.
-    """
-    if len(shape) == 2:
-        return 1, shape[0], shape[1]
-    first, middle, last = shape
-    return (first, middle, last) if first < last else (last, first, middle)
+from metarl.envs.policy_spaces import LEAST_IMAGE, image_size
 
 
 def channels_first(image: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -165,7 +155,7 @@ class SmallImpala(Encoder):
     each in place of three of two.
     """
 
-    least: ClassVar[int] = 4
+    least: ClassVar[int] = LEAST_IMAGE
 
     @property
     def features(self) -> int:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from metarl.envs import GymnasiumFamily, MujocoFamily, TaskFamily
 from metarl.envs.errors import UserError
+from metarl.envs.seeds import foreign_seed
 from metarl.learning.networks import Params, stack
 from metarl.learning.parallel import ChunkPool, one_intraop_thread
 from metarl.learning.policies import MLPPolicy
@@ -202,12 +203,14 @@ def loop_seconds(
     ]
     lengths = rollout.valid.sum(-1).tolist()
     tasks = rollout.tasks.numpy()
+    # The environments of such a family stand here without it.
+    seed_of = foreign_seed if isinstance(family, GymnasiumFamily) else int
     start = time.perf_counter()
     for i, env in enumerate(envs):
         for episode, seed in enumerate(address.episode_seeds(i, episodes)):
             if isinstance(family, GymnasiumFamily):  # a reset may have undone it
                 family.apply_task(env, tasks[i])
-            env.reset(seed=seed)
+            env.reset(seed=seed_of(seed))
             for action in actions[i][episode, : lengths[i][episode]]:
                 env.step(action)
     return (time.perf_counter() - start) / rollout.env_steps

@@ -17,6 +17,7 @@ from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.gymnasium_family import is_image
+from metarl.envs.policy_spaces import categories, check_policy_spaces
 from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.adaptation import Adapter
 from metarl.learning.algorithms import Algorithm
@@ -26,7 +27,7 @@ from metarl.learning.objectives import dice
 from metarl.learning.policies import CategoricalMLP, GaussianMLP, MLPPolicy
 from metarl.learning.predictors import Classifier, Predictor, Regressor
 from metarl.running.config import Config, PolicyConfig
-from metarl.sampling.spaces import bounded, categories
+from metarl.sampling.spaces import bounded
 
 
 def context_dim(row: Algorithm, config: Config, task_dim: int) -> int:
@@ -187,9 +188,7 @@ def predictor_for(row: Algorithm, config: Config, family: SupervisedFamily) -> P
 def policy_for(row: Algorithm, config: Config, family: TaskFamily) -> MLPPolicy:
     """Return a config's network for a family's environments."""
     observation, action = spaces_of(family)
-    if observation.shape is None or not (len(observation.shape) == 1 or is_image(observation)):
-        raise UserError(
-            f"{family.name}: observations must be a flat Box or a uint8 image, got {observation}"
-        )
+    check_policy_spaces(family.name, observation, action)
+    assert observation.shape is not None
     context = context_dim(row, config, family.tasks.dim)
     return make_policy(config, observation.shape, action, context)

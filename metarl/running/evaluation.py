@@ -268,15 +268,18 @@ def evaluate(
     count = available_threads() if threads is None else threads
     with ranks.agreeing(), one_intraop_thread(), ChunkPool(count, ranks) as pool:
 
-        def made(address: Address, goals: Floats, steps: int, mode: bool) -> _AnyProtocol:
+        def made(
+            address: Address, goals: Floats, steps: int, mode: bool, check: bool
+        ) -> _AnyProtocol:
             if isinstance(family, SupervisedFamily):
                 return SupervisedProtocol(family, goals, steps, address, pool)
             return PolicyProtocol(
-                first.family, goals, episodes, steps, address, mode, pool, workers
+                first.family, goals, episodes, steps, address, mode, pool, workers, check
             )
 
-        protocol = made(address, goals, steps, deterministic)
-        choosing = made(*tasks_of("validation"), 1, False) if tune_step_sizes else protocol
+        protocol = choosing = made(address, goals, steps, deterministic, True)
+        if tune_step_sizes:
+            choosing = made(*tasks_of("validation"), 1, False, False)
         try:
             own = protocol.curve(members, sizes_of(name, members, step_sizes, None))
             results = {}

@@ -23,6 +23,7 @@ from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError, check_whole, kind_of
 from metarl.envs.family import Family
 from metarl.envs.registry import find_family
+from metarl.envs.start_checks import log_finding, start_findings
 from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.adaptation import FACTOR
 from metarl.learning.algorithms import Algorithm, find_algorithm
@@ -140,6 +141,14 @@ class MetaPolicy:
         return self.source
 
     @cached_property
+    def _found_at_start(self) -> list[str]:
+        """What a quick look at the family's environments finds; it is logged."""
+        findings = start_findings(self.family)
+        for finding in findings:
+            log_finding(self.family, finding)
+        return findings
+
+    @cached_property
     def model(self) -> Model:
         """What adapts: the policy, or the predictor of supervised tasks."""
         gaussian = "log_std" in self.params  # which needs no family, and so none of its files
@@ -231,6 +240,8 @@ class MetaPolicy:
         if isinstance(env, gym.vector.VectorEnv):
             raise UserError("adapt takes one environment, got a vector environment")
         given = None if isinstance(env, gym.Env) else self._task(env)
+        if given is not None:
+            _ = self._found_at_start  # logged at the first call
         made = None if given is None else self.family.make(given)
         target = env if isinstance(env, gym.Env) else made
         assert target is not None

@@ -58,6 +58,8 @@ class PolicyProtocol:
     deterministic: bool
     pool: ChunkPool
     workers: int
+    check: bool = True
+    """Look at the environments first, once."""
     collectors: dict[tuple[MLPPolicy, ActionMode], AnyCollector] = field(default_factory=dict)
     """By what they are made for: policies of one kind share the environments."""
     told: list[bool] = field(default_factory=list)
@@ -102,6 +104,7 @@ class PolicyProtocol:
                 self.family, policy, len(self.goals), self.episodes, self.pool, key[1],
                 workers=self.workers, timeout=config.worker_timeout,
                 info_keys=list(self.family.achieved.values()),
+                check=self.check and not self.collectors and self.pool.ranks.is_main,
             )  # fmt: skip
         return self.collectors[key]
 

@@ -120,7 +120,7 @@ class Environments(Source):
         self.action_space = self.spaces[1]
         self.collector: AnyCollector = make_collector(
             family, model, block.stop - block.start, config.episodes, pool, config.policy.action,
-            workers=config.workers, timeout=config.worker_timeout,
+            workers=config.workers, timeout=config.worker_timeout, check=pool.ranks.is_main,
         )  # fmt: skip
 
     def open(self, address: Address) -> Episodes:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from metarl.envs.observations import check_fits
+from metarl.envs.seeds import foreign_seed
 from metarl.envs.step_results import plain_reset, plain_step, success
 from metarl.envs.vector import SingleTaskEnv
 from metarl.envs.wrappers import refuse_running_statistics
@@ -75,8 +76,10 @@ def collect_episodes(
     check_spaces(env, policy, name)
     refuse_running_statistics(env, name)
     buffer = RolloutBuffer(policy, 1, episodes, horizon)
-    # In other environments' info this word may say anything.
     native = isinstance(env.unwrapped, SingleTaskEnv)
+    seeds: list[Any] = address.episode_seeds(0, episodes)
+    if not native:
+        seeds = [foreign_seed(seed) for seed in seeds]
     noise = torch.from_numpy(policy.noise(address.noise(0), episodes, horizon))
 
     def act(observation: Any, t: int) -> NDArray:
@@ -92,11 +95,12 @@ def collect_episodes(
         return env_action(action[0].numpy(), env.action_space, mode)
 
     with torch.inference_mode():
-        for e, seed in enumerate(address.episode_seeds(0, episodes)):
+        for e, seed in enumerate(seeds):
             step = Step(None, 0.0, False, False, {})
             for t, step in enumerate(episode(env, act, horizon, seed)):
                 buffer.reward[0, e, t] = step.reward
                 buffer.valid[0, e, t] = True
+                # In other environments' info this word may say anything.
                 buffer.diverged[0, e] |= native and bool(step.info.get("diverged", False))
                 buffer.success[0, e] |= (success(step.info) or 0.0) > 0.0
             buffer.last_observation[0, e] = step.observation

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from metarl.envs import TaskVectorEnv
 from metarl.envs.errors import UserError
+from metarl.envs.policy_spaces import categories
 from metarl.learning.policies import CategoricalMLP, MLPPolicy
 
 ActionMode = Literal["clip", "scale"]
@@ -29,7 +30,8 @@ def as_observation(observation: Any, policy: MLPPolicy) -> NDArray:
         found = seen.astype(policy.observation_dtype, copy=False)
     except (TypeError, ValueError) as error:
         kind = type(observation).__name__
-        raise UserError(f"observations must be an array, got a {kind}: {_WRAP}") from error
+        wrap = f": {_WRAP}" if isinstance(observation, Mapping | tuple) else f" ({error})"
+        raise UserError(f"observations must be an array, got a {kind}{wrap}") from error
     if seen.dtype.kind not in "biuf":
         raise UserError(f"observations must be real numbers, got {seen.dtype}")
     if policy.encoder is not None and seen.dtype != np.uint8:
@@ -121,29 +123,6 @@ def space_from_json(data: Mapping[str, Any]) -> gym.Space:
         return gym.spaces.MultiBinary(values["n"])
     kind = gym.spaces.Discrete if data["kind"] == "Discrete" else gym.spaces.MultiDiscrete
     return kind(**values, dtype=dtype.type)
-
-
-def categories(space: gym.Space) -> tuple[int, ...] | None:
-    """Return the number of categories of each component of an action, None for a flat Box.
-
-    Raises:
-        UserError: no policy acts in such a space.
-    """
-    if isinstance(space, gym.spaces.Discrete):
-        return (int(space.n),)
-    if isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
-        return tuple(int(n) for n in space.nvec)
-    if isinstance(space, gym.spaces.MultiBinary) and len(space.shape) == 1:
-        return (2,) * space.shape[0]
-    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
-        return None
-    remedy = ""
-    if isinstance(space, gym.spaces.Box):
-        remedy = "; reshape actions in a wrapper (gym.wrappers.TransformAction)"
-    raise UserError(
-        "actions must be a flat Box, such as shape (1,), Discrete, a flat MultiDiscrete or"
-        f" MultiBinary, got {space}{remedy}"
-    )
 
 
 def check_spaces(env: TaskVectorEnv | gym.Env, policy: MLPPolicy, name: str) -> None:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from metarl.envs import TaskVectorEnv
 from metarl.envs.errors import UserError
 from metarl.envs.processes import Parcel, unpack
+from metarl.envs.start_checks import start_findings
 from metarl.learning.policies import MLPPolicy
 from metarl.sampling.rollouts import RolloutBuffer, collect_into
 from metarl.sampling.spaces import ActionMode, check_spaces
@@ -53,6 +54,8 @@ class Share:
     """The arrays of a `RolloutBuffer` of all tasks."""
     progress: Any
     """`TaskVectorEnv.progress`"""
+    check: bool = False
+    """Look at the environments first, and reply what is found."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Reply:
     """What a worker says, or what is found out about it."""
 
     kind: str
-    """ready, done; refused (a UserError), raised; was killed, ended, hung."""
+    """found, ready, done; refused (a UserError), raised; was killed, ended, hung."""
     text: str = ""
     trace: str = ""
 
@@ -73,7 +76,7 @@ def work(share: Share, channel: Connection, dump: Connection, with_parent: bool)
     faulthandler.register(signal.SIGUSR1, dump.fileno(), all_threads=False)
     torch.set_num_threads(1)
     try:
-        with _restored(share) as (env, memory):
+        with _restored(share, channel) as (env, memory):
             channel.send(Reply("ready"))
             while (order := channel.recv()) is not None:
                 params, tasks, address, deterministic = order
@@ -96,7 +99,7 @@ def work(share: Share, channel: Connection, dump: Connection, with_parent: bool)
 
 
 @contextlib.contextmanager
-def _restored(share: Share) -> Iterator[tuple[TaskVectorEnv, RolloutBuffer]]:
+def _restored(share: Share, channel: Connection) -> Iterator[tuple[TaskVectorEnv, RolloutBuffer]]:
     """Give a worker's vector environment and shared memory; close the environment afterwards."""
     family = unpack(share.family)
     if family.horizon != share.horizon:
@@ -104,6 +107,10 @@ def _restored(share: Share) -> Iterator[tuple[TaskVectorEnv, RolloutBuffer]]:
             f"{family.name}: made again by its name, it has horizon {family.horizon}, not"
             f" {share.horizon}; make it changed by a function of its own, as module:attribute"
         )
+    if share.check:
+        for finding in start_findings(family, share.progress):
+            channel.send(Reply("found", finding))
+        share.progress[:] = [0, 0, -1]
     tasks = share.where.stop - share.where.start
     env = family.make_vec(tasks, share.episodes, autoreset_mode=AutoresetMode.DISABLED)
     env.progress = share.progress

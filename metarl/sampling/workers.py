@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -39,6 +40,7 @@ from numpy.typing import NDArray
 from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError
 from metarl.envs.processes import pack
+from metarl.envs.start_checks import log_finding, warn_at_start
 from metarl.envs.vector import describe_progress
 from metarl.learning.networks import Params
 from metarl.learning.parallel import ChunkPool, slices
@@ -80,6 +82,8 @@ class _Worker:
         self.share, self.timeout = share, timeout
         self.order: Any = None
         self.tasks = np.empty((0, 0))
+        self.found: list[str] = []
+        """What a look at the environments found."""
         self.start()
 
     def start(self) -> None:
@@ -140,9 +144,13 @@ class _Worker:
     @property
     def limit(self) -> float:
         """Seconds without a call of an environment that mean it hangs."""
-        return self.timeout if self.ready else max(self.timeout, START_SECONDS)
+        calls = self.ready or self.share.progress[1] != 0
+        return self.timeout if calls else max(self.timeout, START_SECONDS)
 
     def _heard(self, reply: Reply) -> Reply | None:
+        if reply.kind == "found":
+            self.found.append(reply.text)
+            return None
         if reply.kind == "ready":
             self.ready = True
             if self.order is not None:
@@ -158,7 +166,7 @@ class _Worker:
         kind, what = "ended", f"exit code {code}"
         if hung:
             kind, what = "hung", f"no step ended for {self.limit:g} s"
-        elif code == _NO_GUARD:
+        elif code == _NO_GUARD and not self.ready:
             return Reply("refused", _GUARD)
         elif code is not None and code < 0:
             kind, what = "was killed", signal.Signals(-code).name
@@ -188,8 +196,9 @@ class _Worker:
         self.dump.close()
 
     def restart(self) -> None:
-        """Begin afresh, with the order that was given last."""
+        """Begin afresh, with the order that was given last, and without checks."""
         self.kill()
+        self.share = dataclasses.replace(self.share, check=False)
         self.start()
 
 
@@ -204,6 +213,7 @@ class WorkerCollector:
         info_keys: entries of the environments' info to keep.
         workers: processes; more than there are tasks are not started.
         timeout: seconds that an environment may take for one reset, step or close.
+        check: warn of what a quick look at the environments finds, which the first worker takes.
 
     Raises:
         UserError: the family cannot be made in a worker, its environments do not fit the policy,
@@ -222,6 +232,7 @@ class WorkerCollector:
         *,
         workers: int,
         timeout: float = 60.0,
+        check: bool = False,
     ) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             raise SystemExit(_NO_GUARD)  # a worker is importing the script that started it
@@ -255,9 +266,12 @@ class WorkerCollector:
                     where=where,
                     memory=raws,
                     progress=_context.RawArray(ctypes.c_longlong, 3),
+                    check=check and i == 0,
                 )
                 self._workers.append(_Worker(share, timeout))
             self._finish()
+            for finding in self._workers[0].found:
+                log_finding(family, finding)
         except BaseException:
             self._finalizer()
             raise
@@ -309,6 +323,9 @@ class WorkerCollector:
                     working.remove(worker)
                     continue
                 worker.busy = True  # it takes no further order
+                if worker.share.check and not worker.ready and reply.kind != "refused":
+                    worker.restart()  # without a check, whose environments may have failed
+                    continue
                 fault = worker.share.index, reply.kind
                 faults[fault] += 1
                 self._judge(reply, faults[fault], worker.ready)
@@ -381,13 +398,18 @@ def make_collector(
     *,
     workers: int = 0,
     timeout: float = 60.0,
+    check: bool = False,
 ) -> AnyCollector:
     """Return what samples a family's episodes: threads, worker processes or this process.
 
-    Families that run side by side on threads never need processes.
+    Families that run side by side on threads never need processes. With `check` the environments
+    are looked at first, where they are going to be stepped; what is found is logged.
     """
     if family.parallel or workers == 0:
+        if check:
+            warn_at_start(family)
         return Collector(family, policy, num_tasks, episodes, pool, mode, info_keys)
     return WorkerCollector(
-        family, policy, num_tasks, episodes, mode, info_keys, workers=workers, timeout=timeout
-    )
+        family, policy, num_tasks, episodes, mode, info_keys, workers=workers, timeout=timeout,
+        check=check,
+    )  # fmt: skip

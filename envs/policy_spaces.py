@@ -1,0 +1,74 @@
+"""Spaces that a policy can read and act in; the same rule for `metarl check` and for training."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+
+from metarl.envs.errors import UserError
+from metarl.envs.observations import is_image
+
+LEAST_IMAGE = 4
+"""Pixels that an image must have each way, for the smallest network that reads images."""
+
+
+def image_size(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return channels, height and width of an image [H, W], [H, W, C] or [C, H, W].
+
+    Channels are the smaller one of the first and the last axis, the last where they are equal.
+    """
+    if len(shape) == 2:
+        return 1, shape[0], shape[1]
+    first, middle, last = shape
+    return (first, middle, last) if first < last else (last, first, middle)
+
+
+def categories(space: gym.Space) -> tuple[int, ...] | None:
+    """Return the number of categories of each component of an action, None for a flat Box.
+
+    Raises:
+        UserError: no policy acts in such a space.
+    """
+    if isinstance(space, gym.spaces.Discrete):
+        return (int(space.n),)
+    if isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
+        return tuple(int(n) for n in space.nvec)
+    if isinstance(space, gym.spaces.MultiBinary) and len(space.shape) == 1:
+        return (2,) * space.shape[0]
+    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+        return None
+    remedy = ""
+    if isinstance(space, gym.spaces.Box):
+        remedy = "; reshape actions in a wrapper (gym.wrappers.TransformAction)"
+    raise UserError(
+        "actions must be a flat Box, such as shape (1,), Discrete, a flat MultiDiscrete or"
+        f" MultiBinary, got {space}{remedy}"
+    )
+
+
+def check_policy_spaces(name: str, observation: gym.Space, action: gym.Space) -> None:
+    """Raise UserError unless a policy can read the observations and act.
+
+    Args:
+        name: of the family.
+        observation: as the family gives them, flattened.
+        action: space of the actions.
+    """
+    flat = isinstance(observation, gym.spaces.Box) and len(observation.shape) == 1
+    if not (flat or is_image(observation)):
+        raise UserError(
+            f"{name}: observations must be a flat Box or one uint8 image, got {observation}"
+        )
+    if not np.prod(observation.shape):
+        raise UserError(f"{name}: observations have no component: {observation}")
+    if not flat and min(image_size(observation.shape)[1:]) < LEAST_IMAGE:
+        raise UserError(
+            f"{name}: images must have {LEAST_IMAGE} pixels each way, got {observation.shape};"
+            " enlarge them, or flatten them (gym.wrappers.FlattenObservation)"
+        )
+    try:
+        counts = categories(action)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    if counts == () or not np.prod(action.shape):
+        raise UserError(f"{name}: actions have no component: {action}")
