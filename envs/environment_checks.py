@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily
