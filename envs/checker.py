@@ -10,11 +10,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from metarl.envs.copy_checks import check_copies, check_seeding
 from metarl.envs.environment_checks import check_episodes, check_spaces, check_tasks
-from metarl.envs.errors import UserError, kind_of
+from metarl.envs.errors import UserError, check_one_of, kind_of
 from metarl.envs.family import TaskFamily
 from metarl.envs.global_generators import kept
 from metarl.envs.interface_checks import check_environment, check_gymnasium
@@ -26,6 +26,8 @@ from metarl.envs.task_checks import (
 )
 from metarl.envs.traces import Doubt, raised
 
+Severity = Literal["fault", "warning"]
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -34,8 +36,11 @@ class Finding:
     check: str
     """A name in `CHECKS`."""
     message: str
-    severity: Literal["fault", "warning"] = "fault"
+    severity: Severity = "fault"
     """"warning": training is possible, and the message names the consequence or the doubt."""
+
+    def __post_init__(self) -> None:
+        check_one_of("severity", self.severity, get_args(Severity))
 
     def __str__(self) -> str:
         return f"{self.check}: {self.message}"

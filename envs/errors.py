@@ -42,10 +42,14 @@ def check_name(role: str, value: Any, such_as: str) -> None:
         raise UserError(f"{role} is given by its name, {such_as}, got {kind_of(value)}")
 
 
-def check_one_of(name: str, value: Any, choices: Iterable[str]) -> None:
+def check_one_of(name: str, value: Any, choices: Iterable[str | bool]) -> None:
     """Raise UserError unless a value is one of the choices."""
-    if value not in (known := tuple(choices)):
-        raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    known = tuple(choices)
+    if not any(type(value) is type(choice) and value == choice for choice in known):
+        raise UserError(
+            f"{name} must be one of {', '.join(map(str, known))}, got {value!r}"
+            f"{did_you_mean(value, map(str, known))}"
+        )
 
 
 def check_whole(name: str, value: Any, least: int) -> None:

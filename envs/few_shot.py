@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from metarl.envs.errors import UserError
-from metarl.envs.supervised import Data, SupervisedFamily, check_counts
+from metarl.envs.errors import UserError, check_one_of
+from metarl.envs.supervised import Data, Kind, SupervisedFamily, check_counts
 from metarl.envs.tasks import TaskDistribution, Tasks
 
 Part = Literal["train", "validation", "test"]
@@ -63,6 +63,7 @@ class Episodes(TaskDistribution):
         self.names = tuple(f"class_{i}" for i in range(ways[1]))
 
     def sample(self, rng: np.random.Generator, n: int, split: str = "train") -> Tasks:
+        check_one_of("split", split, get_args(Part))
         classes = self.parts[split]  # type: ignore[index]
         if len(classes) < self.ways[1]:
             raise UserError(f"{self.ways[1]} ways need as many {split} classes: {len(classes)}")
@@ -76,6 +77,7 @@ class Episodes(TaskDistribution):
 
     def grid(self, n: int, split: str = "test") -> Tasks:
         """Return n tasks drawn from a stream of the split's own."""
+        check_one_of("split", split, get_args(Part))
         return self.sample(np.random.default_rng([0, _GRIDS[split]]), n, split)
 
     def describe(self) -> str:
@@ -85,6 +87,7 @@ class Episodes(TaskDistribution):
         return f"{ways} classes of {counts}"
 
     def bounds(self, split: str = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        check_one_of("split", split, get_args(Part))
         last = max(int(classes.max()) for classes in self.parts.values() if len(classes))
         return np.full(self.dim, -1.0), np.full(self.dim, float(last))
 
@@ -155,7 +158,7 @@ class FewShotFamily(SupervisedFamily):
     members: NDArray[np.int64] = field(init=False, repr=False)
     """[classes, most]; numbers of a class's images, -1 beyond its last."""
 
-    kind: ClassVar[Literal["regression", "classification"]] = "classification"
+    kind: ClassVar[Kind] = "classification"
     training: ClassVar[Mapping[str, Any]] = TRAINING
 
     def __post_init__(self) -> None:

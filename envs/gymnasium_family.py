@@ -32,6 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 from metarl.envs import task_arrival
 from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily
+from metarl.envs.memory import Copies
 from metarl.envs.observations import (
     FLATTENABLE,
     FlatObservation,
@@ -179,7 +180,11 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         **options: Any,
     ) -> None:
         count = max(num_tasks, 0) * max(episodes, 0)
-        self._envs = [TaskEnv(family, None, render_mode) for _ in range(max(count, 1))]
+        watch = Copies(family.name, num_tasks, episodes)
+        self._envs: list[TaskEnv] = []
+        for _ in range(max(count, 1)):
+            self._envs.append(TaskEnv(family, None, render_mode))
+            watch.one_more()
         first = self._envs[0]
         super().__init__(
             family,
@@ -196,9 +201,14 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         self._dtype = self._observation.dtype
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
+        watch = None  # some take their memory at the first reset
+        if not self._ready.any():
+            watch = Copies(self.family.name, self.num_tasks, self.episodes)
         for i, seed in zip(ids.tolist(), seeds, strict=True):
             self._begun(RESET, i)
             self._keep(i, self._envs[i].begin(self._tasks[i], seed)[0])
+            if watch is not None:
+                watch.one_more()
 
     def _advance(
         self, ids: NDArray[np.int64] | None, actions: Any

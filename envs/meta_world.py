@@ -17,15 +17,16 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.errors import UserError, check_one_of, did_you_mean
 from metarl.envs.family import TaskFamily
+from metarl.envs.memory import Copies
 from metarl.envs.registry import register
 from metarl.envs.tasks import Split, TaskDistribution, Tasks
 from metarl.envs.vector import CLOSE, RESET, STEP, Bools, Floats, SingleTaskEnv, TaskVectorEnv
@@ -95,6 +96,7 @@ class BenchmarkTasks(TaskDistribution):
 
     def _tasks(self, split: Split) -> Floats:
         """Return the tasks of a split, [variations, jobs, task_dim]."""
+        check_one_of("split", split, get_args(Split))
         return benchmark_tasks(self.benchmark, self.job, self.seed)[split][..., -self.dim :]
 
     def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
@@ -189,6 +191,9 @@ class MetaWorldVectorEnv(TaskVectorEnv):
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
         wanted = {int(i): self.family.job_of(self._tasks[i]) for i in ids}
+        watch = None
+        if not self._ready.any():
+            watch = Copies(self.family.name, self.num_tasks, self.episodes)
         changed = [i for i, job in wanted.items() if job != self._jobs[i]]
         for i in changed:
             if self._envs[i] is not None:
@@ -196,6 +201,8 @@ class MetaWorldVectorEnv(TaskVectorEnv):
         for i in changed:
             self._begun(RESET, i)  # an environment takes a while to make
             self._jobs[i], self._envs[i] = wanted[i], self._take(wanted[i])
+            if watch is not None:
+                watch.one_more()
         for i, job in wanted.items():
             self._begun(RESET, i)
             # Nothing else is random: a reset is a function of the task alone.

@@ -211,7 +211,7 @@ class MujocoVectorEnv(TaskVectorEnv):
             },
             **options,
         )
-        self.render_mode = render_mode
+        self.set_render_mode(render_mode)
         self._renderer: Any = None
         self._data = mujoco.MjData(model)
         self._scale = scale

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, check_one_of
 from metarl.envs.family import TaskFamily
 from metarl.envs.registry import register
 from metarl.envs.tasks import Uniform
@@ -58,7 +58,7 @@ class NavigationVectorEnv(TaskVectorEnv):
             metadata={"render_modes": ["rgb_array"], "render_fps": 20},
             **options,
         )
-        self.render_mode = render_mode
+        self.set_render_mode(render_mode)
         self._bound = np.float32(bound)
         self._gain = STEP if family.scaled else 1.0
         self._position = np.zeros((self.num_envs, 2))
@@ -127,8 +127,7 @@ def navigation_2d(
     horizon: int = 100,
 ) -> NavigationFamily:
     """Walk to a goal drawn from [-0.5, 0.5]^2 (Finn et al. 2017); `actions` as in their code."""
-    if actions not in ("scaled", "clipped"):
-        raise UserError(f"actions must be 'scaled' or 'clipped', got {actions!r}")
+    check_one_of("actions", actions, ("scaled", "clipped"))
     return NavigationFamily(
         name="navigation-2d",
         description="a point walks to a hidden goal in the plane",

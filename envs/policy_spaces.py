@@ -37,10 +37,15 @@ def categories(space: gym.Space) -> tuple[int, ...] | None:
         return (2,) * space.shape[0]
     if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
         return None
+    raise no_actions(space)
+
+
+def no_actions(space: gym.Space) -> UserError:
+    """Return the error of a space that no policy acts in."""
     remedy = ""
     if isinstance(space, gym.spaces.Box):
         remedy = "; reshape actions in a wrapper (gym.wrappers.TransformAction)"
-    raise UserError(
+    return UserError(
         "actions must be a flat Box, such as shape (1,), Discrete, a flat MultiDiscrete or"
         f" MultiBinary, got {space}{remedy}"
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.envs.errors import check_whole
+from metarl.envs.errors import check_one_of, check_whole
 from metarl.envs.family import Family
 from metarl.envs.tasks import Tasks
 
@@ -53,6 +53,9 @@ class Data(NamedTuple):
     """[T, C]; which classes a task has; None: all of them."""
 
 
+Kind = Literal["regression", "classification"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SupervisedFamily(Family, ABC):
     """Supervised tasks that differ by a task vector."""
@@ -62,7 +65,11 @@ class SupervisedFamily(Family, ABC):
     test_queries: int = 100
     """The same in evaluation."""
 
-    kind: ClassVar[Literal["regression", "classification"]] = "regression"
+    kind: ClassVar[Kind] = "regression"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of(f"{self.name}: kind", self.kind, get_args(Kind))
 
     @property
     @abstractmethod

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.utils import seeding
 from numpy.typing import ArrayLike, NDArray
 
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, check_one_of
 from metarl.envs.family import TaskFamily
 from metarl.envs.registry import register
 from metarl.envs.tasks import Split, TaskDistribution, Tasks, Uniform
@@ -37,6 +37,7 @@ class RandomTables(TaskDistribution):
         )
 
     def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
+        check_one_of("split", split, get_args(Split))
         pairs = self.states * self.actions
         rewards = rng.normal(1.0, 1.0, (n, pairs))
         transitions = rng.dirichlet(np.ones(self.states), (n, pairs))
@@ -44,6 +45,7 @@ class RandomTables(TaskDistribution):
 
     def grid(self, n: int, split: Split = "test") -> Tasks:
         """Return n tasks drawn from a stream of the split's own: no lattice has 550 dimensions."""
+        check_one_of("split", split, get_args(Split))
         return self.sample(np.random.default_rng([0, _GRID_SEEDS[split]]), n)
 
     def describe(self) -> str:
@@ -54,9 +56,13 @@ class RandomTables(TaskDistribution):
 
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return N(1, 1) to three standard deviations for rewards, [0, 1] for probabilities."""
+        check_one_of("split", split, get_args(Split))
         pairs = self.states * self.actions
         rest = self.dim - pairs
         return np.repeat([-2.0, 0.0], [pairs, rest]), np.repeat([4.0, 1.0], [pairs, rest])
+
+
+Payoff = Literal["normal", "bernoulli"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +71,14 @@ class TabularFamily(TaskFamily):
 
     states: int
     actions: int
-    payoff: Literal["normal", "bernoulli"]
+    payoff: Payoff
     """Rewards drawn from N(mean, 1), or 1 with the mean's probability and else 0."""
 
     parallel: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of(f"{self.name}: payoff", self.payoff, get_args(Payoff))
 
     def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
         return SingleTaskEnv(self, task, render_mode)

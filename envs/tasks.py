@@ -8,12 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.errors import UserError, check_one_of, did_you_mean
 
 Split = Literal["train", "test"]
 Tasks = NDArray[np.float64]  # [tasks, task_dim]
@@ -151,6 +151,7 @@ class Uniform(TaskDistribution):
         return ", ".join(words if self.dim <= 8 else [*words[:3], f"… ({self.dim} components)"])
 
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        check_one_of("split", split, get_args(Split))
         low, high = self._boxes[split].T.copy()
         return low, high
 
@@ -193,7 +194,7 @@ class Finite(TaskDistribution):
                 raise UserError(f"{split} tasks must be [n, {self.dim}], got {tasks.shape}")
 
     def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
-        values = self._values[split]
+        values = self._of(split)
         if self.balanced or split == "test":
             return _rounds(values, rng, n)
         return values[rng.integers(len(values), size=n)]
@@ -202,7 +203,7 @@ class Finite(TaskDistribution):
         return _rounds(self._values["train"], rng, n)
 
     def grid(self, n: int, split: Split = "test") -> Tasks:
-        values = self._values[split]
+        values = self._of(split)
         return values[np.arange(n) % len(values)]
 
     def describe(self) -> str:
@@ -211,10 +212,14 @@ class Finite(TaskDistribution):
         return f"{', '.join(self.names)} one of {'; '.join(tasks)}{more}"
 
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        return self._values[split].min(0), self._values[split].max(0)
+        return self._of(split).min(0), self._of(split).max(0)
+
+    def _of(self, split: Split) -> Tasks:
+        check_one_of("split", split, get_args(Split))
+        return self._values[split]
 
     def extent(self, split: Split = "train") -> Mapping[str, NDArray]:
-        return {"values": self._values[split].copy()}
+        return {"values": self._of(split).copy()}
 
 
 def _rounds(values: Tasks, rng: np.random.Generator, n: int) -> Tasks:

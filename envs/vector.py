@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, check_one_of
 from metarl.envs.family import TaskFamily
 
 Bools = NDArray[np.bool_]
@@ -120,9 +120,10 @@ class TaskVectorEnv(VectorEnv):
         if num_tasks < 1 or episodes < 1:
             raise UserError(f"num_tasks and episodes must be >= 1, got {num_tasks}, {episodes}")
         check_movable(family.name, action_space)
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
-        if self.autoreset_mode is AutoresetMode.SAME_STEP:
-            raise UserError("autoreset_mode must be NextStep or Disabled, got SameStep")
+        mode = getattr(autoreset_mode, "value", autoreset_mode)
+        allowed = (AutoresetMode.NEXT_STEP.value, AutoresetMode.DISABLED.value)
+        check_one_of("autoreset_mode", mode, allowed)
+        self.autoreset_mode = AutoresetMode(mode)
         self.family = family
         self.num_tasks, self.episodes = num_tasks, episodes
         self.num_envs = num_tasks * episodes
@@ -144,6 +145,12 @@ class TaskVectorEnv(VectorEnv):
     def tasks(self) -> Floats:
         """The tasks in force, [num_envs, task_dim]; NaN before the first reset."""
         return self._tasks.copy()
+
+    def set_render_mode(self, mode: str | None) -> None:
+        """Keep a render mode; raise UserError if the metadata does not have it."""
+        if mode is not None:
+            check_one_of("render_mode", mode, self.metadata.get("render_modes", []))
+        self.render_mode = mode
 
     def _begun(self, phase: int, i: int = -1) -> None:
         progress = self.progress

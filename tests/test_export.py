@@ -168,7 +168,7 @@ def test_transitions_adapt_as_episodes_do():
     policy = make_policy(config, (1,), gym.spaces.Box(-1.0, 1.0, (1,)))
     meta = MetaPolicy(policy.init(np.random.default_rng(0)), config)
     expected = meta.adapt([4.0], steps=2, episodes=3, seed=5)
-    adapter = meta.adapter()
+    adapter = meta.adapter(gym.spaces.Box(-9.0, 9.0, (1,)))  # it is given actions before clipping
     for k in range(2):
         with ChunkPool(1):
             current = adapter.adapted()  # nothing new: takes no step

@@ -15,6 +15,7 @@ from metarl.commands.arguments import check_file, check_place
 from metarl.commands.policy_commands import film, results_folder
 from metarl.envs.errors import UserError
 from metarl.running.config import default_workers
+from metarl.running.plain_json import json_text
 from metarl.running.tables import counted
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def evaluate(command: Evaluate) -> int:
         return 0
     result, files = found
     if command.json:
-        print(json.dumps(result.to_json(), indent=2))
+        print(json_text(result.to_json(), indent=2))
         return 0
     setting = result.setting
     options = "".join(f" {k}={v}" for k, v in setting["family_options"].items())
@@ -180,7 +181,7 @@ def _evaluate(
         return None
     folder = results_folder(next(iter(members)), out)
     files = [folder / "evaluation.json"]
-    write_atomically(files[0], json.dumps(result.to_json(), indent=2).encode())
+    write_atomically(files[0], json_text(result.to_json(), indent=2).encode())
     files += plots.plot_evaluation(result, folder / "evaluation.png")
     files += plots.plot_tasks(result, folder / "evaluation-tasks.png")
     files += plots.plot_paths(result, folder / "evaluation-paths.png")

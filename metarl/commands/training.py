@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -27,6 +26,7 @@ from metarl.envs.registry import (
 )
 from metarl.learning.ranks import LIMIT_SECONDS, Ranks, joined
 from metarl.running.config import Config, config_keys, default_workers
+from metarl.running.plain_json import json_text
 from metarl.running.presets import resolve, usual_preset
 
 _AUTO = "auto"
@@ -276,5 +276,5 @@ def benchmark(command: Benchmark) -> int:
     with joined(command.rank_timeout) as ranks:
         result = measuring.benchmark(command.config, command.repeats, ranks)
         if ranks.is_main:
-            print(json.dumps(result, indent=2) if command.json else measuring.table(result))
+            print(json_text(result, indent=2) if command.json else measuring.table(result))
     return 0

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from metarl.envs.errors import check_one_of
 from metarl.learning.networks import Dist, Model, Params, stack
-from metarl.learning.objectives import Loss
+from metarl.learning.objectives import Loss, task_losses
 from metarl.learning.samples import Samples
 
 StepSizes = dict[str, Tensor]
@@ -55,6 +56,10 @@ class Adapter:
     """Whether updates that raise a task's inner objective are not taken, see `proximal_descent`."""
     fitted: bool = False
     """Whether the meta-parameters hold a factor of the step sizes, which no gradient moves."""
+
+    def __post_init__(self) -> None:
+        check_one_of("fast", self.fast, get_args(Fast))
+        check_one_of("learned", self.learned, get_args(Learned))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each meta-parameter: the model's, and learned step sizes."""
@@ -193,7 +198,7 @@ class Adapter:
 
     def inner_loss(self, fast: Params, slow: Params, batch: Samples) -> Tensor:
         """Return the inner loss of each task, [T]."""
-        return self.loss(self.model, self.output(fast, slow, batch), batch)
+        return task_losses(self.loss, self.model, self.output(fast, slow, batch), batch)
 
 
 def inner_step(

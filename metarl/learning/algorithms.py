@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from metarl.envs.errors import UserError, check_name, did_you_mean
+from metarl.envs.errors import UserError, check_name, check_one_of, did_you_mean
 from metarl.learning.adaptation import Fast, Learned
 from metarl.learning.objectives import Loss, dice, likelihood_ratio, log_likelihood
 from metarl.learning.predictors import Head
@@ -20,9 +20,26 @@ INNER_LOSSES: Mapping[str, Loss] = {
 }
 
 
+Gradient = Literal["unrolled", "displacement", "implicit"]
+Outer = Literal["trust-region", "adam", "clipped", "none"]
+
+_CHOICES: Mapping[str, Any] = {
+    "gradient": Gradient,
+    "outer": Outer,
+    "fast": Fast,
+    "learned_steps": Learned,
+    "head": Head,
+}
+_FLAGS = ("whole_episodes", "first_order", "annealed", "observes_task", "reference")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """What one meta-learning algorithm is made of."""
+    """What one meta-learning algorithm is made of.
+
+    Raises:
+        UserError: a value is unknown, or the outer step cannot use the meta-gradient.
+    """
 
     name: str
     description: str
@@ -30,10 +47,10 @@ class Algorithm:
     inner_loss: Loss = log_likelihood
     whole_episodes: bool = False
     """The inner loss needs the samples of an episode together and in order."""
-    gradient: Literal["unrolled", "displacement", "implicit"] = "unrolled"
+    gradient: Gradient = "unrolled"
     first_order: bool = False
     """The meta-gradient takes the inner steps' Jacobian for the identity."""
-    outer: Literal["trust-region", "adam", "clipped", "none"] = "trust-region"
+    outer: Outer = "trust-region"
     fast: Fast = "all"
     """What adapts: all parameters, the last layer, or a context input."""
     learned_steps: Learned = "no"
@@ -49,8 +66,30 @@ class Algorithm:
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Values of config sections that the algorithm starts from."""
 
+    def __post_init__(self) -> None:
+        for key, choices in _CHOICES.items():
+            check_one_of(f"{self.name}: {key}", getattr(self, key), get_args(choices))
+        for key in _FLAGS:
+            check_one_of(f"{self.name}: {key}", getattr(self, key), (True, False))
+        if not callable(self.inner_loss):
+            raise UserError(
+                f"{self.name}: inner_loss must be a function (model, output, samples) -> [tasks],"
+                f" got {self.inner_loss!r}"
+            )
+        if self.outer == "trust-region" and self.gradient != "unrolled":
+            raise UserError(
+                f"{self.name}: outer trust-region needs gradient unrolled, got {self.gradient}:"
+                " use outer adam"
+            )
+        if self.outer == "clipped" and self.gradient == "displacement":
+            raise UserError(
+                f"{self.name}: outer clipped needs query samples, and gradient displacement draws"
+                " none: use outer adam"
+            )
+
     def with_inner_loss(self, name: str) -> Algorithm:
         """Return the row with an inner loss by name; "auto" leaves its own."""
+        check_one_of("inner.loss", name, ("auto", *INNER_LOSSES))
         return self if name == "auto" else replace(self, inner_loss=INNER_LOSSES[name])
 
     @property

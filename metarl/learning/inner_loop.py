@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, check_one_of
 from metarl.learning.adaptation import FACTOR, Adapter, StepSizes
 from metarl.learning.advantages import AdvantageConfig, estimate
+from metarl.learning.density import check_density
 from metarl.learning.networks import Params, stack
-from metarl.learning.objectives import make_batch, mean_kl
+from metarl.learning.objectives import Batch, make_batch, mean_kl
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.policies import MLPPolicy
 from metarl.learning.ranks import CHUNK
@@ -74,6 +75,7 @@ class InnerLoop:
         steps: int,
         query: Query,
         kl: float = 0.0,
+        check: bool = False,
     ) -> Adapted:
         """Adapt meta-parameters to `tasks` tasks by `steps` steps, each on episodes of its own.
 
@@ -86,10 +88,13 @@ class InnerLoop:
                 with theta_K, and "batch" estimates their advantages too.
             kl: fit the factor of the step sizes, 1 or more, so that the first step moves the
                 policies by this mean KL at least; 0 leaves it.
+            check: check the log-densities of the first samples, see `check_density`.
 
         Raises:
+            UserError: by `check`.
             NonFiniteError: something sampled, or an adapted parameter, is not a finite number.
         """
+        check_one_of("query", query, get_args(Query))
         fast, slow, step_sizes = self.adapter.split(meta)
         start = stack(fast, tasks)
         adapted = Adapted([start], slow, meta)
@@ -108,6 +113,9 @@ class InnerLoop:
                 else:
                     batch = drawn
                 adapted.batches.append(batch)
+                if check and k == 0 and isinstance(batch, Batch) and isinstance(drawn, Rollout):
+                    whole = not bool(drawn.diverged.any())
+                    check_density(self.adapter, start, slow, batch, self.pool, whole=whole)
                 if k < steps:
                     if k == 0:
                         start = self.start(start, slow, batch)
@@ -128,6 +136,7 @@ class InnerLoop:
 
         Nothing is adapted: what is to be optimized adapts by itself, with its graph.
         """
+        check_one_of("query", query, get_args(Query))
         fast, slow, _ = self.adapter.split(meta)
         adapted = Adapted([stack(fast, tasks)], slow, meta)
         for k in range(steps + (query != "none")):

@@ -22,7 +22,14 @@ from torch import Tensor
 from metarl.learning.adaptation import Adapter
 from metarl.learning.linear_solves import Product, conjugate_gradient_each
 from metarl.learning.networks import Dist, Params, flatten, stack
-from metarl.learning.objectives import Batch, Loss, likelihood_ratio, log_ratio, mean_kl
+from metarl.learning.objectives import (
+    Batch,
+    Loss,
+    likelihood_ratio,
+    log_ratio,
+    mean_kl,
+    task_losses,
+)
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.ranks import ALONE, CHUNK, Ranks
 from metarl.learning.samples import Samples
@@ -135,7 +142,7 @@ class QueryProblem(Problem):
         policy, last = adapter.model, len(batches) - 1
         dist = adapter.output(iterates[last], slow, batches[last])
         weights = objective.step_weights or (0.0,) * (last - 1) + (1.0,)
-        loss = objective.outer_loss(policy, dist, batches[last])
+        loss = task_losses(objective.outer_loss, policy, dist, batches[last])
         if last:
             loss = weights[-1] * loss
         for k in range(last):
@@ -146,7 +153,8 @@ class QueryProblem(Problem):
                 continue
             before = adapter.output(iterates[k], slow, batch)
             if weight:
-                loss = loss + weight * objective.outer_loss(policy, before, batch)
+                own = task_losses(objective.outer_loss, policy, before, batch)
+                loss = loss + weight * own
             if objective.inner_kl:
                 loss = loss + objective.inner_kl / last * mean_kl(policy, before, batch)
             if objective.credit is not None:
@@ -345,7 +353,7 @@ class ImplicitProblem(QueryProblem):
                 found = self.adapter.adapt(start, slow, step_sizes, [support])
             theta = {name: p.detach().requires_grad_() for name, p in found[-1].items()}
             dist = self.adapter.output(theta, slow, query)
-            loss = self.objective.outer_loss(self.adapter.model, dist, query).sum()
+            loss = task_losses(self.objective.outer_loss, self.adapter.model, dist, query).sum()
             b = rows(torch.autograd.grad(loss, list(theta.values())))
             inner = self.adapter.inner_loss(theta, slow, support).sum()
             slope = torch.autograd.grad(inner, list(theta.values()), create_graph=True)

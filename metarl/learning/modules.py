@@ -105,15 +105,27 @@ class Chosen(nn.Module):
         return chosen[0] if self.flat else torch.stack(chosen, dim=1)
 
 
+class Mode(nn.Module):
+    """The most likely action of what the network gives, for a policy with a mode of its own."""
+
+    def __init__(self, policy: MLPPolicy, params: Params) -> None:
+        super().__init__()
+        self.policy = policy
+        self.params = {name: p.detach().clone() for name, p in params.items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.policy.mode(self.policy.head(self.params, x))
+
+
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
-def make_module(policy: MLPPolicy, params: Params, last: nn.Module) -> nn.Sequential:
+def make_module(policy: MLPPolicy, params: Params, *last: nn.Module) -> nn.Sequential:
     """Return a policy's network as a module, observations [n, *observation_shape] to actions.
 
     Args:
         params: not stacked.
-        last: makes actions of what the network gives, `Bounded` or `Chosen`.
+        last: make actions of what the network gives: `Bounded` or `Chosen`, after a `Mode`.
     """
     layers: list[nn.Module] = []
     if policy.encoder is not None:
@@ -126,7 +138,7 @@ def make_module(policy: MLPPolicy, params: Params, last: nn.Module) -> nn.Sequen
         layers.append(_linear(params, f"layer{i}"))
         if i < policy.layers - 1:
             layers.append(_ACTIVATIONS[policy.activation]())
-    return nn.Sequential(*layers, last).eval()
+    return nn.Sequential(*layers, *last).eval()
 
 
 def _encoder(encoder: Encoder, params: Params) -> list[nn.Module]:

@@ -11,12 +11,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from metarl.envs.errors import check_one_of
 from metarl.learning.encoders import Encoder
 
 Params = dict[str, Tensor]
@@ -24,6 +25,8 @@ Dist = dict[str, Tensor]
 """What a model gives: parameters of a distribution, [..., samples, size] each."""
 
 Activation = Literal["tanh", "relu"]
+Part = Literal["head", "upper", "all"]
+"""Of a network: its last layer, the upper layers, all layers."""
 
 
 class _Tanh(torch.autograd.Function):
@@ -100,7 +103,7 @@ class Model(ABC):
         return {}
 
     @abstractmethod
-    def adapts(self, name: str, part: Literal["head", "upper", "all"]) -> bool:
+    def adapts(self, name: str, part: Part) -> bool:
         """Whether a parameter belongs to a part: the last layer, the upper layers, all layers."""
 
 
@@ -118,6 +121,9 @@ class MLP(Model):
     output_scale: float = 1.0
     """Factor of the last layer's initial weights."""
     encoder: Encoder | None = None
+
+    def __post_init__(self) -> None:
+        check_one_of("activation", self.activation, get_args(Activation))
 
     @property
     @abstractmethod
@@ -197,7 +203,8 @@ class MLP(Model):
         x = self.embed(params, x, weight)
         return affine(x, params[f"{last}.weight"], params[f"{last}.bias"])
 
-    def adapts(self, name: str, part: Literal["head", "upper", "all"]) -> bool:
+    def adapts(self, name: str, part: Part) -> bool:
+        check_one_of("part", part, get_args(Part))
         if part == "all":
             return True
         number = int(name[5 : name.index(".")]) if name.startswith("layer") else -1

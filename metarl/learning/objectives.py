@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metarl.envs.errors import UserError
 from metarl.learning.networks import Dist
 from metarl.learning.policies import MLPPolicy
 from metarl.learning.samples import Examples, Samples
@@ -66,6 +68,25 @@ def make_batch(policy: MLPPolicy, rollout: Rollout, advantage: Tensor) -> Batch:
 
 Loss = Callable[[Any, Dist, Any], Tensor]
 """(model, its output for the samples, samples) -> [T]"""
+
+
+def task_losses(loss: Loss, model: Any, output: Dist, samples: Samples) -> Tensor:
+    """Return what a loss gives, [T].
+
+    Raises:
+        UserError: it gives something else, such as a mean over tasks or a number a sample.
+    """
+    found = loss(model, output, samples)
+    tasks = len(samples.weight)
+    shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != [tasks]:
+        while isinstance(loss, partial):
+            loss = loss.func
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise UserError(
+            f"the loss {name} must return one number for each task, [{tasks}], got {shape}"
+        )
+    return found
 
 
 def log_likelihood(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:

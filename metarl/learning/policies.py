@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metarl.envs.errors import UserError
-from metarl.learning.networks import MLP, Dist, Params
+from metarl.learning.networks import MLP, Dist, Params, Part
 from metarl.learning.ranks import ALONE, Ranks
 
 
@@ -43,6 +43,7 @@ class MLPPolicy(MLP):
         """Size of an action as a vector."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.encoder is not None and self.normalize:
             raise UserError("policy.normalize has no effect on images, which are scaled to [0, 1]")
 
@@ -93,7 +94,7 @@ class MLPPolicy(MLP):
             params = {**params, "context": samples.context}
         return self.distribution(params, samples.observation)
 
-    def adapts(self, name: str, part: Literal["head", "upper", "all"]) -> bool:
+    def adapts(self, name: str, part: Part) -> bool:
         return not name.startswith("norm.") and super().adapts(name, part)
 
     def track_observations(

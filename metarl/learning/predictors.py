@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from metarl.envs.errors import check_one_of
 from metarl.learning.networks import MLP, Dist, Params, affine, tanh
 from metarl.learning.objectives import Loss, cross_entropy, squared_error
 from metarl.learning.samples import Examples
@@ -71,6 +72,10 @@ class Classifier(Predictor):
     """Predicts one of `outputs` classes, of those that a task has; cross-entropy."""
 
     head: Head = "meta"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("head", self.head, get_args(Head))
 
     @property
     def loss(self) -> Loss:

@@ -20,10 +20,10 @@ from metarl.envs.gymnasium_family import is_image
 from metarl.envs.policy_spaces import categories, check_policy_spaces
 from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.adaptation import Adapter
-from metarl.learning.algorithms import Algorithm
+from metarl.learning.algorithms import INNER_LOSSES, Algorithm
 from metarl.learning.encoders import ENCODERS, FourBlocks, make_encoder
 from metarl.learning.networks import Model
-from metarl.learning.objectives import dice
+from metarl.learning.objectives import Loss, clipped_ratio, dice
 from metarl.learning.policies import CategoricalMLP, GaussianMLP, MLPPolicy
 from metarl.learning.predictors import Classifier, Predictor, Regressor
 from metarl.running.config import Config, PolicyConfig
@@ -44,13 +44,9 @@ def scaled_tasks(family: Family, tasks: NDArray) -> Tensor:
 
 def make_adapter(row: Algorithm, config: Config, model: Model) -> Adapter:
     """Return what adapts in a config's algorithm, and how."""
-    own = row.with_inner_loss(config.inner.loss)
-    loss = model.loss if isinstance(model, Predictor) else own.inner_loss
-    if loss is dice:
-        loss = partial(dice, decay=config.inner.dice_decay)
     return Adapter(
         model,
-        loss,
+        _inner_loss(row, config, model),
         config.inner.step_sizes,
         fast=row.fast,
         learned=row.learned_steps,
@@ -59,6 +55,22 @@ def make_adapter(row: Algorithm, config: Config, model: Model) -> Adapter:
         backtrack=config.inner.backtrack,
         fitted=config.inner.kl > 0.0,
     )
+
+
+def _inner_loss(row: Algorithm, config: Config, model: Model) -> Loss:
+    """Return an algorithm's inner loss; for supervised tasks the model's in place of a policy's."""
+    loss = row.with_inner_loss(config.inner.loss).inner_loss
+    if not isinstance(model, Predictor):
+        return partial(dice, decay=config.inner.dice_decay) if loss is dice else loss
+    if loss in INNER_LOSSES.values():
+        return model.loss
+    function = loss.func if isinstance(loss, partial) else loss
+    if function in (dice, clipped_ratio, *INNER_LOSSES.values()):
+        raise UserError(
+            f"{row.name} needs a policy, for its inner loss {function.__name__}; these tasks are"
+            " supervised"
+        )
+    return loss
 
 
 def make_policy(
@@ -80,6 +92,10 @@ def make_policy(
         raise UserError(
             f"policy.network {chosen.network} reads images, and observations are"
             f" {size} numbers: leave it out"
+        )
+    elif chosen.network not in ("auto", "mlp"):
+        raise UserError(
+            f"policy.network {chosen.network} is for few-shot classification: leave it out"
         )
     common: dict[str, Any] = {
         "context_dim": context,

@@ -24,6 +24,7 @@ from torch import Tensor
 from metarl.envs.errors import UserError
 from metarl.running.config import Config
 from metarl.running.files import write_atomically
+from metarl.running.plain_json import json_text
 
 FORMAT = 1
 DISTRIBUTION = "metarl-gradient"
@@ -36,7 +37,7 @@ class CheckpointError(UserError):
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors and JSON metadata to a file, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps({**metadata, "format": FORMAT}, sort_keys=True)
+    text = json_text({**metadata, "format": FORMAT}, sort_keys=True)
     header = {"metarl": text, "sha256": _digest(tensors, text)}
     write_atomically(path, safetensors.torch.save(tensors, header))
 

@@ -17,6 +17,7 @@ from metarl.learning.first_order import AdamConfig
 from metarl.learning.networks import Activation
 from metarl.learning.ranks import local_ranks
 from metarl.learning.trust_region import TrustRegionConfig
+from metarl.running.plain_json import plain
 from metarl.sampling.spaces import ActionMode
 
 Network = Literal["auto", "mlp", "nature", "impala", "conv4"]
@@ -211,11 +212,11 @@ class Config:
         if self.seed < 0:
             raise UserError(f"seed must not be negative, got {self.seed}")
         # As a file of the run gives them back: a tuple is a list there.
-        object.__setattr__(self, "family_options", _plain(self.family_options))
+        object.__setattr__(self, "family_options", plain(self.family_options))
 
     def to_json(self) -> dict[str, Any]:
         """Return the config as plain JSON values."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Config:
@@ -288,14 +289,6 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
             raise UserError(f"no config key {prefix + name!r}{did_you_mean(name, known)}")
         check_type(prefix + name, value, getattr(usual, name))
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    return value.tolist() if hasattr(value, "tolist") else value  # of numpy
 
 
 def _one_of(key: str, value: Any) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from metarl.envs.errors import UserError, check_whole, kind_of
+from metarl.envs.errors import UserError, check_one_of, check_whole, kind_of
 from metarl.envs.family import Family, TaskFamily
 from metarl.envs.few_shot import FewShotFamily
 from metarl.envs.supervised import SupervisedFamily
@@ -201,8 +201,8 @@ def evaluate(
     least_values = (("tasks", tasks, 1), ("episodes", episodes, 1), ("steps", steps, 0))
     for key, value, least in (*least_values, ("seed", seed, 0), ("workers", workers, 0)):
         check_whole(key, value, least)
-    if split not in ("test", "validation"):
-        raise UserError(f"split must be 'test' or 'validation', got {split!r}")
+    tasks, episodes, steps, seed, workers = map(int, (tasks, episodes, steps, seed, workers))
+    check_one_of("split", split, ("test", "validation"))
     if tune_step_sizes and split == "validation":
         raise UserError("tune_step_sizes chooses on the validation tasks: evaluate on split 'test'")
     if not (math.isfinite(scratch_learning_rate) and scratch_learning_rate > 0.0):

@@ -6,7 +6,7 @@ import importlib.util
 import io
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, check_one_of
 from metarl.running.checkpoints import write_atomically
 from metarl.running.policy import Policy
 
@@ -36,6 +36,7 @@ def export(policy: Policy, path: Path, kind: Format, observations: gym.Space) ->
     Raises:
         UserError: a package that the format needs is not installed, or the file acts otherwise.
     """
+    check_one_of("format", kind, get_args(Format))
     observations.seed(0)
     kept = policy.policy.observation_dtype
     seen = np.stack([observations.sample() for _ in range(CHECKED)]).astype(kept)

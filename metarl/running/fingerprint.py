@@ -18,6 +18,7 @@ import numpy as np
 from metarl.envs import TaskFamily
 from metarl.envs.family import Family
 from metarl.envs.supervised import FunctionFamily, SupervisedFamily
+from metarl.running.plain_json import json_text
 
 Fingerprint = Mapping[str, Any]
 """Plain values of JSON by what they are of."""
@@ -67,7 +68,7 @@ def fingerprint(family: Family, spaces: Spaces | None = None) -> dict[str, Any]:
         found["observations"] = _kind(observation)
         found["observation bounds"] = _bounds(observation)
         found["actions"] = {**_kind(action), **_bounds(action)}
-    return json.loads(json.dumps(found))  # a tuple is a list, as in a file
+    return json.loads(json_text(found))  # a tuple is a list, as in a file
 
 
 def changes(old: Fingerprint, new: Fingerprint) -> list[str]:

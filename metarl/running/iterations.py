@@ -13,6 +13,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
+from metarl.envs.errors import check_one_of
 from metarl.learning.adaptation import Adapter
 from metarl.learning.algorithms import Algorithm
 from metarl.learning.credit import post_update_credit
@@ -135,6 +136,7 @@ def make_problem(
         outer_loss = partial(clipped_ratio, clip=config.adam.clip)
     if row.gradient == "implicit":
         return ImplicitProblem(adapter, batches, pool, Objective(outer_loss), **common)
+    check_one_of("gradient", row.gradient, ("unrolled",))
     now = schedule(row, config, iteration)
     credit, ranks = None, pool.ranks
     if config.meta.credit:
@@ -230,7 +232,10 @@ def make_outer(row: Algorithm, config: Config) -> TrustRegion | Adam | NoUpdate:
     """Return an algorithm's outer optimizer."""
     if row.outer == "none":
         return NoUpdate()
-    return TrustRegion(config.trust_region) if row.outer == "trust-region" else Adam(config.adam)
+    if row.outer == "trust-region":
+        return TrustRegion(config.trust_region)
+    check_one_of("outer", row.outer, ("adam", "clipped"))
+    return Adam(config.adam)
 
 
 def rollout_metrics(

@@ -135,6 +135,8 @@ def load_policy(path: str | Path) -> Policy:
         raise CheckpointError(f"{path} is a folder: metarl adapt makes a policy of a run")
     tensors, metadata = checkpoints.load(path)
     if metadata.get("kind") != "adapted":
+        if metadata.get("kind") not in ("policy", "checkpoint"):
+            raise CheckpointError(f"{path} holds no policy but {metadata.get('kind')!r}")
         raise CheckpointError(f"{path} is an initialization: metarl adapt makes a policy of it")
     config = config_of(path, metadata)
     meta = MetaPolicy(tensors, config, trained_on=metadata.get("family") or {})

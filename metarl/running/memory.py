@@ -1,18 +1,21 @@
 """How much memory a run needs, estimated before it starts.
 
-What rollouts take is exact: a run whose rollouts do not fit is refused. What an update takes
-besides is an estimate: where it does not fit, there is a warning.
+What rollouts take is exact, and so nearly is what the linear baseline takes: a run is refused if
+they do not fit. What an update takes besides is an estimate: if it does not fit, there is a
+warning. Copies of an environment are watched as they are made, see `metarl.envs.memory`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from metarl.envs.errors import UserError
+from metarl.envs.memory import available
+from metarl.learning.advantages import baseline_bytes
 from metarl.learning.policies import MLPPolicy
 from metarl.sampling.rollouts import RolloutBuffer
 
@@ -30,11 +33,21 @@ class Need:
     rollouts: int
     """Samples kept at once: exact."""
     update: int
-    """What the gradient's graph holds besides: an estimate."""
+    """What parameters of all tasks and the gradient's graph take besides: an estimate."""
+    baseline: int = 0
+    """What fitting the linear baseline takes besides, before the update."""
+    tasks: int = 0
+    episodes: int = 0
+    """Of a task."""
+
+    @property
+    def least(self) -> int:
+        """Bytes without the update."""
+        return self.rollouts + self.baseline
 
     @property
     def total(self) -> int:
-        return self.rollouts + self.update
+        return self.rollouts + max(self.update, self.baseline)
 
 
 def need(
@@ -48,6 +61,7 @@ def need(
     info_keys: int = 0,
     chunks: int = 1,
     fisher_fraction: float = 0.0,
+    threads: int = 1,
 ) -> Need:
     """Return what `rollouts` samples of all tasks' episodes take, and an update on them.
 
@@ -57,6 +71,7 @@ def need(
         info_keys: how many entries of the environments' info that are kept.
         chunks: chunks of four tasks whose graphs are held at once, one a thread.
         fisher_fraction: part of the samples whose graphs are held for all tasks at once.
+        threads: that fit baselines.
     """
     steps = tasks * episodes * horizon
 
@@ -73,27 +88,15 @@ def need(
     kept = rollouts * (one + batch) + (one if workers else 0) + beside
     forward = 4 * policy.activations * episodes * horizon  # of one task
     graphs = min(4 * chunks, tasks) + fisher_fraction * tasks
-    return Need(kept, int(GRAPH * graphs * forward))
-
-
-def available() -> int | None:
-    """Return the bytes that this process may still take, container limits included."""
-    free = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((group / "memory.current").read_text())
-            for line in (group / "memory.stat").read_text().splitlines():
-                if line.startswith("inactive_file "):  # a cache of files, which gives way
-                    used -= int(line.split()[1])
-            free.append(int(limit) - used)
-    except (OSError, ValueError):
-        pass
-    return min(free, default=None)
+    parameters = 4 * sum(math.prod(shape) for shape in policy.shapes().values())
+    iterates = (rollouts + 1) * tasks * parameters  # one more for sampling
+    return Need(
+        kept,
+        int(GRAPH * graphs * forward) + iterates,
+        baseline_bytes(episodes * horizon, policy.observation_shape, tasks, threads),
+        tasks,
+        episodes,
+    )
 
 
 def check_memory(needed: Need, name: str, processes: int = 1) -> None:
@@ -105,14 +108,15 @@ def check_memory(needed: Need, name: str, processes: int = 1) -> None:
         processes: that share the memory, and need as much each.
 
     Raises:
-        UserError: the rollouts alone are larger than the memory that is free.
+        UserError: the rollouts and the baseline alone are larger than the memory that is free.
     """
     free = available()
-    needed = Need(processes * needed.rollouts, processes * needed.update)
-    if free is None or needed.total <= free:
+    least, total = processes * needed.least, processes * needed.total
+    if free is None or total <= free:
         return
+    now = [f", now {count}" if count else "" for count in (needed.episodes, needed.tasks)]
     said = f"this needs {{}} GB of memory, and {free / 1e9:.1f} GB are free: take fewer episodes"
-    said += f" (--episodes) or tasks (--tasks), or a shorter horizon for {name}"
-    if needed.rollouts > free:
-        raise UserError(said.format(f"{needed.total / 1e9:.1f}"))
-    _log.warning(said.format(f"about {needed.total / 1e9:.1f}"))
+    said += f" (--episodes{now[0]}) or tasks (--tasks{now[1]}), or a shorter horizon for {name}"
+    if least > free:
+        raise UserError(said.format(f"{total / 1e9:.1f}"))
+    _log.warning(said.format(f"about {total / 1e9:.1f}"))

@@ -237,6 +237,7 @@ class MetaPolicy:
             ("seed", seed, 0),
         ):
             check_whole(name, value, least)
+        steps, episodes, seed = int(steps), int(episodes), int(seed)
         if isinstance(env, gym.vector.VectorEnv):
             raise UserError("adapt takes one environment, got a vector environment")
         given = None if isinstance(env, gym.Env) else self._task(env)
@@ -324,6 +325,7 @@ class MetaPolicy:
         if self.algorithm.observes_task:
             raise UserError("an oracle is told its task and does not adapt")
         check_whole("steps", steps, 0)
+        steps = int(steps)
         support = as_examples(self.model, inputs, targets)
         with one_intraop_thread(), ChunkPool(1) as pool:
             loop, meta = self.inner_loop(pool, step_sizes)
@@ -354,6 +356,7 @@ class MetaPolicy:
         """
         if self.algorithm.observes_task:
             raise UserError("an oracle is told its task and does not adapt")
+        check_whole("seed", seed, 0)
         if action_space is not None and not isinstance(action_space, gym.Space):
             raise UserError(f"action_space must be a space, got {kind_of(action_space)}")
         if action_space is None:
@@ -362,7 +365,7 @@ class MetaPolicy:
                 action_space = env.action_space
         loop, params = self.inner_loop(ChunkPool(1), step_sizes)
         return OnlineAdapter(
-            loop, params, action_space, self.family.horizon, self.config, seed, self.trained_on
+            loop, params, action_space, self.family.horizon, self.config, int(seed), self.trained_on
         )
 
     def save(self, path: str | Path) -> None:

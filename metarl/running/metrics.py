@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from metarl.running.files import GrowingFile, set_aside, write_atomically
+from metarl.running.plain_json import json_text
 
 _log = logging.getLogger(__name__)
 
@@ -367,4 +368,4 @@ def _line(row: dict[str, Any]) -> bytes:
     finite = {
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
     }
-    return (json.dumps(finite) + "\n").encode()
+    return (json_text(finite) + "\n").encode()

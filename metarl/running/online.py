@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, replace
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import gymnasium as gym
@@ -14,16 +17,25 @@ from numpy.typing import NDArray
 from metarl.envs.errors import UserError
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.networks import Params, copied, stack
+from metarl.learning.objectives import Batch, dice, likelihood_ratio, log_likelihood
 from metarl.learning.parallel import one_intraop_thread
+from metarl.learning.plausibility import Plausibility
 from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
 from metarl.running.config import Config
 from metarl.running.fingerprint import Fingerprint
 from metarl.running.policy import Policy
 from metarl.sampling.rollouts import RolloutBuffer
-from metarl.sampling.spaces import as_observation, policy_action
+from metarl.sampling.spaces import (
+    as_observation,
+    check_action,
+    drawn_between,
+    policy_action,
+    uniform_log_prob,
+)
 
 _LARGEST = float(np.finfo(np.float32).max)  # as rewards are held
+_EFFECTIVE = 0.1  # share of the transitions, below which their weights are warned of
 
 
 @dataclass
@@ -34,6 +46,8 @@ class _Episode:
     action: list[NDArray] = field(default_factory=list)
     """As the policy drew them, before any clipping."""
     reward: list[float] = field(default_factory=list)
+    log_prob: list[float] = field(default_factory=list)
+    """Log-densities under the policy that chose the actions; NaN where it is this one."""
     before: int = 0
     """Steps of the same episode that an inner step was taken on already."""
     terminated: bool = False
@@ -86,6 +100,15 @@ class OnlineAdapter:
         self._steps = self._seen = self._running = 0
         self._episodes: list[_Episode] = []
         self._drawn: tuple[NDArray, NDArray] | None = None  # the environment's action, the raw one
+        self._plausibility: Plausibility | None = None
+        if Plausibility.knows(self._network):
+            self._plausibility = Plausibility(
+                self._network,
+                uniform_log_prob(action_space, config.policy.action),
+                np.issubdtype(action_space.dtype, np.integer),
+                np.random.default_rng(seed),
+            )
+        self._warned: set[str] = set()
         self._policy = self._made()
 
     @property
@@ -106,8 +129,13 @@ class OnlineAdapter:
         reward: float,
         terminated: bool = False,
         truncated: bool = False,
+        *,
+        log_prob: float | None = None,
     ) -> None:
         """Take one transition.
+
+        Inner losses assume that the policy chose the action. There is one warning if the actions
+        are implausible as those of the policy: the test is wrong in one adapter of 10,000.
 
         Args:
             observation: before the action.
@@ -116,9 +144,15 @@ class OnlineAdapter:
             reward: for the action.
             terminated: the task ended with it.
             truncated: it was cut, as after the last step of an episode by time.
+            log_prob: log-density (log-probability of categories) of the action under the policy
+                that chose it, if that is another one: in nats, summed over components, in the
+                policy's units, which with `policy.action` scale are those of [-1, 1]. The inner
+                loss is then weighted by the ratio of both policies: the likelihood ratio instead of
+                the log-likelihood, and `old_log_prob` for losses of your own.
 
         Raises:
-            UserError: something is not finite, has another shape, or is no action of the space.
+            UserError: something is not finite, has another shape, or is no action of the space; or
+                `log_prob` is given and the algorithm's inner loss has no use for it.
         """
         policy = self._network
         seen = as_observation(observation, policy)
@@ -130,10 +164,14 @@ class OnlineAdapter:
             raise UserError(f"observations must be finite, got {seen[~np.isfinite(seen)][0]}")
         if not abs(reward) <= _LARGEST:
             raise UserError(f"reward must be a finite number of float32, got {reward}")
+        check_action(action, self._space)
+        self._check_log_prob(log_prob)
         if self._drawn is not None and np.array_equal(self._drawn[0], action):
             raw = self._drawn[1]
         else:
             raw = policy_action(action, self._space, self._config.policy.action)
+            if log_prob is None:
+                self._judge(seen, action)
         self._drawn = None
         if not self._episodes or self._episodes[-1].over:
             self._episodes.append(_Episode(before=self._running))
@@ -142,6 +180,7 @@ class OnlineAdapter:
         episode.observation.append(np.array(seen))  # the caller may change its own
         episode.action.append(raw)
         episode.reward.append(float(reward))
+        episode.log_prob.append(np.nan if log_prob is None else float(log_prob))
         episode.terminated = bool(terminated)
         full = episode.before + len(episode.reward) >= self._horizon
         episode.over = bool(terminated or truncated or full)
@@ -155,7 +194,9 @@ class OnlineAdapter:
         if self._episodes:
             with one_intraop_thread():
                 batch, _ = self._loop.prepare(self._rollout())
-                self._fast = self._loop.step(
+                assert isinstance(batch, Batch)
+                loop, batch = self._weighted(batch)
+                self._fast = loop.step(
                     self._fast, self._slow, self._step_sizes, batch, self._steps, start=self._start
                 )
             self._steps += 1
@@ -167,6 +208,67 @@ class OnlineAdapter:
         policy = copy.copy(self._policy)  # which draws from the same stream
         policy.params = copied(policy.params)
         return policy
+
+    def _check_log_prob(self, log_prob: float | None) -> None:
+        if log_prob is None:
+            return
+        if (
+            isinstance(log_prob, bool)
+            or not isinstance(log_prob, Real)
+            or not np.isfinite(log_prob)
+        ):
+            raise UserError(f"log_prob must be a finite number, got {log_prob!r}")
+        loss = self._loop.adapter.loss
+        if isinstance(loss, partial) and loss.func is dice:
+            raise UserError(
+                f"log_prob has no effect with {self._config.algorithm}, whose inner loss needs"
+                " actions of the policy itself"
+            )
+
+    def _judge(self, seen: NDArray, action: Any) -> None:
+        """Warn once if the actions so far are not those of the policy."""
+        test = self._plausibility
+        if test is None or "implausible" in self._warned:
+            return
+        with torch.inference_mode():
+            dist = self._network.distribution(
+                self._policy.params, torch.from_numpy(np.ascontiguousarray(seen[None]))
+            )
+        test.add(dist, *drawn_between(action, self._space, self._config.policy.action))
+        if test.implausible:
+            self._warn(
+                "implausible",
+                f"the policy did not choose these actions ({test.count} given to add that act did"
+                " not return): an inner step on them may lead anywhere. Use act, or give log_prob",
+            )
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(text, stacklevel=4)
+
+    def _weighted(self, batch: Batch) -> tuple[InnerLoop, Batch]:
+        """Return how to adapt, and the samples, with what is known of who chose the actions."""
+        given = torch.full(batch.old_log_prob.shape, torch.nan).view(1, len(self._episodes), -1)
+        for e, episode in enumerate(self._episodes):
+            given[0, e, : len(episode.log_prob)] = torch.tensor(episode.log_prob)
+        given = given.flatten(1)
+        known = torch.isfinite(given)
+        if not known.any():
+            return self._loop, batch
+        ratio = torch.where(known, (batch.old_log_prob - given).double().exp(), 1.0)
+        ratio = ratio[batch.weight > 0]
+        effective = float(ratio.sum() ** 2 / ratio.square().sum()) / len(ratio)
+        if not effective > _EFFECTIVE:
+            self._warn(
+                "weights",
+                f"log_prob: {100 * effective:.2g} % of the transitions carry all the weight: the"
+                " policy that chose these actions is too far from this one",
+            )
+        loop = self._loop
+        if loop.adapter.loss is log_likelihood:  # of the same gradient, with the weights
+            loop = replace(loop, adapter=replace(loop.adapter, loss=likelihood_ratio))
+        return loop, replace(batch, old_log_prob=torch.where(known, given, batch.old_log_prob))
 
     def _params(self) -> Params:
         return self._loop.adapter.params(self._fast, self._slow, 1)

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from metarl.envs.errors import UserError
-from metarl.learning.modules import Bounded, Chosen, make_module
+from metarl.learning.modules import Bounded, Chosen, Mode, make_module
 from metarl.learning.networks import Params, copied
-from metarl.learning.policies import CategoricalMLP, MLPPolicy
+from metarl.learning.policies import CategoricalMLP, GaussianMLP, MLPPolicy
 from metarl.running import checkpoints
 from metarl.running.config import Config
 from metarl.running.files import as_path
@@ -30,6 +30,17 @@ from metarl.sampling.spaces import (
     middle_and_half,
     space_to_json,
 )
+
+_COMPARED = 200  # observations
+_TIES = 0.02  # share of categories that may differ
+
+
+def _close(found: NDArray, expected: NDArray) -> bool:
+    """Whether arrays are equal up to the rounding of two kernels."""
+    if found.shape != expected.shape:
+        return False
+    scale = 1.0 + np.abs(expected).max(initial=0.0, where=np.isfinite(expected))
+    return bool(np.allclose(found, expected, rtol=0.0, atol=1e-5 * scale))
 
 
 class Policy:
@@ -142,18 +153,61 @@ class Policy:
     def module(self) -> nn.Module:
         """Return the policy as an ordinary module of torch: observations [n, ...] to actions.
 
-        It takes the most likely action; normalization and the mapping of actions are inside.
+        It takes the most likely action; normalization and the mapping of actions are inside. It is
+        compared with the policy on random observations.
+
+        Raises:
+            UserError: the policy acts otherwise, as one with a forward pass of its own does.
         """
+        module = make_module(self.policy, copied(self.params), *self._last())
+        if self._agrees(module):
+            return module
+        if isinstance(self.policy, GaussianMLP):  # its mode may be its own, as a squashed one's
+            mode = Mode(self.policy, self.params)
+            module = make_module(self.policy, copied(self.params), mode, *self._last())
+            if self._agrees(module):
+                return module
+        raise UserError(
+            f"{type(self.policy).__name__} acts otherwise than its layers as a module: only its"
+            " mode may differ from that of the built-in policies, not its features, forward pass or"
+            " distribution"
+        )
+
+    def _last(self) -> list[nn.Module]:
+        """Return what makes the environment's actions of the most likely ones."""
         space = self._space
         if isinstance(self.policy, CategoricalMLP):
             flat = isinstance(space, gym.spaces.Discrete)
             start = np.broadcast_to(getattr(space, "start", 0), len(self.policy.categories))
-            last: nn.Module = Chosen(self.policy.categories, start.tolist(), flat)
+            return [Chosen(self.policy.categories, start.tolist(), flat)]
+        assert isinstance(space, gym.spaces.Box)
+        scaling = middle_and_half(space) if self._mode == "scale" else ()
+        return [Bounded(space.low, space.high, *scaling)]
+
+    def _agrees(self, module: nn.Sequential) -> bool:
+        """Whether a module acts as the policy does, before and after its bounds."""
+        policy, rng = self.policy, np.random.default_rng(0)  # a stream that nothing else draws from
+        shape = (_COMPARED, *policy.observation_shape)
+        if policy.observation_dtype == np.uint8:
+            seen = rng.integers(0, 256, shape, np.uint8)
         else:
-            assert isinstance(space, gym.spaces.Box)
-            scaling = middle_and_half(space) if self._mode == "scale" else ()
-            last = Bounded(space.low, space.high, *scaling)
-        return make_module(self.policy, copied(self.params), last)
+            spread = np.logspace(-1.0, 1.0, _COMPARED).reshape(-1, *[1] * (len(shape) - 1))
+            seen = (spread * rng.standard_normal(shape)).astype(np.float32)
+            if policy.normalize:
+                mean, var = (self.params[f"norm.{name}"].numpy() for name in ("mean", "var"))
+                seen = (mean + np.sqrt(var + 1e-8) * seen).astype(np.float32)
+        with torch.inference_mode():
+            observation = torch.from_numpy(seen)
+            mode = policy.mode(policy.distribution(self.params, observation)).numpy()
+            acts = module(observation).numpy()
+            raw = module[:-1](observation).numpy()
+        expected = self.act(seen, deterministic=True)
+        same = isinstance(policy, CategoricalMLP) or _close(raw, mode)
+        if np.issubdtype(expected.dtype, np.integer):  # near ties may be broken either way
+            return (
+                same and acts.shape == expected.shape and bool(np.mean(acts != expected) <= _TIES)
+            )
+        return same and _close(acts, expected)
 
     def save(self, path: str | Path) -> None:
         """Write a policy file that `load_policy` reads.

@@ -98,6 +98,7 @@ class PolicyProtocol:
                 policy, tasks=len(self.goals), episodes=self.episodes, horizon=self.family.horizon,
                 rollouts=self.steps + 1, workers=0 if self.family.parallel else self.workers,
                 info_keys=len(self.family.achieved), chunks=self.pool.threads,
+                threads=self.pool.threads,
             )  # fmt: skip
             check_memory(needed, self.family.name, local_ranks())
             self.collectors[key] = make_collector(

@@ -6,7 +6,6 @@ once the one before is on the disk.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 from metarl.running.config import Config
 from metarl.running.fingerprint import Fingerprint
 from metarl.running.metrics import MetricsLog
+from metarl.running.plain_json import json_text
 from metarl.running.runs import State, save_checkpoint
 
 SAVE_SECONDS = 5.0
@@ -53,7 +53,7 @@ class Recorder:
         self._between, self._saved = between, time.monotonic()
         self._rows: list[dict[str, Any]] = []  # that are not written yet
         self._state = state
-        text = json.dumps(config.to_json(), indent=2)
+        text = json_text(config.to_json(), indent=2)
         self._metrics = MetricsLog(folder, state.iteration, text)
         self._thread = ThreadPoolExecutor(1, "metarl-recorder")
         self._writing: Future[None] | None = None

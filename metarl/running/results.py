@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from metarl.learning.algorithms import ALGORITHMS
+from metarl.running.plain_json import plain
 from metarl.running.statistics import (
     FEWEST,
     Floats,
@@ -284,7 +285,7 @@ class EvaluationResult:
                 rows[name]["gap_closed_ci95"] = _finite([list(gap[1:]) for gap in gaps])
         own = rows.pop(self.name)
         return {
-            **self.setting, "name": self.name, **own,
+            **plain(self.setting), "name": self.name, **own,
             "references": rows, "verdict": self.verdict(),
         }  # fmt: skip
 

@@ -31,6 +31,7 @@ from metarl.running.files import is_aside, set_aside, sweep, write_atomically
 from metarl.running.fingerprint import Fingerprint
 from metarl.running.loading import checkpoint_path, checkpoints_of, newest_good
 from metarl.running.metrics import read_metrics
+from metarl.running.plain_json import json_text
 
 _log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def create_run(folder: Path, config: Config, family: Fingerprint | None = None) 
         "config": config.to_json(), "family": dict(family or {}), "versions": versions(),
         "machine": machine(),
     }  # fmt: skip
-    write_atomically(folder / "config.json", json.dumps(data, indent=2).encode())
+    write_atomically(folder / "config.json", json_text(data, indent=2).encode())
 
 
 def plan(folder: Path, config: Config) -> None:
@@ -158,7 +159,7 @@ def plan(folder: Path, config: Config) -> None:
     path = folder / "config.json"
     data = json.loads(path.read_text())
     data["config"]["iterations"] = config.iterations
-    write_atomically(path, json.dumps(data, indent=2).encode())
+    write_atomically(path, json_text(data, indent=2).encode())
 
 
 def run_config(folder: Path) -> Config:

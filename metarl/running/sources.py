@@ -23,6 +23,7 @@ from metarl.envs.tasks import Tasks
 from metarl.learning.adaptation import Adapter
 from metarl.learning.algorithms import Algorithm
 from metarl.learning.networks import Model, Params
+from metarl.learning.objectives import task_losses
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.policies import MLPPolicy
 from metarl.learning.predictors import Predictor
@@ -233,7 +234,8 @@ class Draws(Opened):
         with torch.no_grad():
             start = adapter.start(fast, slow, self._examples[0])
             query = self._examples[-1]
-            loss = float(model.loss(model, adapter.output(start, slow, query), query).mean())
+            output = adapter.output(start, slow, query)
+            loss = float(task_losses(model.loss, model, output, query).mean())
         return {"loss_pre": loss, "loss_post": -stats.get("surrogate_before", math.nan)}
 
 
@@ -277,5 +279,6 @@ def _check_memory(
         workers=0 if family.parallel else config.workers,
         chunks=config.threads if second else 1,
         fisher_fraction=config.trust_region.fisher_fraction if trust_region else 0.0,
+        threads=config.threads,
     )
     check_memory(needed, config.family, local_ranks())

@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
 from metarl.envs import TaskFamily
+from metarl.envs.errors import check_one_of
 from metarl.learning.encoders import NatureCNN, image_size
 from metarl.running.config import Config
 from metarl.running.statistics import Floats
@@ -92,6 +93,7 @@ def _policy_class(space: gym.Space) -> str:
 def _as_acted_in(env: gym.Env, mode: ActionMode) -> gym.Env:
     """Let a Box be acted in as the config's policy does: with `scale`, by +-1 for its bounds."""
     space = env.action_space
+    check_one_of("policy.action", mode, get_args(ActionMode))
     if mode != "scale" or not isinstance(space, gym.spaces.Box):
         return env
     unit = gym.spaces.Box(-1.0, 1.0, space.shape, np.float32)

@@ -18,7 +18,7 @@ from torch import Tensor
 from metarl.envs.supervised import FunctionFamily, SupervisedFamily
 from metarl.learning.adaptation import Adapter
 from metarl.learning.networks import Params, stack
-from metarl.learning.objectives import Loss, accuracy, squared_error
+from metarl.learning.objectives import Loss, accuracy, squared_error, task_losses
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.predictors import Predictor, class_means
 from metarl.learning.samples import Examples
@@ -172,7 +172,8 @@ class SupervisedProtocol:
                 kept.append({name: p.detach().clone() for name, p in leaves.items()})
                 for _ in range(UPDATES if k < self.steps else 0):
                     optimizer.zero_grad()
-                    model.loss(model, model.output(leaves, part), part).sum().backward()
+                    output = model.output(leaves, part)
+                    task_losses(model.loss, model, output, part).sum().backward()
                     optimizer.step()
             return kept
 

@@ -90,6 +90,7 @@ class Trainer:
         params = adapter.init(self.model.init(stream(config.seed, 0, "init")))
         self.outer = make_outer(self.algorithm, config)
         self.state = State(params, self.outer.init(params))
+        self._first = True
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(one_intraop_thread())
         self.pool = self._stack.enter_context(ChunkPool(config.threads, ranks))
@@ -136,7 +137,9 @@ class Trainer:
             if self.source.fixed:
                 adapted = self.inner_loop.draw(opened.sample, params, tasks, **common)
             else:
-                common["kl"] = config.inner.kl
+                # Once in a process: the code may be another after a resume.
+                common |= {"kl": config.inner.kl, "check": self._first}
+                self._first = False
                 adapted = self.inner_loop.run(opened.sample, params, tasks, **common)
             params = adapted.meta
             if config.inner.steps:

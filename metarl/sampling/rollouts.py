@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from metarl.envs import TaskFamily, TaskVectorEnv
+from metarl.envs.errors import check_one_of
 from metarl.learning.networks import Params
 from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.policies import MLPPolicy
@@ -27,6 +28,7 @@ from metarl.sampling.seeding import episode_seeds, stream
 from metarl.sampling.spaces import ActionMode, check_spaces, env_action
 
 _log = logging.getLogger(__name__)
+Split = Literal["train", "test", "validation"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,13 @@ class Address:
 
     seed: int
     iteration: int = 0
-    split: Literal["train", "test", "validation"] = "train"
+    split: Split = "train"
     inner_step: int = 0
     first_task: int = 0
     """Of all the iteration's tasks the one that is sampled here as task 0."""
+
+    def __post_init__(self) -> None:
+        check_one_of("split", self.split, get_args(Split))
 
     def _phase(self, kind: str) -> str:
         return kind if self.split == "train" else f"{self.split}-{kind}"

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
 from metarl.envs import TaskVectorEnv
-from metarl.envs.errors import UserError
-from metarl.envs.policy_spaces import categories
+from metarl.envs.errors import UserError, check_one_of
+from metarl.envs.policy_spaces import categories, no_actions
 from metarl.learning.policies import CategoricalMLP, MLPPolicy
 
 ActionMode = Literal["clip", "scale"]
+_MODES = get_args(ActionMode)
 
+_ROUNDING = 1e-6  # of a bound, in an action that another program computed
 _WRAP = "gymnasium.wrappers.FlattenObservation makes them one"
 
 
@@ -49,13 +51,15 @@ def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
     Box of whole numbers gets the nearest one.
     Discrete spaces get whole numbers that count from their start.
     """
+    check_one_of("policy.action", mode, _MODES)
     if isinstance(space, gym.spaces.Discrete):
         return action[..., 0].astype(np.int64) + space.start
     if isinstance(space, gym.spaces.MultiDiscrete):
         return action.astype(space.dtype) + space.start
     if isinstance(space, gym.spaces.MultiBinary):
         return action.astype(space.dtype)
-    assert isinstance(space, gym.spaces.Box)
+    if not isinstance(space, gym.spaces.Box):
+        raise no_actions(space)
     if mode == "scale":
         middle, half = middle_and_half(space)
         action = middle + half * action
@@ -72,19 +76,81 @@ def policy_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArra
     Raises:
         UserError: it has another shape, is not finite, or names no category.
     """
+    check_one_of("policy.action", mode, _MODES)
     taken, counts = np.atleast_1d(np.asarray(action, np.float64)), categories(space)
-    wrong = UserError(f"action {action} is none of {space}")
     if taken.shape != (space.shape or (1,)) or not np.isfinite(taken).all():
-        raise wrong
+        raise _none_of(action, space)
     if counts is not None:
         taken = taken - getattr(space, "start", 0)
         if not ((taken == np.rint(taken)) & (taken >= 0) & (taken < counts)).all():
-            raise wrong
+            raise _none_of(action, space)
     elif mode == "scale":
         assert isinstance(space, gym.spaces.Box)
         middle, half = middle_and_half(space)
-        taken = (taken - middle) / half
+        # A locked component, low == high, has one action, whatever the policy drew.
+        taken = np.divide(taken - middle, half, out=np.zeros_like(taken), where=half > 0.0)
     return taken.astype(np.float32)
+
+
+def check_action(action: Any, space: gym.Space) -> None:
+    """Raise UserError unless an environment's action is one of its space, up to rounding."""
+    taken = np.atleast_1d(np.asarray(policy_action(action, space, "clip"), np.float64))
+    if not isinstance(space, gym.spaces.Box):
+        return
+    taken = np.asarray(action, np.float64)
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # of infinite bounds
+        outside = (taken < low - _ROUNDING * np.abs(low)) | (
+            taken > high + _ROUNDING * np.abs(high)
+        )
+    whole = np.issubdtype(space.dtype, np.integer)
+    if outside.any() or (whole and (taken != np.rint(taken)).any()):
+        raise _none_of(action, space)
+
+
+def _none_of(action: Any, space: gym.Space) -> UserError:
+    return UserError(f"action {action} is none of {space}")
+
+
+def drawn_between(
+    action: NDArray, space: gym.Space, mode: ActionMode
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return between what a policy drew that `env_action` made this action of, [action_size] both.
+
+    They are equal unless a Box's bounds cut it, or whole numbers were rounded to.
+    """
+    raw = policy_action(action, space, mode).astype(np.float64)
+    low, high = raw.copy(), raw.copy()
+    if not isinstance(space, gym.spaces.Box):
+        return low, high
+    taken = np.asarray(action, np.float64)
+    if np.issubdtype(space.dtype, np.integer):
+        half = middle_and_half(space)[1] if mode == "scale" else 1.0
+        unit = 0.5 / np.where(half > 0.0, half, 1.0)
+        low, high = low - unit, high + unit
+    low[taken <= space.low] = -np.inf
+    high[taken >= space.high] = np.inf
+    return low, high
+
+
+def uniform_log_prob(space: gym.Space, mode: ActionMode) -> NDArray[np.float64]:
+    """Return each component's log-density under uniform actions, in a policy's units.
+
+    Of whole numbers it is a log-probability. It is NaN where a Box is not bounded, or has one value
+    only.
+    """
+    counts = categories(space)
+    if counts is not None:
+        return -np.log(np.asarray(counts, np.float64))
+    assert isinstance(space, gym.spaces.Box)
+    width = space.high.astype(np.float64) - space.low.astype(np.float64)
+    if np.issubdtype(space.dtype, np.integer):
+        width = width + 1.0
+    elif mode == "scale":
+        width = np.where(bounded(space) & (width > 0.0), 2.0, width)
+    with np.errstate(divide="ignore"):
+        found = -np.log(width)
+    return np.where(bounded(space) & (space.low < space.high), found, np.nan)
 
 
 def bounded(space: gym.spaces.Box) -> NDArray[np.bool_]:
@@ -96,18 +162,20 @@ def bounded(space: gym.spaces.Box) -> NDArray[np.bool_]:
 def middle_and_half(space: gym.spaces.Box) -> tuple[NDArray, NDArray]:
     """Return a Box's middle and half width; 0 and 1 where it is not bounded."""
     low, high = (np.where(bounded(space), x, y) for x, y in ((space.low, -1.0), (space.high, 1.0)))
-    return 0.5 * (high + low), 0.5 * (high - low)
+    return 0.5 * high + 0.5 * low, 0.5 * high - 0.5 * low  # neither sum overflows
 
 
 def space_to_json(space: gym.Space) -> dict[str, Any]:
     """Return a space of actions, one that `categories` knows, as plain values."""
-    keys = {
+    keys: dict[Any, tuple[str, ...]] = {
         gym.spaces.Box: ("low", "high"),
         gym.spaces.Discrete: ("n", "start"),
         gym.spaces.MultiDiscrete: ("nvec", "start"),
         gym.spaces.MultiBinary: ("n",),
     }
-    kind = next(kind for kind in keys if isinstance(space, kind))
+    kind = next((kind for kind in keys if isinstance(space, kind)), None)
+    if kind is None:
+        raise no_actions(space)
     found = {key: np.asarray(getattr(space, key)).tolist() for key in keys[kind]}
     return {"kind": kind.__name__, "dtype": str(space.dtype), **found}
 
@@ -121,6 +189,7 @@ def space_from_json(data: Mapping[str, Any]) -> gym.Space:
         return gym.spaces.Box(low, high, dtype=dtype.type)
     if data["kind"] == "MultiBinary":
         return gym.spaces.MultiBinary(values["n"])
+    check_one_of("kind", data["kind"], ("Discrete", "MultiDiscrete"))
     kind = gym.spaces.Discrete if data["kind"] == "Discrete" else gym.spaces.MultiDiscrete
     return kind(**values, dtype=dtype.type)
 
@@ -157,6 +226,7 @@ def beyond_bounds(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArra
 
     None for other spaces, which cut nothing.
     """
+    check_one_of("policy.action", mode, _MODES)
     if not isinstance(space, gym.spaces.Box):
         return None
     low, high = space.low, space.high

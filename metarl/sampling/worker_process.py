@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from metarl.envs import TaskVectorEnv
 from metarl.envs.errors import UserError
+from metarl.envs.memory import share_with
 from metarl.envs.processes import Parcel, unpack
 from metarl.envs.start_checks import start_findings
 from metarl.learning.policies import MLPPolicy
@@ -112,6 +113,7 @@ def _restored(share: Share, channel: Connection) -> Iterator[tuple[TaskVectorEnv
             channel.send(Reply("found", finding))
         share.progress[:] = [0, 0, -1]
     tasks = share.where.stop - share.where.start
+    share_with(-(-share.tasks // tasks))
     env = family.make_vec(tasks, share.episodes, autoreset_mode=AutoresetMode.DISABLED)
     env.progress = share.progress
     arrays = iter(share.memory)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import matplotlib as mpl
 import numpy as np
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, check_one_of
 from metarl.running.files import write_atomically
 from metarl.running.metrics import measure_of, read_metrics
 from metarl.running.results import ACCURACY, EvaluationResult
@@ -320,6 +320,7 @@ def plot_learning(
     Raises:
         UserError: a folder is no run, or has no iteration yet.
     """
+    check_one_of("against", against, get_args(Against))
     if smooth < 1:
         raise UserError(f"smooth must be at least 1, got {smooth}")
     groups = _alike(runs)

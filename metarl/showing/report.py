@@ -16,6 +16,7 @@ from metarl.running.checkpoints import machine, versions
 from metarl.running.diagnosis import findings
 from metarl.running.files import write_atomically
 from metarl.running.metrics import read_metrics
+from metarl.running.plain_json import json_text
 from metarl.running.tables import counted, tables
 from metarl.showing.videos import to_webm
 
@@ -116,7 +117,7 @@ def _video(path: Path) -> str:
 
 
 def _json(values: Any) -> str:
-    return f"<pre>{html.escape(json.dumps(values, indent=2))}</pre>"
+    return f"<pre>{html.escape(json_text(values, indent=2))}</pre>"
 
 
 def _setting(evaluation: Mapping[str, Any]) -> str:

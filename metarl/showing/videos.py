@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from metarl.envs import MujocoFamily, TaskFamily
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, check_one_of
 from metarl.running.files import write_atomically
 from metarl.running.policy import Policy
 
@@ -53,6 +53,7 @@ class Video:
 
     def save(self, path: Path) -> None:
         """Write it as the suffix says: .mp4, .webm or .gif."""
+        check_one_of("suffix", path.suffix, (".gif", *_CODECS))
         if path.suffix == ".gif":
             images = [
                 Image.fromarray(f).quantize(64, dither=Image.Dither.NONE) for f in self.frames

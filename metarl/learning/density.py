@@ -1,0 +1,153 @@
+"""Does learning see the densities that actions were drawn with? Checked once, when a run starts.
+
+All losses of policies compare log-densities of the learning pass with those of sampling. A network
+whose passes differ (batch normalization over other batches, dropout), or a `log_prob` that is not
+the density of `sample`, makes every gradient wrong and no number infinite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from metarl.envs.errors import UserError
+from metarl.learning.adaptation import Adapter
+from metarl.learning.networks import Dist, Params
+from metarl.learning.objectives import Batch
+from metarl.learning.parallel import ChunkPool, slices
+from metarl.learning.policies import GaussianMLP, MLPPolicy
+from metarl.learning.ranks import CHUNK
+
+LARGEST = 1e-4
+"""Mean |log-ratio| of a task at the parameters that sampled, besides rounding."""
+
+_ROUNDINGS = 64.0  # units in the last place that the two passes may differ by
+_DEVIATIONS = 8.0  # standard deviations of a sum that is zero on average
+_COMPONENTS = 64  # of a distribution's parameter that are looked at
+_SHIFT = 0.5  # standard deviations
+
+Sums = dict[str, Tensor]
+"""By the name of a parameter of the distribution, [2, size]: the sum of what is zero on average,
+and the sum of its squares."""
+
+
+def check_density(
+    adapter: Adapter, fast: Params, slow: Params, batch: Batch, pool: ChunkPool, *, whole: bool
+) -> None:
+    """Compare the log-densities of samples with those of the learning pass.
+
+    Args:
+        fast, slow: parameters that the samples were drawn with; `fast` is stacked.
+        batch: the samples.
+        whole: whether they are all that was drawn. Episodes that diverged are left out, and the
+            actions of the others were then not chosen by the policy alone.
+
+    Raises:
+        UserError: they differ, or are not those of what was drawn.
+    """
+
+    def one(chunk: slice) -> tuple[Tensor, Tensor, Sums]:
+        part = batch.map(lambda x: x[chunk])
+        theta = {name: p[chunk] for name, p in fast.items()}
+        return _compared(adapter, theta, slow, part)
+
+    parts = pool.map(one, slices(len(batch.weight), CHUNK))
+    gap = torch.cat([part[0] for part in parts])
+    rounding = torch.cat([part[1] for part in parts])
+    if bool((gap > LARGEST + rounding).any()):
+        raise UserError(
+            f"the policy's log-densities differ by {float(gap.max()):.2g} on average between"
+            f" sampling and learning, at most {LARGEST:g} is allowed: its output must not depend on"
+            " the batch or on chance (batch normalization, dropout)"
+        )
+    for name in parts[0][2] if whole else ():
+        total, square = torch.stack([part[2][name] for part in parts]).sum(0)
+        if bool((total.abs() > _DEVIATIONS * square.sqrt()).any()):
+            raise UserError(
+                "the policy's log_prob is not the log-density of what its sample draws: it does"
+                f" not fit the sampled actions with respect to {name.partition(' ')[0]}"
+            )
+
+
+def _compared(
+    adapter: Adapter, fast: Params, slow: Params, batch: Batch
+) -> tuple[Tensor, Tensor, Sums]:
+    """Return each task's mean |log-ratio| and what rounding explains of it, [T], and `Sums`."""
+    policy = adapter.model
+    assert isinstance(policy, MLPPolicy)
+    seen = batch.observation
+    if seen.is_floating_point():
+        seen = seen.detach().clone().requires_grad_()
+    output = adapter.output(fast, slow, dataclasses.replace(batch, observation=seen))
+    leaves = {name: x.detach().requires_grad_() for name, x in output.items()}
+    log_prob = policy.log_prob(leaves, batch.action)
+    slopes = torch.autograd.grad(log_prob.sum(), list(leaves.values()), materialize_grads=True)
+    log_prob = log_prob.detach()
+    # First order: a relative error of each number times the derivative with respect to it.
+    error = log_prob.abs()
+    for x, slope in zip(leaves.values(), slopes, strict=True):
+        error = error + (slope * x.detach()).abs().sum(-1)
+    moving = [(x, g) for x, g in zip(output.values(), slopes, strict=True) if x.requires_grad]
+    if moving:
+        values, cotangents = zip(*moving, strict=True)
+        (back,) = torch.autograd.grad(values, seen, cotangents, materialize_grads=True)
+        error = error + (back * seen.detach()).abs().flatten(2).sum(-1)
+    gap = (batch.weight * (log_prob - batch.old_log_prob).abs()).sum(1)
+    unit = _ROUNDINGS * torch.finfo(log_prob.dtype).eps
+    rounding = unit * (batch.weight * error).sum(1)
+    scores = dict(zip(leaves, slopes, strict=True))
+    valid = batch.weight > 0
+    if isinstance(policy, GaussianMLP):  # where an action's own rounding is no part of its draw
+        step = 1e3 * torch.finfo(log_prob.dtype).eps * leaves["mean"].detach().abs()
+        valid = valid & (leaves["log_std"].detach().exp() > step).all(-1)
+    sums = _score_sums(policy, output, scores, valid)
+    if isinstance(policy, GaussianMLP):
+        sums["mean of ratios"] = _ratio_sums(policy, output, scores["mean"], batch, valid)
+    return gap, rounding, sums
+
+
+def _score_sums(policy: MLPPolicy, dist: Dist, scores: Dist, valid: Tensor) -> Sums:
+    """Return sums of scores, the derivatives of log-densities: E[grad log pi(a)] = 0.
+
+    They are taken along each component, and along the parameter itself: the temperature of logits.
+    Their squares are at least as large as expected, by the Fisher metric: of a rare category the
+    sampled ones may all be next to zero.
+    """
+    fixed = {name: x.detach() for name, x in dist.items()}
+    sums = {}
+    for name, score in scores.items():
+        columns = []
+        for i in range(min(score.shape[-1], _COMPONENTS) + 1):
+            along = torch.zeros_like(score)
+            if i:
+                along[..., i - 1] = 1.0
+            else:
+                along = fixed[name]
+            tangent = {n: torch.zeros_like(x) for n, x in fixed.items()} | {name: along}
+            expected = (policy.fisher(fixed, tangent)[name] * along).sum(-1)[valid].double().sum()
+            found = (score * along).sum(-1)[valid].double()
+            square = torch.maximum(found.square().sum(), expected)
+            columns.append(torch.stack([found.sum(), square]))
+        sums[name] = torch.stack(columns, dim=1)
+    return sums
+
+
+def _ratio_sums(
+    policy: GaussianMLP, dist: Dist, score: Tensor, batch: Batch, valid: Tensor
+) -> Tensor:
+    """Return sums of likelihood ratios to shifted means, less 1: E[pi'(a) / pi(a)] = 1, [2, size].
+
+    Scores are zero on average for a density of another width too; these are not.
+    """
+    fixed = {name: x.detach() for name, x in dist.items()}
+    here = policy.log_prob(fixed, batch.action)
+    sums = []
+    for i in range(min(score.shape[-1], _COMPONENTS)):
+        size = score[..., i][valid].square().mean().sqrt().clamp(min=1e-12)
+        shifted = {**fixed, "mean": fixed["mean"].clone()}
+        shifted["mean"][..., i] += _SHIFT / size
+        ratio = (policy.log_prob(shifted, batch.action) - here)[valid].exp().double() - 1.0
+        sums.append(torch.stack([ratio.sum(), ratio.square().sum()]))
+    return torch.stack(sums, dim=1)

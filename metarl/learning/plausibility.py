@@ -1,0 +1,119 @@
+"""Did the policy choose these actions? A test that may be looked at after every one of them.
+
+It is a test martingale: the likelihood ratio of other explanations of the actions to the policy. If
+the policy draws them, its mean is 1 at any time, and it ever exceeds 1 / p with a probability of at
+most p (Ville 1939; Ramdas et al. 2023, section 3, arXiv:2210.01948).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metarl.learning.networks import Dist
+from metarl.learning.policies import CategoricalMLP, GaussianMLP, MLPPolicy
+
+FALSE_ALARM = 1e-4
+"""Probability that actions of the policy itself are ever found implausible."""
+
+_BINS = 8
+_PRIOR = 0.5  # of each bin or category, before any was seen
+_OWN = 0.01  # share of the policy's own actions in a mixture with uniform ones
+
+
+class Plausibility:
+    """Collects actions, and tells whether they are implausible as those of the policy.
+
+    Other explanations are that quantiles of each component (or its categories) have frequencies of
+    their own, as those of a constant action, and that actions are drawn uniformly from their space.
+
+    Args:
+        policy: a `GaussianMLP` or `CategoricalMLP`.
+        uniform: log-probability or log-density of each component under uniform actions, NaN for
+            components that have none, [action_size].
+        whole: whether actions are whole numbers, which uniform ones may be at the bounds.
+        rng: places clipped actions among those that would have been clipped alike.
+    """
+
+    def __init__(
+        self,
+        policy: MLPPolicy,
+        uniform: NDArray[np.float64],
+        whole: bool,
+        rng: np.random.Generator,
+    ) -> None:
+        self._policy, self._uniform, self._whole, self._rng = policy, uniform, whole, rng
+        size = policy.action_size
+        sizes = policy.categories if isinstance(policy, CategoricalMLP) else (_BINS,) * size
+        self._counts = [np.full(n, _PRIOR) for n in sizes]
+        self._by_frequency = np.zeros(size)  # log-ratios so far, of each component
+        self._by_uniform = 0.0
+        self.count = 0
+        """Actions so far."""
+
+    @staticmethod
+    def knows(policy: MLPPolicy) -> bool:
+        """Whether a policy draws as one of the two that are known."""
+        kinds = (GaussianMLP, CategoricalMLP)
+        return any(
+            isinstance(policy, kind)
+            and type(policy).sample is kind.sample
+            and type(policy).log_prob is kind.log_prob
+            for kind in kinds
+        )
+
+    @property
+    def implausible(self) -> bool:
+        """Whether the policy did not choose these actions, to all appearances."""
+        both = self._by_frequency
+        found = np.logaddexp.reduce([both.sum(), np.logaddexp.reduce(both) - math.log(len(both))])
+        found = np.logaddexp(found - math.log(2.0), self._by_uniform) - math.log(2.0)
+        return bool(found > -math.log(FALSE_ALARM))
+
+    def add(self, dist: Dist, low: NDArray, high: NDArray) -> None:
+        """Take one action.
+
+        Args:
+            dist: what the policy gives, [1, size] each.
+            low, high: between which the policy drew what became the action, [action_size]; equal
+                unless the environment's bounds cut or rounded it.
+        """
+        bins, log_ratio, log_prob = self._explained(dist, low, high)
+        self._by_frequency += log_ratio
+        for counts, i in zip(self._counts, bins, strict=True):
+            counts[i] += 1.0
+        known = np.isfinite(self._uniform)
+        cut = ~np.isfinite(high - low) & (not self._whole)  # which no uniform action is
+        gain = -np.inf if cut[known].any() else float((self._uniform - log_prob)[known].sum())
+        self._by_uniform += float(np.logaddexp(math.log(1.0 - _OWN) + gain, math.log(_OWN)))
+        self.count += 1
+
+    def _explained(
+        self, dist: Dist, low: NDArray, high: NDArray
+    ) -> tuple[NDArray[np.int64], NDArray, NDArray]:
+        """Return for each component where it falls, its log-ratio, and the policy's log-density."""
+        if isinstance(self._policy, CategoricalMLP):
+            bins = low.astype(np.int64)
+            logits = dist["logits"][0].double().split(self._policy.categories)
+            parts = zip(logits, bins, strict=True)
+            log_prob = np.array([float(part.log_softmax(-1)[i]) for part, i in parts])
+            usual = log_prob
+        else:
+            mean, log_std = (dist[name][0].double().numpy() for name in ("mean", "log_std"))
+            std = np.exp(log_std)
+            z = (low - mean) / std
+            below, above = _normal_cdf(z), _normal_cdf((high - mean) / std)
+            point = low == high
+            density = -0.5 * np.where(point, z, 0.0) ** 2 - log_std - 0.5 * math.log(2.0 * math.pi)
+            log_prob = np.where(point, density, np.log(np.maximum(above - below, 1e-300)))
+            quantile = below + (above - below) * self._rng.random(len(low))
+            bins = (quantile * _BINS).astype(np.int64).clip(0, _BINS - 1)
+            usual = np.full(len(low), -math.log(_BINS))
+        shares = [counts[i] / counts.sum() for counts, i in zip(self._counts, bins, strict=True)]
+        return bins, np.log(shares) - usual, log_prob
+
+
+def _normal_cdf(z: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.array([0.5 * math.erfc(-x / math.sqrt(2.0)) for x in z])

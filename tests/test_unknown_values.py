@@ -1,0 +1,261 @@
+"""A value that no list of an option has is an error that names it, from Python and from a shell."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from expecting import refused, run
+from gymnasium.vector import AutoresetMode
+
+import metarl
+from metarl.envs import Finite, TaskFamily, Uniform, make_family
+from metarl.envs.checker import Finding
+from metarl.envs.few_shot import FewShotFamily
+from metarl.envs.registry import find_family
+from metarl.envs.supervised import FunctionFamily
+from metarl.envs.tabular import TabularFamily
+from metarl.learning.adaptation import Adapter
+from metarl.learning.algorithms import ALGORITHMS, Algorithm
+from metarl.learning.objectives import log_likelihood
+from metarl.learning.policies import GaussianMLP
+from metarl.learning.predictors import Classifier
+from metarl.running.checks import check_device
+from metarl.running.export import export
+from metarl.running.iterations import make_outer
+from metarl.running.loading import load
+from metarl.sampling.rollouts import Address
+from metarl.sampling.spaces import (
+    beyond_bounds,
+    env_action,
+    policy_action,
+    space_from_json,
+    space_to_json,
+)
+from metarl.showing.plots import plot_learning
+from metarl.showing.videos import Video
+
+POLICY = GaussianMLP(observation_dim=3, action_dim=2, hidden=(5,))
+BOX = gym.spaces.Box(-1.0, 1.0, (2,))
+ROW = {"name": "mine", "description": "", "source": ""}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("gradient", "unroled"),
+        ("outer", "AdamW"),
+        ("outer", "Adam"),
+        ("outer", None),
+        ("outer", ["adam"]),
+        ("fast", "body"),
+        ("learned_steps", "yes"),
+        ("learned_steps", True),
+        ("head", "last"),
+        ("inner_loss", "log-likelihood"),
+        ("first_order", "no"),
+        ("whole_episodes", 1),
+        ("annealed", "true"),
+        ("observes_task", None),
+        ("reference", "False"),
+    ],
+)
+def test_every_field_of_an_algorithm_is_checked(field, value):
+    with refused("mine", field):
+        Algorithm(**ROW, **{field: value})
+    with refused("maml-trpo", field):
+        dataclasses.replace(ALGORITHMS["maml-trpo"], **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("outer", "gradient"),
+    [
+        ("trust-region", "displacement"),
+        ("trust-region", "implicit"),
+        ("clipped", "displacement"),
+    ],
+)
+def test_an_outer_step_that_cannot_use_the_gradient_is_refused(outer, gradient):
+    with refused("mine", outer, gradient):
+        Algorithm(**ROW, outer=outer, gradient=gradient)
+
+
+def test_an_inner_loss_by_name_is_checked():
+    with refused("inner.loss", "likelihood"):
+        ALGORITHMS["promp"].with_inner_loss("likelihood")
+
+
+def test_an_outer_step_that_slipped_through_is_not_trained_with_adam():
+    row = dataclasses.replace(ALGORITHMS["maml-trpo"])
+    object.__setattr__(row, "outer", "AdamW")
+    with refused("outer", "AdamW"):
+        make_outer(row, metarl.resolve(None, "navigation-2d"))
+
+
+def _classifier(**options):
+    return Classifier(inputs=(4,), outputs=3, hidden=(), **options)
+
+
+def _tabular(payoff):
+    family = make_family("bandit")
+    return TabularFamily(
+        name="mine", tasks=family.tasks, horizon=2, states=1, actions=5, payoff=payoff
+    )
+
+
+def _few_shot(split, call):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(12), 4)
+    family = FewShotFamily(
+        rng.random((48, 3)), labels, ways=2, shots=1, queries=1, test_queries=1,
+    )  # fmt: skip
+    return call(family.tasks, split)
+
+
+class _OtherKind(FunctionFamily):
+    kind = "ranking"  # type: ignore[assignment]
+
+
+def _calls_of_tasks():
+    distributions = {
+        "Uniform": Uniform({"x": (0.0, 1.0)}),
+        "Finite": Finite(("x",), [[0.0], [1.0]]),
+        "RandomTables": make_family("tabular-mdp").tasks,
+    }
+    for name, tasks in distributions.items():
+        yield f"{name}.sample", lambda t=tasks: t.sample(np.random.default_rng(0), 2, "validaton")
+        yield f"{name}.grid", lambda t=tasks: t.grid(2, "validaton")
+        yield f"{name}.bounds", lambda t=tasks: t.bounds("validaton")
+
+
+CALLS = {
+    "Adapter.fast": (lambda: Adapter(POLICY, log_likelihood, (0.1,), fast="body"), "fast", "body"),
+    "Adapter.learned": (
+        lambda: Adapter(POLICY, log_likelihood, (0.1,), learned="all"), "learned", "all",
+    ),
+    "policy.activation": (
+        lambda: dataclasses.replace(POLICY, activation="gelu"), "activation", "gelu",
+    ),
+    "predictor.activation": (lambda: _classifier(activation="gelu"), "activation", "gelu"),
+    "Classifier.head": (lambda: _classifier(head="last"), "head", "last"),
+    "adapts": (lambda: POLICY.adapts("layer0.weight", "lower"), "part", "lower"),
+    "Address.split": (lambda: Address(0, split="valid"), "split", "valid"),
+    "env_action": (lambda: env_action(np.zeros(2), BOX, "clipped"), "policy.action", "clipped"),
+    "policy_action": (
+        lambda: policy_action(np.zeros(2), BOX, "scaled"), "policy.action", "scaled",
+    ),
+    "beyond_bounds": (
+        lambda: beyond_bounds(np.zeros(2), BOX, "scaled"), "policy.action", "scaled",
+    ),
+    "actions of a Dict": (lambda: env_action(np.zeros(2), gym.spaces.Dict(), "clip"), "Dict"),
+    "actions of a Text": (lambda: space_to_json(gym.spaces.Text(3)), "Text"),
+    "a stored space": (
+        lambda: space_from_json({"kind": "Text", "dtype": "int64"}), "kind", "Text",
+    ),
+    "autoreset_mode": (
+        lambda: make_family("navigation-2d").make_vec(1, 1, autoreset_mode="Next"),
+        "autoreset_mode", "Next",
+    ),
+    "autoreset_mode same": (
+        lambda: make_family("bandit").make_vec(1, 1, autoreset_mode=AutoresetMode.SAME_STEP),
+        "autoreset_mode", "SameStep",
+    ),
+    "render_mode": (
+        lambda: make_family("navigation-2d").make_vec(1, 1, render_mode="rgb"),
+        "render_mode", "rgb",
+    ),
+    "render_mode of a body": (
+        lambda: make_family("half-cheetah-dir").make_vec(1, 1, render_mode="rgb"),
+        "render_mode", "rgb",
+    ),
+    "navigation actions": (
+        lambda: make_family("navigation-2d", actions="scale"), "actions", "scale",
+    ),
+    "payoff": (lambda: _tabular("gaussian"), "payoff", "gaussian"),
+    "kind of supervised tasks": (
+        lambda: _OtherKind(
+            name="mine", tasks=Uniform({"a": (0.0, 1.0)}), function=lambda x, t: x,
+            interval=(0.0, 1.0),
+        ),
+        "kind", "ranking",
+    ),
+    "severity": (lambda: Finding("tasks", "", "error"), "severity", "error"),
+    "few-shot sample": (
+        lambda: _few_shot("dev", lambda t, s: t.sample(np.random.default_rng(0), 1, s)),
+        "split", "dev",
+    ),
+    "few-shot grid": (lambda: _few_shot("dev", lambda t, s: t.grid(1, s)), "split", "dev"),
+    "few-shot bounds": (lambda: _few_shot("dev", lambda t, s: t.bounds(s)), "split", "dev"),
+    "evaluate": (
+        lambda: metarl.evaluate("navigation-2d-icml2017", split="train"), "split", "train",
+    ),
+    "plot": (lambda: plot_learning([], Path("x"), against="steps"), "against", "steps"),
+    "network conv4 of a policy": (
+        lambda: metarl.train(
+            metarl.resolve(None, "navigation-2d", "maml-trpo", {"policy.network": "conv4"}), "none"
+        ),
+        "policy.network", "conv4",
+    ),
+    **{name: (call, "split", "validaton") for name, call in _calls_of_tasks()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_unknown_value_is_refused(name):
+    call, *names = CALLS[name]
+    with refused(*names):
+        call()
+
+
+def test_files_of_unknown_formats_are_refused(tmp_path):
+    policy = load("navigation-2d-icml2017").adapter(BOX).adapted()
+    with refused("format", "tflite"):
+        export(policy, tmp_path / "policy", "tflite", gym.spaces.Box(-1.0, 1.0, (2,)))
+    with refused("suffix", ".avi"):
+        Video(np.zeros((1, 4, 4, 3), np.uint8), 1.0).save(tmp_path / "film.avi")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("device", ["gpu", "cudnn", "cuda:first", "cuda:", "CPU"])
+def test_unknown_devices_are_refused(device):
+    with refused("device", device):
+        check_device(device)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cuda")
+    check_device("cuda:1")
+    with refused("cuda:2"):
+        check_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--algorithm", "AdamW"),
+        ("--policy.action", "tanh"),
+        ("--policy.activation", "gelu"),
+        ("--policy.network", "conv4"),
+        ("--inner.loss", "dice"),
+        ("--device", "cudnn"),
+        ("--advantage.targets", "td"),
+    ],
+)
+def test_the_command_line_refuses_unknown_values(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    assert run("train", "navigation-2d", *options, "--out", "run") == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_known_families_of_all_kinds_are_still_made():
+    for name in ("navigation-2d", "bandit", "tabular-mdp", "sinusoid", "cartpole-length"):
+        family = find_family(name)
+        assert family.tasks.grid(2).shape[0] == 2
+        if isinstance(family, TaskFamily):
+            family.make_vec(1, 1).close()
