@@ -153,7 +153,7 @@ class Policy:
             assert isinstance(space, gym.spaces.Box)
             scaling = middle_and_half(space) if self._mode == "scale" else ()
             last = Bounded(space.low, space.high, *scaling)
-        return make_module(self.policy, copied(self.params), last)
+        return make_module(self.policy, self.params, last)
 
     def save(self, path: str | Path) -> None:
         """Write a policy file that `load_policy` reads.
