@@ -467,7 +467,8 @@ def test_a_module_may_be_trained_without_changing_the_policy(whole):
 
 def test_an_adapted_predictor_is_apart_from_its_meta_policy(tmp_path):
     overrides = {"iterations": 1, "tasks": 2, "policy.hidden": (4,)}
-    meta = train(resolve(None, "sinusoid", overrides=overrides), tmp_path / "run")
+    # ANIL adapts the last layer: the others are as they were.
+    meta = train(resolve(None, "sinusoid", "anil", overrides=overrides), tmp_path / "run")
     x = np.linspace(-1.0, 1.0, 5)[:, None]
     predictor = meta.adapt_to(x, x)
     assert isinstance(predictor, AdaptedPredictor)
@@ -495,6 +496,28 @@ def adapted_online(whole: Path, reused: bool) -> dict[str, torch.Tensor]:
 def test_an_online_adapter_keeps_what_it_was_given(whole):
     one, other = adapted_online(whole, reused=True), adapted_online(whole, reused=False)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_documented_loop_adapts_alike_on_live_observations(tmp_path):
+    def adapted(live: bool) -> dict[str, torch.Tensor]:
+        family = arm(str(tmp_path), live)
+        overrides = {
+            "family_options": {"folder": str(tmp_path)}, "tasks": 2, "episodes": 2,
+            "policy.hidden": (4,), "threads": 1,
+        }  # fmt: skip
+        with Trainer(resolve(None, "test_copies:arm", overrides=overrides)) as trainer:
+            adapter = trainer.meta_policy().adapter(family.make().action_space)
+        with contextlib.closing(family.make(np.array([0.5]))) as env:
+            observation, _ = env.reset(seed=3)
+            for _ in range(8):
+                action = adapter.act(observation)
+                following, reward, terminated, truncated, _ = env.step(action)
+                adapter.add(observation, action, float(reward), terminated, truncated)
+                observation = following
+        return adapter.adapted().params
+
+    live, copied = adapted(True), adapted(False)
+    assert all(torch.equal(live[name], copied[name]) for name in live)
 
 
 def test_writing_to_an_action_does_not_change_what_the_adapter_drew(whole):
