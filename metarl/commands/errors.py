@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from metarl.commands.interrupts import is_the_program
+from metarl.commands.streams import results, results_apart
 from metarl.envs.errors import UserError
 
 _ROOM = "make room there, or choose another place"
@@ -36,9 +38,14 @@ _REMEDIES = {
 
 def exit_code(command: Callable[[], int]) -> int:
     """Return a command's exit code; tell its error in a line."""
+    with results_apart(to_the_end=is_the_program()):
+        return _exit_code(command)
+
+
+def _exit_code(command: Callable[[], int]) -> int:
     try:
         code = command()
-        sys.stdout.flush()
+        results().flush()
         return code
     except UserError as error:
         return _told(error.command, error)
@@ -62,10 +69,10 @@ def exit_code(command: Callable[[], int]) -> int:
 def _reader_left() -> bool:
     """Return whether nobody reads standard output any more; if so it is silent from then on."""
     poll = select.poll()
-    poll.register(sys.stdout, 0)  # errors and hang-ups are told without being asked for
+    poll.register(results(), 0)  # errors and hang-ups are told without being asked for
     left = bool(poll.poll(0))
     if left:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), results().fileno())
     return left
 
 
@@ -90,7 +97,8 @@ def parse(parser: Callable[..., Any], kind: Any, arguments: list[str], **options
     box = io.StringIO()
     helped = not {"-h", "--help"}.isdisjoint(arguments)
     try:
-        with contextlib.redirect_stderr(box), _unwrapped(helped):
+        streams = contextlib.redirect_stderr(box), contextlib.redirect_stdout(results())
+        with streams[0], streams[1], _unwrapped(helped):
             return parser(kind, args=arguments, **options)
     except SystemExit as error:
         if not error.code:

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from metarl.commands.arguments import peek, said
+from metarl.commands.streams import note, say
 from metarl.envs.errors import UserError
 from metarl.envs.registry import (
     data_names,
@@ -226,18 +227,18 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
             bar.write(f"iteration {row['iteration']}: update skipped, {row['skipped']}")
         bar.update()
 
-    def tell(line: str, **options: Any) -> None:
+    def tell(line: str, show: Callable[[str], object] = say) -> None:
         if ranks.is_main:
-            print(line, **options)
+            show(line)
 
     supervised = is_supervised(config.family, config.family_options)
 
     def started() -> None:
         preset = f", preset {config.preset}," if config.preset else ""
-        tell(f"{config.algorithm} on {config.family}{preset} in {folder}", file=sys.stderr)
+        tell(f"{config.algorithm} on {config.family}{preset} in {folder}", note)
         bounded = find_algorithm(config.algorithm).outer == "trust-region"
         if bounded and supervised:
-            tell("the outer step is Adam's: a trust region is a policy's", file=sys.stderr)
+            tell("the outer step is Adam's: a trust region is a policy's", note)
 
     with _Stop(ranks) as stop:
         try:
@@ -247,7 +248,7 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
                 resume=resume,
                 display=show,
                 stop=stop,
-                notice=lambda line: print(line, file=sys.stderr),
+                notice=note,
                 start=command.start,
                 started=started,
                 ranks=ranks,
@@ -276,5 +277,5 @@ def benchmark(command: Benchmark) -> int:
     with joined(command.rank_timeout) as ranks:
         result = measuring.benchmark(command.config, command.repeats, ranks)
         if ranks.is_main:
-            print(json.dumps(result, indent=2) if command.json else measuring.table(result))
+            say(json.dumps(result, indent=2) if command.json else measuring.table(result))
     return 0
