@@ -16,6 +16,7 @@ from typing import Any
 from metarl.commands import errors
 from metarl.commands.interrupts import interruptible
 from metarl.commands.streams import say
+from metarl.envs import guard
 from metarl.envs.errors import UserError, did_you_mean
 
 COMMANDS = {
@@ -91,7 +92,7 @@ def _run(arguments: list[str]) -> int:
     )
     for module in IMPORTS.get(name, ()):
         importlib.import_module(f"metarl.{module}")
-    with interruptible():
+    with interruptible(), guard.restored():
         return function(command.resolved(rest) if hasattr(command, "resolved") else command)
 
 

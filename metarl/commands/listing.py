@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from metarl.commands.streams import say
+from metarl.envs import guard
 from metarl.envs.checker import CHECKS, checks
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
@@ -67,9 +68,11 @@ def _print_columns(family: Family) -> None:
     """Print which columns of the flat observation are which component of a Dict or Tuple."""
     if not isinstance(family, GymnasiumFamily):
         return
-    for name, start, end in family.columns():
+    with guard.user_code():
+        found = family.columns()
+    for name, start, end in found:
         columns = f"column {start}" if end == start + 1 else f"columns {start} to {end - 1}"
-        say(f"         {'':<12} observation: {columns} = {name}", flush=True)
+        say(f"         {'':<12} observation: {columns} = {name}")
 
 
 def families(command: Families) -> int:

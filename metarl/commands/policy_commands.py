@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from metarl.commands.arguments import check_file, check_place
 from metarl.commands.streams import note, say
+from metarl.envs import guard
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.registry import make_family
@@ -155,7 +155,7 @@ def adapt(command: Adapt) -> int:
         meta.adapt(task, steps=steps, **command.options()) for steps in (0, command.steps)
     )
     seeds = range(command.seed, command.seed + command.episodes)
-    with contextlib.closing(meta.family.make(task)) as env:
+    with guard.opened(lambda: meta.family.make(task)) as env:
         returns = [np.mean([p.play(env, seed=seed) for seed in seeds]) for p in (before, after)]
     if command.save is not None:
         after.save(command.save)
@@ -231,7 +231,7 @@ def export(command: Export) -> int:
         task = parse_task(family, command.task) if command.task else family.tasks.grid(1)[0]
         steps = command.steps if command.task else 0
         policy = meta.adapt(task, steps=steps, **command.options())
-    with contextlib.closing(family.make()) as env:
+    with guard.opened(family.make) as env:
         space = env.observation_space
     source = Path(what)
     folder = source if source.is_dir() else source.parent

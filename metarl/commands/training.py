@@ -6,12 +6,10 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from types import FrameType
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -29,6 +27,7 @@ from metarl.envs.registry import (
 from metarl.learning.ranks import LIMIT_SECONDS, Ranks, joined
 from metarl.running.config import Config, config_keys, default_workers
 from metarl.running.presets import resolve, usual_preset
+from metarl.running.stopping import Stop
 
 _AUTO = "auto"
 
@@ -159,32 +158,6 @@ def _resolved(parsed: Config, arguments: Sequence[str], options: Mapping[str, An
     return resolve(parsed.preset, parsed.family, parsed.algorithm, values)
 
 
-class _Stop:
-    """Ctrl-C or SIGTERM: the first asks to stop after the iteration, the second leaves at once."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.signal: int | None = None
-
-    def __call__(self) -> bool:
-        return self.signal is not None
-
-    def __enter__(self) -> _Stop:
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-        if self.ranks.is_main:
-            print("\nstopping after this iteration; once more leaves at once", file=sys.stderr)
-
-
 def train(command: Train) -> int:
     """Run `metarl train`."""
     config = command.config
@@ -240,7 +213,8 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
         if bounded and supervised:
             tell("the outer step is Adam's: a trust region is a policy's", note)
 
-    with _Stop(ranks) as stop:
+    signals = (signal.SIGINT, signal.SIGTERM)
+    with Stop(signals, _leave, quiet=not ranks.is_main) as stop:
         try:
             meta = trainer.train(
                 config,
@@ -268,6 +242,10 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
     tell(f"done: {done} iterations, {meta.provenance['env_steps']:,} {sampled}")
     tell(f"next: metarl evaluate {quote(str(folder))}")
     return 0
+
+
+def _leave(number: int) -> None:
+    os._exit(128 + number)
 
 
 def benchmark(command: Benchmark) -> int:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from metarl.envs.errors import UserError
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.networks import Params, copied, stack
-from metarl.learning.parallel import one_intraop_thread
 from metarl.learning.policies import MLPPolicy
+from metarl.learning.settings import own_settings
 from metarl.learning.trajectories import Rollout
 from metarl.running.config import Config
 from metarl.running.fingerprint import Fingerprint
@@ -153,7 +153,7 @@ class OnlineAdapter:
             NonFiniteError: an adapted parameter is not a finite number.
         """
         if self._episodes:
-            with one_intraop_thread():
+            with own_settings():
                 batch, _ = self._loop.prepare(self._rollout())
                 self._fast = self._loop.step(
                     self._fast, self._slow, self._step_sizes, batch, self._steps, start=self._start

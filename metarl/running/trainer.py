@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from metarl.envs import TaskFamily
+from metarl.envs import TaskFamily, guard
 from metarl.envs.errors import UserError, kind_of
 from metarl.envs.family import Family
 from metarl.envs.registry import SUCH_AS, find_family
@@ -24,8 +24,9 @@ from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError, Query
 from metarl.learning.networks import copied
 from metarl.learning.objectives import Batch
-from metarl.learning.parallel import ChunkPool, one_intraop_thread
+from metarl.learning.parallel import ChunkPool
 from metarl.learning.ranks import ALONE, Ranks
+from metarl.learning.settings import own_settings
 from metarl.learning.signals import support_agreement
 from metarl.learning.trajectories import Rollout
 from metarl.running.building import make_adapter, model_for, row_for
@@ -58,6 +59,7 @@ from metarl.running.runs import (
     save_checkpoint,
 )
 from metarl.running.sources import Episodes, make_source
+from metarl.running.stopping import stop_by_ctrl_c
 from metarl.sampling.rollouts import Address
 from metarl.sampling.seeding import stream
 from metarl.sampling.workers import START_SECONDS
@@ -91,7 +93,7 @@ class Trainer:
         self.outer = make_outer(self.algorithm, config)
         self.state = State(params, self.outer.init(params))
         self._stack = contextlib.ExitStack()
-        self._stack.enter_context(one_intraop_thread())
+        self._stack.enter_context(own_settings())
         self.pool = self._stack.enter_context(ChunkPool(config.threads, ranks))
         self.source = make_source(
             self.algorithm, config, self.family, adapter, self.pool, self.block
@@ -218,6 +220,7 @@ def _check_ranks(config: Config, family: Family, ranks: Ranks) -> None:
         )
 
 
+@own_settings()
 def train(
     config: Config,
     out: str | Path,
@@ -240,7 +243,8 @@ def train(
         progress: is given each iteration's metrics, on rank 0, once they and the checkpoint are
             saved. The next iteration waits for that.
         display: is given the same before they are saved, while the run goes on: for a progress bar.
-        stop: asked after each iteration. The run ends once that is saved.
+        stop: asked after each iteration. The run ends once that is saved. Ctrl-C does the same, and
+            then raises KeyboardInterrupt; a second Ctrl-C raises it at once.
         start: with `resume`, the checkpoint's iteration; by default the newest.
         notice: is given a line where a resumed run's new length changes its schedules.
         started: is called once nothing is wrong with the config, the family and the folder.
@@ -253,6 +257,7 @@ def train(
         UserError: the config or the family is at fault.
         OSError: a file cannot be written; what was saved before is whole.
         RanksError: another rank was lost.
+        KeyboardInterrupt: Ctrl-C was pressed; the iteration is saved, and `resume` continues.
     """
     if not isinstance(config, Config):
         raise UserError(
@@ -263,13 +268,14 @@ def train(
         raise UserError(f"resume must be True, False or 'auto', got {resume!r}")
     if start is not None and not resume:
         raise UserError(f"start {start} is of a run that goes on: give resume=True")
-    folder = as_path("out", out)
+    out = as_path("out", out)
+    folder = out.absolute()  # it is written to while user code has a folder of its own
     with contextlib.ExitStack() as stack:
         recorder = None
         with ranks.agreeing():
             if ranks.is_main:
                 resume = not is_free(folder) if resume == "auto" else resume
-                _check_folder(folder, config, bool(resume))
+                _check_folder(out, config, bool(resume))
             # Faults of the config and the family show before the folder is made.
             trainer = stack.enter_context(Trainer(config, ranks))
             if ranks.is_main:
@@ -283,11 +289,15 @@ def train(
             trainer.state = ranks.from_main(trainer.state)
         started()
         try:
-            _train(trainer, folder, recorder, progress, display, stop)
+            with stop_by_ctrl_c(quiet=not ranks.is_main) as interrupted:
+                ends = lambda: interrupted() or stop()  # noqa: E731
+                _train(trainer, folder, recorder, progress, display, ends)
         except OSError as error:
             if checkpoints_of(folder):
-                error.add_note(f"then go on with: metarl train --resume {quote(str(folder))}")
+                error.add_note(f"then go on with: metarl train --resume {quote(str(out))}")
             raise
+        if ranks.any(interrupted()):
+            raise KeyboardInterrupt(f"stopped after iteration {trainer.state.iteration}")
         return trainer.meta_policy()
 
 
@@ -350,7 +360,8 @@ def _train(
     ranks, state = trainer.ranks, trainer.state
     while state.iteration < trainer.config.iterations and not ranks.any(stop()):
         with ranks.agreeing():
-            row = trainer.iterate()
+            with guard.restored():
+                row = trainer.iterate()
             if state.skipped_in_a_row >= SKIPPED_LIMIT:
                 raise RunError(
                     f"{SKIPPED_LIMIT} updates in a row were skipped; the last because"
