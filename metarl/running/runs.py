@@ -64,7 +64,7 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
     Raises:
         RunError: another process holds it.
     """
-    path = folder / "lock"
+    path = folder.absolute() / "lock"
     with open(path, "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

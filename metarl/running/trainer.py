@@ -268,22 +268,23 @@ def train(
         raise UserError(f"resume must be True, False or 'auto', got {resume!r}")
     if start is not None and not resume:
         raise UserError(f"start {start} is of a run that goes on: give resume=True")
-    out = as_path("out", out)
-    folder = out.absolute()  # it is written to while user code has a folder of its own
+    folder = as_path("out", out)
     with contextlib.ExitStack() as stack:
         recorder = None
         with ranks.agreeing():
             if ranks.is_main:
                 resume = not is_free(folder) if resume == "auto" else resume
-                _check_folder(out, config, bool(resume))
+                _check_folder(folder, config, bool(resume))
             # Faults of the config and the family show before the folder is made.
             trainer = stack.enter_context(Trainer(config, ranks))
             if ranks.is_main:
                 opened = _continued(folder, trainer, start, notice) if resume else None
                 check = stack.enter_context(opened or _begun(folder, trainer))
                 between = SAVE_SECONDS if trainer.source.fixed else 0.0
+                # It writes while user code has a current folder of its own.
+                there = folder.absolute()
                 recorder = Recorder(
-                    folder, config, trainer.state, check, between, trainer.fingerprint
+                    there, config, trainer.state, check, between, trainer.fingerprint
                 )
                 stack.enter_context(recorder)
             trainer.state = ranks.from_main(trainer.state)
@@ -294,7 +295,7 @@ def train(
                 _train(trainer, folder, recorder, progress, display, ends)
         except OSError as error:
             if checkpoints_of(folder):
-                error.add_note(f"then go on with: metarl train --resume {quote(str(out))}")
+                error.add_note(f"then go on with: metarl train --resume {quote(str(folder))}")
             raise
         if ranks.any(interrupted()):
             raise KeyboardInterrupt(f"stopped after iteration {trainer.state.iteration}")
