@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
+from metarl.envs.errors import UserError
 from metarl.envs.errors import raised as raised  # for the checks
 from metarl.envs.family import TaskFamily
 from metarl.envs.gymnasium_family import GymnasiumFamily

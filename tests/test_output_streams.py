@@ -164,6 +164,7 @@ def test_an_adapted_policy_is_saved_before_it_is_told_of(chatty):
          "--save", "kept.safetensors"],
         cwd=chatty, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
+        assert process.stdout is not None
         process.stdout.close()
         assert process.wait(timeout=300) == 141
     assert (chatty / "kept.safetensors").exists()
