@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from metarl.envs import guard
 from metarl.envs.copy_checks import check_copies, check_seeding
 from metarl.envs.environment_checks import check_episodes, check_spaces, check_tasks
 from metarl.envs.errors import UserError, check_one_of, kind_of
@@ -106,7 +107,7 @@ def checks(family: TaskFamily) -> Iterator[Checked]:
             continue
         findings = []
         try:
-            with warnings.catch_warnings(), kept():
+            with guard.user_code(), warnings.catch_warnings(), kept():
                 warnings.simplefilter("ignore")  # Gymnasium's are heard in a check of their own
                 for message in check.messages(family):
                     doubt = isinstance(message, Doubt)

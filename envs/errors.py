@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import traceback
 from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
@@ -19,6 +21,36 @@ class UserError(ValueError):
     def __init__(self, message: str = "", command: str = "") -> None:
         super().__init__(message)
         self.command = command or message
+
+
+def raised(error: BaseException) -> str:
+    """Say what was raised and where, in the nearest file that is no library's."""
+    if isinstance(error, UserError):
+        return str(error)
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return text
+    frame = ([f for f in frames if not _is_installed(f.filename)] or frames)[-1]
+    return f"{text} ({os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name})"
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by a line of this package itself, and not by what it calls."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return not frames or any(place in frames[-1].filename for place in _OURS)
+
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_OURS = (_HERE, os.path.join(os.path.dirname(_HERE), "metarl") + os.sep)
+if os.path.basename(os.path.dirname(_HERE)) == "metarl":  # where envs stands once it is installed
+    _OURS = (os.path.dirname(_HERE) + os.sep,)
+
+
+def _is_installed(file: str) -> bool:
+    """Whether a file is part of this package, of another one or of Python."""
+    places = ("-packages", os.path.dirname(os.__file__), "<frozen", *_OURS)
+    return any(place in file for place in places)
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

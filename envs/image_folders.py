@@ -87,7 +87,7 @@ def _classes(root: Path, place: str) -> dict[str, list[Path]]:
     table = root / f"{place}.csv"
     if table.exists():
         files: dict[str, list[Path]] = {}
-        with open(table, newline="") as file:
+        with open(table, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 if not row.get("filename") or not row.get("label"):
                     raise UserError(f"mini-imagenet: {table} must have columns filename and label")

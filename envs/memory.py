@@ -14,14 +14,14 @@ def available() -> int | None:
     """Return the bytes that this process may still take, container limits included."""
     free = []
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in Path("/proc/meminfo").read_text("utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 free.append(int(line.split()[1]) * 1024)
         group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
+        limit = (group / "memory.max").read_text("utf-8").strip()
         if limit != "max":
-            used = int((group / "memory.current").read_text())
-            for line in (group / "memory.stat").read_text().splitlines():
+            used = int((group / "memory.current").read_text("utf-8"))
+            for line in (group / "memory.stat").read_text("utf-8").splitlines():
                 if line.startswith("inactive_file "):  # a cache of files, which gives way
                     used -= int(line.split()[1])
             free.append(int(limit) - used)
@@ -33,7 +33,7 @@ def available() -> int | None:
 def resident() -> int | None:
     """Return the bytes of memory that this process takes; None if the system does not tell."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_text("utf-8").split()[1])
     except (OSError, ValueError, IndexError):
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")

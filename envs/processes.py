@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from metarl.envs import guard
 from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily
 from metarl.envs.registry import import_source, make_family
@@ -41,7 +42,8 @@ def pack(family: TaskFamily) -> Parcel:
     _check_program()
     source = None if family.source is None else (family.source[0], dict(family.source[1]))
     try:
-        return Parcel(family.name, source, pickle.dumps(family))
+        with guard.user_code():
+            return Parcel(family.name, source, pickle.dumps(family))
     except Exception as error:  # whatever a user's objects raise
         if source is None:
             raise UserError(_cannot(family.name, error)) from error
@@ -60,7 +62,8 @@ def unpack(parcel: Parcel) -> TaskFamily:
             return make_family(parcel.source[0], **parcel.source[1])
         if parcel.source is not None:
             import_source(parcel.source[0])
-        return pickle.loads(parcel.pickled)
+        with guard.user_code():
+            return pickle.loads(parcel.pickled)
     except Exception as error:
         raise UserError(_cannot(parcel.name, error)) from error
 

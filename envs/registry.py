@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from metarl.envs import guard
 from metarl.envs.errors import UserError, check_name, did_you_mean
 from metarl.envs.family import Family, TaskFamily
 from metarl.envs.supervised import SupervisedFamily
@@ -166,7 +167,8 @@ def find_family(name: str, **options: Any) -> Family:
             if isinstance(known.get(option), bool) and not isinstance(value, bool):
                 raise UserError(f"{name}: {option} must be True or False, got {value!r}")
         try:
-            family = factory(**options)
+            with guard.user_code():
+                family = factory(**options)
         except UserError:
             raise
         except Exception as error:
@@ -265,7 +267,8 @@ def _find(name: str) -> Any:
             hint = f"; a family in {name}.py is {name}:ITS_NAME"
         raise UserError(f"no task family {name!r}{hint} (metarl families lists them)")
     try:
-        return point.load()
+        with guard.user_code():
+            return point.load()
     except (ImportError, AttributeError) as error:
         package = point.dist.name if point.dist is not None else "an installed package"
         raise UserError(f"{name} of {package} cannot be loaded: {error}") from error
@@ -289,7 +292,8 @@ def _import_attribute(name: str) -> Any:
     if module_name.endswith(".py"):
         raise UserError(f"a family is named without .py: {name.replace('.py:', ':')}")
     try:
-        module = importlib.import_module(module_name)
+        with guard.user_code():
+            module = importlib.import_module(module_name)
     except UserError:
         raise
     except Exception as error:

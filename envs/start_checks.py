@@ -22,6 +22,7 @@ from typing import Any
 import gymnasium as gym
 from numpy.typing import NDArray
 
+from metarl.envs import guard
 from metarl.envs.copy_checks import action_pairs, shared, unseeded
 from metarl.envs.environment_checks import conversion
 from metarl.envs.errors import UserError
@@ -66,7 +67,7 @@ def start_findings(family: TaskFamily, progress: MutableSequence[int] | None = N
     if family.source is not None and is_built_in(family.source[0]):
         return []
     found: list[str] = []
-    with kept(), warnings.catch_warnings():
+    with guard.user_code(), kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with contextlib.ExitStack() as closing:
             try:

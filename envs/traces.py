@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
 from metarl.envs.errors import UserError
+from metarl.envs.errors import raised as raised  # for the checks
 from metarl.envs.family import TaskFamily
 from metarl.envs.gymnasium_family import GymnasiumFamily
 from metarl.envs.seeds import training_seeds
@@ -262,15 +261,3 @@ def named_task(family: TaskFamily, task: NDArray) -> str:
     """Return "velocity=1.5" for a task."""
     pairs = [f"{n}={x:g}" for n, x in zip(family.tasks.names, task, strict=True)]
     return ", ".join(pairs[:4]) + (", …" if len(pairs) > 4 else "")
-
-
-def raised(error: Exception) -> str:
-    """Say what was raised and where, in the nearest file that is no library's."""
-    if isinstance(error, UserError):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    installed = ("-packages", os.path.dirname(os.__file__), os.path.dirname(__file__))
-    own = [f for f in frames if not any(place in f.filename for place in installed)]
-    frame = (own or frames)[-1]
-    where = f"{os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}"
-    return f"{type(error).__name__}: {error} ({where})"

@@ -163,7 +163,7 @@ class TaskVectorEnv(VectorEnv):
         """Note on an exception which family and task it comes from."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             error.add_note(f"{self.family.name}: {describe_progress(self.progress, self.tasks)}")
             raise
 

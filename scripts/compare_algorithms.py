@@ -80,7 +80,7 @@ def measured(folder: Path, steps: int, ranks: Ranks) -> Run:
     """Return a run's curve on training tasks, and its last checkpoint's held-out returns."""
     rows = read_metrics(folder)
     store = folder / "comparison.json"
-    known = ranks.from_main(json.loads(store.read_text()) if store.exists() else {})
+    known = ranks.from_main(json.loads(store.read_text("utf-8")) if store.exists() else {})
     if known.get("iterations") == len(rows):
         return known
     result = metarl.evaluate(folder, steps=steps, threads=1, ranks=ranks)
@@ -94,7 +94,7 @@ def measured(folder: Path, steps: int, ranks: Ranks) -> Run:
         "after": result.curve.returns[-1],
     }
     if ranks.is_main:
-        store.write_text(json.dumps(found))
+        store.write_text(json.dumps(found), "utf-8")
     return found
 
 
@@ -165,8 +165,8 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
         if not ranks.is_main:
             return
         print(f"{name}, seed {seed}: {found['after']:.1f} after one step", flush=True)
-        (arguments.out / "table.md").write_text(table(results))
-        (arguments.out / "results.json").write_text(json.dumps(results, indent=2))
+        (arguments.out / "table.md").write_text(table(results), "utf-8")
+        (arguments.out / "results.json").write_text(json.dumps(results, indent=2), "utf-8")
         plot(results, arguments.family, arguments.out / "comparison.png")
 
     for seed in arguments.seeds:

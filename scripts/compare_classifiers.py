@@ -100,9 +100,9 @@ def main(arguments: Arguments) -> int:
                 shown.setdefault(other, cells(other, curve, None))
         lines = [heads, ["---"] * len(heads), *shown.values()]
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-        (arguments.out / "table.md").write_text(text)
-        (arguments.out / f"{name}.json").write_text(json.dumps(result.to_json()))
-    print((arguments.out / "table.md").read_text())
+        (arguments.out / "table.md").write_text(text, "utf-8")
+        (arguments.out / f"{name}.json").write_text(json.dumps(result.to_json()), "utf-8")
+    print((arguments.out / "table.md").read_text("utf-8"))
     return 0
 
 

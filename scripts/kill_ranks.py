@@ -31,14 +31,14 @@ TRAIN = (
 def ended(pid: int) -> bool:
     path = Path(f"/proc/{pid}/stat")
     try:
-        return path.read_text().rpartition(")")[2].split()[0] == "Z"
+        return path.read_text("utf-8").rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
 
 
 def children(process: subprocess.Popen) -> list[int]:
     paths = Path(f"/proc/{process.pid}/task").glob("*/children")
-    return sorted(int(pid) for path in paths for pid in path.read_text().split())
+    return sorted(int(pid) for path in paths for pid in path.read_text("utf-8").split())
 
 
 def wait(condition, process: subprocess.Popen) -> float:
@@ -69,7 +69,7 @@ def one_kill(folder: Path, ranks: int, iterations: int, rng: random.Random) -> t
     def rows() -> int:
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
-    with open(folder.with_suffix(".log"), "w") as log:
+    with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         wait(lambda: rows() >= at, process)
         time.sleep(rng.uniform(0.0, 0.2))  # anywhere within an iteration

@@ -379,16 +379,16 @@ def repeated(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, 
 def write_docs(docs: Path = DOCS) -> str:
     """Write all records' tables into docs/results.md, draw the pictures, and return the page."""
     stored = [docs / "records" / f"{name}.json" for name in ROWS]
-    records = [json.loads(path.read_text()) for path in stored if path.exists()]
+    records = [json.loads(path.read_text("utf-8")) for path in stored if path.exists()]
     again = sorted((docs / "records").glob("*.*.json"))
-    repeats = {path.stem: json.loads(path.read_text()) for path in again}
+    repeats = {path.stem: json.loads(path.read_text("utf-8")) for path in again}
     for one in records:
         draw_training(one["row"], one, docs / "records" / f"{one['row']}.png")
     compared = [one for one in records if one["row"] in PICTURED and "references" in one]
     if compared:
         draw_references(compared, docs / "records" / "references.png")
     page = docs / "results.md"
-    before, _, rest = page.read_text().partition(BEGIN)
+    before, _, rest = page.read_text("utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     text = f"{before}{BEGIN}\n\n{table(records, repeats)}\n\n{END}{after}"
     write_atomically(page, text.encode())

@@ -91,7 +91,7 @@ def choose(folder: Path, row: Row) -> dict[str, Any]:
     """Return the best of the newest checkpoints by its return on validation tasks."""
     store = folder / "chosen.json"
     newest = sorted((folder / "checkpoints").glob("*.safetensors"))[-row.last :]
-    known = json.loads(store.read_text()) if store.exists() else {}
+    known = json.loads(store.read_text("utf-8")) if store.exists() else {}
     names = [Path(one["checkpoint"]).name for one in known.get("compared", [])]
     how = {"steps": row.judged_after, "tasks": row.judged_on}
     if names != [path.name for path in newest] or any(known.get(k) != v for k, v in how.items()):
@@ -100,7 +100,7 @@ def choose(folder: Path, row: Row) -> dict[str, Any]:
         ]
         best = max(found, key=lambda one: one["return"]) | how | {"compared": found}
         write_atomically(store, json.dumps(best, indent=2).encode())
-    best = json.loads(store.read_text())
+    best = json.loads(store.read_text("utf-8"))
     # A name alone: runs may be moved, and read from another working directory.
     return best | {"checkpoint": str(folder / "checkpoints" / Path(best["checkpoint"]).name)}
 
@@ -109,7 +109,7 @@ def check_kept(path: Path, arguments: Arguments) -> None:
     """Raise UserError if a new record would lack seeds or references of the one that is there."""
     if not path.exists():
         return
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text("utf-8"))
     lost = sorted(set(found["seeds"]) - set(arguments.seeds))
     if lost:
         raise UserError(f"{path} also has seeds {lost}: give them to --seeds, or remove it first")

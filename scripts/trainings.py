@@ -32,7 +32,7 @@ def train(folder: Path, flags: Sequence[str], jobs: int) -> None:
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     log = folder.with_name(f"{folder.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         if subprocess.run(command, stdout=file, stderr=file, env=alone).returncode:
             raise UserError(f"{' '.join(command)} failed; {log} says why")
     wanted, done = int(flags[flags.index("--iterations") + 1]), len(read_metrics(folder))

@@ -15,6 +15,8 @@ from typing import Any
 
 from metarl.commands import errors
 from metarl.commands.interrupts import interruptible
+from metarl.commands.streams import say
+from metarl.envs import guard
 from metarl.envs.errors import UserError, did_you_mean
 
 COMMANDS = {
@@ -59,15 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
-        print("usage: metarl COMMAND [OPTIONS]\n\nGradient-based meta-reinforcement learning.\n")
+        say("usage: metarl COMMAND [OPTIONS]\n\nGradient-based meta-reinforcement learning.\n")
         for command, (_, text) in COMMANDS.items():
-            print(f"  {command:<12}{text}")
-        print("\nmetarl COMMAND --help lists the options of a command.")
+            say(f"  {command:<12}{text}")
+        say("\nmetarl COMMAND --help lists the options of a command.")
         return 0 if arguments else 2
     if name == "--version":
         import metarl
 
-        print(f"metarl {metarl.__version__}")
+        say(f"metarl {metarl.__version__}")
         return 0
     if name not in COMMANDS:
         raise UserError(
@@ -90,7 +92,7 @@ def _run(arguments: list[str]) -> int:
     )
     for module in IMPORTS.get(name, ()):
         importlib.import_module(f"metarl.{module}")
-    with interruptible():
+    with interruptible(), guard.restored():
         return function(command.resolved(rest) if hasattr(command, "resolved") else command)
 
 

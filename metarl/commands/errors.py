@@ -16,7 +16,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from metarl.envs.errors import UserError
+from metarl.commands.interrupts import is_the_program
+from metarl.commands.streams import results, results_apart
+from metarl.envs.errors import UserError, raised
+from metarl.envs.guard import is_of_user_code
 
 _ROOM = "make room there, or choose another place"
 _RIGHTS = "choose a place that may be written to, or change its rights"
@@ -36,36 +39,59 @@ _REMEDIES = {
 
 def exit_code(command: Callable[[], int]) -> int:
     """Return a command's exit code; tell its error in a line."""
+    with results_apart(to_the_end=is_the_program()):
+        return _exit_code(command)
+
+
+def _exit_code(command: Callable[[], int]) -> int:
     try:
         code = command()
-        sys.stdout.flush()
+        results().flush()
         return code
     except UserError as error:
         return _told(error.command, error)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and _reader_left():
-            return 141
-        if error.filename is None:
+    except Exception as error:
+        told = _out_of_memory(error) or _of_user_code(error) or _of_the_system(error)
+        if told is None:
             raise
-        notes = [_REMEDIES.get(error.errno or 0, ""), *getattr(error, "__notes__", ())]
-        text = "; ".join([f"{error.filename}: {error.strerror}", *filter(None, notes)])
-        return _told(text, error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        return _told("out of memory: take fewer tasks or episodes, or a smaller network", error)
+        return told
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
+def _out_of_memory(error: Exception) -> int | None:
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return _told("out of memory: take fewer tasks or episodes, or a smaller network", error)
+    return None
+
+
+def _of_user_code(error: Exception) -> int | None:
+    """Tell an environment's error; with `python -X dev` it raises, with its traceback."""
+    if not is_of_user_code(error) or sys.flags.dev_mode:
+        return None
+    return _told(": ".join([*getattr(error, "__notes__", ()), raised(error)]), error)
+
+
+def _of_the_system(error: Exception) -> int | None:
+    """Tell what the operating system refuses."""
+    if not isinstance(error, OSError):
+        return None
+    if isinstance(error, BrokenPipeError) and _reader_left():
+        return 141
+    if error.filename is None:
+        return None
+    notes = [_REMEDIES.get(error.errno or 0, ""), *getattr(error, "__notes__", ())]
+    return _told(f"{error.filename}: {'; '.join(filter(None, [error.strerror, *notes]))}", error)
+
+
 def _reader_left() -> bool:
     """Return whether nobody reads standard output any more; if so it is silent from then on."""
     poll = select.poll()
-    poll.register(sys.stdout, 0)  # errors and hang-ups are told without being asked for
+    poll.register(results(), 0)  # errors and hang-ups are told without being asked for
     left = bool(poll.poll(0))
     if left:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), results().fileno())
     return left
 
 
@@ -90,7 +116,8 @@ def parse(parser: Callable[..., Any], kind: Any, arguments: list[str], **options
     box = io.StringIO()
     helped = not {"-h", "--help"}.isdisjoint(arguments)
     try:
-        with contextlib.redirect_stderr(box), _unwrapped(helped):
+        streams = contextlib.redirect_stderr(box), contextlib.redirect_stdout(results())
+        with streams[0], streams[1], _unwrapped(helped):
             return parser(kind, args=arguments, **options)
     except SystemExit as error:
         if not error.code:

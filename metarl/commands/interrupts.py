@@ -45,7 +45,7 @@ def _end(number: int, frame: FrameType | None) -> None:
     os.write(2, b"interrupted\n")
     # Imports start processes too (glfw asks one for its version); each would have its last words.
     for tasks in glob.glob("/proc/self/task/*/children"):
-        with contextlib.suppress(OSError), open(tasks) as children:
+        with contextlib.suppress(OSError), open(tasks, encoding="utf-8") as children:
             for child in children.read().split():
                 os.kill(int(child), signal.SIGKILL)
     os._exit(130)

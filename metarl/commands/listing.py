@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from metarl.commands.streams import say
+from metarl.envs import guard
 from metarl.envs.checker import CHECKS, checks
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
@@ -46,7 +48,7 @@ def check(command: Check) -> int:
     if not command.family:
         raise UserError("name a task family: metarl check FAMILY (metarl families lists them)")
     family = make_family(command.family, **parse_options(command.family_options))
-    print(f"{command.family}: {family.tasks.describe()}; horizon {family.horizon}")
+    say(f"{command.family}: {family.tasks.describe()}; horizon {family.horizon}")
     labels = {"fault": "FAULT", "warning": "warn"}
     faults = 0
     for checked in checks(family):
@@ -54,7 +56,7 @@ def check(command: Check) -> int:
         if checked.left_out is not None:
             said = [("-", f"left out for the fault of {checked.left_out}")]
         for label, message in said or [("ok", CHECKS[checked.name].words)]:
-            print(f"  {label:<6} {checked.name:<12} {message}", flush=True)
+            say(f"  {label:<6} {checked.name:<12} {message}")
         sound = all(found.severity != "fault" for found in checked.findings)
         if checked.name == "spaces" and checked.left_out is None and sound:
             _print_columns(family)
@@ -66,9 +68,11 @@ def _print_columns(family: Family) -> None:
     """Print which columns of the flat observation are which component of a Dict or Tuple."""
     if not isinstance(family, GymnasiumFamily):
         return
-    for name, start, end in family.columns():
+    with guard.user_code():
+        found = family.columns()
+    for name, start, end in found:
         columns = f"column {start}" if end == start + 1 else f"columns {start} to {end - 1}"
-        print(f"         {'':<12} observation: {columns} = {name}", flush=True)
+        say(f"         {'':<12} observation: {columns} = {name}")
 
 
 def families(command: Families) -> int:
@@ -77,17 +81,17 @@ def families(command: Families) -> int:
         try:
             family = make_family(name)
         except UserError as error:  # not installed, or a package's fault
-            print(f"{name}\n    error: {error}")
+            say(f"{name}\n    error: {error}")
             continue
         tasks = f"{family.tasks.describe()}; horizon {family.horizon}"
-        print(f"{name}\n    {family.description}\n    tasks: {tasks}")
+        say(f"{name}\n    {family.description}\n    tasks: {tasks}")
         options = option_defaults(name)
-        print("    options: " + ", ".join(f"{k}={v}" for k, v in options.items()))
-    print("\nsupervised tasks (docs/supervised.md):\n")
+        say("    options: " + ", ".join(f"{k}={v}" for k, v in options.items()))
+    say("\nsupervised tasks (docs/supervised.md):\n")
     for name in data_names():
         options = ", ".join(f"{k}={v}" for k, v in option_defaults(name).items())
-        print(f"{name}\n    {description(name)}\n    options: {options}")
-    print("\nYour own: metarl check my_module:my_family, then train (see docs/families.md)")
+        say(f"{name}\n    {description(name)}\n    options: {options}")
+    say("\nYour own: metarl check my_module:my_family, then train (see docs/families.md)")
     return 0
 
 
@@ -96,5 +100,5 @@ def algorithms(command: Algorithms) -> int:
     from metarl.learning.algorithms import ALGORITHMS
 
     for row in ALGORITHMS.values():
-        print(f"{row.name:<18}{row.description}\n{'':<18}{row.source}")
+        say(f"{row.name:<18}{row.description}\n{'':<18}{row.source}")
     return 0

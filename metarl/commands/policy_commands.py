@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,8 @@ import tyro
 from numpy.typing import NDArray
 
 from metarl.commands.arguments import check_file, check_place
+from metarl.commands.streams import note, say
+from metarl.envs import guard
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.registry import make_family
@@ -132,7 +132,7 @@ def parse_task(family: Family, texts: Sequence[str]) -> NDArray[np.float64]:
     ):
         if not low <= value <= high:
             outside = f"{name}={value:g} is outside the tasks of training, [{low:g}, {high:g}]"
-            print(f"note: {outside}", file=sys.stderr)
+            note(f"note: {outside}")
     return task
 
 
@@ -155,15 +155,16 @@ def adapt(command: Adapt) -> int:
         meta.adapt(task, steps=steps, **command.options()) for steps in (0, command.steps)
     )
     seeds = range(command.seed, command.seed + command.episodes)
-    with contextlib.closing(meta.family.make(task)) as env:
+    with guard.opened(lambda: meta.family.make(task)) as env:
         returns = [np.mean([p.play(env, seed=seed) for seed in seeds]) for p in (before, after)]
-    print(
+    if command.save is not None:
+        after.save(command.save)
+    say(
         f"{what} on {' '.join(command.task)}: return {returns[0]:.1f} -> {returns[1]:.1f} after"
         f" {_steps(after.provenance['steps'])} of {command.episodes} episodes each"
     )
     if command.save is not None:
-        after.save(command.save)
-        print(f"saved {command.save}; next: metarl record {quote(str(command.save))}")
+        say(f"saved {command.save}; next: metarl record {quote(str(command.save))}")
     return 0
 
 
@@ -190,7 +191,7 @@ def _adapt_to_examples(
             else f"{np.square(found - truth).sum(axis=-1).mean():.3f}"
         )  # fmt: skip
     name = "accuracy" if family.kind == "classification" else "mean squared error"
-    print(
+    say(
         f"{what} on {' '.join(command.task)}: {name} {' -> '.join(said)} after"
         f" {_steps(command.steps)} on {len(x)} examples"
     )
@@ -230,7 +231,7 @@ def export(command: Export) -> int:
         task = parse_task(family, command.task) if command.task else family.tasks.grid(1)[0]
         steps = command.steps if command.task else 0
         policy = meta.adapt(task, steps=steps, **command.options())
-    with contextlib.closing(family.make()) as env:
+    with guard.opened(family.make) as env:
         space = env.observation_space
     source = Path(what)
     folder = source if source.is_dir() else source.parent
@@ -239,7 +240,7 @@ def export(command: Export) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     gap = write(policy, out, kind, space)
     seen = " x ".join(map(str, policy.policy.observation_shape))
-    print(
+    say(
         f"{out}: observations [n, {seen}] to the most likely actions;"
         f" equal to the policy's on {CHECKED} observations, to {gap:.1g}"
     )
@@ -268,7 +269,7 @@ def record(command: Record) -> int:
 
         gif = {"video": paths[1].read_bytes()}
         show_adaptation(results_folder(what) / "video", [], gif)
-    print(", ".join(map(str, paths)))
+    say(", ".join(map(str, paths)))
     return 0
 
 

@@ -13,6 +13,7 @@ import tyro
 
 from metarl.commands.arguments import check_file, check_place
 from metarl.commands.policy_commands import film, results_folder
+from metarl.commands.streams import say
 from metarl.envs.errors import UserError
 from metarl.running.config import default_workers
 from metarl.running.plain_json import json_text
@@ -139,18 +140,18 @@ def evaluate(command: Evaluate) -> int:
         return 0
     result, files = found
     if command.json:
-        print(json_text(result.to_json(), indent=2))
+        say(json_text(result.to_json(), indent=2))
         return 0
     setting = result.setting
     options = "".join(f" {k}={v}" for k, v in setting["family_options"].items())
     samples = f"{command.episodes} episodes of {setting.get('horizon')} steps each"
     if "support" in setting:
         samples = f"{setting['support']} examples each to adapt to"
-    print(f"{setting['family']}{options}: {counted(setting['tasks'])}, {samples}\n")
+    say(f"{setting['family']}{options}: {counted(setting['tasks'])}, {samples}\n")
     if command.per_task:
-        print(f"{result.task_table()}\n")
-    print(f"{result.table()}\n\n{result.verdicts()}")
-    print(", ".join(map(str, files)))
+        say(f"{result.task_table()}\n")
+    say(f"{result.table()}\n\n{result.verdicts()}")
+    say(", ".join(map(str, files)))
     return 0
 
 
@@ -203,7 +204,7 @@ def plot(command: Plot) -> int:
     check_file("--out", command.out, (".png", ".svg"))
     out = command.out or command.what[0] / "learning.png"
     paths = plot_learning(command.what, out, against=command.against, smooth=command.smooth)
-    print(", ".join(map(str, paths)))
+    say(", ".join(map(str, paths)))
     return 0
 
 
@@ -235,8 +236,9 @@ def report(command: Report) -> int:
     named = {"tasks": command.tasks, "episodes": command.episodes, "steps": command.steps}
     asked: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
     fresh, usable, seeds = False, False, 1
+    notes: list[str] = []
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        found = json.loads((folder / "evaluation.json").read_text())
+        found = json.loads((folder / "evaluation.json").read_text("utf-8"))
         fresh = found.get("policy") == digest
         has = {"tasks": len(found["tasks"]), "steps": len(found["returns"]) - 1}
         has["episodes"] = found.get("episodes", asked.get("episodes"))
@@ -248,7 +250,7 @@ def report(command: Report) -> int:
         asked = {key: value for key, value in kept.items() if value is not None} | asked
     if seeds > 1:
         path = folder / "evaluation.json"
-        print(f"{set_aside(path, path.read_bytes())}: what {seeds} seeds had there")
+        notes.append(f"{set_aside(path, path.read_bytes())}: what {seeds} seeds had there")
     if not usable or len(command.what) > 1:
         threads, workers = command.threads, default_workers()
         _evaluate(command.what, folder, threads=threads, workers=workers, **asked)
@@ -260,11 +262,11 @@ def report(command: Report) -> int:
             film(what, ()).save(folder / "video.mp4")
         except UserError as error:
             why = str(error)
-            print(why)
+            notes.append(why)
     out = command.out or folder / "report.html"
     config = folder / "config.json"
-    run = json.loads(config.read_text()) if config.exists() else None
+    run = json.loads(config.read_text("utf-8")) if config.exists() else None
     out.parent.mkdir(parents=True, exist_ok=True)
     write_report(folder, out, f"metarl: {short_name(what)}", run=run, no_video=why)
-    print(out)
+    say("\n".join([*notes, str(out)]))
     return 0

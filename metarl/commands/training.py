@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from types import FrameType
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from metarl.commands.arguments import peek, said
+from metarl.commands.streams import note, say
 from metarl.envs.errors import UserError
 from metarl.envs.registry import (
     data_names,
@@ -28,6 +27,7 @@ from metarl.learning.ranks import LIMIT_SECONDS, Ranks, joined
 from metarl.running.config import Config, config_keys, default_workers
 from metarl.running.plain_json import json_text
 from metarl.running.presets import resolve, usual_preset
+from metarl.running.stopping import Stop
 
 _AUTO = "auto"
 
@@ -158,32 +158,6 @@ def _resolved(parsed: Config, arguments: Sequence[str], options: Mapping[str, An
     return resolve(parsed.preset, parsed.family, parsed.algorithm, values)
 
 
-class _Stop:
-    """Ctrl-C or SIGTERM: the first asks to stop after the iteration, the second leaves at once."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.signal: int | None = None
-
-    def __call__(self) -> bool:
-        return self.signal is not None
-
-    def __enter__(self) -> _Stop:
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-        if self.ranks.is_main:
-            print("\nstopping after this iteration; once more leaves at once", file=sys.stderr)
-
-
 def train(command: Train) -> int:
     """Run `metarl train`."""
     config = command.config
@@ -226,20 +200,21 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
             bar.write(f"iteration {row['iteration']}: update skipped, {row['skipped']}")
         bar.update()
 
-    def tell(line: str, **options: Any) -> None:
+    def tell(line: str, show: Callable[[str], object] = say) -> None:
         if ranks.is_main:
-            print(line, **options)
+            show(line)
 
     supervised = is_supervised(config.family, config.family_options)
 
     def started() -> None:
         preset = f", preset {config.preset}," if config.preset else ""
-        tell(f"{config.algorithm} on {config.family}{preset} in {folder}", file=sys.stderr)
+        tell(f"{config.algorithm} on {config.family}{preset} in {folder}", note)
         bounded = find_algorithm(config.algorithm).outer == "trust-region"
         if bounded and supervised:
-            tell("the outer step is Adam's: a trust region is a policy's", file=sys.stderr)
+            tell("the outer step is Adam's: a trust region is a policy's", note)
 
-    with _Stop(ranks) as stop:
+    signals = (signal.SIGINT, signal.SIGTERM)
+    with Stop(signals, _leave, quiet=not ranks.is_main) as stop:
         try:
             meta = trainer.train(
                 config,
@@ -247,7 +222,7 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
                 resume=resume,
                 display=show,
                 stop=stop,
-                notice=lambda line: print(line, file=sys.stderr),
+                notice=note,
                 start=command.start,
                 started=started,
                 ranks=ranks,
@@ -269,6 +244,10 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
     return 0
 
 
+def _leave(number: int) -> None:
+    os._exit(128 + number)
+
+
 def benchmark(command: Benchmark) -> int:
     """Run `metarl benchmark`."""
     from metarl.running import benchmark as measuring
@@ -276,5 +255,5 @@ def benchmark(command: Benchmark) -> int:
     with joined(command.rank_timeout) as ranks:
         result = measuring.benchmark(command.config, command.repeats, ranks)
         if ranks.is_main:
-            print(json_text(result, indent=2) if command.json else measuring.table(result))
+            say(json_text(result, indent=2) if command.json else measuring.table(result))
     return 0

@@ -8,8 +8,7 @@ ranks, each has a pool for tasks of its own, and `ranks` puts together what they
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -59,17 +58,6 @@ class ChunkPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@contextlib.contextmanager
-def one_intraop_thread() -> Iterator[None]:
-    """Run torch with one intra-op thread, and give the caller's number back afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def slices(total: int, size: int) -> list[slice]:

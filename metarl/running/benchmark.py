@@ -31,9 +31,10 @@ from metarl.envs import GymnasiumFamily, MujocoFamily, TaskFamily
 from metarl.envs.errors import UserError
 from metarl.envs.seeds import foreign_seed
 from metarl.learning.networks import Params, stack
-from metarl.learning.parallel import ChunkPool, one_intraop_thread
+from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import MLPPolicy
 from metarl.learning.ranks import ALONE, Ranks
+from metarl.learning.settings import own_settings
 from metarl.learning.trajectories import Rollout
 from metarl.running.checkpoints import machine, versions
 from metarl.running.config import Config, available_threads
@@ -144,7 +145,7 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
     names = ("plain_loop", "async_vector_env", "one_process", "workers")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with contextlib.ExitStack() as closing:
-        closing.enter_context(one_intraop_thread())
+        closing.enter_context(own_settings())
         vector = gym.vector.AsyncVectorEnv(make)  # forks: before there are workers
         closing.callback(vector.close)
         collectors = {

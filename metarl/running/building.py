@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metarl.envs import TaskFamily
+from metarl.envs import TaskFamily, guard
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.gymnasium_family import is_image
@@ -125,7 +124,7 @@ def make_policy(
 
 def spaces_of(family: TaskFamily) -> tuple[gym.Space, gym.Space]:
     """Return the observation and the action space of a family's environments."""
-    with contextlib.closing(family.make()) as env:
+    with guard.opened(family.make) as env:
         observation, action = env.observation_space, env.action_space
     if is_image(observation):
         # A closed renderer that Python takes apart later takes the OpenGL context of a living one

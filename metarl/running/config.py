@@ -305,7 +305,7 @@ def available_threads() -> int:
     the machine each has its share."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
+        with open("/sys/fs/cgroup/cpu.max", encoding="utf-8") as file:
             quota, period = file.read().split()
         if quota != "max":
             count = min(count or 1, max(1, int(quota) // int(period)))

@@ -19,8 +19,9 @@ from metarl.envs.family import Family, TaskFamily
 from metarl.envs.few_shot import FewShotFamily
 from metarl.envs.supervised import SupervisedFamily
 from metarl.learning.inner_loop import NonFiniteError
-from metarl.learning.parallel import ChunkPool, one_intraop_thread
+from metarl.learning.parallel import ChunkPool
 from metarl.learning.ranks import ALONE, Ranks
+from metarl.learning.settings import own_settings
 from metarl.running.building import spaces_of
 from metarl.running.config import available_threads
 from metarl.running.fingerprint import changes
@@ -131,6 +132,7 @@ def _check_spaces(family: Family, policies: Sequence[MetaPolicy]) -> None:
             policy.check_spaces(*spaces)
 
 
+@own_settings()
 def evaluate(
     meta_policy: What | Sequence[What],
     *,
@@ -266,7 +268,7 @@ def evaluate(
     address, goals = tasks_of(split)
     given = {"random": random_step_sizes, "pretrained": pretrained_step_sizes}
     count = available_threads() if threads is None else threads
-    with ranks.agreeing(), one_intraop_thread(), ChunkPool(count, ranks) as pool:
+    with ranks.agreeing(), ChunkPool(count, ranks) as pool:
 
         def made(
             address: Address, goals: Floats, steps: int, mode: bool, check: bool

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from metarl.learning.settings import own_settings
 from metarl.running import checkpoints
 from metarl.running.building import make_adapter, spaces_of
 from metarl.running.checkpoints import CheckpointError, config_of
@@ -66,6 +67,7 @@ def newest_good(run: Path, before: int, use: Callable[[Path], Any]) -> int | Non
     return None
 
 
+@own_settings()
 def load(what: str | Path) -> MetaPolicy:
     """Return a meta-policy.
 
@@ -122,6 +124,7 @@ def load(what: str | Path) -> MetaPolicy:
     return dataclasses.replace(meta, params=checkpoints.in_shapes(path, params, shapes))
 
 
+@own_settings()
 def load_policy(path: str | Path) -> Policy:
     """Return an adapted policy from the file that `metarl adapt` or `Policy.save` wrote.
 

@@ -19,7 +19,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from metarl.envs import TaskFamily
+from metarl.envs import TaskFamily, guard
 from metarl.envs.errors import UserError, check_whole, kind_of
 from metarl.envs.family import Family
 from metarl.envs.registry import find_family
@@ -29,9 +29,10 @@ from metarl.learning.adaptation import FACTOR
 from metarl.learning.algorithms import Algorithm, find_algorithm
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.networks import Model, Params, copied
-from metarl.learning.parallel import ChunkPool, one_intraop_thread
+from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import MLPPolicy
 from metarl.learning.predictors import Predictor
+from metarl.learning.settings import own_settings
 from metarl.running import checkpoints, fingerprint
 from metarl.running.adapted_predictor import AdaptedPredictor, as_examples
 from metarl.running.building import (
@@ -205,6 +206,7 @@ class MetaPolicy:
             return {}
         return {"context": scaled_tasks(self.source, tasks)}
 
+    @own_settings()
     def adapt(
         self,
         env: gym.Env | Sequence[float] | NDArray,
@@ -243,11 +245,6 @@ class MetaPolicy:
         given = None if isinstance(env, gym.Env) else self._task(env)
         if given is not None:
             _ = self._found_at_start  # logged at the first call
-        made = None if given is None else self.family.make(given)
-        target = env if isinstance(env, gym.Env) else made
-        assert target is not None
-        if made is not None:
-            self.check_spaces(made.observation_space, made.action_space)
         mode = self.config.policy.action
         task = None if given is None else given.tolist()
         context: Params = {}
@@ -269,14 +266,16 @@ class MetaPolicy:
                 mode=mode,
             )
 
-        try:
-            with one_intraop_thread(), ChunkPool(1) as pool:
+        with contextlib.ExitStack() as stack:
+            if isinstance(env, gym.Env):
+                target = env
+            else:
+                target = stack.enter_context(guard.opened(lambda: self.family.make(given)))
+                self.check_spaces(target.observation_space, target.action_space)
+            with ChunkPool(1) as pool:
                 loop, meta = self.inner_loop(pool, step_sizes)
                 adapted = loop.run(sample, meta, 1, steps=steps, query="none")
             space = target.action_space
-        finally:
-            if made is not None:
-                made.close()
         params = loop.adapter.params(adapted.iterates[-1], adapted.slow, 1) | context
         params = {name: p[0].clone() for name, p in params.items()}
         provenance = {"task": task, "steps": steps, "episodes": episodes, "seed": seed}
@@ -299,6 +298,7 @@ class MetaPolicy:
             )
         return task
 
+    @own_settings()
     def adapt_to(
         self,
         inputs: ArrayLike,
@@ -327,7 +327,7 @@ class MetaPolicy:
         check_whole("steps", steps, 0)
         steps = int(steps)
         support = as_examples(self.model, inputs, targets)
-        with one_intraop_thread(), ChunkPool(1) as pool:
+        with ChunkPool(1) as pool:
             loop, meta = self.inner_loop(pool, step_sizes)
             adapted = loop.run(lambda params, k: support, meta, 1, steps=steps, query="none")
             theta = adapted.iterates[-1]
@@ -337,6 +337,7 @@ class MetaPolicy:
         provenance = {"steps": steps, "examples": support.weight.numel()}
         return AdaptedPredictor(self.model, params, support.classes, provenance)
 
+    @own_settings()
     def adapter(
         self,
         action_space: gym.Space | None = None,
@@ -360,7 +361,7 @@ class MetaPolicy:
         if action_space is not None and not isinstance(action_space, gym.Space):
             raise UserError(f"action_space must be a space, got {kind_of(action_space)}")
         if action_space is None:
-            with contextlib.closing(self.family.make()) as env:
+            with guard.opened(self.family.make) as env:
                 self.check_spaces(env.observation_space, env.action_space)
                 action_space = env.action_space
         loop, params = self.inner_loop(ChunkPool(1), step_sizes)

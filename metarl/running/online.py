@@ -18,9 +18,9 @@ from metarl.envs.errors import UserError
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.networks import Params, copied, stack
 from metarl.learning.objectives import Batch, dice, likelihood_ratio, log_likelihood
-from metarl.learning.parallel import one_intraop_thread
 from metarl.learning.plausibility import Plausibility
 from metarl.learning.policies import MLPPolicy
+from metarl.learning.settings import own_settings
 from metarl.learning.trajectories import Rollout
 from metarl.running.config import Config
 from metarl.running.fingerprint import Fingerprint
@@ -192,7 +192,7 @@ class OnlineAdapter:
             NonFiniteError: an adapted parameter is not a finite number.
         """
         if self._episodes:
-            with one_intraop_thread():
+            with own_settings():
                 batch, _ = self._loop.prepare(self._rollout())
                 assert isinstance(batch, Batch)
                 loop, batch = self._weighted(batch)

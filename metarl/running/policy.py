@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from metarl.envs import guard
 from metarl.envs.errors import UserError
 from metarl.learning.modules import Bounded, Chosen, Mode, make_module
 from metarl.learning.networks import Params, copied
@@ -144,8 +145,9 @@ class Policy:
                 on_step(t, total)
             return self.act(observation, deterministic=deterministic)
 
-        for step in episode(env, act, self._horizon, seed):
-            taken, total = taken + 1, total + step.reward
+        with guard.restored():
+            for step in episode(env, act, self._horizon, seed):
+                taken, total = taken + 1, total + step.reward
         if on_step is not None:
             on_step(taken, total)
         return total

@@ -65,8 +65,8 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
     Raises:
         RunError: another process holds it.
     """
-    path = folder / "lock"
-    with open(path, "a") as file:
+    path = folder.absolute() / "lock"
+    with open(path, "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -157,7 +157,7 @@ def create_run(folder: Path, config: Config, family: Fingerprint | None = None) 
 def plan(folder: Path, config: Config) -> None:
     """Let a run folder's config have another number of iterations: the run's length from now on."""
     path = folder / "config.json"
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text("utf-8"))
     data["config"]["iterations"] = config.iterations
     write_atomically(path, json_text(data, indent=2).encode())
 
@@ -170,7 +170,7 @@ def run_config(folder: Path) -> Config:
         UserError: its config is not one this version takes.
     """
     try:
-        data = json.loads((folder / "config.json").read_text())
+        data = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{folder} is not a run folder: it has no readable config.json") from error
     return config_of(folder / "config.json", data if isinstance(data, dict) else {})
@@ -256,7 +256,7 @@ def load_state(
             set_aside(found[later], found[later].read_bytes())
             found[later].unlink()
     here = {"versions": versions(), "machine": machine()}
-    began = json.loads((folder / "config.json").read_text())
+    began = json.loads((folder / "config.json").read_text("utf-8"))
     if changed := changes(began, here) or changes(metadata, here):
         _log.warning(
             "%s began with %s: from here on it agrees with a run there in distribution, not in"

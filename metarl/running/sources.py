@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarl.envs import TaskFamily
+from metarl.envs import TaskFamily, guard
 from metarl.envs.family import Family
 from metarl.envs.supervised import Data, SupervisedFamily
 from metarl.envs.tasks import Tasks
@@ -89,7 +89,8 @@ class Source(ABC):
         """Return this rank's tasks of an iteration, and what is observed of them."""
         tasks, config = self.family.tasks, self.config
         draw = tasks.stratified if config.stratified else tasks.sample
-        drawn = draw(address.tasks(), config.tasks)[self.block]
+        with guard.user_code():
+            drawn = draw(address.tasks(), config.tasks)[self.block]
         told = self.row.observes_task
         return drawn, {"context": scaled_tasks(self.family, drawn)} if told else {}
 

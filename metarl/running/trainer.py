@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from metarl.envs import TaskFamily
+from metarl.envs import TaskFamily, guard
 from metarl.envs.errors import UserError, kind_of
 from metarl.envs.family import Family
 from metarl.envs.registry import SUCH_AS, find_family
@@ -24,8 +24,9 @@ from metarl.learning.algorithms import find_algorithm
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError, Query
 from metarl.learning.networks import copied
 from metarl.learning.objectives import Batch
-from metarl.learning.parallel import ChunkPool, one_intraop_thread
+from metarl.learning.parallel import ChunkPool
 from metarl.learning.ranks import ALONE, Ranks
+from metarl.learning.settings import own_settings
 from metarl.learning.signals import support_agreement
 from metarl.learning.trajectories import Rollout
 from metarl.running.building import make_adapter, model_for, row_for
@@ -58,6 +59,7 @@ from metarl.running.runs import (
     save_checkpoint,
 )
 from metarl.running.sources import Episodes, make_source
+from metarl.running.stopping import stop_by_ctrl_c
 from metarl.sampling.rollouts import Address
 from metarl.sampling.seeding import stream
 from metarl.sampling.workers import START_SECONDS
@@ -92,7 +94,7 @@ class Trainer:
         self.state = State(params, self.outer.init(params))
         self._first = True
         self._stack = contextlib.ExitStack()
-        self._stack.enter_context(one_intraop_thread())
+        self._stack.enter_context(own_settings())
         self.pool = self._stack.enter_context(ChunkPool(config.threads, ranks))
         self.source = make_source(
             self.algorithm, config, self.family, adapter, self.pool, self.block
@@ -221,6 +223,7 @@ def _check_ranks(config: Config, family: Family, ranks: Ranks) -> None:
         )
 
 
+@own_settings()
 def train(
     config: Config,
     out: str | Path,
@@ -243,7 +246,8 @@ def train(
         progress: is given each iteration's metrics, on rank 0, once they and the checkpoint are
             saved. The next iteration waits for that.
         display: is given the same before they are saved, while the run goes on: for a progress bar.
-        stop: asked after each iteration. The run ends once that is saved.
+        stop: asked after each iteration. The run ends once that is saved. Ctrl-C does the same, and
+            then raises KeyboardInterrupt; a second Ctrl-C raises it at once.
         start: with `resume`, the checkpoint's iteration; by default the newest.
         notice: is given a line where a resumed run's new length changes its schedules.
         started: is called once nothing is wrong with the config, the family and the folder.
@@ -256,6 +260,7 @@ def train(
         UserError: the config or the family is at fault.
         OSError: a file cannot be written; what was saved before is whole.
         RanksError: another rank was lost.
+        KeyboardInterrupt: Ctrl-C was pressed; the iteration is saved, and `resume` continues.
     """
     if not isinstance(config, Config):
         raise UserError(
@@ -279,18 +284,24 @@ def train(
                 opened = _continued(folder, trainer, start, notice) if resume else None
                 check = stack.enter_context(opened or _begun(folder, trainer))
                 between = SAVE_SECONDS if trainer.source.fixed else 0.0
+                # It writes while user code has a current folder of its own.
+                there = folder.absolute()
                 recorder = Recorder(
-                    folder, config, trainer.state, check, between, trainer.fingerprint
+                    there, config, trainer.state, check, between, trainer.fingerprint
                 )
                 stack.enter_context(recorder)
             trainer.state = ranks.from_main(trainer.state)
         started()
         try:
-            _train(trainer, folder, recorder, progress, display, stop)
+            with stop_by_ctrl_c(quiet=not ranks.is_main) as interrupted:
+                ends = lambda: interrupted() or stop()  # noqa: E731
+                _train(trainer, folder, recorder, progress, display, ends)
         except OSError as error:
             if checkpoints_of(folder):
                 error.add_note(f"then go on with: metarl train --resume {quote(str(folder))}")
             raise
+        if ranks.any(interrupted()):
+            raise KeyboardInterrupt(f"stopped after iteration {trainer.state.iteration}")
         return trainer.meta_policy()
 
 
@@ -353,7 +364,8 @@ def _train(
     ranks, state = trainer.ranks, trainer.state
     while state.iteration < trainer.config.iterations and not ranks.any(stop()):
         with ranks.agreeing():
-            row = trainer.iterate()
+            with guard.restored():
+                row = trainer.iterate()
             if state.skipped_in_a_row >= SKIPPED_LIMIT:
                 raise RunError(
                     f"{SKIPPED_LIMIT} updates in a row were skipped; the last because"

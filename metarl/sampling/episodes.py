@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from metarl.envs import guard
 from metarl.envs.observations import check_fits
 from metarl.envs.seeds import foreign_seed
 from metarl.envs.step_results import plain_reset, plain_step, success
@@ -39,10 +40,13 @@ def episode(
     env: gym.Env, act: Callable[[Any, int], Any], horizon: int, seed: int | None
 ) -> Iterator[Step]:
     """Play one episode, of `horizon` steps at most; `act` takes an observation and its time."""
-    observation, _ = plain_reset(env.reset(seed=seed))
+    with guard.user_code():
+        observation, _ = plain_reset(env.reset(seed=seed))
     for t in range(horizon):
-        observation, *rest = env.step(act(observation, t))
-        step = Step(observation, *plain_step(*rest))
+        action = act(observation, t)
+        with guard.user_step():
+            observation, *rest = env.step(action)
+            step = Step(observation, *plain_step(*rest))
         yield step
         if step.terminated or step.truncated:
             return
@@ -94,7 +98,7 @@ def collect_episodes(
         buffer.output[0, e, t] = dist[policy.parameter][0].numpy()
         return env_action(action[0].numpy(), env.action_space, mode)
 
-    with torch.inference_mode():
+    with guard.restored(), torch.inference_mode():
         for e, seed in enumerate(seeds):
             step = Step(None, 0.0, False, False, {})
             for t, step in enumerate(episode(env, act, horizon, seed)):

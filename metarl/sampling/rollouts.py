@@ -8,7 +8,7 @@ with physics in the other.
 
 from __future__ import annotations
 
-import logging
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -18,7 +18,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from metarl.envs import TaskFamily, TaskVectorEnv
+from metarl.envs import TaskFamily, TaskVectorEnv, guard
 from metarl.envs.errors import check_one_of
 from metarl.learning.networks import Params
 from metarl.learning.parallel import ChunkPool, slices
@@ -27,7 +27,6 @@ from metarl.learning.trajectories import Rollout
 from metarl.sampling.seeding import episode_seeds, stream
 from metarl.sampling.spaces import ActionMode, check_spaces, env_action
 
-_log = logging.getLogger(__name__)
 Split = Literal["train", "test", "validation"]
 
 
@@ -165,7 +164,10 @@ def collect_into(
     flat = (env.num_envs, policy.action_size)
     stacked = {name: p.clone() for name, p in params.items()}
     env.set_tasks(tasks)
-    observation, _ = env.reset(seed=seeds)
+    # On threads a process's settings have no owner: `Collector.collect` restores them.
+    guarded = not env.family.parallel
+    with guard.user_code() if guarded else contextlib.nullcontext():
+        observation, _ = env.reset(seed=seeds)
     active = np.ones(shape, np.bool_)
     terminated = truncated = np.zeros(shape, np.bool_)
     with torch.inference_mode():
@@ -177,9 +179,9 @@ def collect_into(
             act = action.numpy()
             buffer.action[where, :, t] = act
             buffer.output[where, :, t] = dist[policy.parameter].numpy()
-            observation, reward, terminated, truncated, info = env.step(
-                env_action(act.reshape(flat), space, mode)
-            )
+            given = env_action(act.reshape(flat), space, mode)
+            with guard.user_step() if guarded else contextlib.nullcontext():
+                observation, reward, terminated, truncated, info = env.step(given)
             buffer.reward[where, :, t] = reward.reshape(shape)
             buffer.valid[where, :, t] = active
             for key, values in buffer.info.items():
@@ -229,10 +231,11 @@ class Collector:
         self.num_tasks, self.episodes = num_tasks, episodes
         shards = min(pool.threads, num_tasks) if family.parallel else 1
         self._slices = slices(num_tasks, -(-num_tasks // shards))
-        self._envs = [
-            family.make_vec(s.stop - s.start, episodes, autoreset_mode=AutoresetMode.DISABLED)
-            for s in self._slices
-        ]
+        with guard.user_code():
+            self._envs = [
+                family.make_vec(s.stop - s.start, episodes, autoreset_mode=AutoresetMode.DISABLED)
+                for s in self._slices
+            ]
         check_spaces(self._envs[0], policy, family.name)
 
     def collect(
@@ -265,19 +268,16 @@ class Collector:
             )  # fmt: skip
 
         shards = zip(self._slices, self._envs, strict=True)
-        if self.family.parallel:
-            self.pool.map(fill, shards)
-        else:  # in the thread that made them: some hold what is of one thread, as OpenGL's contexts
-            for shard in shards:
-                fill(shard)
+        with guard.restored():
+            if self.family.parallel:
+                self.pool.map(fill, shards)
+            else:  # in the thread that made them: an OpenGL context, for one, belongs to a thread
+                for shard in shards:
+                    fill(shard)
         clear_after_the_end(buffer)
         return buffer.rollout(self.policy, detached, tasks)
 
     def close(self) -> None:
         """Close the environments; a failure is told, and loses nothing that was sampled."""
         for env in self._envs:
-            try:
-                env.close()
-            except Exception as error:  # the user's own
-                text = f"{type(error).__name__}: {error}".removesuffix(": ")
-                _log.warning("%s: closing an environment failed: %s", self.family.name, text)
+            guard.close(env)

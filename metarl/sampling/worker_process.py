@@ -25,7 +25,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from metarl.envs import TaskVectorEnv
+from metarl.envs import TaskVectorEnv, guard
 from metarl.envs.errors import UserError
 from metarl.envs.memory import share_with
 from metarl.envs.processes import Parcel, unpack
@@ -84,10 +84,11 @@ def work(share: Share, channel: Connection, dump: Connection, with_parent: bool)
                 for array in memory.arrays().values():
                     array[share.where] = 0
                 stacked = {name: torch.from_numpy(p) for name, p in params.items()}
-                collect_into(
-                    memory, share.where, env, share.policy, stacked, tasks, address, share.mode,
-                    deterministic,
-                )  # fmt: skip
+                with guard.restored():
+                    collect_into(
+                        memory, share.where, env, share.policy, stacked, tasks, address,
+                        share.mode, deterministic,
+                    )  # fmt: skip
                 channel.send(Reply("done"))
         channel.send(Reply("done"))
     except (EOFError, BrokenPipeError):
@@ -114,7 +115,8 @@ def _restored(share: Share, channel: Connection) -> Iterator[tuple[TaskVectorEnv
         share.progress[:] = [0, 0, -1]
     tasks = share.where.stop - share.where.start
     share_with(-(-share.tasks // tasks))
-    env = family.make_vec(tasks, share.episodes, autoreset_mode=AutoresetMode.DISABLED)
+    with guard.user_code():
+        env = family.make_vec(tasks, share.episodes, autoreset_mode=AutoresetMode.DISABLED)
     env.progress = share.progress
     arrays = iter(share.memory)
 
@@ -128,7 +130,8 @@ def _restored(share: Share, channel: Connection) -> Iterator[tuple[TaskVectorEnv
             share.policy, share.tasks, share.episodes, share.horizon, share.info_keys, attach
         ),
     )
-    env.close()
+    with guard.user_code():
+        env.close()
 
 
 def _end_with_parent(exactly: bool) -> None:

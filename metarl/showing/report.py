@@ -62,7 +62,7 @@ def write_report(
         run: content of the run's `config.json`; none for a policy that is no run.
         no_video: why there is none.
     """
-    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
     parts = [f"<h1>{html.escape(title)}</h1>", _setting(evaluation)]
     parts.append(f'<p class="verdict">{html.escape(evaluation["verdict"])}</p>')
     parts.append(_tables(evaluation))

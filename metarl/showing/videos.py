@@ -7,7 +7,6 @@ environment's module is imported, for some read the choice then.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import os
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from metarl.envs import MujocoFamily, TaskFamily
+from metarl.envs import MujocoFamily, TaskFamily, guard
 from metarl.envs.errors import UserError, check_one_of
 from metarl.running.files import write_atomically
 from metarl.running.policy import Policy
@@ -168,20 +167,20 @@ def record(
     if not speed > 0.0:
         raise UserError(f"speed must be positive, got {speed}")
     amiss = prepare()
-    probe = family.make(task)
-    modes = probe.metadata.get("render_modes") or []
-    probe.close()
+    with guard.opened(lambda: family.make(task)) as probe:
+        modes = probe.metadata.get("render_modes") or []
+        drawn_at = float(probe.metadata.get("render_fps") or FPS)
     if "rgb_array" not in modes:
         raise UserError(f"no video: {family.name} has no render mode rgb_array")
     if amiss is not None and isinstance(family, MujocoFamily):
         raise UserError(amiss)
-    rate = speed * float(probe.metadata.get("render_fps") or FPS)
+    rate = speed * drawn_at
     every = max(1, round(rate / FPS))
     fps = rate / every
     goal = _goal(family, task)
     panels = []
     for title, policy in policies.items():
-        with contextlib.closing(family.make(task, render_mode="rgb_array")) as env:
+        with guard.opened(lambda: family.make(task, render_mode="rgb_array")) as env:
             shown = _episode(policy, env, every, seed, deterministic, amiss)
         panels.append(
             [
@@ -229,7 +228,8 @@ def _episode(
 
     def image() -> NDArray[np.uint8]:
         try:
-            drawn = env.render()
+            with guard.user_code():
+                drawn = env.render()
         except Exception as error:  # whatever a graphics library raises
             why = f"{amiss}; {type(error).__name__}: {error}" if amiss else f"no video: {error}"
             raise UserError(why) from error

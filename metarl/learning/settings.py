@@ -1,0 +1,57 @@
+"""The settings of torch that results depend on: `own_settings` while metarl computes, and put back
+when user code has changed them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from metarl.envs import guard
+from metarl.envs.guard import Setting
+
+
+def _set_device(device: torch.device) -> None:
+    torch.set_default_device(None if device.type == "cpu" else device)
+
+
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """Compute as metarl needs it, whatever the caller has set; the caller's come back afterwards.
+
+    One intra-op thread, gradients, float32, the CPU.
+    """
+    threads, dtype, device = (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+    )
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)
+    _set_device(torch.device("cpu"))
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        _set_device(device)
+
+
+guard.register("torch gradients", Setting(torch.is_grad_enabled, torch.set_grad_enabled, True))
+guard.register("torch dtype", Setting(torch.get_default_dtype, torch.set_default_dtype, True))
+guard.register("torch threads", Setting(torch.get_num_threads, torch.set_num_threads, True))
+guard.register("torch device", Setting(torch.get_default_device, _set_device))
+guard.register(
+    "torch determinism",
+    Setting(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+)
+guard.register(
+    "torch anomalies",
+    Setting(torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+)
+guard.register(
+    "torch matrix products",
+    Setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+)
