@@ -12,34 +12,22 @@ taken as it is. Without the task, every reset draws one.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
-from metarl.envs import (  # noqa: F401  (they register their families)
-    ant,
-    characters,
-    classic_control,
-    half_cheetah,
-    hopper,
-    humanoid,
-    image_folders,
-    meta_world,
-    navigation,
-    sinusoid,
-    swimmer,
-    tabular,
-    walker2d,
-)
-from metarl.envs.checker import Finding, check_task_family
+from metarl.envs import families, supervised
+from metarl.envs.checks.checker import Finding, check_task_family
 from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily
-from metarl.envs.few_shot import FewShotFamily
-from metarl.envs.gymnasium_family import GymnasiumFamily
-from metarl.envs.mujoco_vector import MujocoFamily
+from metarl.envs.gymnasium.family import GymnasiumFamily
+from metarl.envs.mujoco.family import MujocoFamily
 from metarl.envs.registry import family_names, make_family, register
-from metarl.envs.supervised import FunctionFamily, SupervisedFamily
+from metarl.envs.supervised.family import FunctionFamily, SupervisedFamily
+from metarl.envs.supervised.few_shot import FewShotFamily
 from metarl.envs.tasks import Finite, TaskDistribution, Uniform
 from metarl.envs.vector import TaskVectorEnv
 
@@ -145,6 +133,10 @@ def _column(name: str, value: Any, count: int) -> np.ndarray:
         raise UserError(f"{name} must be {each}, got {value!r}")
     return np.broadcast_to(column, count)
 
+
+for _package in (families, supervised):  # importing a module registers its families
+    for _module in pkgutil.iter_modules(_package.__path__):
+        importlib.import_module(f"{_package.__name__}.{_module.name}")
 
 for _id, _family in GYMNASIUM_IDS.items():
     if _id not in gym.registry:

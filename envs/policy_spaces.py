@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 
 from metarl.envs.errors import UserError
-from metarl.envs.observations import is_image
+from metarl.envs.gymnasium.observations import is_image
 
 LEAST_IMAGE = 4
 """Pixels that an image must have each way, for the smallest network that reads images."""

@@ -19,7 +19,7 @@ from typing import Any
 from metarl.envs import guard
 from metarl.envs.errors import UserError, check_name, did_you_mean
 from metarl.envs.family import Family, TaskFamily
-from metarl.envs.supervised import SupervisedFamily
+from metarl.envs.supervised.family import SupervisedFamily
 
 Factory = Callable[..., Family]
 ENTRY_POINTS = "metarl.families"

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import metarl
-from metarl.learning.algorithms import ALGORITHMS, Algorithm
-from metarl.learning.objectives import clipped_ratio
+from metarl.algorithms.table import ALGORITHMS, Algorithm
+from metarl.learning.losses import clipped_ratio
 
 ALGORITHMS["maml-clipped"] = Algorithm(
     name="maml-clipped",

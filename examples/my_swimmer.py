@@ -1,6 +1,6 @@
 """A MuJoCo body whose tasks change the reward: swim sideways at a goal velocity.
 
-The reward sees all simulations at once; `step` is a `metarl.envs.mujoco_bodies.Step`.
+The reward sees all simulations at once; `step` is a `metarl.envs.mujoco.bodies.Step`.
 """
 
 import numpy as np

@@ -9,7 +9,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from metarl.commands.interrupts import end_at_once, ignore_at_the_end, is_the_program
+from metarl.cli.interrupts import end_at_once, ignore_at_the_end, is_the_program
 
 if is_the_program():
     end_at_once()  # on Ctrl-C; imports take a second or two
@@ -22,28 +22,28 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 from metarl.envs import UserError, check_task_family  # also registers the families with Gymnasium
 
 if TYPE_CHECKING:
-    from metarl.running.checkpoints import CheckpointError
-    from metarl.running.config import Config
-    from metarl.running.evaluation import evaluate
-    from metarl.running.loading import load, load_policy
-    from metarl.running.meta_policy import MetaPolicy
-    from metarl.running.policy import Policy
-    from metarl.running.presets import resolve
-    from metarl.running.runs import RunError
-    from metarl.running.trainer import train
+    from metarl.config.options import Config
+    from metarl.config.resolve import resolve
+    from metarl.evaluation.evaluate import evaluate
+    from metarl.policies.loading import load, load_policy
+    from metarl.policies.meta_policy import MetaPolicy
+    from metarl.policies.policy import Policy
+    from metarl.runs.checkpoints import CheckpointError
+    from metarl.runs.folder import RunError
+    from metarl.training.trainer import train
 
 # What needs torch is imported when it is first asked for (PEP 562).
 _LAZY = {
-    "CheckpointError": "checkpoints",
-    "Config": "config",
-    "MetaPolicy": "meta_policy",
-    "Policy": "policy",
-    "RunError": "runs",
-    "evaluate": "evaluation",
-    "load": "loading",
-    "load_policy": "loading",
-    "resolve": "presets",
-    "train": "trainer",
+    "CheckpointError": "runs.checkpoints",
+    "Config": "config.options",
+    "MetaPolicy": "policies.meta_policy",
+    "Policy": "policies.policy",
+    "RunError": "runs.folder",
+    "evaluate": "evaluation.evaluate",
+    "load": "policies.loading",
+    "load_policy": "policies.loading",
+    "resolve": "config.resolve",
+    "train": "training.trainer",
 }
 
 __all__ = [
@@ -69,7 +69,7 @@ def __getattr__(name: str) -> Any:
         return version("metarl-gradient")
     if name not in _LAZY:
         raise AttributeError(f"module 'metarl' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"metarl.running.{_LAZY[name]}"), name)
+    value = getattr(importlib.import_module(f"metarl.{_LAZY[name]}"), name)
     globals()[name] = value
     return value
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from metarl.commands.cli import main
+from metarl.cli.main import main
 
 sys.exit(main())

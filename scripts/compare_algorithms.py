@@ -25,12 +25,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import metarl
-from metarl.commands.errors import exit_code
+from metarl.algorithms.table import ALGORITHMS, find_algorithm
+from metarl.cli.errors import exit_code
+from metarl.config.options import Config
+from metarl.distributed.process_group import Ranks, joined
 from metarl.envs.registry import parse_options
-from metarl.learning.algorithms import ALGORITHMS, find_algorithm
-from metarl.learning.ranks import Ranks, joined
-from metarl.running.config import Config
-from metarl.running.metrics import read_metrics
+from metarl.runs.metrics import read_metrics
 
 Run = dict[str, Any]
 Results = dict[str, dict[int, Run]]  # by algorithm and seed

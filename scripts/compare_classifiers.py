@@ -17,10 +17,10 @@ import numpy as np
 import tyro
 
 import metarl
-from metarl.commands.errors import exit_code
+from metarl.cli.errors import exit_code
 from metarl.envs.registry import parse_options
-from metarl.running.metrics import read_metrics
-from metarl.running.results import Curve
+from metarl.evaluation.results import Curve
+from metarl.runs.metrics import read_metrics
 
 ROWS = (
     "protomaml", "leopard", "maml-trpo", "fomaml-trpo", "maml++", "meta-sgd", "anil", "cavia",

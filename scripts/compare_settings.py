@@ -18,8 +18,8 @@ import numpy as np
 import tyro
 from trainings import train_all
 
-from metarl.commands.errors import exit_code
-from metarl.running.metrics import read_metrics
+from metarl.cli.errors import exit_code
+from metarl.runs.metrics import read_metrics
 
 LAST = 5
 """Iterations that a figure is the mean of: one batch of tasks alone is noisy."""

@@ -19,8 +19,8 @@ import time
 from os import kill as send
 from pathlib import Path
 
-from metarl.running.checkpoints import load
-from metarl.running.metrics import measured_time, read_metrics
+from metarl.runs.checkpoints import load
+from metarl.runs.metrics import measured_time, read_metrics
 
 TRAIN = (
     "-m", "metarl", "train", "navigation-2d", "--tasks", "12", "--episodes", "5", "--threads", "1",

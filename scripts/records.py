@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from metarl.running.checkpoints import write_atomically
+from metarl.runs.checkpoints import write_atomically
 
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- records: written by scripts/reproduce.py -->", "<!-- end of records -->"

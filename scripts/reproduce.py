@@ -29,14 +29,14 @@ from trainings import train_all
 
 import metarl
 from metarl import MetaPolicy
-from metarl.commands.errors import exit_code
+from metarl.cli.errors import exit_code
+from metarl.distributed.process_group import Ranks, joined
 from metarl.envs.errors import UserError
 from metarl.envs.registry import parse_options
-from metarl.learning.ranks import Ranks, joined
-from metarl.running.checkpoints import machine, versions, write_atomically
-from metarl.running.metrics import read_metrics
-from metarl.running.results import EvaluationResult
-from metarl.running.statistics import interquartile_mean
+from metarl.evaluation.results import EvaluationResult
+from metarl.evaluation.statistics import interquartile_mean
+from metarl.runs.checkpoints import machine, versions, write_atomically
+from metarl.runs.metrics import read_metrics
 
 TRAINED = Path(__file__).parents[1] / "metarl" / "trained"
 REFERENCES = ("pretrained", "oracle")

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from metarl import resolve
-from metarl.learning.networks import Params, unflatten
-from metarl.learning.samples import Examples
-from metarl.running.iterations import make_problem
-from metarl.running.trainer import Trainer
+from metarl.models.networks import Params, unflatten
+from metarl.models.samples import Examples
 from metarl.sampling.rollouts import Address
+from metarl.training.iterations import make_problem
+from metarl.training.trainer import Trainer
 
 THREADS, SECONDS = 2, 10.0
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from metarl.config.options import available_threads
 from metarl.envs.errors import UserError
-from metarl.running.config import available_threads
-from metarl.running.metrics import read_metrics
+from metarl.runs.metrics import read_metrics
 
 
 def train(folder: Path, flags: Sequence[str], jobs: int) -> None:

@@ -11,11 +11,11 @@ import rounding
 import torch
 
 import metarl  # noqa: F401  (before the first matrix product)
+from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import GymnasiumFamily, Uniform
-from metarl.learning.networks import Params
-from metarl.learning.objectives import Batch
-from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import GaussianMLP
+from metarl.learning.losses import Batch
+from metarl.models.networks import Params
+from metarl.models.policies import GaussianMLP
 
 STRICT = ("rollouts", "serial_batch", "meta_gradients", "policies")
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from metarl.commands.cli import main
+from metarl.cli.main import main
 from metarl.envs.errors import UserError
 
 

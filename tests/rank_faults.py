@@ -14,11 +14,11 @@ import pytest
 import torch
 from expecting import mentions, refused
 
+from metarl.config.resolve import resolve
+from metarl.distributed.process_group import ALONE, CHUNK, Ranks, joined
 from metarl.envs.errors import UserError
-from metarl.learning.ranks import ALONE, CHUNK, Ranks, joined
-from metarl.running import recording
-from metarl.running.presets import resolve
-from metarl.running.trainer import Trainer, train
+from metarl.runs import recorder as recording
+from metarl.training.trainer import Trainer, train
 
 
 def sums_and_gathers(ranks: Ranks) -> None:

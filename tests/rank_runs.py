@@ -14,9 +14,9 @@ import os
 import sys
 from pathlib import Path
 
-from metarl.learning.ranks import joined
-from metarl.running.presets import resolve
-from metarl.running.trainer import train
+from metarl.config.resolve import resolve
+from metarl.distributed.process_group import joined
+from metarl.training.trainer import train
 
 if __name__ == "__main__":
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])

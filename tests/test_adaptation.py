@@ -8,12 +8,12 @@ import torch
 from conftest import double_params, random_batch
 from torch.distributions import Independent, Normal
 
-from metarl.learning.adaptation import Adapter, inner_step, size_at
 from metarl.learning.advantages import AdvantageConfig
 from metarl.learning.inner_loop import InnerLoop
-from metarl.learning.networks import stack
-from metarl.learning.objectives import likelihood_ratio, log_likelihood, mean_kl
+from metarl.learning.inner_update import Adapter, inner_step, size_at
+from metarl.learning.losses import likelihood_ratio, log_likelihood, mean_kl
 from metarl.learning.trajectories import Rollout
+from metarl.models.networks import stack
 
 
 def constant_step_sizes(params, sizes):

@@ -12,6 +12,7 @@ from expecting import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metarl.distributed.chunk_pool import ChunkPool
 from metarl.learning.advantages import (
     AdvantageConfig,
     Targets,
@@ -23,7 +24,6 @@ from metarl.learning.advantages import (
     gae,
     normalize,
 )
-from metarl.learning.parallel import ChunkPool
 from metarl.learning.trajectories import Rollout
 
 T, E, H, OBS = 3, 4, 9, 2

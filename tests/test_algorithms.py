@@ -16,12 +16,20 @@ from expecting import refused
 from test_trainer import same_params, small, timeless
 
 from metarl import evaluate, load, resolve, train
-from metarl.learning.adaptation import Adapter
-from metarl.learning.algorithms import ALGORITHMS, find_algorithm
+from metarl.algorithms.table import ALGORITHMS, find_algorithm
 from metarl.learning.credit import post_update_credit
 from metarl.learning.first_order import Adam, AdamConfig, shorten
 from metarl.learning.inner_loop import Adapted
+from metarl.learning.inner_update import Adapter
 from metarl.learning.linear_solves import conjugate_gradient_each
+from metarl.learning.losses import (
+    Batch,
+    clipped_ratio,
+    dice,
+    likelihood_ratio,
+    log_likelihood,
+    mean_kl,
+)
 from metarl.learning.meta_gradients import (
     DisplacementProblem,
     Evaluation,
@@ -31,18 +39,10 @@ from metarl.learning.meta_gradients import (
     annealed_weights,
     cosine,
 )
-from metarl.learning.networks import Model, flatten, stack
-from metarl.learning.objectives import (
-    Batch,
-    clipped_ratio,
-    dice,
-    likelihood_ratio,
-    log_likelihood,
-    mean_kl,
-)
 from metarl.learning.trajectories import Rollout
-from metarl.running.iterations import make_problem
-from metarl.running.trainer import Trainer
+from metarl.models.networks import Model, flatten, stack
+from metarl.training.iterations import make_problem
+from metarl.training.trainer import Trainer
 
 D = torch.float64
 
@@ -752,7 +752,7 @@ def test_cavias_gradient_matches_central_differences(small_policy, pool):
     problem = UnrolledProblem(adapter, batches, pool)
     gradient, _ = problem.gradient(meta)
     theta = flatten(meta)
-    from metarl.learning.networks import unflatten
+    from metarl.models.networks import unflatten
 
     for i in range(0, len(theta), 7):
         h = torch.zeros_like(theta)

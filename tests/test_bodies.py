@@ -12,15 +12,15 @@ from expecting import refused
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
+from metarl.config.options import Config, PolicyConfig
 from metarl.envs import GYMNASIUM_IDS, MujocoFamily, Uniform, make_family
-from metarl.envs.mujoco_bodies import BODIES
-from metarl.envs.mujoco_parameters import scaled_parameters
-from metarl.envs.mujoco_rewards import costs_and_bonus
-from metarl.envs.mujoco_simulation import load_model
-from metarl.running.benchmark import replay
-from metarl.running.config import Config, PolicyConfig
-from metarl.running.trainer import Trainer
+from metarl.envs.mujoco.bodies import BODIES
+from metarl.envs.mujoco.parameters import scaled_parameters
+from metarl.envs.mujoco.rewards import costs_and_bonus
+from metarl.envs.mujoco.simulation import load_model
+from metarl.evaluation.benchmark import replay
 from metarl.sampling.rollouts import Address
+from metarl.training.trainer import Trainer
 
 DISABLED = AutoresetMode.DISABLED
 SEEDS = [21, 22, 23, 24]

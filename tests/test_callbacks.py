@@ -10,9 +10,9 @@ import pytest
 from expecting import run
 
 from metarl import load, resolve, train
-from metarl.running import recording
-from metarl.running.config import Config
-from metarl.running.metrics import measured_time, read_metrics
+from metarl.config.options import Config
+from metarl.runs import recorder as recording
+from metarl.runs.metrics import measured_time, read_metrics
 
 
 def small(family: str = "navigation-2d", **overrides: Any) -> Config:

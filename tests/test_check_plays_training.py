@@ -12,13 +12,13 @@ import pytest
 from expecting import mentions, run
 
 import metarl
+from metarl.algorithms.table import find_algorithm
+from metarl.config.options import Config
 from metarl.envs import GymnasiumFamily, Uniform, make_family
-from metarl.envs.checker import Finding, checks
+from metarl.envs.checks.checker import Finding, checks
 from metarl.envs.errors import UserError
 from metarl.envs.seeds import training_seeds
-from metarl.learning.algorithms import find_algorithm
-from metarl.running.building import policy_for
-from metarl.running.config import Config
+from metarl.policies.building import policy_for
 from metarl.sampling.rollouts import Address
 
 
@@ -326,7 +326,7 @@ def test_what_gymnasium_may_say_some_day_is_passed_on_as_a_warning(monkeypatch):
     def new_check(env, **options):
         warnings.warn("frobnication is missing", stacklevel=1)
 
-    monkeypatch.setattr("metarl.envs.interface_checks.check_env", new_check)
+    monkeypatch.setattr("metarl.envs.checks.interface.check_env", new_check)
     (warning,) = found(family(), "gymnasium")
     assert told([warning]) == [("gymnasium", "warning")]
     assert mentions(warning.message, "frobnication")

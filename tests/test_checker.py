@@ -20,7 +20,7 @@ from metarl.envs import (
     family_names,
     make_family,
 )
-from metarl.envs.checker import CHECKS
+from metarl.envs.checks.checker import CHECKS
 
 
 class Point(gym.Env):

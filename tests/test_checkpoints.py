@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from expecting import refused
 
-from metarl.running import checkpoints
-from metarl.running.checkpoints import CheckpointError
+from metarl.runs import checkpoints
+from metarl.runs.checkpoints import CheckpointError
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5])}
 

@@ -11,9 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import metarl
-from metarl.running.config import Config
-from metarl.running.metrics import read_metrics
-from metarl.running.runs import run_config
+from metarl.config.options import Config
+from metarl.runs.folder import run_config
+from metarl.runs.metrics import read_metrics
 
 SMALL = [
     "--tasks", "4", "--episodes", "3", "--policy.hidden", "8", "--threads", "1",

@@ -24,13 +24,13 @@ from metarl.envs import (
     Uniform,
     make_family,
 )
-from metarl.envs.few_shot import FewShotFamily
-from metarl.envs.mujoco_simulation import Sim, Step
-from metarl.running.adapted_predictor import AdaptedPredictor
-from metarl.running.meta_policy import MetaPolicy
-from metarl.running.metrics import read_metrics
-from metarl.running.policy import Policy
-from metarl.running.trainer import Trainer
+from metarl.envs.mujoco.simulation import Sim, Step
+from metarl.envs.supervised.few_shot import FewShotFamily
+from metarl.policies.adapted_predictor import AdaptedPredictor
+from metarl.policies.meta_policy import MetaPolicy
+from metarl.policies.policy import Policy
+from metarl.runs.metrics import read_metrics
+from metarl.training.trainer import Trainer
 
 ARM = """
 <mujoco><option timestep="0.01"/><worldbody><body pos="0 0 1">

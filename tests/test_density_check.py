@@ -9,8 +9,8 @@ from expecting import refused, run
 
 import metarl
 from metarl.envs.errors import UserError
-from metarl.learning.policies import CategoricalMLP, GaussianMLP, MLPPolicy
-from metarl.running.trainer import Trainer
+from metarl.models.policies import CategoricalMLP, GaussianMLP, MLPPolicy
+from metarl.training.trainer import Trainer
 
 SMALL = {"tasks": 5, "episodes": 5, "iterations": 2, "threads": 1}
 FEATURES, SAMPLE, LOG_PROB = MLPPolicy.features, GaussianMLP.sample, GaussianMLP.log_prob

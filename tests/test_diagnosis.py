@@ -11,12 +11,12 @@ import torch
 from conftest import random_batch
 from expecting import mentions
 
-from metarl.learning.adaptation import Adapter
-from metarl.learning.objectives import Batch, dice, log_likelihood
-from metarl.learning.policies import GaussianMLP
+from metarl.learning.inner_update import Adapter
+from metarl.learning.losses import Batch, dice, log_likelihood
 from metarl.learning.signals import support_agreement
-from metarl.running.diagnosis import findings
+from metarl.models.policies import GaussianMLP
 from metarl.sampling.spaces import beyond_bounds
+from metarl.training.diagnosis import findings
 
 POLICY = GaussianMLP(observation_dim=3, action_dim=2, hidden=(4,))
 

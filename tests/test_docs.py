@@ -17,10 +17,10 @@ import tyro
 from expecting import mentions, refused, run
 
 import metarl
-from metarl.commands import cli
+from metarl.algorithms.table import ALGORITHMS
+from metarl.cli import main as cli
 from metarl.envs import family_names, registry
 from metarl.envs.registry import data_names, option_defaults
-from metarl.learning.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(p.relative_to(ROOT)): p for p in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))}
@@ -53,7 +53,7 @@ def _folder_of_a_user(tmp_path, monkeypatch):
         ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__")
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("metarl.learning.algorithms.ALGORITHMS", dict(ALGORITHMS))
+    monkeypatch.setattr("metarl.algorithms.table.ALGORITHMS", dict(ALGORITHMS))
     monkeypatch.setattr(registry, "_factories", dict(registry._factories))
 
 
@@ -142,7 +142,7 @@ def test_documented_commands_are_accepted(command, tmp_path, monkeypatch):
     if "--resume" in words:
         from test_trainer import small
 
-        from metarl.running.runs import create_run
+        from metarl.runs.folder import create_run
 
         create_run(tmp_path / words[words.index("--resume") + 1], small())
     assert run(*words[1:]) == 0

@@ -15,14 +15,7 @@ from expecting import mentions, refused, run
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
-from metarl.envs import (
-    Finite,
-    GymnasiumFamily,
-    Uniform,
-    check_task_family,
-    make_family,
-    register,
-)
+from metarl.envs import Finite, GymnasiumFamily, Uniform, check_task_family, make_family, register
 from metarl.envs.registry import family_names, parse_options
 
 DISABLED = AutoresetMode.DISABLED

@@ -14,24 +14,24 @@ from conftest import random_batch
 from expecting import mentions, refused
 
 from metarl import evaluate
-from metarl.commands.policy_commands import results_folder
+from metarl.algorithms.table import find_algorithm
+from metarl.cli.policy_commands import results_folder
+from metarl.config.options import Config, InnerConfig, PolicyConfig
+from metarl.config.resolve import reference_step_sizes, resolve
+from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import family_names, make_family
-from metarl.envs.navigation import NavigationFamily, NavigationVectorEnv
-from metarl.learning.algorithms import find_algorithm
-from metarl.learning.networks import stack
-from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import GaussianMLP
-from metarl.running import stable_baselines
-from metarl.running.building import policy_for
-from metarl.running.config import Config, InnerConfig, PolicyConfig
-from metarl.running.evaluation import FACTORS, grouped
-from metarl.running.meta_policy import MetaPolicy, random_meta_policy
-from metarl.running.presets import reference_step_sizes, resolve
-from metarl.running.results import SQUARED_ERROR, Curve, EvaluationResult
-from metarl.running.runs import short_name
-from metarl.running.scratch import ScratchTrainer
+from metarl.envs.families.navigation import NavigationFamily, NavigationVectorEnv
+from metarl.evaluation import stable_baselines
+from metarl.evaluation.evaluate import FACTORS, grouped
+from metarl.evaluation.results import SQUARED_ERROR, Curve, EvaluationResult
+from metarl.evaluation.scratch import ScratchTrainer
+from metarl.models.networks import stack
+from metarl.models.policies import GaussianMLP
+from metarl.plots.figures import plot_evaluation
+from metarl.policies.building import policy_for
+from metarl.policies.meta_policy import MetaPolicy, random_meta_policy
+from metarl.runs.folder import short_name
 from metarl.sampling.rollouts import Address, Collector
-from metarl.showing.plots import plot_evaluation
 
 
 def navigator(**changes) -> MetaPolicy:

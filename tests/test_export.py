@@ -13,16 +13,16 @@ import torch
 from conftest import SPACES
 from expecting import mentions, refused, run
 
+from metarl.config.options import Config, PolicyConfig
+from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import make_family
-from metarl.learning.encoders import NatureCNN
 from metarl.learning.inner_loop import InnerLoop
-from metarl.learning.parallel import ChunkPool
-from metarl.running.building import make_policy
-from metarl.running.config import Config, PolicyConfig
-from metarl.running.export import export
-from metarl.running.loading import load, load_policy
-from metarl.running.meta_policy import MetaPolicy
-from metarl.running.policy import Policy
+from metarl.models.encoders import NatureCNN
+from metarl.policies.building import make_policy
+from metarl.policies.export import export
+from metarl.policies.loading import load, load_policy
+from metarl.policies.meta_policy import MetaPolicy
+from metarl.policies.policy import Policy
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import Address
 from metarl.sampling.spaces import env_action, policy_action, space_from_json, space_to_json

@@ -13,12 +13,12 @@ import pytest
 from expecting import mentions, refused, run
 
 from metarl import CheckpointError, RunError, UserError, evaluate, load, load_policy, resolve, train
+from metarl.config.options import Config
 from metarl.envs import Finite, GymnasiumFamily, Uniform, make_family, registry
-from metarl.envs.few_shot import FewShotFamily
-from metarl.running import checkpoints
-from metarl.running.config import Config
-from metarl.running.fingerprint import changes, fingerprint
-from metarl.running.loading import newest_checkpoint, shipped
+from metarl.envs.supervised.few_shot import FewShotFamily
+from metarl.policies.loading import newest_checkpoint, shipped
+from metarl.runs import checkpoints
+from metarl.runs.fingerprint import changes, fingerprint
 
 edit: dict[str, Any] = {}
 """What was changed in the file of the family below."""

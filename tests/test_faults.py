@@ -29,15 +29,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_trainer import same_params, small, timeless
 
 from metarl import load, train
+from metarl.config.options import PolicyConfig
 from metarl.learning.first_order import Adam, AdamConfig
-from metarl.running import checkpoints
-from metarl.running.checkpoints import CheckpointError
-from metarl.running.config import PolicyConfig
-from metarl.running.files import write_atomically
-from metarl.running.loading import checkpoints_of, newest_checkpoint
-from metarl.running.metrics import read_metrics
-from metarl.running.runs import RunError
-from metarl.running.trainer import Trainer
+from metarl.policies.loading import checkpoints_of, newest_checkpoint
+from metarl.runs import checkpoints
+from metarl.runs.checkpoints import CheckpointError
+from metarl.runs.files import write_atomically
+from metarl.runs.folder import RunError
+from metarl.runs.metrics import read_metrics
+from metarl.training.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -783,9 +783,9 @@ def test_an_output_path_below_a_file_is_refused_before_anything_is_measured(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("metarl.running.evaluation.evaluate", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr("metarl.showing.videos.record", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr("metarl.running.export.export", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("metarl.evaluation.evaluate.evaluate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("metarl.plots.video.record", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("metarl.policies.export.export", lambda *_, **__: 1 / 0)
     Path("file").write_text("mine")
     Path("folder").mkdir()
     name = "navigation-2d-icml2017"

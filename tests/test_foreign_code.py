@@ -21,7 +21,7 @@ import metarl
 from metarl.envs import check_task_family, guard
 from metarl.envs.errors import UserError
 from metarl.learning.settings import own_settings
-from metarl.running.metrics import read_metrics
+from metarl.runs.metrics import read_metrics
 
 TESTS = Path(__file__).parent
 SMALL = ["--tasks", "2", "--episodes", "2", "--threads", "1", "--iterations", "2"]
@@ -306,7 +306,7 @@ def test_an_error_while_python_takes_environments_apart_changes_nothing(tmp_path
 def test_a_platform_without_locks_is_refused_in_one_line(tmp_path, arguments):
     code = (
         "import sys; sys.modules['fcntl'] = None\n"
-        "from metarl.commands.cli import main\n"
+        "from metarl.cli.main import main\n"
         f"sys.exit(main({arguments}))"
     )
     done = subprocess.run(

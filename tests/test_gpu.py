@@ -9,16 +9,16 @@ import pytest
 import torch
 from test_trainer import small
 
-from metarl.learning.algorithms import ALGORITHMS
+from metarl.algorithms.table import ALGORITHMS
+from metarl.config.options import Config
+from metarl.config.resolve import resolve
+from metarl.distributed.chunk_pool import ChunkPool
 from metarl.learning.meta_gradients import Problem, UnrolledProblem
-from metarl.learning.networks import Params, flatten
-from metarl.learning.parallel import ChunkPool
-from metarl.running.config import Config
-from metarl.running.iterations import make_problem
-from metarl.running.metrics import read_metrics
-from metarl.running.presets import resolve
-from metarl.running.trainer import Trainer, train
+from metarl.models.networks import Params, flatten
+from metarl.runs.metrics import read_metrics
 from metarl.sampling.rollouts import Address
+from metarl.training.iterations import make_problem
+from metarl.training.trainer import Trainer, train
 
 GPU = "cuda"
 

@@ -9,13 +9,13 @@ from expecting import refused
 from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.vector import AutoresetMode
 
+from metarl.algorithms.table import find_algorithm
+from metarl.config.options import Config
+from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import GymnasiumFamily, Uniform, make_family
-from metarl.envs.classic_control import put_length
-from metarl.learning.algorithms import find_algorithm
+from metarl.envs.families.classic_control import put_length
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError
-from metarl.learning.parallel import ChunkPool
-from metarl.running.building import make_adapter, make_policy
-from metarl.running.config import Config
+from metarl.policies.building import make_adapter, make_policy
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import Address, Collector
 

@@ -17,17 +17,17 @@ from image_envs import PixelCorridor, corridor
 from torch import nn
 
 import metarl
+from metarl.config.options import Config, PolicyConfig
+from metarl.config.resolve import resolve
+from metarl.distributed.chunk_pool import ChunkPool
 from metarl.learning.advantages import seen
-from metarl.learning.encoders import NatureCNN, SmallImpala, image_size, make_encoder
-from metarl.learning.networks import stack
-from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import CategoricalMLP
-from metarl.running.building import spaces_of
-from metarl.running.config import Config, PolicyConfig
-from metarl.running.presets import resolve
-from metarl.running.trainer import Trainer
+from metarl.models.encoders import NatureCNN, SmallImpala, image_size, make_encoder
+from metarl.models.networks import stack
+from metarl.models.policies import CategoricalMLP
+from metarl.policies.building import spaces_of
 from metarl.sampling.rollouts import Address, Collector
 from metarl.sampling.spaces import as_observation, check_spaces
+from metarl.training.trainer import Trainer
 
 
 def test_images_of_other_than_bytes_are_refused():

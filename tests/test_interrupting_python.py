@@ -12,10 +12,10 @@ import torch
 
 import metarl
 from metarl.learning.inner_loop import InnerLoop
-from metarl.running.loading import newest_checkpoint
-from metarl.running.metrics import read_metrics
-from metarl.running.stopping import stop_by_ctrl_c
-from metarl.running.trainer import Trainer
+from metarl.policies.loading import newest_checkpoint
+from metarl.runs.metrics import read_metrics
+from metarl.runs.stopping import stop_by_ctrl_c
+from metarl.training.trainer import Trainer
 
 
 def config(family="navigation-2d", **values):

@@ -19,18 +19,18 @@ from expecting import mentions, run
 from test_trainer import same_params, small, timeless
 
 from metarl import resolve, train
-from metarl.learning.algorithms import ALGORITHMS, find_algorithm
+from metarl.algorithms.table import ALGORITHMS, find_algorithm
+from metarl.config.options import Config
 from metarl.learning.credit import leave_one_out, post_update_credit
 from metarl.learning.first_order import Adam, NoUpdate
 from metarl.learning.inner_loop import Adapted
+from metarl.learning.losses import dice, likelihood_ratio, log_likelihood
 from metarl.learning.meta_gradients import DisplacementProblem, ImplicitProblem, UnrolledProblem
-from metarl.learning.objectives import dice, likelihood_ratio, log_likelihood
-from metarl.learning.policies import GaussianMLP
 from metarl.learning.trajectories import Rollout
 from metarl.learning.trust_region import TrustRegion
-from metarl.running.config import Config
-from metarl.running.iterations import fisher_samples, minibatches, schedule, schedule_change
-from metarl.running.trainer import Trainer
+from metarl.models.policies import GaussianMLP
+from metarl.training.iterations import fisher_samples, minibatches, schedule, schedule_change
+from metarl.training.trainer import Trainer
 
 # The table ----------------------------------------------------------------------------------------
 

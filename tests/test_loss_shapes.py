@@ -9,15 +9,15 @@ import torch
 from expecting import refused
 
 import metarl
-from metarl.learning.algorithms import ALGORITHMS, Algorithm
-from metarl.learning.objectives import (
+from metarl.algorithms.table import ALGORITHMS, Algorithm
+from metarl.learning.losses import (
     clipped_ratio,
     likelihood_ratio,
     log_likelihood,
     squared_error,
 )
-from metarl.learning.predictors import Regressor
-from metarl.running.trainer import Trainer
+from metarl.models.predictors import Regressor
+from metarl.training.trainer import Trainer
 
 SMALL = {"tasks": 5, "episodes": 2, "threads": 1}
 ROW = {"name": "mine", "description": "", "source": ""}

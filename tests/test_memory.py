@@ -11,11 +11,11 @@ import torch
 from expecting import mentions, refused, run
 
 from metarl.learning.advantages import discounted_sum
-from metarl.learning.encoders import NatureCNN
-from metarl.learning.policies import GaussianMLP
-from metarl.running import memory
-from metarl.running.memory import Need, available, check_memory, need
+from metarl.models.encoders import NatureCNN
+from metarl.models.policies import GaussianMLP
 from metarl.sampling.rollouts import RolloutBuffer
+from metarl.training import memory
+from metarl.training.memory import Need, available, check_memory, need
 
 POLICY = GaussianMLP(observation_dim=3, action_dim=2, hidden=(5,))
 

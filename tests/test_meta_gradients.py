@@ -11,12 +11,12 @@ import torch
 from conftest import double_params, random_batch
 from expecting import refused
 
-from metarl.learning.adaptation import Adapter, inner_step
+from metarl.distributed.chunk_pool import ChunkPool
+from metarl.learning.inner_update import Adapter, inner_step
+from metarl.learning.losses import Batch, likelihood_ratio, log_likelihood, mean_kl
 from metarl.learning.meta_gradients import UnrolledProblem, agreement
-from metarl.learning.networks import flatten, stack, unflatten
-from metarl.learning.objectives import Batch, likelihood_ratio, log_likelihood, mean_kl
-from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import CategoricalMLP, GaussianMLP
+from metarl.models.networks import flatten, stack, unflatten
+from metarl.models.policies import CategoricalMLP, GaussianMLP
 
 SIZES = (0.3, 0.2, 0.15)
 

@@ -12,17 +12,17 @@ from expecting import mentions, refused, run
 from test_evaluation import navigator
 
 import metarl
+from metarl.config.options import InnerConfig
 from metarl.envs.vector import SingleTaskEnv
 from metarl.learning.inner_loop import NonFiniteError
-from metarl.running.checkpoints import CheckpointError
-from metarl.running.config import InnerConfig
-from metarl.running.loading import load, shipped
+from metarl.policies.loading import load, shipped
+from metarl.runs.checkpoints import CheckpointError
 
 
 def test_adapting_by_hand_and_by_the_method_agree():
     # One REINFORCE step written out on the episodes that `adapt` samples.
+    from metarl.distributed.chunk_pool import ChunkPool
     from metarl.learning.advantages import estimate
-    from metarl.learning.parallel import ChunkPool
     from metarl.sampling.episodes import collect_episodes
     from metarl.sampling.rollouts import Address
 
@@ -94,8 +94,8 @@ def test_adapting_to_a_task_whose_every_episode_diverges_is_an_error(monkeypatch
 
 
 def test_an_oracle_takes_no_step(tmp_path, capsys, monkeypatch):
-    from metarl.commands.policy_commands import film
-    from metarl.showing import videos
+    from metarl.cli.policy_commands import film
+    from metarl.plots import video as videos
 
     inner = InnerConfig(steps=0, step_sizes=(0.5,))
     oracle = navigator(algorithm="oracle", inner=inner)

@@ -16,7 +16,7 @@ from expecting import mentions, refused, run
 from gymnasium.utils.env_checker import check_env
 
 from metarl.envs import make_family
-from metarl.running.metrics import read_metrics
+from metarl.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 INSTALLED = importlib.util.find_spec("metaworld") is not None

@@ -10,11 +10,11 @@ import pytest
 from expecting import refused, run
 from gymnasium.wrappers.utils import RunningMeanStd
 
+from metarl.config.options import Config
 from metarl.envs import GymnasiumFamily, Uniform, check_task_family
 from metarl.envs.errors import UserError
-from metarl.running.config import Config
-from metarl.running.meta_policy import MetaPolicy
-from metarl.running.trainer import Trainer
+from metarl.policies.meta_policy import MetaPolicy
+from metarl.training.trainer import Trainer
 
 Box, Dict = gym.spaces.Box, gym.spaces.Dict
 BYTES = Box(0, 255, (4, 5, 3), np.uint8)

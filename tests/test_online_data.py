@@ -12,14 +12,14 @@ import torch
 from expecting import refused
 
 import metarl
-from metarl.learning.algorithms import ALGORITHMS
-from metarl.learning.objectives import likelihood_ratio
+from metarl.algorithms.table import ALGORITHMS
+from metarl.config.options import Config, PolicyConfig
+from metarl.learning.losses import likelihood_ratio
 from metarl.learning.plausibility import FALSE_ALARM, Plausibility
-from metarl.learning.policies import GaussianMLP
-from metarl.running.building import make_policy
-from metarl.running.config import Config, PolicyConfig
-from metarl.running.loading import load, load_policy
-from metarl.running.meta_policy import MetaPolicy
+from metarl.models.policies import GaussianMLP
+from metarl.policies.building import make_policy
+from metarl.policies.loading import load, load_policy
+from metarl.policies.meta_policy import MetaPolicy
 from metarl.sampling.spaces import drawn_between, env_action, policy_action, uniform_log_prob
 
 Box = gym.spaces.Box

@@ -15,9 +15,9 @@ from matplotlib.lines import Line2D
 from test_evaluation import navigator
 
 from metarl import evaluate
-from metarl.running.results import Curve, EvaluationResult
-from metarl.running.runs import create_run
-from metarl.showing import plots
+from metarl.evaluation.results import Curve, EvaluationResult
+from metarl.plots import figures as plots
+from metarl.runs.folder import create_run
 
 
 @pytest.fixture

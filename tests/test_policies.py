@@ -10,8 +10,8 @@ import torch
 from conftest import double_params
 from torch.distributions import Independent, Normal, kl_divergence
 
-from metarl.learning.networks import affine, flatten, stack, tanh, unflatten
-from metarl.learning.policies import CategoricalMLP, GaussianMLP
+from metarl.models.networks import affine, flatten, stack, tanh, unflatten
+from metarl.models.policies import CategoricalMLP, GaussianMLP
 
 
 def reference(dist):

@@ -10,13 +10,13 @@ import pytest
 from expecting import refused, run
 
 from metarl import load, resolve
+from metarl.algorithms.table import find_algorithm
+from metarl.config.options import Config, config_keys
 from metarl.envs import make_family
 from metarl.envs.registry import training_values
-from metarl.learning.algorithms import find_algorithm
-from metarl.running.checks import check_combination
-from metarl.running.config import Config, config_keys
-from metarl.running.runs import run_config
-from metarl.running.trainer import Trainer
+from metarl.runs.folder import run_config
+from metarl.training.checks import check_combination
+from metarl.training.trainer import Trainer
 
 
 def inner(preset, family, algorithm="maml-trpo", **values):

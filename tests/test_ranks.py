@@ -17,13 +17,13 @@ import pytest
 import torch
 from expecting import mentions, refused
 
+from metarl.config.options import available_threads
+from metarl.config.resolve import resolve
+from metarl.distributed.process_group import ALONE, CHUNK, Ranks, device_of
 from metarl.envs.errors import UserError
-from metarl.learning.ranks import ALONE, CHUNK, Ranks, device_of
-from metarl.running.checkpoints import load
-from metarl.running.config import available_threads
-from metarl.running.metrics import measured_time, read_metrics
-from metarl.running.presets import resolve
-from metarl.running.trainer import Trainer, train
+from metarl.runs.checkpoints import load
+from metarl.runs.metrics import measured_time, read_metrics
+from metarl.training.trainer import Trainer, train
 
 HERE = Path(__file__).parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")

@@ -15,11 +15,11 @@ from expecting import mentions, run
 from test_evaluation import navigator
 
 from metarl import evaluate
-from metarl.running.diagnosis import findings
-from metarl.running.meta_policy import random_meta_policy
-from metarl.showing import plots
-from metarl.showing.report import write_report
-from metarl.showing.videos import Video
+from metarl.plots import figures as plots
+from metarl.plots.report import write_report
+from metarl.plots.video import Video
+from metarl.policies.meta_policy import random_meta_policy
+from metarl.training.diagnosis import findings
 
 
 class Page(HTMLParser):
@@ -126,7 +126,7 @@ def test_a_report_measures_the_policy_it_names_and_keeps_other_evaluations(
         films.append(len(films))
         return Video(frames, 20.0)
 
-    monkeypatch.setattr("metarl.commands.result_commands.film", film)
+    monkeypatch.setattr("metarl.cli.result_commands.film", film)
     small = ["--tasks", "3", "--episodes", "1", "--steps", "1", "--threads", "1"]
     stored = Path("runs/policy-evaluation/evaluation.json")
     found = []

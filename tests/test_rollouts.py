@@ -13,12 +13,12 @@ import torch
 from conftest import SPACES, CountingEnv, code_family, counting_family
 from expecting import refused
 
+from metarl.config.options import Config, PolicyConfig
+from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.envs import make_family
-from metarl.learning.networks import stack
-from metarl.learning.parallel import ChunkPool, slices
-from metarl.learning.policies import CategoricalMLP, GaussianMLP
-from metarl.running.building import make_policy
-from metarl.running.config import Config, PolicyConfig
+from metarl.models.networks import stack
+from metarl.models.policies import CategoricalMLP, GaussianMLP
+from metarl.policies.building import make_policy
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import Address, Collector
 from metarl.sampling.seeding import episode_seeds, stream

@@ -18,8 +18,8 @@ PROBE = """
 import json, multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, torch
-from metarl.learning.networks import tanh
-from metarl.learning.parallel import ChunkPool
+from metarl.models.networks import tanh
+from metarl.distributed.chunk_pool import ChunkPool
 
 x = torch.linspace(-3.0, 3.0, 101, dtype=torch.float64)
 matrix = torch.outer(x, x.flip(0).cos())

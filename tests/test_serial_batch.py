@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from expecting import refused
 
-from metarl.envs import make_family, mujoco_vector
-from metarl.envs.serial_batch import SerialBatch
+from metarl.envs import make_family
+from metarl.envs.mujoco import family as mujoco_vector
+from metarl.envs.mujoco.serial_batch import SerialBatch
 
 batch = pytest.importorskip("mujoco.batch")
 

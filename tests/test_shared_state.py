@@ -13,7 +13,7 @@ from expecting import mentions
 from test_check_plays_training import Point, family, found
 
 from metarl.envs import Uniform
-from metarl.envs.checker import checks
+from metarl.envs.checks.checker import checks
 
 
 class Gusts(Point):

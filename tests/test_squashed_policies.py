@@ -12,10 +12,10 @@ import pytest
 import torch
 from expecting import refused
 
-from metarl.learning.policies import CategoricalMLP, GaussianMLP
-from metarl.running.config import Config, PolicyConfig
-from metarl.running.export import export
-from metarl.running.policy import Policy
+from metarl.config.options import Config, PolicyConfig
+from metarl.models.policies import CategoricalMLP, GaussianMLP
+from metarl.policies.export import export
+from metarl.policies.policy import Policy
 
 BOX = gym.spaces.Box(-2.0, 3.0, (2,))
 

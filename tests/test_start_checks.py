@@ -13,7 +13,7 @@ from test_check_plays_training import Point, family
 from test_shared_state import ClassTask, Gusts, OneSimulator, Unseeded
 
 import metarl
-from metarl.envs.start_checks import start_findings
+from metarl.envs.checks.start import start_findings
 
 
 class Doubles(Point):
@@ -135,13 +135,13 @@ def test_two_copies_are_made_at_most_and_closed(fresh):
 
 
 def test_a_slow_environment_is_left_after_a_step(fresh, monkeypatch):
-    monkeypatch.setattr("metarl.envs.start_checks.SECONDS", 0.0)
+    monkeypatch.setattr("metarl.envs.checks.start.SECONDS", 0.0)
     assert start_findings(counted) == []
     assert (Counted.made, Counted.resets, Counted.steps) == (1, 1, 1)
 
 
 def test_built_in_families_are_not_looked_at(monkeypatch):
-    monkeypatch.setattr("metarl.envs.start_checks.play", None)
+    monkeypatch.setattr("metarl.envs.checks.start.play", None)
     assert start_findings(metarl.envs.make_family("pendulum-gravity")) == []
 
 

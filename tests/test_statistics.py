@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from metarl.running.statistics import (
+from metarl.evaluation.statistics import (
     bootstrap_interval,
     interquartile_mean,
     interquartile_mean_interval,

@@ -6,11 +6,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from metarl.config.options import Config
 from metarl.envs import GymnasiumFamily, Uniform
-from metarl.running.config import Config
-from metarl.running.evaluation import evaluate
-from metarl.running.meta_policy import MetaPolicy
-from metarl.running.trainer import Trainer
+from metarl.evaluation.evaluate import evaluate
+from metarl.policies.meta_policy import MetaPolicy
+from metarl.training.trainer import Trainer
 
 
 class Coin(gym.Env):

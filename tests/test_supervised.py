@@ -9,21 +9,21 @@ import pytest
 import torch
 from expecting import refused
 
+from metarl.algorithms.table import ALGORITHMS
+from metarl.config.resolve import resolve
+from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import FewShotFamily, FunctionFamily, Uniform
-from metarl.envs.characters import draw_characters
 from metarl.envs.registry import find_family, make_family
-from metarl.learning.adaptation import Adapter
-from metarl.learning.algorithms import ALGORITHMS
-from metarl.learning.encoders import FourBlocks, normalize_batch
+from metarl.envs.supervised.characters import draw_characters
 from metarl.learning.inner_loop import Adapted
-from metarl.learning.networks import flatten, stack, unflatten
-from metarl.learning.objectives import accuracy, cross_entropy, squared_error
-from metarl.learning.parallel import ChunkPool
-from metarl.learning.predictors import Classifier, Regressor, class_means
-from metarl.learning.samples import Examples
-from metarl.running.building import row_for
-from metarl.running.iterations import make_problem
-from metarl.running.presets import resolve
+from metarl.learning.inner_update import Adapter
+from metarl.learning.losses import accuracy, cross_entropy, squared_error
+from metarl.models.encoders import FourBlocks, normalize_batch
+from metarl.models.networks import flatten, stack, unflatten
+from metarl.models.predictors import Classifier, Regressor, class_means
+from metarl.models.samples import Examples
+from metarl.policies.building import row_for
+from metarl.training.iterations import make_problem
 
 D = torch.float64
 TASKS, SHOTS, DIM = 3, 6, 4

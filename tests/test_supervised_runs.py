@@ -13,13 +13,13 @@ from expecting import mentions, refused, run
 from PIL import Image
 
 import metarl
+from metarl.config.options import Config
+from metarl.config.resolve import resolve
 from metarl.envs import FewShotFamily, FunctionFamily, Uniform
 from metarl.envs.registry import find_family
-from metarl.running import supervised_evaluation
-from metarl.running.config import Config
-from metarl.running.metrics import read_metrics
-from metarl.running.presets import resolve
-from metarl.running.trainer import Trainer, train
+from metarl.evaluation import supervised as supervised_evaluation
+from metarl.runs.metrics import read_metrics
+from metarl.training.trainer import Trainer, train
 
 SMALL = ["--threads", "1", "--iterations", "4", "--tasks", "6"]
 CHARACTERS = {"size": 8, "classes": 40, "drawings": 8, "queries": 2, "test_queries": 3}

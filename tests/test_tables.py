@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metarl.running.tables import as_text, tables, task_table
+from metarl.evaluation.tables import as_text, tables, task_table
 
 EVALUATION = {
     "name": "mine",

@@ -11,10 +11,10 @@ from expecting import mentions, refused
 from gymnasium.vector import AutoresetMode
 
 from metarl import evaluate, resolve
+from metarl.algorithms.table import find_algorithm
 from metarl.envs import make_family
-from metarl.learning.algorithms import find_algorithm
-from metarl.running.building import policy_for
-from metarl.running.meta_policy import MetaPolicy
+from metarl.policies.building import policy_for
+from metarl.policies.meta_policy import MetaPolicy
 
 DISABLED = AutoresetMode.DISABLED
 

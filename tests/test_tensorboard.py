@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from metarl import resolve, train
-from metarl.running.config import Config
-from metarl.running.metrics import read_metrics, show_adaptation
+from metarl.config.options import Config
+from metarl.runs.metrics import read_metrics, show_adaptation
 
 TAG = "rollout/ep_rew_mean_post"
 

@@ -19,17 +19,17 @@ from expecting import mentions, refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metarl import evaluate, load, resolve, train
+from metarl.config.options import Config, InnerConfig, MetaConfig, PolicyConfig
 from metarl.envs import GymnasiumFamily, MujocoFamily, Uniform, make_family
-from metarl.envs.mujoco_vector import MujocoVectorEnv
-from metarl.learning.policies import GaussianMLP
+from metarl.envs.mujoco.family import MujocoVectorEnv
 from metarl.learning.trust_region import TrustRegionConfig
-from metarl.running.checkpoints import CheckpointError
-from metarl.running.config import Config, InnerConfig, MetaConfig, PolicyConfig
-from metarl.running.loading import newest_checkpoint
-from metarl.running.meta_policy import MetaPolicy
-from metarl.running.metrics import measured_time, read_metrics
-from metarl.running.runs import RunError, load_state, locked, run_config
-from metarl.running.trainer import Trainer
+from metarl.models.policies import GaussianMLP
+from metarl.policies.loading import newest_checkpoint
+from metarl.policies.meta_policy import MetaPolicy
+from metarl.runs.checkpoints import CheckpointError
+from metarl.runs.folder import RunError, load_state, locked, run_config
+from metarl.runs.metrics import measured_time, read_metrics
+from metarl.training.trainer import Trainer
 
 
 def small(**changes) -> Config:

@@ -13,21 +13,21 @@ from expecting import refused, run
 from gymnasium.vector import AutoresetMode
 
 import metarl
+from metarl.algorithms.table import ALGORITHMS, Algorithm
 from metarl.envs import Finite, TaskFamily, Uniform, make_family
-from metarl.envs.checker import Finding
-from metarl.envs.few_shot import FewShotFamily
+from metarl.envs.checks.checker import Finding
+from metarl.envs.families.tabular import TabularFamily
 from metarl.envs.registry import find_family
-from metarl.envs.supervised import FunctionFamily
-from metarl.envs.tabular import TabularFamily
-from metarl.learning.adaptation import Adapter
-from metarl.learning.algorithms import ALGORITHMS, Algorithm
-from metarl.learning.objectives import log_likelihood
-from metarl.learning.policies import GaussianMLP
-from metarl.learning.predictors import Classifier
-from metarl.running.checks import check_device
-from metarl.running.export import export
-from metarl.running.iterations import make_outer
-from metarl.running.loading import load
+from metarl.envs.supervised.family import FunctionFamily
+from metarl.envs.supervised.few_shot import FewShotFamily
+from metarl.learning.inner_update import Adapter
+from metarl.learning.losses import log_likelihood
+from metarl.models.policies import GaussianMLP
+from metarl.models.predictors import Classifier
+from metarl.plots.figures import plot_learning
+from metarl.plots.video import Video
+from metarl.policies.export import export
+from metarl.policies.loading import load
 from metarl.sampling.rollouts import Address
 from metarl.sampling.spaces import (
     beyond_bounds,
@@ -36,8 +36,8 @@ from metarl.sampling.spaces import (
     space_from_json,
     space_to_json,
 )
-from metarl.showing.plots import plot_learning
-from metarl.showing.videos import Video
+from metarl.training.checks import check_device
+from metarl.training.iterations import make_outer
 
 POLICY = GaussianMLP(observation_dim=3, action_dim=2, hidden=(5,))
 BOX = gym.spaces.Box(-1.0, 1.0, (2,))

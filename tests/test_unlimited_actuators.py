@@ -16,8 +16,8 @@ from gymnasium.envs.mujoco import MujocoEnv
 
 from metarl import check_task_family, load, load_policy, resolve, train
 from metarl.envs import GymnasiumFamily, MujocoFamily, Uniform
-from metarl.envs.mujoco_simulation import Sim, Step
-from metarl.running.export import export
+from metarl.envs.mujoco.simulation import Sim, Step
+from metarl.policies.export import export
 
 LIMITED = 'ctrlrange="-1 1"'
 

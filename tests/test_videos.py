@@ -16,15 +16,15 @@ from PIL import Image, ImageDraw
 from test_evaluation import navigator
 
 import metarl
+from metarl.algorithms.table import find_algorithm
+from metarl.config.options import Config, PolicyConfig
 from metarl.envs import GymnasiumFamily, Uniform, make_family
 from metarl.envs.errors import UserError
-from metarl.learning.algorithms import find_algorithm
-from metarl.running.building import policy_for
-from metarl.running.checkpoints import CheckpointError
-from metarl.running.config import Config, PolicyConfig
-from metarl.running.meta_policy import MetaPolicy
-from metarl.running.policy import Policy
-from metarl.showing import videos
+from metarl.plots import video as videos
+from metarl.policies.building import policy_for
+from metarl.policies.meta_policy import MetaPolicy
+from metarl.policies.policy import Policy
+from metarl.runs.checkpoints import CheckpointError
 
 GOAL = np.array([0.3, -0.2])
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from expecting import refused, run
 
+from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import GymnasiumFamily, Uniform
 from metarl.envs import memory as copies
 from metarl.envs.errors import UserError
@@ -24,12 +25,11 @@ from metarl.learning.advantages import (
     fit_linear,
     is_dual,
 )
-from metarl.learning.encoders import NatureCNN
-from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import GaussianMLP
 from metarl.learning.trajectories import Rollout
-from metarl.running import memory
-from metarl.running.memory import need
+from metarl.models.encoders import NatureCNN
+from metarl.models.policies import GaussianMLP
+from metarl.training import memory
+from metarl.training.memory import need
 
 
 def _rollout(tasks, episodes, horizon, size, *, ragged=False):

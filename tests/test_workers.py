@@ -22,21 +22,21 @@ from expecting import mentions, refused, run
 from worker_envs import FAULTY, walk, walk_by_lambda
 
 import metarl.sampling.workers
+from metarl.algorithms.table import find_algorithm
+from metarl.config.options import Config
+from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import TaskFamily, make_family
 from metarl.envs.errors import UserError
 from metarl.envs.processes import pack, unpack
-from metarl.learning.algorithms import find_algorithm
+from metarl.evaluation.benchmark import loop_seconds, raw_environment
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError
-from metarl.learning.networks import Params
-from metarl.learning.parallel import ChunkPool
-from metarl.learning.policies import GaussianMLP
 from metarl.learning.trajectories import Rollout
-from metarl.running.benchmark import loop_seconds, raw_environment
-from metarl.running.building import make_adapter
-from metarl.running.config import Config
-from metarl.running.trainer import Trainer
+from metarl.models.networks import Params
+from metarl.models.policies import GaussianMLP
+from metarl.policies.building import make_adapter
 from metarl.sampling.rollouts import Address, Collector
 from metarl.sampling.workers import WorkerCollector, WorkerError, make_collector
+from metarl.training.trainer import Trainer
 
 POLICY = GaussianMLP(observation_dim=2, action_dim=1, hidden=(8,))
 TASKS = np.array([[0.0], [0.3], [0.5], [FAULTY]])
@@ -149,9 +149,9 @@ SCRIPT = """
 import sys
 import numpy as np
 from metarl.envs import GymnasiumFamily, Uniform, make_family, register
-from metarl.learning.parallel import ChunkPool
-from metarl.learning.networks import stack
-from metarl.learning.policies import GaussianMLP
+from metarl.distributed.chunk_pool import ChunkPool
+from metarl.models.networks import stack
+from metarl.models.policies import GaussianMLP
 from metarl.sampling.rollouts import Address, Collector
 from metarl.sampling.workers import WorkerCollector
 from worker_envs import Walk

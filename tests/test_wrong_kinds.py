@@ -11,7 +11,7 @@ from expecting import refused, run
 import metarl
 from metarl import Config, RunError, UserError, resolve, train
 from metarl.envs import check_task_family, make_family
-from metarl.running.loading import newest_checkpoint
+from metarl.policies.loading import newest_checkpoint
 
 FAMILY = make_family("navigation-2d")
 

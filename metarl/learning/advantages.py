@@ -9,8 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.envs.errors import UserError, check_one_of
-from metarl.learning.parallel import ChunkPool, slices
 from metarl.learning.trajectories import Rollout
 
 _CHUNK = 2  # tasks; their features stay in cache

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metarl.distributed.process_group import ALONE, Ranks
 from metarl.learning.inner_loop import Adapted
-from metarl.learning.ranks import ALONE, Ranks
 
 _TASKS_PER_FEATURE = 4
 _LEAST_SCALE = 0.1

@@ -12,13 +12,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from metarl.distributed.chunk_pool import ChunkPool, slices
+from metarl.distributed.process_group import CHUNK
 from metarl.envs.errors import UserError
-from metarl.learning.adaptation import Adapter
-from metarl.learning.networks import Dist, Params
-from metarl.learning.objectives import Batch
-from metarl.learning.parallel import ChunkPool, slices
-from metarl.learning.policies import GaussianMLP, MLPPolicy
-from metarl.learning.ranks import CHUNK
+from metarl.learning.inner_update import Adapter
+from metarl.learning.losses import Batch
+from metarl.models.networks import Dist, Params
+from metarl.models.policies import GaussianMLP, MLPPolicy
 
 LARGEST = 1e-4
 """Mean |log-ratio| of a task at the parameters that sampled, besides rounding."""

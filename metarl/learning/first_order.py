@@ -10,9 +10,9 @@ import torch
 
 from metarl.envs.errors import UserError
 from metarl.learning.meta_gradients import Evaluation, Problem, QueryProblem
-from metarl.learning.networks import Params, unflatten
 from metarl.learning.stopwatch import Stopwatch
 from metarl.learning.trust_region import OuterState
+from metarl.models.networks import Params, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,17 +13,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from metarl.distributed.chunk_pool import ChunkPool, slices
+from metarl.distributed.process_group import CHUNK
 from metarl.envs.errors import UserError, check_one_of
-from metarl.learning.adaptation import FACTOR, Adapter, StepSizes
 from metarl.learning.advantages import AdvantageConfig, estimate
 from metarl.learning.density import check_density
-from metarl.learning.networks import Params, stack
-from metarl.learning.objectives import Batch, make_batch, mean_kl
-from metarl.learning.parallel import ChunkPool, slices
-from metarl.learning.policies import MLPPolicy
-from metarl.learning.ranks import CHUNK
-from metarl.learning.samples import Examples, Samples
+from metarl.learning.inner_update import FACTOR, Adapter, StepSizes
+from metarl.learning.losses import Batch, make_batch, mean_kl
 from metarl.learning.trajectories import Rollout
+from metarl.models.networks import Params, stack
+from metarl.models.policies import MLPPolicy
+from metarl.models.samples import Examples, Samples
 
 _FITS = 8  # rounds of fitting the factor of the step sizes to a KL
 _NEAR = 0.05  # relative error of the factor that is left

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarl.learning.adaptation import Adapter
+from metarl.distributed.chunk_pool import ChunkPool, slices
+from metarl.distributed.process_group import ALONE, CHUNK, Ranks
+from metarl.learning.inner_update import Adapter
 from metarl.learning.linear_solves import Product, conjugate_gradient_each
-from metarl.learning.networks import Dist, Params, flatten, stack
-from metarl.learning.objectives import (
+from metarl.learning.losses import (
     Batch,
     Loss,
     likelihood_ratio,
@@ -30,9 +31,8 @@ from metarl.learning.objectives import (
     mean_kl,
     task_losses,
 )
-from metarl.learning.parallel import ChunkPool, slices
-from metarl.learning.ranks import ALONE, CHUNK, Ranks
-from metarl.learning.samples import Samples
+from metarl.models.networks import Dist, Params, flatten, stack
+from metarl.models.samples import Samples
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.learning.networks import Dist
-from metarl.learning.policies import CategoricalMLP, GaussianMLP, MLPPolicy
+from metarl.models.networks import Dist
+from metarl.models.policies import CategoricalMLP, GaussianMLP, MLPPolicy
 
 FALSE_ALARM = 1e-4
 """Probability that actions of the policy itself are ever found implausible."""

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from metarl.learning.adaptation import Adapter
-from metarl.learning.networks import Params, stack
-from metarl.learning.objectives import Batch
+from metarl.learning.inner_update import Adapter
+from metarl.learning.losses import Batch
+from metarl.models.networks import Params, stack
 
 _TASKS = 4  # of which one measure is taken: a tenth of the work of a whole step
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from metarl.envs.errors import UserError
 from metarl.learning.linear_solves import conjugate_gradient
 from metarl.learning.meta_gradients import Evaluation, Problem, UnrolledProblem
-from metarl.learning.networks import Params, flatten, unflatten
 from metarl.learning.stopwatch import Stopwatch
+from metarl.models.networks import Params, flatten, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,15 +12,15 @@ import torch
 from numpy.typing import NDArray
 
 from metarl.envs import guard
-from metarl.envs.observations import check_fits
+from metarl.envs.gymnasium.observations import check_fits
+from metarl.envs.gymnasium.step_results import plain_reset, plain_step, success
+from metarl.envs.gymnasium.wrappers import refuse_running_statistics
 from metarl.envs.seeds import foreign_seed
-from metarl.envs.step_results import plain_reset, plain_step, success
 from metarl.envs.vector import SingleTaskEnv
-from metarl.envs.wrappers import refuse_running_statistics
 from metarl.learning.inner_loop import NonFiniteError
-from metarl.learning.networks import Params
-from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
+from metarl.models.networks import Params
+from metarl.models.policies import MLPPolicy
 from metarl.sampling.rollouts import Address, RolloutBuffer
 from metarl.sampling.spaces import ActionMode, check_spaces, env_action
 

@@ -18,12 +18,12 @@ import torch
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
+from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.envs import TaskFamily, TaskVectorEnv, guard
 from metarl.envs.errors import check_one_of
-from metarl.learning.networks import Params
-from metarl.learning.parallel import ChunkPool, slices
-from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
+from metarl.models.networks import Params
+from metarl.models.policies import MLPPolicy
 from metarl.sampling.seeding import episode_seeds, stream
 from metarl.sampling.spaces import ActionMode, check_spaces, env_action
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from metarl.envs import TaskVectorEnv
 from metarl.envs.errors import UserError, check_one_of
 from metarl.envs.policy_spaces import categories, no_actions
-from metarl.learning.policies import CategoricalMLP, MLPPolicy
+from metarl.models.policies import CategoricalMLP, MLPPolicy
 
 ActionMode = Literal["clip", "scale"]
 _MODES = get_args(ActionMode)

@@ -26,11 +26,11 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from metarl.envs import TaskVectorEnv, guard
+from metarl.envs.checks.start import start_findings
 from metarl.envs.errors import UserError
 from metarl.envs.memory import share_with
 from metarl.envs.processes import Parcel, unpack
-from metarl.envs.start_checks import start_findings
-from metarl.learning.policies import MLPPolicy
+from metarl.models.policies import MLPPolicy
 from metarl.sampling.rollouts import RolloutBuffer, collect_into
 from metarl.sampling.spaces import ActionMode, check_spaces
 

@@ -37,15 +37,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.envs import TaskFamily
+from metarl.envs.checks.start import log_finding, warn_at_start
 from metarl.envs.errors import UserError
 from metarl.envs.processes import pack
-from metarl.envs.start_checks import log_finding, warn_at_start
 from metarl.envs.vector import describe_progress
-from metarl.learning.networks import Params
-from metarl.learning.parallel import ChunkPool, slices
-from metarl.learning.policies import MLPPolicy
 from metarl.learning.trajectories import Rollout
+from metarl.models.networks import Params
+from metarl.models.policies import MLPPolicy
 from metarl.sampling.rollouts import Address, Collector, RolloutBuffer, clear_after_the_end
 from metarl.sampling.spaces import ActionMode
 from metarl.sampling.worker_process import Reply, Share, work

@@ -1,0 +1,246 @@
+"""Checks of what a task does: in one environment and many, here and in a worker process.
+
+Each check yields the messages of what it finds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import fields, replace
+from functools import partial
+
+import numpy as np
+
+from metarl.envs.checks.traces import (
+    BEHAVIOURS,
+    EPISODES,
+    LONGEST,
+    Doubt,
+    Trace,
+    all_equal,
+    close,
+    example_tasks,
+    first_difference,
+    named_task,
+    play,
+    play_together,
+    raised,
+    random_actions,
+)
+from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.family import TaskFamily
+from metarl.envs.gymnasium import task_arrival
+from metarl.envs.gymnasium.family import GymnasiumFamily
+from metarl.envs.processes import Parcel, pack, unpack
+from metarl.envs.seeds import training_seeds
+from metarl.envs.tasks import Tasks, Uniform
+
+MOST_COMPONENTS = 8  # of a task that are varied one by one
+
+
+def check_batch(family: TaskFamily) -> Iterator[str]:
+    tasks = example_tasks(family)
+    for task, together in zip(tasks, play_together(family, tasks), strict=True):
+        env = family.make(task)
+        for e, seed in enumerate(training_seeds(EPISODES)):
+            alone = play(
+                env, seed, random_actions(env.action_space, min(family.horizon, LONGEST), e)
+            )
+            # Vectorised functions may round otherwise on another number of rows.
+            difference = alone.first_difference(together[e], tolerance=1e-5)
+            if difference is not None:
+                yield (
+                    f"{difference[0]} of make_vec differ from those of make after {difference[1]}"
+                    f" steps of task {named_task(family, task)}: {_why_otherwise(family)}"
+                )
+                return
+        close(env)
+
+
+def _why_otherwise(family: TaskFamily) -> str:
+    """Name what may let one environment among several play otherwise than alone."""
+    rows = "a row that {} returns must depend on that row alone (task[:, 0], not task[0])"
+    if not isinstance(family, GymnasiumFamily):
+        return rows.format("a vectorised function")
+    if family.reward is not None:
+        return rows.format("reward") + ", and on nothing that copies share"
+    return (
+        "possible causes are state that copies share, as a module-level object or a class"
+        " attribute, and a task that set_task does not put in whole"
+    )
+
+
+def check_dependence(family: TaskFamily) -> Iterator[str]:
+    tasks = example_tasks(family)
+    if not _differ(family, tasks):
+        yield _why_equal(family, tasks)
+        return
+    yield from _idle_way(family, tasks)
+    if isinstance(family.tasks, Uniform) and 1 < family.tasks.dim <= MOST_COMPONENTS:
+        for i, name in enumerate(family.tasks.names):
+            pair = np.repeat(family.tasks.grid(1, "train"), 2, axis=0)
+            pair[:, i] = [bound[i] for bound in family.tasks.bounds()]
+            if not _differ(family, pair):
+                yield Doubt(
+                    f"{name} changed neither observations nor rewards, from {pair[0, i]:g} to"
+                    f" {pair[1, i]:g}, under {_TRIED}: use it, or leave it out of the task; if it"
+                    " matters only where none of these leads, all is well"
+                )
+
+
+def _idle_way(family: TaskFamily, tasks: Tasks) -> Iterator[str]:
+    """Doubt a way into the environment that changes nothing there, where a reward hides that."""
+    if not isinstance(family, GymnasiumFamily) or family.reward is None:
+        return
+    way = "set_task" if family.set_task else "keywords" if family.keywords else None
+    if way is None:
+        env = family.make_bare()
+        way = "the environment's own way" if task_arrival.takes_tasks(env) else None
+        close(env)
+    if way is None:
+        return
+    bare = replace(family, reward=None)
+    try:
+        idle = not _differ(bare, tasks) and not _infos_differ(bare, tasks)
+    except UserError:  # the environment's own reward, which nothing else uses, is no number
+        return
+    if idle:
+        yield Doubt(
+            f"the reward depends on the task, but {way} changed neither the environment's"
+            f" observations nor its own rewards and info under {_TRIED}: see that it sets what the"
+            " environment reads, or leave it out"
+        )
+
+
+def _infos_differ(family: TaskFamily, tasks: Tasks) -> bool:
+    """Whether what steps say in info differs between tasks, under random actions."""
+    said = []
+    for task in tasks:
+        env = family.make(task)
+        env.reset(seed=training_seeds(1)[0])
+        infos = []
+        for action in random_actions(env.action_space, min(family.horizon, LONGEST)):
+            *_, terminated, truncated, info = env.step(action)
+            infos.append(repr({k: v for k, v in info.items() if k != "task"}))
+            if terminated or truncated:
+                break
+        close(env)
+        said.append(infos)
+    return any(infos != said[0] for infos in said)
+
+
+_TRIED = f"{', '.join(list(BEHAVIOURS)[:-1])} and {list(BEHAVIOURS)[-1]} actions"
+
+
+def _differ(family: TaskFamily, tasks: Tasks) -> bool:
+    """Whether tasks differ under some way of acting."""
+    return any(not all_equal(play_together(family, tasks, way)) for way in BEHAVIOURS.values())
+
+
+def _why_equal(family: TaskFamily, tasks: Tasks) -> str:
+    same = f"observations and rewards were the same for every task under {_TRIED}"
+    elsewhere = "; if the task matters only where none of these leads, all is well"
+    if not isinstance(family, GymnasiumFamily):
+        return Doubt(f"{same}: something in step must depend on the task{elsewhere}")
+    if family.reward is not None or family.keywords:
+        what = "reward does" if family.reward is not None else "the keyword arguments do"
+        return Doubt(f"{same}: what {what} must depend on the task{elsewhere}")
+    for way in BEHAVIOURS.values():
+        late = []  # the task put in after the reset, where it cannot be lost at it
+        for task in tasks:
+            env = family.make_bare()
+            family.apply_task(env, tasks[0])
+            actions = way(env.action_space, min(family.horizon, LONGEST), 0)
+            put = partial(family.apply_task, env, task)
+            late.append([play(env, training_seeds(1)[0], actions, after_reset=put)])
+            close(env)
+        if not all_equal(late):
+            return (
+                f"the task is lost at reset: {same}, but not if it is put in after the reset; reset"
+                " must leave alone what set_task has set"
+            )
+    env = family.make_bare()
+    known = set(dir(env.unwrapped))
+    family.apply_task(env, tasks[0])
+    for made in sorted(set(vars(env.unwrapped)) - known):
+        return (
+            f"{same}: set_task sets an attribute {made!r}, which the environment did not have"
+            f" before{did_you_mean(made, known)}"
+        )
+    return Doubt(f"{same}: something in step must depend on what set_task sets{elsewhere}")
+
+
+def check_pickling(family: TaskFamily) -> Iterator[str]:
+    if family.source is not None:
+        return  # what cannot be sent, a worker makes anew by the family's name
+    parts = {f.name: getattr(family, f.name) for f in fields(family)}
+    for name, part in {**parts, "the family": family}.items():
+        try:
+            pickle.dumps(part)
+        except Exception as error:  # PicklingError, AttributeError, TypeError, the user's own
+            yield (
+                f"{name} cannot be sent to a worker process ({type(error).__name__}: {error}): use"
+                " functions and classes at the top level of a module, no lambda or nested def, and"
+                " open files and simulators in the environment, not in the family"
+            )
+            return
+
+
+def check_worker(family: TaskFamily) -> Iterator[str]:
+    tasks = example_tasks(family)
+    try:
+        here, again = (play_together(family, tasks) for _ in range(2))
+    except Exception:  # told by an earlier check; what is left to ask is whether a worker starts
+        here = again = None
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            there = pool.submit(_play_there, pack(family), tasks, here is not None).result()
+    except BrokenProcessPool:
+        yield "a worker process died while it played the family; what it printed may say why"
+        return
+    except RuntimeError as error:
+        if "bootstrapping" not in str(error):
+            raise
+        yield (
+            "worker processes import the script that starts them: what it does must stand under"
+            " if __name__ == '__main__':"
+        )
+        return
+    if here is None or again is None or first_difference(here, again) is not None:
+        return  # nothing that could be compared
+    if all_equal(there) and not all_equal(here):
+        yield (
+            "every task plays the same in a worker process, and not in this one: the task is lost"
+            f" on the way; {_NEEDED_THERE}"
+        )
+    elif (difference := first_difference(here, there)) is not None:
+        i, kind, t = difference
+        yield (
+            f"{kind} differ in a worker process after {t} steps of task"
+            f" {named_task(family, tasks[i])}; {_NEEDED_THERE}, or files, environment variables,"
+            " hash order and devices that differ between processes"
+        )
+
+
+_NEEDED_THERE = (
+    "a possible cause is what only the main program has set: set_task, reward and the environment"
+    " must find all they need in the family or in their module"
+)
+
+
+def _play_there(parcel: Parcel, tasks: Tasks, play: bool) -> list[list[Trace]]:
+    warnings.simplefilter("ignore")  # as in the parent, where they are heard
+    try:
+        family = unpack(parcel)
+        if play:
+            return play_together(family, tasks)
+        family.make().close()
+        return []
+    except Exception as error:  # whose traceback stays behind
+        raise UserError(f"in a worker process, {raised(error)}") from None

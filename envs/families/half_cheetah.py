@@ -1,0 +1,146 @@
+"""Half-cheetah families: run in a direction, or at a goal velocity.
+
+Three scales are in the literature and cannot be compared with each other. The model, Gymnasium's
+`half_cheetah.xml`, is the same in all of them.
+
+=============  ==========  =======  ============  ==============================================
+scale          frame skip  horizon  action scale  used by
+=============  ==========  =======  ============  ==============================================
+``icml2017``   1           200      1             Finn et al. 2017 (rllab)
+``promp2019``  5           100      10            Rothfuss et al. 2019, pytorch-maml-rl, garage
+``pearl2019``  5           200      10            Rakelly et al. 2019, VariBAD, MQL
+``stock``      5           200      1             the stock Gymnasium body
+=============  ==========  =======  ============  ==============================================
+
+With `icml2017`, velocity is that of the whole body's centre of mass, which is also observed (20
+observations, the absolute x among them), and the initial positions are perturbed less.
+"""
+
+# mujoco is compiled and brings no type stubs.
+# pyright: reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import mujoco
+import numpy as np
+
+from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.mujoco.bodies import observe_planar, rllab_pose
+from metarl.envs.mujoco.family import STOCK, MujocoFamily
+from metarl.envs.mujoco.rewards import (
+    UNITS,
+    centre_of_mass,
+    centre_of_mass_velocity,
+    direction_reward,
+    direction_tasks,
+    forward_velocity,
+    velocity_reward,
+)
+from metarl.envs.mujoco.simulation import Sim, add_centre_of_mass
+from metarl.envs.registry import register
+from metarl.envs.tasks import TaskDistribution, Uniform
+from metarl.envs.vector import Floats
+
+CONTROL_COST = 0.05
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What differs between the half-cheetahs of the literature."""
+
+    frame_skip: int = 5
+    horizon: int = 200
+    action_scale: float = 1.0
+    centre_of_mass: bool = False
+    """As in rllab: velocity of the centre of mass and not of the root, three more observations,
+    and normal noise on the initial pose."""
+    highest_goal: float = 2.0
+    balanced: bool = False
+    """Both directions equally often in a batch of tasks, instead of drawn at random."""
+
+
+SCALES = {
+    "stock": Scale(),
+    "icml2017": Scale(frame_skip=1, centre_of_mass=True),
+    "promp2019": Scale(horizon=100, action_scale=10.0, highest_goal=3.0),
+    "pearl2019": Scale(action_scale=10.0, highest_goal=3.0, balanced=True),
+}
+
+
+def observe_with_centre_of_mass(sim: Sim) -> Floats:
+    """rllab's observations [n, 20]: the stock ones and the centre of mass."""
+    return np.concatenate([observe_planar(sim), centre_of_mass(sim)], axis=1)
+
+
+def _half_cheetah(
+    name: str, description: str, reward: Any, tasks: TaskDistribution, body: Scale
+) -> MujocoFamily:
+    com = body.centre_of_mass
+    velocity = centre_of_mass_velocity if com else forward_velocity
+    return MujocoFamily(
+        name=name,
+        description=description,
+        tasks=tasks,
+        horizon=body.horizon,
+        achieved={tasks.names[0]: "x_velocity"},
+        units=UNITS,
+        env="HalfCheetah-v5",
+        frame_skip=body.frame_skip,
+        action_scale=body.action_scale,
+        observe=observe_with_centre_of_mass if com else STOCK,
+        reward=partial(reward, velocity=velocity, control=CONTROL_COST),
+        initial_state=rllab_pose if com else STOCK,
+        edit=add_centre_of_mass if com else None,
+        fields=("sensordata",) if com else (),
+        stage=int(mujoco.mjtStage.mjSTAGE_VEL if com else mujoco.mjtStage.mjSTAGE_NONE),
+    )
+
+
+def _scale(name: str, horizon: int | None) -> Scale:
+    if name not in SCALES:
+        raise UserError(
+            f"no half-cheetah scale {name!r}{did_you_mean(name, SCALES)}"
+            f" (scales: {', '.join(SCALES)})"
+        )
+    return replace(SCALES[name], horizon=SCALES[name].horizon if horizon is None else horizon)
+
+
+@register
+def half_cheetah_dir(
+    scale: str = "stock", horizon: int | None = None, balanced: bool | None = None
+) -> MujocoFamily:
+    """Run forwards or backwards, as the task says (Finn et al. 2017, arXiv:1703.03400).
+
+    `balanced` draws both directions equally often; by default as the scale's source does.
+    """
+    body = _scale(scale, horizon)
+    return _half_cheetah(
+        "half-cheetah-dir",
+        f"half-cheetah runs forwards (direction 1) or backwards (-1); scales: {', '.join(SCALES)}",
+        direction_reward,
+        direction_tasks(body.balanced if balanced is None else balanced),
+        body,
+    )
+
+
+@register
+def half_cheetah_vel(
+    scale: str = "stock",
+    low: float = 0.0,
+    high: float | None = None,
+    horizon: int | None = None,
+) -> MujocoFamily:
+    """Run at a goal velocity from [low, high] m/s: [0, 2] in Finn et al. 2017, [0, 3] in ProMP."""
+    body = _scale(scale, horizon)
+    goals = Uniform({"velocity": (low, body.highest_goal if high is None else high)})
+    return _half_cheetah(
+        "half-cheetah-vel",
+        f"half-cheetah runs at a goal velocity (m/s); scales: {', '.join(SCALES)}",
+        velocity_reward,
+        goals,
+        body,
+    )

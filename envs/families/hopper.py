@@ -1,0 +1,32 @@
+"""Hopper family: hop forwards as a body that varies.
+
+The simulator is the stock Gymnasium body: 4 physics steps of 0.002 s an environment step, actions
+in +-1. Episodes end where the stock hopper falls.
+"""
+
+from __future__ import annotations
+
+from metarl.envs.mujoco.bodies import BODIES
+from metarl.envs.mujoco.family import MujocoFamily
+from metarl.envs.mujoco.parameters import parameter_tasks, scaled_parameters
+from metarl.envs.mujoco.simulation import load_model
+from metarl.envs.registry import register
+
+
+@register
+def hopper_params(limit: float = 3.0, horizon: int = 200, frame_skip: int = 4) -> MujocoFamily:
+    """Hop forwards as a body whose parameters vary, for the stock reward (rand_param_envs).
+
+    Every mass, inertia and friction is multiplied by 1.5^u and every damping by 1.3^u, with u drawn
+    for each from [-limit, limit]. Constants that MuJoCo derives from them follow, as they do not
+    there.
+    """
+    return MujocoFamily(
+        name="hopper-params",
+        description="hopper of varying masses, inertias, dampings and frictions hops forwards",
+        tasks=parameter_tasks(load_model(BODIES["Hopper-v5"].xml), limit),
+        horizon=horizon,
+        env="Hopper-v5",
+        frame_skip=frame_skip,
+        model_fields=scaled_parameters,
+    )

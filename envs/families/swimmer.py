@@ -1,0 +1,32 @@
+"""Swimmer family: swim at a goal velocity.
+
+The simulator is the stock Gymnasium body: 4 physics steps of 0.01 s an environment step, actions in
++-1. An episode never ends early.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from metarl.envs.mujoco.family import MujocoFamily
+from metarl.envs.mujoco.rewards import UNITS, velocity_reward
+from metarl.envs.registry import register
+from metarl.envs.tasks import Uniform
+
+
+@register
+def swimmer_vel(low: float = 0.1, high: float = 0.2, horizon: int = 200) -> MujocoFamily:
+    """Swim at a goal velocity from [low, high] m/s: -|v - g| - 1e-4 |a|^2 (Rothfuss et al. 2019).
+
+    Their code pays +|v - g|, for being far from the goal; the sign here is that of the task.
+    """
+    return MujocoFamily(
+        name="swimmer-vel",
+        description="swimmer swims at a goal velocity (m/s)",
+        tasks=Uniform({"velocity": (low, high)}),
+        achieved={"velocity": "x_velocity"},
+        units=UNITS,
+        horizon=horizon,
+        env="Swimmer-v5",
+        reward=partial(velocity_reward, control=1e-4),
+    )

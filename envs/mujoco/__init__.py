@@ -1,0 +1,1 @@
+"""Families over MuJoCo models, stepped in one batch."""

@@ -1,0 +1,77 @@
+"""Parts that task rewards are put together from: velocities, costs, directions and goals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metarl.envs.mujoco.simulation import Reward, Sim, Step
+from metarl.envs.tasks import Finite
+from metarl.envs.vector import Floats
+
+UNITS = {
+    "velocity": "m/s", "x_velocity": "m/s",
+    "goal_x": "m", "goal_y": "m", "x_position": "m", "y_position": "m",
+}  # fmt: skip
+
+
+def root_x(sim: Sim) -> Floats:
+    """Forward position of the root, m."""
+    return sim.qpos[:, 0].copy()
+
+
+def forward_velocity(step: Step) -> Floats:
+    """Forward velocity of the root over the step, m/s; `track` gives its x."""
+    return (step.sim.qpos[:, 0] - step.before) / step.dt
+
+
+def centre_of_mass(sim: Sim) -> Floats:
+    """Centre of mass, [simulations, 3]; needs `add_centre_of_mass` and a stage."""
+    return sim["sensordata"][:, :3]
+
+
+def centre_of_mass_velocity(step: Step) -> Floats:
+    """Forward velocity of the centre of mass at the new state, m/s; needs the same."""
+    return step.sim["sensordata"][:, 3].copy()  # the simulations' own memory
+
+
+def costs_and_bonus(
+    step: Step, *, control: float, contact: float = 0.0, bonus: float | NDArray = 0.0
+) -> Reward:
+    """bonus - control |a|^2 - contact |clip(cfrc_ext, -1, 1)|^2, a the action applied."""
+    cost = control * np.square(step.action, dtype=np.float64).sum(axis=1)
+    info = {"reward_ctrl": -cost}
+    if contact:
+        forces = np.square(np.clip(step.sim["cfrc_ext"], -1.0, 1.0)).sum(axis=(1, 2))
+        info["reward_contact"] = -contact * forces
+        cost = cost + contact * forces
+    return bonus - cost, info
+
+
+def direction_reward(
+    step: Step, velocity: Callable[[Step], Floats] = forward_velocity, **weights: float
+) -> Reward:
+    """d v, less costs, with a bonus; d the task's direction (Finn et al. 2017)."""
+    speed = velocity(step)
+    rest, info = costs_and_bonus(step, **weights)
+    return step.task[:, 0] * speed + rest, {"x_velocity": speed, **info}
+
+
+def velocity_reward(
+    step: Step, velocity: Callable[[Step], Floats] = forward_velocity, **weights: float
+) -> Reward:
+    """-|v - g|, less costs, with a bonus; g the task's goal velocity (Finn et al. 2017)."""
+    speed = velocity(step)
+    rest, info = costs_and_bonus(step, **weights)
+    return -np.abs(speed - step.task[:, 0]) + rest, {"x_velocity": speed, **info}
+
+
+def direction_tasks(balanced: bool) -> Finite:
+    """Return the tasks forwards (1) and backwards (-1), drawn independently or equally often.
+
+    Drawn independently, a batch has more of one than of the other, which pushes all policies that
+    way. That is noise, but may carry a run over the plateau where no policy adapts yet.
+    """
+    return Finite(("direction",), [[-1.0], [1.0]], balanced=balanced)

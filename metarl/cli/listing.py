@@ -1,0 +1,104 @@
+"""The commands about families and algorithms: check, families, algorithms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from metarl.cli.streams import say
+from metarl.envs import guard
+from metarl.envs.checks.checker import CHECKS, checks
+from metarl.envs.errors import UserError
+from metarl.envs.family import Family
+from metarl.envs.gymnasium.family import GymnasiumFamily
+from metarl.envs.registry import (
+    data_names,
+    description,
+    family_names,
+    make_family,
+    option_defaults,
+    parse_options,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Options of `metarl check`."""
+
+    family: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[FAMILY]")] = ""
+    """Task family: a name that `metarl families` lists, or module:attribute of your own."""
+    family_options: tuple[str, ...] = ()
+    """Options of the family, as name=value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Families:
+    """Options of `metarl families`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithms:
+    """Options of `metarl algorithms`."""
+
+
+def check(command: Check) -> int:
+    """Run `metarl check`."""
+    if not command.family:
+        raise UserError("name a task family: metarl check FAMILY (metarl families lists them)")
+    family = make_family(command.family, **parse_options(command.family_options))
+    say(f"{command.family}: {family.tasks.describe()}; horizon {family.horizon}")
+    labels = {"fault": "FAULT", "warning": "warn"}
+    faults = 0
+    for checked in checks(family):
+        said = [(labels[found.severity], found.message) for found in checked.findings]
+        if checked.left_out is not None:
+            said = [("-", f"left out for the fault of {checked.left_out}")]
+        for label, message in said or [("ok", CHECKS[checked.name].words)]:
+            say(f"  {label:<6} {checked.name:<12} {message}")
+        sound = all(found.severity != "fault" for found in checked.findings)
+        if checked.name == "spaces" and checked.left_out is None and sound:
+            _print_columns(family)
+        faults += any(found.severity == "fault" for found in checked.findings)
+    return 2 if faults else 0
+
+
+def _print_columns(family: Family) -> None:
+    """Print which columns of the flat observation are which component of a Dict or Tuple."""
+    if not isinstance(family, GymnasiumFamily):
+        return
+    with guard.user_code():
+        found = family.columns()
+    for name, start, end in found:
+        columns = f"column {start}" if end == start + 1 else f"columns {start} to {end - 1}"
+        say(f"         {'':<12} observation: {columns} = {name}")
+
+
+def families(command: Families) -> int:
+    """Run `metarl families`."""
+    for name in family_names():
+        try:
+            family = make_family(name)
+        except UserError as error:  # not installed, or a package's fault
+            say(f"{name}\n    error: {error}")
+            continue
+        tasks = f"{family.tasks.describe()}; horizon {family.horizon}"
+        say(f"{name}\n    {family.description}\n    tasks: {tasks}")
+        options = option_defaults(name)
+        say("    options: " + ", ".join(f"{k}={v}" for k, v in options.items()))
+    say("\nsupervised tasks (docs/supervised.md):\n")
+    for name in data_names():
+        options = ", ".join(f"{k}={v}" for k, v in option_defaults(name).items())
+        say(f"{name}\n    {description(name)}\n    options: {options}")
+    say("\nYour own: metarl check my_module:my_family, then train (see docs/families.md)")
+    return 0
+
+
+def algorithms(command: Algorithms) -> int:
+    """Run `metarl algorithms`."""
+    from metarl.algorithms.table import ALGORITHMS
+
+    for row in ALGORITHMS.values():
+        say(f"{row.name:<18}{row.description}\n{'':<18}{row.source}")
+    return 0

@@ -1,0 +1,321 @@
+"""`metarl benchmark`: sampling and training speed against the physics ceiling, in one run.
+
+The ceiling is the batched physics engine alone, replaying the very actions that the policy took
+from the same initial states. It is measured in turn with the training iterations, so that a
+machine whose speed drifts slows both.
+
+For a family without a native backend, one process, worker processes and Gymnasium's
+`AsyncVectorEnv` step the same few environments in turn; and a plain loop replays the actions of
+the one process, without policy or records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+
+from metarl.config.options import Config, available_threads
+from metarl.distributed.chunk_pool import ChunkPool
+from metarl.distributed.process_group import ALONE, Ranks
+from metarl.envs import GymnasiumFamily, MujocoFamily, TaskFamily
+from metarl.envs.errors import UserError
+from metarl.envs.seeds import foreign_seed
+from metarl.learning.settings import own_settings
+from metarl.learning.trajectories import Rollout
+from metarl.models.networks import Params, stack
+from metarl.models.policies import MLPPolicy
+from metarl.runs.checkpoints import machine, versions
+from metarl.sampling.rollouts import Address
+from metarl.sampling.spaces import env_action
+from metarl.sampling.workers import make_collector
+from metarl.training.sources import Environments
+from metarl.training.trainer import Trainer
+
+
+def benchmark(config: Config, repeats: int = 3, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Run one warm-up iteration and `repeats` measured ones; return rates, seconds and memory.
+
+    Rates are env steps a second of all ranks, seconds and memory those of this one; medians over
+    the iterations. The ceiling is None for a family without native physics.
+    """
+    if repeats < 1:
+        raise UserError(f"repeats must be at least 1, got {repeats}")
+    rows: list[dict[str, Any]] = []
+    with ranks.agreeing(), Trainer(config, ranks) as trainer:
+        family = _environments(trainer).family
+        trainer.iterate()
+        for _ in range(repeats):
+            seen: list[Rollout] = []
+            before = dataclasses.replace(ranks.traffic)
+            row = trainer.iterate(on_rollouts=seen.extend)
+            row["calls"] = ranks.traffic.calls - before.calls
+            row["bytes"] = ranks.traffic.bytes - before.bytes
+            row["steps"] = ranks.total(sum(rollout.env_steps for rollout in seen))
+            address = Address(config.seed, row["iteration"] - 1, first_task=trainer.block.start)
+            row["seconds_ceiling"] = sum(
+                replay(trainer, rollout, dataclasses.replace(address, inner_step=k))
+                for k, rollout in enumerate(seen)
+            )
+            rows.append(row)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    native = isinstance(family, MujocoFamily)
+
+    def median(values: list[float]) -> float:
+        return statistics.median(values)
+
+    def rate(name: str) -> float:
+        return median([row["steps"] / row[name] for row in rows])
+
+    ceiling = rate("seconds_ceiling") if native else None
+    collect, train = rate("seconds_rollout"), rate("seconds_iteration")
+    phases = sorted({key for row in rows for key in row if key.startswith("seconds_")})
+    # After the trainer's own workers have ended.
+    alone = ranks.size == 1 and not family.parallel
+    processes = _compare_processes(trainer, repeats) if alone else None
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "versions": versions(),
+        "ranks": ranks.size,
+        "threads": config.threads,
+        "family": config.family,
+        "preset": config.preset,
+        "algorithm": config.algorithm,
+        "tasks": config.tasks,
+        "episodes": config.episodes,
+        "horizon": family.horizon,
+        "hidden": list(config.policy.hidden),
+        "fisher_fraction": config.trust_region.fisher_fraction,
+        "repeats": repeats,
+        "ceiling_env_steps_per_second": ceiling,
+        "collect_env_steps_per_second": collect,
+        "train_env_steps_per_second": train,
+        "seconds": {
+            key.removeprefix("seconds_"): median([row.get(key, 0.0) for row in rows])
+            for key in phases
+        },
+        "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+        "collectives": {key: median([row[key] for row in rows]) for key in ("calls", "bytes")},
+    }
+    if processes is not None:
+        result["processes"] = processes
+    if native:
+        # Ratios pair by pair, so that drift between iterations cancels.
+        result["collect_to_ceiling"] = median(
+            [row["seconds_ceiling"] / row["seconds_rollout"] for row in rows]
+        )
+        result["train_to_ceiling"] = median(
+            [row["seconds_ceiling"] / row["seconds_iteration"] for row in rows]
+        )
+    return result
+
+
+def _environments(trainer: Trainer) -> Environments:
+    if not isinstance(trainer.source, Environments):
+        raise UserError(
+            f"{trainer.config.family} has supervised tasks, and this needs environments"
+        )
+    return trainer.source
+
+
+def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
+    """Return rates at 40 environments, policy included, and their ratios; medians."""
+    source, config = _environments(trainer), trainer.config
+    family, policy = source.family, source.model
+    count, episodes = 8, 5
+    tasks, address = family.tasks.grid(count), Address(config.seed)
+    adapter = trainer.inner_loop.adapter
+    fast, slow, _ = adapter.split(trainer.state.params)
+    params = adapter.params(stack(fast, count), slow, count)
+    params = {**params, **trainer.meta_policy().context(tasks)}
+    workers = min(config.workers or available_threads(), count)
+    make = [partial(family.make, task) for task in tasks for _ in range(episodes)]
+    names = ("plain_loop", "async_vector_env", "one_process", "workers")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with contextlib.ExitStack() as closing:
+        closing.enter_context(own_settings())
+        vector = gym.vector.AsyncVectorEnv(make)  # forks: before there are workers
+        closing.callback(vector.close)
+        collectors = {
+            name: make_collector(
+                family, policy, count, episodes, ChunkPool(1), config.policy.action,
+                workers=number, timeout=config.worker_timeout,
+            )
+            for name, number in (("one_process", 0), ("workers", workers))
+        }  # fmt: skip
+        for collector in collectors.values():
+            closing.callback(collector.close)
+        plain = [raw_environment(family, task) for task in tasks]
+        for env in plain:
+            closing.callback(env.close)
+        for _ in range(1 + repeats):  # the first to warm up
+            start = time.perf_counter()
+            steps = _step_all(vector, family.horizon, policy, params, count, config)
+            seconds["async_vector_env"].append((time.perf_counter() - start) / steps)
+            for name, collector in collectors.items():
+                start = time.perf_counter()
+                rollout = collector.collect(params, tasks, address)
+                seconds[name].append((time.perf_counter() - start) / rollout.env_steps)
+                if name == "one_process":
+                    seconds["plain_loop"].append(
+                        loop_seconds(family, plain, rollout, address, config)
+                    )
+    each = {name: np.array(values[1:]) for name, values in seconds.items()}
+    return {
+        "environments": count * episodes,
+        "workers": workers,
+        **{f"{n}_env_steps_per_second": float(1.0 / np.median(s)) for n, s in each.items()},
+        "one_process_to_plain_loop": float(np.median(each["plain_loop"] / each["one_process"])),
+        "workers_to_plain_loop": float(np.median(each["plain_loop"] / each["workers"])),
+        "workers_to_one_process": float(np.median(each["one_process"] / each["workers"])),
+        "workers_to_async_vector_env": float(np.median(each["async_vector_env"] / each["workers"])),
+    }
+
+
+def raw_environment(family: TaskFamily, task: NDArray) -> gym.Env:
+    """Return a task's environment as its own package makes it, without the family's around it."""
+    return family.make_raw(task=task) if isinstance(family, GymnasiumFamily) else family.make(task)
+
+
+def loop_seconds(
+    family: TaskFamily,
+    envs: Sequence[gym.Env],
+    rollout: Rollout,
+    address: Address,
+    config: Config,
+) -> float:
+    """Return the seconds of an env step where a plain loop takes a rollout's actions."""
+    episodes = rollout.valid.shape[1]
+    actions = [
+        env_action(action.numpy(), env.action_space, config.policy.action)
+        for env, action in zip(envs, rollout.action, strict=True)
+    ]
+    lengths = rollout.valid.sum(-1).tolist()
+    tasks = rollout.tasks.numpy()
+    # The environments of such a family stand here without it.
+    seed_of = foreign_seed if isinstance(family, GymnasiumFamily) else int
+    start = time.perf_counter()
+    for i, env in enumerate(envs):
+        for episode, seed in enumerate(address.episode_seeds(i, episodes)):
+            if isinstance(family, GymnasiumFamily):  # a reset may have undone it
+                family.apply_task(env, tasks[i])
+            env.reset(seed=seed_of(seed))
+            for action in actions[i][episode, : lengths[i][episode]]:
+                env.step(action)
+    return (time.perf_counter() - start) / rollout.env_steps
+
+
+def _step_all(
+    env: gym.vector.VectorEnv,
+    steps: int,
+    policy: MLPPolicy,
+    params: Params,
+    tasks: int,
+    config: Config,
+) -> int:
+    """Step a vector environment with the policy, all recorded, and return the env steps."""
+    episodes = env.num_envs // tasks
+    rng = Address(config.seed).noise(0)
+    noise = torch.from_numpy(policy.noise(rng, tasks, episodes * steps)).chunk(steps, dim=1)
+    seen: list[Any] = []
+    observation, _ = env.reset(seed=config.seed)
+    with torch.inference_mode():
+        for t in range(steps):
+            batch = torch.from_numpy(np.asarray(observation, np.float32)).unflatten(0, (tasks, -1))
+            dist = policy.distribution(params, batch)
+            action = policy.sample(dist, noise[t])
+            act = env_action(
+                action.flatten(0, 1).numpy(), env.single_action_space, config.policy.action
+            )
+            observation, reward, terminated, truncated, _ = env.step(act)
+            seen.append((batch, dist, action, reward, terminated, truncated))
+    return env.num_envs * steps
+
+
+def replay(trainer: Trainer, rollout: Rollout, address: Address) -> float:
+    """Return the seconds that physics alone takes for a rollout's actions; 0 if not native.
+
+    Contact forces, fetched one simulation at a time, are no part of it.
+    """
+    family, config = trainer.family, trainer.config
+    if not isinstance(family, MujocoFamily):
+        return 0.0
+    tasks = rollout.tasks.numpy()
+    env = family.make_vec(
+        len(tasks), config.episodes, autoreset_mode=AutoresetMode.DISABLED, threads=config.threads
+    )
+    env.set_tasks(tasks)
+    env.reset(seed=[s for t in range(len(tasks)) for s in address.episode_seeds(t, env.episodes)])
+    action = env_action(rollout.action.numpy(), env.single_action_space, config.policy.action)
+    control = (action / np.float32(family.action_scale)).astype(np.float64)
+    control = np.ascontiguousarray(
+        control.reshape(env.num_envs, -1, control.shape[-1]).swapaxes(0, 1)
+    )
+    length = rollout.valid.sum(-1).flatten()
+    ctrl, steps = env.batch.bind("ctrl"), int(length.max())
+    ragged = None if bool(rollout.valid.all()) else [
+        torch.nonzero(length > t).flatten().int().numpy() for t in range(steps)
+    ]  # fmt: skip
+    start = time.perf_counter()
+    for t in range(steps):
+        ctrl[...] = control[t]
+        env.batch.step(
+            None if ragged is None else ragged[t], nstep=family.frame_skip, stage=family.stage
+        )
+    return time.perf_counter() - start
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a benchmark as text."""
+    ceiling = result["ceiling_env_steps_per_second"]
+    ranks = f" on each of {result['ranks']} ranks" if result["ranks"] > 1 else ""
+    lines = [
+        f"{result['family']} ({result['preset']}), {result['tasks']} tasks x"
+        f" {result['episodes']} episodes x {result['horizon']} steps,"
+        f" network {'-'.join(map(str, result['hidden']))}, {result['threads']} threads"
+        f"{ranks}",
+        f"{result['machine']['processor']}, torch {result['versions']['torch']},"
+        f" mujoco {result['versions']['mujoco']}",
+        "",
+        f"{'':<28}{'env steps/s':>12}{'of ceiling':>12}",
+    ]
+    if ceiling is not None:
+        lines.append(f"{'physics alone (ceiling)':<28}{ceiling:>12,.0f}{1:>12.2f}")
+    for name, key in (("collect", "collect"), ("train, end to end", "train")):
+        ratio = result.get(f"{key}_to_ceiling")
+        cell = f"{ratio:>12.2f}" if ratio is not None else ""
+        lines.append(f"{name:<28}{result[f'{key}_env_steps_per_second']:>12,.0f}{cell}")
+    processes = result.get("processes")
+    if processes is not None:
+        lines += ["", f"{processes['environments']} environments, policy included"]
+        names = {
+            "plain_loop": "plain loop, no policy",
+            "one_process": "one process",
+            "workers": f"{processes['workers']} workers",
+            "async_vector_env": "AsyncVectorEnv",
+        }
+        for key, name in names.items():
+            lines.append(f"{name:<28}{processes[f'{key}_env_steps_per_second']:>12,.0f}")
+        for key in ("plain_loop", "one_process", "async_vector_env"):
+            name = f"workers to {names[key].partition(',')[0]}"
+            lines.append(f"{name:<28}{processes[f'workers_to_{key}']:>12.2f}")
+    lines.append("")
+    lines.append(f"{'phase':<28}{'seconds':>12}")
+    lines += [f"{name:<28}{value:>12.3f}" for name, value in result["seconds"].items()]
+    lines.append(f"peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
+    if result["ranks"] > 1:
+        calls, sent = (result["collectives"][key] for key in ("calls", "bytes"))
+        lines.append(f"rank 0 sent {sent / 1e6:.2f} MB in {calls:.0f} collectives an iteration")
+    return "\n".join(lines)

@@ -1,0 +1,129 @@
+"""Training from scratch on each held-out task: what adaptation without meta-training would cost.
+
+Clipped policy gradients (Schulman et al. 2017, arXiv:1707.06347) on every task by itself, by Adam
+from a random initialization; batches are of as many episodes as an inner step has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import numpy as np
+import torch
+
+from metarl.algorithms.table import find_algorithm
+from metarl.config.options import Config
+from metarl.distributed.chunk_pool import ChunkPool, slices
+from metarl.envs import TaskFamily
+from metarl.evaluation.results import Curve
+from metarl.evaluation.statistics import Floats
+from metarl.learning.advantages import estimate
+from metarl.learning.inner_loop import NonFiniteError
+from metarl.learning.losses import Batch, clipped_ratio, make_batch
+from metarl.models.networks import Params, stack
+from metarl.models.policies import MLPPolicy
+from metarl.policies.building import policy_for
+from metarl.sampling.rollouts import Address
+from metarl.sampling.seeding import stream
+from metarl.sampling.workers import AnyCollector
+
+TIMES = 10
+"""Env steps of the longer training, as a multiple of those of adaptation."""
+
+LEARNING_RATE = 3e-3
+EPOCHS = 10
+CLIP = 0.2
+_CHUNK = 4  # tasks
+
+
+def scratch_policy(config: Config, family: TaskFamily) -> MLPPolicy:
+    """Return the network that is trained: the config's, without what only meta-training sets."""
+    plain = dataclasses.replace(config.policy, normalize=False)
+    row = find_algorithm("maml-trpo")
+    return policy_for(row, dataclasses.replace(config, policy=plain), family)
+
+
+class ScratchTrainer:
+    """Trains one policy for each task, all at once and none knowing of the others."""
+
+    def __init__(self, policy: MLPPolicy, tasks: int, seed: int, learning_rate: float) -> None:
+        self.policy = policy
+        start = stack(policy.init(stream(seed, 0, "init")), tasks)
+        self._slices = slices(tasks, _CHUNK)
+        self._leaves = [
+            {name: p[chunk].clone().requires_grad_() for name, p in start.items()}
+            for chunk in self._slices
+        ]
+        self._adams = [torch.optim.Adam(leaves.values(), learning_rate) for leaves in self._leaves]
+
+    @property
+    def params(self) -> Params:
+        """The policies' parameters, stacked."""
+        return {
+            name: torch.cat([leaves[name].detach() for leaves in self._leaves])
+            for name in self._leaves[0]
+        }
+
+    def update(self, batch: Batch, pool: ChunkPool) -> None:
+        """Take `EPOCHS` steps on a batch of each task's own episodes.
+
+        Raises:
+            NonFiniteError: a parameter is no longer a finite number.
+        """
+        loss = partial(clipped_ratio, clip=CLIP)
+
+        def one(index: int) -> None:
+            chunk, leaves = self._slices[index], self._leaves[index]
+            part = batch.map(lambda x: x[chunk])
+            for _ in range(EPOCHS):
+                dist = self.policy.distribution(leaves, part.observation)
+                total = loss(self.policy, dist, part).sum()
+                gradient = torch.autograd.grad(total, list(leaves.values()))
+                for p, g in zip(leaves.values(), gradient, strict=True):
+                    p.grad = g
+                self._adams[index].step()
+
+        pool.map(one, range(len(self._slices)))
+        for name, p in self.params.items():
+            if not torch.isfinite(p).all():
+                raise NonFiniteError(f"parameter {name} is not finite in training from scratch")
+
+
+def train_from_scratch(
+    trainer: ScratchTrainer,
+    collector: AnyCollector,
+    goals: Floats,
+    config: Config,
+    pool: ChunkPool,
+    address: Address,
+    batches: int,
+) -> Floats:
+    """Return the returns of policies trained on 0 ... `batches` batches, [tasks, batches + 1].
+
+    The returns after n batches are those of the episodes that make the next one.
+    """
+    returns = []
+    for n in range(batches + 1):
+        where = dataclasses.replace(address, iteration=address.iteration + 1 + n)
+        rollout = collector.collect(trainer.params, goals, where)
+        returns.append(rollout.mean_returns().numpy())
+        if n < batches:
+            advantage, _ = estimate(rollout, config.advantage, pool)
+            trainer.update(make_batch(trainer.policy, rollout, advantage), pool)
+    return np.stack(returns, axis=1)
+
+
+def curves(by: str, returns: Floats, steps: int, seed: int) -> dict[str, Curve]:
+    """Return what training earns with the env steps of 0 ... `steps` inner steps, and with ten
+    times as many, by name.
+
+    Args:
+        by: what trained, "" for ours.
+        returns: [tasks, TIMES * steps + 1]
+    """
+    found = {}
+    for times, more in ((1, ""), (TIMES, f", {TIMES} x steps")):
+        column = returns[None, :, : times * steps + 1 : times]
+        found[f"from scratch{by}{more}"] = Curve([], column, "from-scratch", [seed])
+    return found

@@ -1,0 +1,231 @@
+"""How well a meta-learned predictor adapts: loss or accuracy on query examples after 0 ... K steps.
+
+All that is compared sees the same supports and queries. They are drawn for a group of tasks at a
+time, and what has been adapted to it is let go before the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarl.distributed.chunk_pool import ChunkPool, slices
+from metarl.envs.supervised.family import FunctionFamily, SupervisedFamily
+from metarl.evaluation.results import ACCURACY, SQUARED_ERROR, Curve, Measure
+from metarl.evaluation.statistics import Floats
+from metarl.learning.inner_update import Adapter
+from metarl.learning.losses import Loss, accuracy, squared_error, task_losses
+from metarl.models.networks import Params, stack
+from metarl.models.predictors import Predictor, class_means
+from metarl.models.samples import Examples
+from metarl.policies.meta_policy import MetaPolicy, random_meta_policy
+from metarl.sampling.rollouts import Address
+from metarl.training.sources import make_examples
+
+UPDATES = 30
+"""Of training from scratch, by Adam, where a meta-learned predictor takes one inner step."""
+
+_GROUP = 24  # tasks
+_CHUNK = 4
+_SHOWN = 4  # tasks whose functions are kept
+_POINTS = 201  # of a function
+
+
+@dataclass(frozen=True)
+class SupervisedProtocol:
+    """What all predictors are measured by."""
+
+    family: SupervisedFamily
+    goals: Floats
+    steps: int
+    address: Address
+    pool: ChunkPool
+
+    @property
+    def measure(self) -> Measure:
+        """What is measured, as results call it."""
+        return ACCURACY if self.family.kind == "classification" else SQUARED_ERROR
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def groups(self) -> Iterator[tuple[slice, Examples, Examples]]:
+        """Draw support and query, a group of tasks after another."""
+        for i, group in enumerate(slices(len(self.goals), _GROUP)):
+            rng = dataclasses.replace(self.address, inner_step=i).examples()
+            support, query = (
+                make_examples(data)
+                for data in self.family.draw(
+                    self.goals[group], rng, supports=1, queries=self.family.test_queries
+                )
+            )
+            yield group, support, query
+
+    def curve(
+        self,
+        members: Sequence[MetaPolicy],
+        sizes: Sequence[float] | Callable[[MetaPolicy], Sequence[float]] | None,
+    ) -> Curve:
+        """Return the curve of a predictor's seeds; an oracle takes no step."""
+        adapts = not members[0].algorithm.observes_task
+        scores, used, functions = [], [], None
+        for i, member in enumerate(members):
+            given = sizes(member) if callable(sizes) else sizes
+            loop, meta = member.inner_loop(self.pool, given)
+            parts = []
+            for group, support, query in self.groups():
+                told = member.context(self.goals[group]).get("context")
+                support, query = (
+                    dataclasses.replace(part, context=told) for part in (support, query)
+                )
+                count, steps = len(support.weight), self.steps if adapts else 0
+                adapted = loop.run(_same(support), meta, count, steps=steps, query="none")
+                iterates = adapted.iterates
+                if not steps:
+                    iterates = [loop.start(iterates[0], adapted.slow, support)]
+                found = [self._scores(loop.adapter, it, adapted.slow, query) for it in iterates]
+                parts.append(np.stack(found * (1 if adapts else self.steps + 1), axis=1))
+                if isinstance(self.family, FunctionFamily) and i == group.start == 0:
+                    shown = iterates * (1 if adapts else self.steps + 1)
+                    functions = self._functions(loop.adapter, shown, adapted.slow, told)
+            if i == 0:
+                used = loop.adapter.mean_step_sizes(meta, self.steps) if adapts else []
+            scores.append(np.concatenate(parts))
+        return Curve(
+            used,
+            np.stack(scores),
+            members[0].config.algorithm,
+            [member.config.seed for member in members],
+            functions=functions,
+            measure=self.measure,
+        )
+
+    def scratch(self, like: MetaPolicy, learning_rate: float) -> dict[str, Curve]:
+        """Return what training a random initialization on each support alone comes to, by name."""
+        if like.algorithm.observes_task:  # from examples alone
+            config = dataclasses.replace(like.config, algorithm="maml-trpo")
+            like = dataclasses.replace(like, config=config)
+        start = random_meta_policy(like, self.address.seed)
+        loop, meta = start.inner_loop(self.pool)
+        parts = []
+        for _, support, query in self.groups():
+            fast, slow, _ = loop.adapter.split(meta)
+            count = len(support.weight)
+            own = loop.start(stack(fast, count), slow, support)
+            params = {**stack(slow, count), **own}
+            parts.append(self._trained(loop.adapter, params, support, query, learning_rate))
+        name = f"from scratch, {UPDATES} updates a step"
+        return {name: self._reference("from-scratch", np.concatenate(parts))}
+
+    def nearest_prototype(self) -> dict[str, Curve]:
+        """Return the accuracy of the nearest mean of a class's inputs, by name; no network."""
+        if self.family.kind != "classification":
+            return {}
+        parts = []
+        for _, support, query in self.groups():
+            means = class_means(support.inputs.flatten(2), support, self.family.outputs)
+            logits = -torch.cdist(query.inputs.flatten(2), means)
+            if query.classes is not None:
+                logits = logits.masked_fill(~query.classes.unsqueeze(1), -torch.inf)
+            right = 100.0 * accuracy(None, {"logits": logits}, query)
+            parts.append(right.double().numpy()[:, None].repeat(self.steps + 1, axis=1))
+        curve = self._reference("nearest-prototype", np.concatenate(parts))
+        return {"nearest prototype": curve}
+
+    def _reference(self, algorithm: str, scores: Floats) -> Curve:
+        return Curve([], scores[None], algorithm, [self.address.seed], measure=self.measure)
+
+    def _scores(self, adapter: Adapter, fast: Params, slow: Params, query: Examples) -> Floats:
+        """Return the score of each task, [T]."""
+        model = adapter.model
+        score: Loss = accuracy if self.family.kind == "classification" else squared_error
+
+        def one(chunk: slice) -> Tensor:
+            part = query.map(lambda x: x[chunk])
+            theta = {name: p[chunk] for name, p in fast.items()}
+            with torch.no_grad():
+                return score(model, adapter.output(theta, slow, part), part)
+
+        found = torch.cat(self.pool.map(one, slices(len(query.weight), _CHUNK))).double().numpy()
+        return 100.0 * found if self.family.kind == "classification" else found
+
+    def _trained(
+        self, adapter: Adapter, params: Params, support: Examples, query: Examples, rate: float
+    ) -> Floats:
+        """Return the scores along training on each support, [T, K + 1]."""
+        model = adapter.model
+        assert isinstance(model, Predictor)
+
+        def one(chunk: slice) -> list[Params]:
+            # Adam is element by element: all tasks' parameters train at once, each alone.
+            part = support.map(lambda x: x[chunk])
+            leaves = {n: p[chunk].clone().requires_grad_() for n, p in params.items()}
+            optimizer = torch.optim.Adam(leaves.values(), lr=rate)
+            kept = []
+            for k in range(self.steps + 1):
+                kept.append({name: p.detach().clone() for name, p in leaves.items()})
+                for _ in range(UPDATES if k < self.steps else 0):
+                    optimizer.zero_grad()
+                    output = model.output(leaves, part)
+                    task_losses(model.loss, model, output, part).sum().backward()
+                    optimizer.step()
+            return kept
+
+        chunks = self.pool.map(one, slices(len(support.weight), _CHUNK))
+        columns = []
+        for parts in zip(*chunks, strict=True):
+            joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            columns.append(self._scores(adapter, joined, {}, query))
+        return np.stack(columns, axis=1)
+
+    def _functions(
+        self, adapter: Adapter, iterates: Sequence[Params], slow: Params, told: Tensor | None
+    ) -> Floats:
+        """Return what the first tasks' predictors are, [tasks, K + 1, points]."""
+        x, _ = self._grid()
+        examples = Examples(
+            torch.from_numpy(np.repeat(x[None, :, None], len(self.goals[:_SHOWN]), axis=0)).float(),
+            torch.zeros(0),
+            torch.ones(()),
+            context=None if told is None else told[:_SHOWN],
+        )
+        found = []
+        for iterate in iterates:
+            theta = {name: p[:_SHOWN] for name, p in iterate.items()}
+            with torch.no_grad():
+                found.append(adapter.output(theta, slow, examples)["prediction"][..., 0].numpy())
+        return np.stack(found, axis=1)
+
+    def _grid(self) -> tuple[Floats, Floats]:
+        """Return x [points] and the first tasks' functions there, [tasks, points]."""
+        assert isinstance(self.family, FunctionFamily)
+        x = np.linspace(*self.family.interval, _POINTS)
+        goals = self.goals[:_SHOWN]
+        return x, self.family.function(np.tile(x, (len(goals), 1)), goals)
+
+    def setting(self) -> dict[str, Any]:
+        """Return what gives the scores their meaning, plain JSON values."""
+        setting: dict[str, Any] = {
+            "measure": self.measure.name,
+            "digits": self.measure.digits,
+            "support": self.family.support_size,
+            "test_queries": self.family.test_queries,
+        }
+        if isinstance(self.family, FunctionFamily):
+            x, truth = self._grid()
+            _, support, _ = next(self.groups())
+            seen = (part[:_SHOWN, :, 0].tolist() for part in (support.inputs, support.targets))
+            names = ("x", "truth", "support_x", "support_y")
+            values = (x.tolist(), truth.tolist(), *seen)
+            setting["functions"] = dict(zip(names, values, strict=True))
+        return setting
+
+
+def _same(support: Examples) -> Callable[[Params, int], Examples]:
+    return lambda params, k: support

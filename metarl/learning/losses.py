@@ -1,0 +1,184 @@
+"""Losses of samples, one number a task; and `Batch`, the samples of policies.
+
+A loss is minimized. A task's loss is the weighted sum over its samples with weights that sum to 1
+over the valid ones: a mean over valid steps, never over tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metarl.envs.errors import UserError
+from metarl.learning.trajectories import Rollout
+from metarl.models.networks import Dist
+from metarl.models.policies import MLPPolicy
+from metarl.models.samples import Examples, Samples
+
+
+@dataclass(frozen=True)
+class Batch(Samples):
+    """What policies sampled: N = episodes x horizon samples, time order kept."""
+
+    observation: Tensor
+    """[T, N, observation_dim]"""
+    action: Tensor
+    """[T, N, action_size]"""
+    advantage: Tensor
+    """[T, N]"""
+    weight: Tensor
+    """[T, N]; 1 / (valid samples of the task), 0 where not valid."""
+    old_log_prob: Tensor
+    """[T, N]; log-density of the action under the policy that drew it."""
+    old: Dist
+    """Parameters of the distribution it was drawn from, [T, N, ...] each."""
+    episodes: int
+    """Episodes a task; a task's samples are those of episode 0 in order of time, then of 1, …
+    0 where that order is lost."""
+    context: Tensor | None = None
+    """[T, context_dim]; what the policy was told of its task, where it was told."""
+
+    def select(self, samples: Tensor) -> Batch:
+        episodes = samples.shape[1] if samples.ndim == 3 else 0
+        return replace(super().select(samples), episodes=episodes)
+
+
+def make_batch(policy: MLPPolicy, rollout: Rollout, advantage: Tensor) -> Batch:
+    """Return a rollout's samples flattened over episodes and time, [T, N, ...]."""
+    valid = rollout.valid.flatten(1)
+    count = valid.sum(dim=1, keepdim=True).clamp(min=1)
+    old = {name: x.flatten(1, 2) for name, x in rollout.behaviour.items()}
+    action = rollout.action.flatten(1, 2)
+    return Batch(
+        observation=rollout.observation.flatten(1, 2),
+        action=action,
+        advantage=advantage.flatten(1),
+        weight=valid.to(advantage.dtype) / count.to(advantage.dtype),
+        old_log_prob=policy.log_prob(old, action),
+        old=old,
+        episodes=rollout.valid.shape[1],
+        context=rollout.context,
+    )
+
+
+Loss = Callable[[Any, Dist, Any], Tensor]
+"""(model, its output for the samples, samples) -> [T]"""
+
+
+def task_losses(loss: Loss, model: Any, output: Dist, samples: Samples) -> Tensor:
+    """Return what a loss gives, [T].
+
+    Raises:
+        UserError: it gives something else, such as a mean over tasks or a number a sample.
+    """
+    found = loss(model, output, samples)
+    tasks = len(samples.weight)
+    shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != [tasks]:
+        while isinstance(loss, partial):
+            loss = loss.func
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise UserError(
+            f"the loss {name} must return one number for each task, [{tasks}], got {shape}"
+        )
+    return found
+
+
+def log_likelihood(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
+    """REINFORCE (Williams 1992): -E[log pi(a | s) A], [T]; the inner loss of Finn et al. 2017."""
+    log_prob = policy.log_prob(dist, batch.action)
+    return -(batch.weight * batch.advantage * log_prob).sum(dim=1)
+
+
+def likelihood_ratio(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
+    """Importance-weighted surrogate of TRPO: -E[pi(a | s) / pi_old(a | s) A], [T].
+
+    Schulman et al. 2015, eq. 14 (arXiv:1502.05477). As an inner loss it has the low-variance
+    curvature of Rothfuss et al. 2019, eq. 14 (arXiv:1810.06784): at the old parameters its Hessian
+    is that of the mean of (grad^2 log pi + grad log pi grad log pi') A.
+    """
+    ratio = (policy.log_prob(dist, batch.action) - batch.old_log_prob).exp()
+    return -(batch.weight * batch.advantage * ratio).sum(dim=1)
+
+
+def clipped_ratio(policy: MLPPolicy, dist: Dist, batch: Batch, *, clip: float) -> Tensor:
+    """PPO's pessimistic surrogate, -E[min(r A, clip(r, 1 - c, 1 + c) A)], [T].
+
+    Schulman et al. 2017, eq. 7 (arXiv:1707.06347).
+    """
+    ratio = (policy.log_prob(dist, batch.action) - batch.old_log_prob).exp()
+    cut = ratio.clamp(1.0 - clip, 1.0 + clip)
+    return -(batch.weight * torch.minimum(ratio * batch.advantage, cut * batch.advantage)).sum(1)
+
+
+def dice(policy: MLPPolicy, dist: Dist, batch: Batch, *, decay: float = 1.0) -> Tensor:
+    """Loaded DiCE: -E[(box(w[t]) - box(d w[t - 1])) A[t]], w[t] = d w[t - 1] + log pi(a_t | s_t).
+
+    box(w) = exp(w - stop(w)) is 1, and its derivatives of all orders carry the score. Foerster et
+    al. 2018 (arXiv:1802.05098); the difference admits advantages, and the decay d discounts how
+    later steps depend on earlier actions, Farquhar et al. 2019 (arXiv:1909.10549). The gradient is
+    the policy gradient at any d. Higher derivatives are unbiased at d = 1, where their variance
+    grows with the horizon, and are those of the likelihood ratio at d = 0. The value is 0.
+
+    Raises:
+        ValueError: the samples are not whole episodes.
+    """
+    if not batch.episodes:
+        raise ValueError("DiCE needs whole episodes; set whole_episodes in the algorithm's row")
+    shape = (len(batch.weight), batch.episodes, -1)
+    # Steps beyond an episode's end come last: they enter no sum of a step that has a weight.
+    log_prob = policy.log_prob(dist, batch.action).view(shape)
+    if decay == 1.0:
+        through = log_prob.cumsum(dim=2)
+    else:
+        time = torch.arange(log_prob.shape[2], device=log_prob.device)
+        age = time.unsqueeze(1) - time
+        factor = torch.where(age < 0, 0.0, decay ** age.clamp(min=0).to(log_prob.dtype))
+        through = log_prob @ factor.T
+    before = through - log_prob
+    box = (through - through.detach()).exp() - (before - before.detach()).exp()
+    return -(batch.weight * batch.advantage * box.flatten(1)).sum(dim=1)
+
+
+def log_ratio(policy: Any, dist: Dist, batch: Any) -> Tensor:
+    """Log-likelihood ratio of all of a task's valid actions to the policy that drew them, [T].
+
+    It is 0 there, and its gradient is the score of the task's samples.
+    """
+    ratio = policy.log_prob(dist, batch.action) - batch.old_log_prob
+    return torch.where(batch.weight > 0, ratio, 0.0).sum(dim=1)
+
+
+def mean_kl(model: Any, output: Dist, samples: Samples) -> Tensor:
+    """KL from the policy that drew the samples, E[KL(old || new)], [T].
+
+    It is 0 for examples of a data set, which no model drew.
+    """
+    if not isinstance(samples, Batch):
+        return torch.zeros_like(samples.weight[:, 0])
+    return (samples.weight * model.kl(samples.old, output)).sum(dim=1)
+
+
+def squared_error(model: Any, output: Dist, examples: Examples) -> Tensor:
+    """Mean squared error, summed over the target's components, [T]."""
+    error = (output["prediction"] - examples.targets).square().sum(dim=-1)
+    return (examples.weight * error).sum(dim=1)
+
+
+def cross_entropy(model: Any, output: Dist, examples: Examples) -> Tensor:
+    """Mean of -log p(class), [T], the softmax over the classes that a task has."""
+    log = output["logits"].log_softmax(dim=-1)
+    picked = log.gather(-1, examples.targets.unsqueeze(-1)).squeeze(-1)
+    # Examples that only fill rows are of a class that their task lacks.
+    return -torch.where(examples.weight > 0, examples.weight * picked, 0.0).sum(dim=1)
+
+
+def accuracy(model: Any, output: Dist, examples: Examples) -> Tensor:
+    """Share of the examples whose class has the largest logit, [T]."""
+    right = output["logits"].argmax(dim=-1) == examples.targets
+    return (examples.weight * right).sum(dim=1)

@@ -1,0 +1,175 @@
+"""A policy as an ordinary `torch.nn.Module`, to be taken elsewhere.
+
+It acts by the most likely action. Normalization of observations and the mapping of actions onto the
+environment's are inside; it is made of torch's own layers, and knows nothing of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from metarl.models.encoders import NATURE, Encoder, NatureCNN, channels_first
+from metarl.models.networks import Params
+from metarl.models.policies import CLIP, MLPPolicy
+
+
+class Pixels(nn.Module):
+    """Images of bytes to [n, channels, height, width] in [0, 1]."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_first(x.to(torch.float32), self.shape)
+
+
+class Scale(nn.Module):
+    """Observations by their running mean and variance."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, mean: Tensor, var: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("deviation", (var + 1e-8).sqrt())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) / self.deviation).clamp(-CLIP, CLIP)
+
+
+class Told(nn.Module):
+    """Adds what the policy knows of its task to every observation."""
+
+    context: Tensor
+
+    def __init__(self, context: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("context", context.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.context.expand(x.shape[0], -1)], dim=1)
+
+
+class Residual(nn.Module):
+    """x + path(x)."""
+
+    def __init__(self, *path: nn.Module) -> None:
+        super().__init__()
+        self.path = nn.Sequential(*path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.path(x)
+
+
+class Bounded(nn.Module):
+    """middle + spread * x, cut to the bounds of a Box; of whole numbers the nearest, as a float."""
+
+    middle: Tensor
+    spread: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self, low: NDArray, high: NDArray, middle: ArrayLike = 0.0, spread: ArrayLike = 1.0
+    ) -> None:
+        super().__init__()
+        self.whole = np.issubdtype(low.dtype, np.integer)
+        parts = {"middle": middle, "spread": spread, "low": low, "high": high}
+        for name, values in parts.items():
+            self.register_buffer(name, torch.from_numpy(np.asarray(values, np.float32)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        action = self.middle + self.spread * x
+        if self.whole:
+            action = torch.round(action)
+        return torch.minimum(torch.maximum(action, self.low), self.high)
+
+
+class Chosen(nn.Module):
+    """The likeliest category of each component, counted from `start`; [n], or [n, components]."""
+
+    def __init__(self, categories: Sequence[int], start: Sequence[int], flat: bool) -> None:
+        super().__init__()
+        self.categories, self.start, self.flat = list(categories), list(start), flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(x, self.categories, dim=1)
+        chosen = [part.argmax(1) + first for part, first in zip(parts, self.start, strict=True)]
+        return chosen[0] if self.flat else torch.stack(chosen, dim=1)
+
+
+class Mode(nn.Module):
+    """The most likely action of what the network gives, for a policy with a mode of its own."""
+
+    def __init__(self, policy: MLPPolicy, params: Params) -> None:
+        super().__init__()
+        self.policy = policy
+        self.params = {name: p.detach().clone() for name, p in params.items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.policy.mode(self.policy.head(self.params, x))
+
+
+_ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
+
+def make_module(policy: MLPPolicy, params: Params, *last: nn.Module) -> nn.Sequential:
+    """Return a policy's network as a module, observations [n, *observation_shape] to actions.
+
+    Args:
+        params: not stacked.
+        last: make actions of what the network gives: `Bounded` or `Chosen`, after a `Mode`.
+    """
+    layers: list[nn.Module] = []
+    if policy.encoder is not None:
+        layers += [Pixels(policy.encoder.shape), *_encoder(policy.encoder, params), nn.Flatten()]
+    if policy.normalize:
+        layers.append(Scale(params["norm.mean"], params["norm.var"]))
+    if policy.context_dim:
+        layers.append(Told(params["context"]))
+    for i in range(policy.layers):
+        layers.append(_linear(params, f"layer{i}"))
+        if i < policy.layers - 1:
+            layers.append(_ACTIVATIONS[policy.activation]())
+    return nn.Sequential(*layers, *last).eval()
+
+
+def _encoder(encoder: Encoder, params: Params) -> list[nn.Module]:
+    if isinstance(encoder, NatureCNN):
+        pairs = [
+            (_conv(params, f"conv{i}", stride), nn.ReLU())
+            for i, (_, _, stride) in enumerate(NATURE)
+        ]
+        return [layer for pair in pairs for layer in pair]
+    layers: list[nn.Module] = []
+    stage = 0
+    while f"stage{stage}.weight" in params:
+        first, second = (_conv(params, f"stage{stage}.residual{j}", 1, 1) for j in range(2))
+        layers += [
+            _conv(params, f"stage{stage}", 1, 1),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            Residual(nn.ReLU(), first, nn.ReLU(), second),
+        ]
+        stage += 1
+    return [*layers, nn.ReLU()]
+
+
+def _conv(params: Params, name: str, stride: int, padding: int = 0) -> nn.Conv2d:
+    outputs, inputs, kernel, _ = params[f"{name}.weight"].shape
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding)
+    layer.load_state_dict({"weight": params[f"{name}.weight"], "bias": params[f"{name}.bias"]})
+    return layer
+
+
+def _linear(params: Params, name: str) -> nn.Linear:
+    inputs, outputs = params[f"{name}.weight"].shape
+    layer = nn.Linear(inputs, outputs)
+    layer.load_state_dict({"weight": params[f"{name}.weight"].T, "bias": params[f"{name}.bias"]})
+    return layer

@@ -1,0 +1,140 @@
+"""Models of supervised tasks: regressors and classifiers as functions of (parameters, examples)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from metarl.envs.errors import check_one_of
+from metarl.learning.losses import Loss, cross_entropy, squared_error
+from metarl.models.networks import MLP, Dist, Params, affine, tanh
+from metarl.models.samples import Examples
+
+Head = Literal["meta", "prototypes", "generated"]
+"""Where a classifier's last layer starts: at meta-parameters, at the class means of the support, or
+at what a network makes of the support."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor(MLP):
+    """What learns labelled examples; its loss comes with it."""
+
+    inputs: tuple[int, ...]
+    """Shape of one input."""
+    outputs: int
+
+    @property
+    def input_dim(self) -> int:
+        if self.encoder is not None:
+            return self.encoder.features
+        return int(torch.Size(self.inputs).numel())
+
+    @property
+    def output_dim(self) -> int:
+        return self.outputs
+
+    @property
+    @abstractmethod
+    def loss(self) -> Loss:
+        """What both inner and outer steps descend."""
+
+    def features(self, params: Params, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        if self.encoder is None and len(self.inputs) > 1:
+            x = x.flatten(-len(self.inputs))
+        return super().features(params, x, weight)
+
+    def _params(self, params: Params, examples: Examples) -> Params:
+        if self.context_dim and "context" not in params:
+            assert examples.context is not None
+            return {**params, "context": examples.context}
+        return params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regressor(Predictor):
+    """Predicts a vector; squared error."""
+
+    @property
+    def loss(self) -> Loss:
+        return squared_error
+
+    def output(self, params: Params, samples: Examples) -> Dist:
+        found = self._params(params, samples)
+        return {"prediction": self.forward(found, samples.inputs, samples.weight)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier(Predictor):
+    """Predicts one of `outputs` classes, of those that a task has; cross-entropy."""
+
+    head: Head = "meta"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("head", self.head, get_args(Head))
+
+    @property
+    def loss(self) -> Loss:
+        return cross_entropy
+
+    @property
+    def generated(self) -> tuple[str, ...]:
+        last = f"layer{self.layers - 1}"
+        return () if self.head == "meta" else (f"{last}.weight", f"{last}.bias")
+
+    @property
+    def embedding(self) -> int:
+        """Size of what the last layer reads."""
+        return self.hidden[-1] if self.hidden else self.input_dim + self.context_dim
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {n: shape for n, shape in super().shapes().items() if n not in self.generated}
+        if self.head == "generated":
+            size = self.embedding
+            shapes |= {"generator0.weight": (size, size), "generator0.bias": (size,)}
+            shapes |= {"generator1.weight": (size, size + 1), "generator1.bias": (size + 1,)}
+        return shapes
+
+    def start(self, params: Params, support: Examples) -> Params:
+        """Return the last layer, weight [T, size, C] and bias [T, C], made of the support.
+
+        From prototypes c_k, the means of each class's embeddings: W_k = 2 c_k, b_k = -|c_k|^2, so
+        that the logits are -|x - c_k|^2 + |x|^2 (ProtoMAML; Triantafillou et al. 2020, section 3,
+        arXiv:1903.03096). Generated: the mean over a class's examples of what a tanh network makes
+        of each embedding, (W_k, b_k) (LEOPARD; Bansal et al. 2020, section 3.1, arXiv:1911.03863).
+        """
+        if self.head == "meta":
+            return {}
+        x = self.embed(self._params(params, support), support.inputs, support.weight)
+        if self.head == "generated":
+            for i in range(2):
+                x = affine(x, params[f"generator{i}.weight"], params[f"generator{i}.bias"])
+                x = x if i else tanh(x)
+        classes = self.outputs if support.classes is None else support.classes.shape[1]
+        means = class_means(x, support, classes)
+        if self.head == "prototypes":
+            made = 2.0 * means.transpose(1, 2), -means.square().sum(-1)
+        else:
+            made = means[..., :-1].transpose(1, 2), means[..., -1]
+        return dict(zip(self.generated, made, strict=True))
+
+    def output(self, params: Params, samples: Examples) -> Dist:
+        logits = self.forward(self._params(params, samples), samples.inputs, samples.weight)
+        if samples.classes is not None:
+            logits = logits.masked_fill(~samples.classes.unsqueeze(1), -torch.inf)
+        return {"logits": logits}
+
+
+def class_means(x: Tensor, examples: Examples, classes: int) -> Tensor:
+    """Return the mean of [T, N, size] over each class's valid examples, [T, classes, size].
+
+    A class without any has mean 0.
+    """
+    own = torch.nn.functional.one_hot(examples.targets, classes).to(x.dtype)
+    own = own * (examples.weight > 0).unsqueeze(-1).to(x.dtype)
+    count = own.sum(dim=1).clamp(min=1.0).unsqueeze(-1)
+    return own.transpose(1, 2) @ x / count

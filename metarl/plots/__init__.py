@@ -1,0 +1,1 @@
+"""Plots, videos and reports."""

@@ -1,0 +1,163 @@
+"""One HTML page about a run: what adaptation gains, pictures, a video, the config, the versions.
+
+It holds all that it shows and opens without a network.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metarl.evaluation.tables import counted, tables
+from metarl.plots.video import to_webm
+from metarl.runs.checkpoints import machine, versions
+from metarl.runs.files import write_atomically
+from metarl.runs.metrics import read_metrics
+from metarl.runs.plain_json import json_text
+from metarl.training.diagnosis import findings
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+  max-width: 60rem; margin: 0 auto; padding: 0 1rem 3rem; overflow-wrap: anywhere; }
+h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
+.verdict { font-size: 1.25rem; padding: .75rem 1rem; background: #eef4fa;
+  border-left: .4rem solid #0072b2; }
+figure { margin: 1.5rem 0; } figcaption { color: #555; font-size: .95rem; }
+img, video { max-width: 100%; height: auto; display: block; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; white-space: normal; }
+tr.own { font-weight: bold; }
+pre { background: #f5f5f5; padding: .75rem; overflow-x: auto; white-space: pre; font-size: .85rem; }
+"""
+
+_PICTURES = (
+    ("evaluation", "Adaptation", "How held-out tasks go after each number of inner steps."),
+    ("evaluation-tasks", "Task by task", "Each held-out task before and after adaptation."),
+    ("evaluation-functions", "Functions", "True, before and after adaptation; and pretrained."),
+    ("evaluation-paths", "Paths", "One episode of some tasks, before and after adaptation."),
+    ("learning", "Learning", "Training tasks before and after adaptation."),
+)
+
+
+def write_report(
+    folder: Path,
+    out: Path,
+    title: str,
+    *,
+    run: Mapping[str, Any] | None = None,
+    no_video: str = "",
+) -> None:
+    """Write the page about what the commands left in a folder.
+
+    Args:
+        folder: holds `evaluation.json`, and pictures and a video where they were made.
+        out: the file to write.
+        title: of the page.
+        run: content of the run's `config.json`; none for a policy that is no run.
+        no_video: why there is none.
+    """
+    evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
+    parts = [f"<h1>{html.escape(title)}</h1>", _setting(evaluation)]
+    parts.append(f'<p class="verdict">{html.escape(evaluation["verdict"])}</p>')
+    parts.append(_tables(evaluation))
+    stratified = run is not None and run["config"].get("stratified", False)
+    adapts = run is None or run["config"].get("inner", {}).get("steps") != 0  # in training
+    if adapts and (said := findings(read_metrics(folder), stratified=stratified)):
+        parts.append("<h2>Is it adapting?</h2>")
+        parts += [f"<p>{html.escape(sentence)}</p>" for sentence in said]
+    for name, heading, caption in _PICTURES:
+        picture = folder / f"{name}.svg"
+        if picture.exists():
+            source = _data("image/svg+xml", picture.read_bytes())
+            parts.append(
+                f"<h2>{heading}</h2><figure><img alt='{html.escape(caption)}' src='{source}'>"
+                f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            )
+    parts.append("<h2>Video</h2>")
+    if (folder / "video.mp4").exists():
+        parts.append(_video(folder / "video.mp4"))
+    else:
+        parts.append(f"<p>{html.escape(no_video or 'None was made.')}</p>")
+    if run is not None:
+        parts.append(f"<h2>Config</h2>{_json(run['config'])}")
+        parts.append(f"<h2>Versions of the training</h2>{_json(run['versions'])}")
+    elif evaluation["trained"].get("versions"):
+        parts.append(f"<h2>Versions of the training</h2>{_json(evaluation['trained']['versions'])}")
+    parts.append(f"<h2>Versions of this report</h2>{_json({**versions(), **machine()})}")
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body>"
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
+    write_atomically(out, page.encode())
+
+
+def _data(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _video(path: Path) -> str:
+    # Two codecs: some browsers come without H.264, others without VP9.
+    mp4 = _data("video/mp4", path.read_bytes())
+    webm = _data("video/webm", to_webm(path))
+    return (
+        "<figure><video controls autoplay loop muted playsinline>"
+        f"<source type='video/mp4' src='{mp4}'><source type='video/webm' src='{webm}'></video>"
+        "<figcaption>The same task, from the same start, before and after adaptation."
+        "</figcaption></figure>"
+    )
+
+
+def _json(values: Any) -> str:
+    return f"<pre>{html.escape(json_text(values, indent=2))}</pre>"
+
+
+def _setting(evaluation: Mapping[str, Any]) -> str:
+    options = "".join(f" {k}={v}" for k, v in evaluation["family_options"].items())
+    trained = evaluation["trained"]
+    after = ""
+    if "env_steps" in trained:
+        steps = "examples" if "support" in evaluation else "env steps"
+        after = f" after {trained['iteration']} iterations, {trained['env_steps']:,} {steps}"
+    if "support" in evaluation:
+        samples = f"{evaluation['support']} examples to adapt to"
+    else:
+        samples = (
+            f"{evaluation['episodes']} episodes of {evaluation['horizon']} steps for each inner"
+            " step and each return"
+        )
+    how = ", drawn at random," if evaluation.get("drawn") else ""
+    if evaluation.get("deterministic"):
+        how += " by mean actions"
+    text = (
+        f"{evaluation['algorithm']} on {evaluation['family']}{options}{after};"
+        f" evaluated on {counted(evaluation['tasks'])}{how} with {samples}."
+        " Behind ± stands half the 95 % bootstrap interval over tasks."
+    )
+    return f"<p>{html.escape(text)}</p>"
+
+
+def _tables(evaluation: Mapping[str, Any]) -> str:
+    lines = []
+    for table in tables(evaluation):
+        lines.append(_row(table.heads, "th"))
+        for row in table.rows:
+            own = ' class="own"' if row[0] == evaluation["name"] else ""
+            lines.append(_row(row, "td", own))
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _row(cells: Sequence[str], kind: str, attributes: str = "") -> str:
+    return (
+        f"<tr{attributes}>"
+        + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells)
+        + "</tr>"
+    )

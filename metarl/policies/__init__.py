@@ -1,0 +1,1 @@
+"""Meta-policies and adapted policies."""

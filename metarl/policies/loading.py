@@ -1,0 +1,157 @@
+"""Loading policies: from a run folder, a policy file, or by the name of a shipped one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from metarl.learning.settings import own_settings
+from metarl.policies.building import make_adapter, spaces_of
+from metarl.policies.meta_policy import MetaPolicy
+from metarl.policies.policy import Policy
+from metarl.runs import checkpoints
+from metarl.runs.checkpoints import CheckpointError, config_of
+from metarl.runs.files import as_path
+from metarl.sampling.spaces import space_from_json
+
+_POLICY = "a policy (a run folder, a file or the name of a shipped one)"
+
+
+def shipped() -> list[str]:
+    """Return the names of the policies that come with the package."""
+    folder = resources.files("metarl") / "trained"
+    if not folder.is_dir():
+        return []
+    return sorted(
+        entry.name.removesuffix(".safetensors")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".safetensors")
+    )
+
+
+def checkpoint_path(run: Path, iteration: int) -> Path:
+    """Return where a run keeps the checkpoint of an iteration."""
+    return run / "checkpoints" / f"{iteration:06d}.safetensors"
+
+
+def checkpoints_of(run: Path) -> dict[int, Path]:
+    """Return a run folder's checkpoints by their iterations, in order."""
+    found = (run / "checkpoints").glob("*.safetensors")
+    return dict(sorted((int(path.stem), path) for path in found if path.stem.isdecimal()))
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Return a run folder's newest checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = checkpoints_of(run)
+    if not found:
+        raise CheckpointError(f"{run} holds no checkpoint yet")
+    return found[max(found)]
+
+
+def newest_good(run: Path, before: int, use: Callable[[Path], Any]) -> int | None:
+    """Return the newest iteration before another whose checkpoint is used without complaint."""
+    for iteration, path in sorted(checkpoints_of(run).items(), reverse=True):
+        if iteration < before:
+            with contextlib.suppress(CheckpointError):
+                use(path)
+                return iteration
+    return None
+
+
+@own_settings()
+def load(what: str | Path) -> MetaPolicy:
+    """Return a meta-policy.
+
+    Args:
+        what: a run folder, whose newest checkpoint is read; a checkpoint file of a run; a file that
+            `MetaPolicy.save` wrote; or the name of a shipped policy.
+
+    Raises:
+        CheckpointError: it is none of them, or its file is damaged.
+        UserError: the family that it was trained on is needed and cannot be made.
+    """
+    path = as_path(_POLICY, what)
+    if path.is_dir():
+        newest = newest_checkpoint(path)
+        try:
+            return load(newest)
+        except CheckpointError as error:
+            older = newest_good(path, int(newest.stem), load)
+            if older is None:
+                raise
+            good = checkpoint_path(path, older)
+            raise CheckpointError(f"{error}; the newest good one is {good}") from error
+    if not path.exists():
+        names = shipped()
+        if str(what) not in names:
+            close = difflib.get_close_matches(str(what), names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise CheckpointError(
+                f"no run folder, policy file or shipped policy {str(what)!r}{hint}"
+                f" (shipped: {', '.join(names) or 'none'})"
+            )
+        with resources.as_file(
+            resources.files("metarl") / "trained" / f"{what}.safetensors"
+        ) as file:
+            return load(file)
+    tensors, metadata = checkpoints.load(path)
+    if metadata.get("kind") == "adapted":
+        raise CheckpointError(
+            f"{path} is a policy adapted to one task, no initialization: metarl record shows it,"
+            " metarl.load_policy reads it"
+        )
+    if metadata.get("kind") not in ("policy", "checkpoint"):
+        raise CheckpointError(f"{path} holds no policy but {metadata.get('kind')!r}")
+    config = config_of(path, metadata)
+    params = {n.removeprefix("meta."): t for n, t in tensors.items() if not n.startswith("outer.")}
+    counts = (k for k in ("iteration", "env_steps") if k in metadata)
+    provenance: dict[str, Any] = {k: checkpoints.count_of(path, metadata, k) for k in counts}
+    if "versions" in metadata:
+        provenance["versions"] = metadata["versions"]
+    if not any(name.endswith(".weight") for name in params):
+        raise CheckpointError(f"{path} holds no policy")
+    meta = MetaPolicy(params, config, provenance, metadata.get("family") or {})
+    shapes = make_adapter(meta.algorithm, config, meta.model).shapes()
+    return dataclasses.replace(meta, params=checkpoints.in_shapes(path, params, shapes))
+
+
+@own_settings()
+def load_policy(path: str | Path) -> Policy:
+    """Return an adapted policy from the file that `metarl adapt` or `Policy.save` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or no adapted policy.
+        UserError: the family that it was trained on cannot be made; one of your own must be
+            importable under its name.
+    """
+    path = as_path("an adapted policy", path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: metarl adapt makes a policy of a run")
+    tensors, metadata = checkpoints.load(path)
+    if metadata.get("kind") != "adapted":
+        if metadata.get("kind") not in ("policy", "checkpoint"):
+            raise CheckpointError(f"{path} holds no policy but {metadata.get('kind')!r}")
+        raise CheckpointError(f"{path} is an initialization: metarl adapt makes a policy of it")
+    config = config_of(path, metadata)
+    meta = MetaPolicy(tensors, config, trained_on=metadata.get("family") or {})
+    shapes = meta.policy.shapes()
+    if meta.policy.context_dim:
+        shapes["context"] = (meta.policy.context_dim,)
+    if "actions" in metadata:
+        space = space_from_json(metadata["actions"])
+    else:  # of a file from before
+        space = spaces_of(meta.family)[1]
+    params = checkpoints.in_shapes(path, tensors, shapes)
+    return Policy(
+        meta.policy, params, space, meta.family.horizon, config, metadata["adapted"],
+        meta.trained_on,
+    )  # fmt: skip

@@ -1,0 +1,395 @@
+"""A trained initialization as its user holds it: adapt it to a task, save it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from metarl.algorithms.table import Algorithm, find_algorithm
+from metarl.config.options import Config
+from metarl.distributed.chunk_pool import ChunkPool
+from metarl.envs import TaskFamily, guard
+from metarl.envs.checks.start import log_finding, start_findings
+from metarl.envs.errors import UserError, check_whole, kind_of
+from metarl.envs.family import Family
+from metarl.envs.registry import find_family
+from metarl.envs.supervised.family import SupervisedFamily
+from metarl.learning.inner_loop import InnerLoop
+from metarl.learning.inner_update import FACTOR
+from metarl.learning.settings import own_settings
+from metarl.models.networks import Model, Params, copied
+from metarl.models.policies import MLPPolicy
+from metarl.models.predictors import Predictor
+from metarl.policies.adapted_predictor import AdaptedPredictor, as_examples
+from metarl.policies.building import (
+    context_dim,
+    make_adapter,
+    make_policy,
+    model_for,
+    policy_for,
+    scaled_tasks,
+)
+from metarl.policies.online import OnlineAdapter
+from metarl.policies.policy import Policy
+from metarl.runs import checkpoints, fingerprint
+from metarl.runs.files import as_path
+from metarl.runs.fingerprint import Fingerprint
+from metarl.sampling.episodes import collect_episodes
+from metarl.sampling.rollouts import Address
+from metarl.sampling.seeding import stream
+
+_log = logging.getLogger(__name__)
+
+
+def checked_step_sizes(name: str, sizes: Sequence[float] | NDArray | None) -> tuple[float, ...]:
+    """Return an option's step sizes, () if it is None.
+
+    Raises:
+        UserError: they are not positive numbers, one for each step.
+    """
+    if sizes is None:
+        return ()
+    if isinstance(sizes, str) or not np.iterable(sizes):
+        raise UserError(f"{name} takes one size for each step, such as ({sizes},), got {sizes!r}")
+    for size in sizes:
+        if not (isinstance(size, Real) and math.isfinite(size) and float(size) > 0.0):
+            raise UserError(f"{name} must be positive, got {size}")
+    return tuple(map(float, sizes))
+
+
+@dataclass(frozen=True)
+class MetaPolicy:
+    """Meta-parameters, how they adapt, and where they come from."""
+
+    params: Params = field(repr=False)
+    """Meta-parameters by name, float32, not stacked: the network's, such as `layer0.weight`
+    [inputs, outputs], and learned step sizes or the fitted factor of step sizes, if any."""
+    config: Config
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Iterations, env steps and versions of its training."""
+    trained_on: Fingerprint = field(default_factory=dict)
+    """What identifies the family as it was in training; empty if that is not known."""
+
+    def __post_init__(self) -> None:
+        # Copies: the parameters of a run that goes on, or of another policy, are not this one's.
+        object.__setattr__(self, "params", copied(self.params))
+        for name in ("provenance", "trained_on"):
+            object.__setattr__(self, name, copy.deepcopy(dict(getattr(self, name))))
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """The row of the algorithm that it was trained by."""
+        return find_algorithm(self.config.algorithm)
+
+    @cached_property
+    def source(self) -> Family:
+        """The family it was trained on, of environments or of supervised tasks.
+
+        Raises:
+            UserError: it cannot be made, or has changed so that the policy cannot be used on it.
+                Changes of its horizon or of the range of its tasks are told in a line.
+        """
+        family = find_family(self.config.family, **self.config.family_options)
+        self.check_family(family)
+        return family
+
+    def check_family(self, family: Family) -> None:
+        """Compare a family with that of training, as `source` does."""
+        now = fingerprint.fingerprint(family)
+        self._check(now)
+        if found := fingerprint.notices(self.trained_on, now):
+            _log.warning(
+                "%s was trained with other settings (then -> now): %s",
+                self.config.family, "; ".join(found),
+            )  # fmt: skip
+
+    def check_spaces(self, observation: gym.Space, action: gym.Space) -> None:
+        """Raise UserError unless spaces are those that it was trained in, if they are known."""
+        self._check(fingerprint.fingerprint(self.source, (observation, action)))
+
+    def _check(self, now: Fingerprint) -> None:
+        if found := fingerprint.obstacles(self.trained_on, now):
+            raise UserError(
+                f"this policy was trained on another {self.config.family} (then -> now):"
+                f" {'; '.join(found)}; put the family back as it was, or train on it again"
+            )
+
+    @property
+    def family(self) -> TaskFamily:
+        """The family of environments it was trained on.
+
+        Raises:
+            UserError: it was trained on supervised tasks.
+        """
+        if not isinstance(self.source, TaskFamily):
+            raise UserError(
+                f"{self.config.family} has supervised tasks, and this needs environments"
+            )
+        return self.source
+
+    @cached_property
+    def _found_at_start(self) -> list[str]:
+        """What a quick look at the family's environments finds; it is logged."""
+        findings = start_findings(self.family)
+        for finding in findings:
+            log_finding(self.family, finding)
+        return findings
+
+    @cached_property
+    def model(self) -> Model:
+        """What adapts: the policy, or the predictor of supervised tasks."""
+        gaussian = "log_std" in self.params  # which needs no family, and so none of its files
+        if not gaussian and isinstance(self.source, SupervisedFamily):
+            return model_for(self.algorithm, self.config, self.source)
+        return self.policy
+
+    @cached_property
+    def policy(self) -> MLPPolicy:
+        """The network; the sizes of a Gaussian that reads vectors are read off the parameters."""
+        images = any(p.dim() == 4 for p in self.params.values())
+        if "log_std" not in self.params or images:
+            return policy_for(self.algorithm, self.config, self.family)
+        dim = self.family.tasks.dim if self.algorithm.observes_task else 0
+        context = context_dim(self.algorithm, self.config, dim)
+        observation = self.params["layer0.weight"].shape[0] - context
+        actions = gym.spaces.Box(-1.0, 1.0, self.params["log_std"].shape)
+        return make_policy(self.config, (observation,), actions, context)
+
+    def inner_loop(
+        self, pool: ChunkPool, step_sizes: Sequence[float] | None = None
+    ) -> tuple[InnerLoop, Params]:
+        """Return how this policy adapts, and the meta-parameters it adapts from.
+
+        The step sizes are those given, else the config's for evaluation, else those learned, else
+        those of training.
+        """
+        given = checked_step_sizes("step_sizes", step_sizes) or self.config.inner.test_step_sizes
+        adapter = make_adapter(self.algorithm, self.config, self.model)
+        params = copied(self.params)
+        if given:
+            adapter = dataclasses.replace(adapter, step_sizes=given, learned="no", fitted=False)
+            params = {name: params[name] for name in adapter.shapes()}
+        return InnerLoop(adapter, self.config.advantage, pool), params
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of its parameters: SHA-256, hexadecimal."""
+        whole = hashlib.sha256()
+        for name, value in sorted(self.params.items()):
+            whole.update(name.encode())
+            whole.update(value.detach().cpu().numpy().tobytes())
+        return whole.hexdigest()
+
+    @property
+    def training_step_sizes(self) -> tuple[float, ...]:
+        """Sizes of its inner steps in training, those fitted to a KL included; learned ones not."""
+        factor = float(self.params[FACTOR]) if FACTOR in self.params else 1.0
+        return tuple(factor * size for size in self.config.inner.step_sizes)
+
+    def context(self, tasks: NDArray) -> Params:
+        """Return what the policy observes of tasks [T, task_dim], as an entry of its parameters."""
+        if not self.algorithm.observes_task:
+            return {}
+        return {"context": scaled_tasks(self.source, tasks)}
+
+    @own_settings()
+    def adapt(
+        self,
+        env: gym.Env | Sequence[float] | NDArray,
+        *,
+        steps: int = 1,
+        episodes: int = 20,
+        seed: int = 0,
+        step_sizes: Sequence[float] | None = None,
+    ) -> Policy:
+        """Adapt to one task and return an ordinary policy for it.
+
+        Args:
+            env: a Gymnasium environment with the spaces of the training family, or a task vector
+                [task_dim] of that family. An oracle needs the task vector, and takes no step.
+            steps: inner steps; 0 returns the initialization as it is.
+            episodes: episodes sampled for each step.
+            seed: seed of the environment's resets and of the actions.
+            step_sizes: one for each step, the last repeated; by default those of evaluation, else
+                those learned, else those of training.
+
+        Raises:
+            UserError: a number is out of range, the environment or the task does not fit the
+                family, or the family has supervised tasks.
+            NonFiniteError: a sample or an adapted parameter is not finite, or every episode of a
+                step diverged (it is a UserError).
+        """
+        for name, value, least in (
+            ("steps", steps, 0),
+            ("episodes", episodes, 1),
+            ("seed", seed, 0),
+        ):
+            check_whole(name, value, least)
+        steps, episodes, seed = int(steps), int(episodes), int(seed)
+        if isinstance(env, gym.vector.VectorEnv):
+            raise UserError("adapt takes one environment, got a vector environment")
+        given = None if isinstance(env, gym.Env) else self._task(env)
+        if given is not None:
+            _ = self._found_at_start  # logged at the first call
+        mode = self.config.policy.action
+        task = None if given is None else given.tolist()
+        context: Params = {}
+        if self.algorithm.observes_task:
+            if given is None:
+                raise UserError(
+                    "an oracle is told its task: give the task vector, not an environment"
+                )
+            context, steps = self.context(given[None]), 0
+
+        def sample(params: Params, k: int) -> Any:
+            return collect_episodes(
+                target,
+                self.policy,
+                {name: p[0] for name, p in {**params, **context}.items()},
+                episodes=episodes,
+                horizon=self.family.horizon,
+                address=Address(seed, split="test", inner_step=k),
+                mode=mode,
+            )
+
+        with contextlib.ExitStack() as stack:
+            if isinstance(env, gym.Env):
+                target = env
+            else:
+                target = stack.enter_context(guard.opened(lambda: self.family.make(given)))
+                self.check_spaces(target.observation_space, target.action_space)
+            with ChunkPool(1) as pool:
+                loop, meta = self.inner_loop(pool, step_sizes)
+                adapted = loop.run(sample, meta, 1, steps=steps, query="none")
+            space = target.action_space
+        params = loop.adapter.params(adapted.iterates[-1], adapted.slow, 1) | context
+        params = {name: p[0].clone() for name, p in params.items()}
+        provenance = {"task": task, "steps": steps, "episodes": episodes, "seed": seed}
+        return Policy(
+            self.policy, params, space, self.family.horizon, self.config, provenance,
+            self.trained_on,
+        )  # fmt: skip
+
+    def _task(self, value: ArrayLike) -> NDArray[np.float64]:
+        """Return a task vector of the family."""
+        names = self.family.tasks.names
+        try:
+            task = np.asarray(value, np.float64)
+        except (TypeError, ValueError):
+            task = np.array(np.nan)
+        if task.shape != (len(names),) or not np.isfinite(task).all():
+            raise UserError(
+                f"adapt takes an environment, or a task of {len(names)} finite numbers"
+                f" ({', '.join(names)}), got {value!r}"
+            )
+        return task
+
+    @own_settings()
+    def adapt_to(
+        self,
+        inputs: ArrayLike,
+        targets: ArrayLike,
+        *,
+        steps: int = 1,
+        step_sizes: Sequence[float] | None = None,
+    ) -> AdaptedPredictor:
+        """Adapt to one supervised task by its examples.
+
+        Args:
+            inputs: [n, *input_shape]; bytes are scaled to [0, 1].
+            targets: for regression [n, size] or [n]; for classification class numbers from 0, [n].
+            steps: inner steps, each on all examples.
+            step_sizes: one for each step, the last repeated; by default those of evaluation.
+
+        Raises:
+            UserError: the examples do not fit the model, steps is negative, it was trained on
+                environments, or it is an oracle.
+            NonFiniteError: an adapted parameter is not finite (it is a UserError).
+        """
+        if not isinstance(self.model, Predictor):
+            raise UserError(f"{self.config.family} has environments: adapt to one of them")
+        if self.algorithm.observes_task:
+            raise UserError("an oracle is told its task and does not adapt")
+        check_whole("steps", steps, 0)
+        steps = int(steps)
+        support = as_examples(self.model, inputs, targets)
+        with ChunkPool(1) as pool:
+            loop, meta = self.inner_loop(pool, step_sizes)
+            adapted = loop.run(lambda params, k: support, meta, 1, steps=steps, query="none")
+            theta = adapted.iterates[-1]
+            if not steps:
+                theta = loop.start(theta, adapted.slow, support)
+        params = {**adapted.slow, **{name: p[0].clone() for name, p in theta.items()}}
+        provenance = {"steps": steps, "examples": support.weight.numel()}
+        return AdaptedPredictor(self.model, params, support.classes, provenance)
+
+    @own_settings()
+    def adapter(
+        self,
+        action_space: gym.Space | None = None,
+        *,
+        seed: int = 0,
+        step_sizes: Sequence[float] | None = None,
+    ) -> OnlineAdapter:
+        """Return an `OnlineAdapter`, which adapts to one task from transitions as they come.
+
+        Args:
+            action_space: that of your environment; by default the family's.
+            seed: seed of the actions.
+            step_sizes: one for each step, the last repeated; by default those of evaluation.
+
+        Raises:
+            UserError: it is an oracle, or was trained on supervised tasks.
+        """
+        if self.algorithm.observes_task:
+            raise UserError("an oracle is told its task and does not adapt")
+        check_whole("seed", seed, 0)
+        if action_space is not None and not isinstance(action_space, gym.Space):
+            raise UserError(f"action_space must be a space, got {kind_of(action_space)}")
+        if action_space is None:
+            with guard.opened(self.family.make) as env:
+                self.check_spaces(env.observation_space, env.action_space)
+                action_space = env.action_space
+        loop, params = self.inner_loop(ChunkPool(1), step_sizes)
+        return OnlineAdapter(
+            loop, params, action_space, self.family.horizon, self.config, int(seed), self.trained_on
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a policy file that `load` reads.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        metadata = {
+            "kind": "policy", "config": self.config.to_json(), "family": dict(self.trained_on),
+            **self.provenance,
+        }  # fmt: skip
+        checkpoints.save(as_path("the file", path), self.params, metadata)
+
+
+def random_meta_policy(like: MetaPolicy, seed: int = 0) -> MetaPolicy:
+    """Return the random initialization that a run with this seed starts from.
+
+    Its steps are as large as the other's: sizes that training fitted to a KL are no part of what
+    is at random.
+    """
+    adapter = make_adapter(like.algorithm, like.config, like.model)
+    params = adapter.init(like.model.init(stream(seed, 0, "init")))
+    if FACTOR in params and FACTOR in like.params:
+        params[FACTOR] = like.params[FACTOR]
+    return dataclasses.replace(like, params=params, provenance={})

@@ -1,0 +1,308 @@
+"""Adaptation from transitions as they come, for whoever owns the environment: a robot, a server."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass, field, replace
+from functools import partial
+from numbers import Real
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from metarl.config.options import Config
+from metarl.envs.errors import UserError
+from metarl.learning.inner_loop import InnerLoop
+from metarl.learning.losses import Batch, dice, likelihood_ratio, log_likelihood
+from metarl.learning.plausibility import Plausibility
+from metarl.learning.settings import own_settings
+from metarl.learning.trajectories import Rollout
+from metarl.models.networks import Params, copied, stack
+from metarl.models.policies import MLPPolicy
+from metarl.policies.policy import Policy
+from metarl.runs.fingerprint import Fingerprint
+from metarl.sampling.rollouts import RolloutBuffer
+from metarl.sampling.spaces import (
+    as_observation,
+    check_action,
+    drawn_between,
+    policy_action,
+    uniform_log_prob,
+)
+
+_LARGEST = float(np.finfo(np.float32).max)  # as rewards are held
+_EFFECTIVE = 0.1  # share of the transitions, below which their weights are warned of
+
+
+@dataclass
+class _Episode:
+    """Transitions in their order."""
+
+    observation: list[NDArray] = field(default_factory=list)
+    action: list[NDArray] = field(default_factory=list)
+    """As the policy drew them, before any clipping."""
+    reward: list[float] = field(default_factory=list)
+    log_prob: list[float] = field(default_factory=list)
+    """Log-densities under the policy that chose the actions; NaN where it is this one."""
+    before: int = 0
+    """Steps of the same episode that an inner step was taken on already."""
+    terminated: bool = False
+    over: bool = False
+
+
+class OnlineAdapter:
+    """Adapts a meta-policy to one task by transitions that it is given, and drives no environment.
+
+    adapter = meta_policy.adapter()
+    while ...:
+        action = adapter.act(observation)
+        ...
+        adapter.add(observation, action, reward, terminated, truncated)
+    policy = adapter.adapted()
+
+    Every call of `adapted` takes one inner step on the transitions since the one before, and later
+    actions are those of the new parameters. An episode goes on from call to call of `add` until it
+    ends or the horizon is reached; one that has not ended yet counts as cut for that inner step,
+    and what comes of it later is one of its own for the next.
+    """
+
+    def __init__(
+        self,
+        loop: InnerLoop,
+        params: Params,
+        action_space: gym.Space,
+        horizon: int,
+        config: Config,
+        seed: int = 0,
+        trained_on: Fingerprint | None = None,
+    ) -> None:
+        """Make an adapter; `MetaPolicy.adapter` does so for its user.
+
+        Args:
+            loop: how to adapt.
+            params: meta-parameters to adapt from.
+            action_space: of the environment that is acted in.
+            horizon: steps after which an episode is cut.
+            config: of the training behind it.
+            seed: of the actions.
+            trained_on: what identifies the family as it was in training, if that is known.
+        """
+        assert isinstance(loop.adapter.model, MLPPolicy)
+        self._loop, self._network = loop, loop.adapter.model
+        self._space, self._horizon, self._config, self._seed = action_space, horizon, config, seed
+        self._trained_on = trained_on
+        fast, self._slow, self._step_sizes = loop.adapter.split(params)
+        self._start = self._fast = stack(fast, 1)
+        self._steps = self._seen = self._running = 0
+        self._episodes: list[_Episode] = []
+        self._drawn: tuple[NDArray, NDArray] | None = None  # the environment's action, the raw one
+        self._plausibility: Plausibility | None = None
+        if Plausibility.knows(self._network):
+            self._plausibility = Plausibility(
+                self._network,
+                uniform_log_prob(action_space, config.policy.action),
+                np.issubdtype(action_space.dtype, np.integer),
+                np.random.default_rng(seed),
+            )
+        self._warned: set[str] = set()
+        self._policy = self._made()
+
+    @property
+    def transitions(self) -> int:
+        """Transitions since the last step."""
+        return sum(len(episode.reward) for episode in self._episodes)
+
+    def act(self, observation: Any) -> NDArray:
+        """Return an action for one observation, drawn from the policy as it stands."""
+        action, raw = self._policy.act_raw(observation)
+        self._drawn = np.array(action), raw
+        return action
+
+    def add(
+        self,
+        observation: Any,
+        action: Any,
+        reward: float,
+        terminated: bool = False,
+        truncated: bool = False,
+        *,
+        log_prob: float | None = None,
+    ) -> None:
+        """Take one transition.
+
+        Inner losses assume that the policy chose the action. There is one warning if the actions
+        are implausible as those of the policy: the test is wrong in one adapter of 10,000.
+
+        Args:
+            observation: before the action.
+            action: as the environment took it. One that `act` gave last is known as it was drawn;
+                any other is taken for what the policy drew.
+            reward: for the action.
+            terminated: the task ended with it.
+            truncated: it was cut, as after the last step of an episode by time.
+            log_prob: log-density (log-probability of categories) of the action under the policy
+                that chose it, if that is another one: in nats, summed over components, in the
+                policy's units, which with `policy.action` scale are those of [-1, 1]. The inner
+                loss is then weighted by the ratio of both policies: the likelihood ratio instead of
+                the log-likelihood, and `old_log_prob` for losses of your own.
+
+        Raises:
+            UserError: something is not finite, has another shape, or is no action of the space; or
+                `log_prob` is given and the algorithm's inner loss has no use for it.
+        """
+        policy = self._network
+        seen = as_observation(observation, policy)
+        if seen.shape != policy.observation_shape:
+            raise UserError(
+                f"observations must be {list(policy.observation_shape)}, got {list(seen.shape)}"
+            )
+        if not np.isfinite(seen).all():
+            raise UserError(f"observations must be finite, got {seen[~np.isfinite(seen)][0]}")
+        if not abs(reward) <= _LARGEST:
+            raise UserError(f"reward must be a finite number of float32, got {reward}")
+        check_action(action, self._space)
+        self._check_log_prob(log_prob)
+        if self._drawn is not None and np.array_equal(self._drawn[0], action):
+            raw = self._drawn[1]
+        else:
+            raw = policy_action(action, self._space, self._config.policy.action)
+            if log_prob is None:
+                self._judge(seen, action)
+        self._drawn = None
+        if not self._episodes or self._episodes[-1].over:
+            self._episodes.append(_Episode(before=self._running))
+            self._running = 0
+        episode = self._episodes[-1]
+        episode.observation.append(np.array(seen))  # the caller may change its own
+        episode.action.append(raw)
+        episode.reward.append(float(reward))
+        episode.log_prob.append(np.nan if log_prob is None else float(log_prob))
+        episode.terminated = bool(terminated)
+        full = episode.before + len(episode.reward) >= self._horizon
+        episode.over = bool(terminated or truncated or full)
+
+    def adapted(self) -> Policy:
+        """Take an inner step on the transitions since the last one, if any, and return the policy.
+
+        Raises:
+            NonFiniteError: an adapted parameter is not a finite number.
+        """
+        if self._episodes:
+            with own_settings():
+                batch, _ = self._loop.prepare(self._rollout())
+                assert isinstance(batch, Batch)
+                loop, batch = self._weighted(batch)
+                self._fast = loop.step(
+                    self._fast, self._slow, self._step_sizes, batch, self._steps, start=self._start
+                )
+            self._steps += 1
+            self._seen += len(self._episodes)
+            last = self._episodes[-1]
+            self._running = 0 if last.over else last.before + len(last.reward)
+            self._episodes = []
+            self._policy = self._made()
+        policy = copy.copy(self._policy)  # which draws from the same stream
+        policy.params = copied(policy.params)
+        return policy
+
+    def _check_log_prob(self, log_prob: float | None) -> None:
+        if log_prob is None:
+            return
+        if (
+            isinstance(log_prob, bool)
+            or not isinstance(log_prob, Real)
+            or not np.isfinite(log_prob)
+        ):
+            raise UserError(f"log_prob must be a finite number, got {log_prob!r}")
+        loss = self._loop.adapter.loss
+        if isinstance(loss, partial) and loss.func is dice:
+            raise UserError(
+                f"log_prob has no effect with {self._config.algorithm}, whose inner loss needs"
+                " actions of the policy itself"
+            )
+
+    def _judge(self, seen: NDArray, action: Any) -> None:
+        """Warn once if the actions so far are not those of the policy."""
+        test = self._plausibility
+        if test is None or "implausible" in self._warned:
+            return
+        with torch.inference_mode():
+            dist = self._network.distribution(
+                self._policy.params, torch.from_numpy(np.ascontiguousarray(seen[None]))
+            )
+        test.add(dist, *drawn_between(action, self._space, self._config.policy.action))
+        if test.implausible:
+            self._warn(
+                "implausible",
+                f"the policy did not choose these actions ({test.count} given to add that act did"
+                " not return): an inner step on them may lead anywhere. Use act, or give log_prob",
+            )
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(text, stacklevel=4)
+
+    def _weighted(self, batch: Batch) -> tuple[InnerLoop, Batch]:
+        """Return how to adapt, and the samples, with what is known of who chose the actions."""
+        given = torch.full(batch.old_log_prob.shape, torch.nan).view(1, len(self._episodes), -1)
+        for e, episode in enumerate(self._episodes):
+            given[0, e, : len(episode.log_prob)] = torch.tensor(episode.log_prob)
+        given = given.flatten(1)
+        known = torch.isfinite(given)
+        if not known.any():
+            return self._loop, batch
+        ratio = torch.where(known, (batch.old_log_prob - given).double().exp(), 1.0)
+        ratio = ratio[batch.weight > 0]
+        effective = float(ratio.sum() ** 2 / ratio.square().sum()) / len(ratio)
+        if not effective > _EFFECTIVE:
+            self._warn(
+                "weights",
+                f"log_prob: {100 * effective:.2g} % of the transitions carry all the weight: the"
+                " policy that chose these actions is too far from this one",
+            )
+        loop = self._loop
+        if loop.adapter.loss is log_likelihood:  # of the same gradient, with the weights
+            loop = replace(loop, adapter=replace(loop.adapter, loss=likelihood_ratio))
+        return loop, replace(batch, old_log_prob=torch.where(known, given, batch.old_log_prob))
+
+    def _params(self) -> Params:
+        return self._loop.adapter.params(self._fast, self._slow, 1)
+
+    def _made(self) -> Policy:
+        params = {name: p[0].detach().clone() for name, p in self._params().items()}
+        provenance = {
+            "task": None,
+            "steps": self._steps,
+            "episodes": self._seen,
+            "seed": self._seed,
+        }
+        return Policy(
+            self._network, params, self._space, self._horizon, self._config, provenance,
+            self._trained_on,
+        )  # fmt: skip
+
+    def _rollout(self) -> Rollout:
+        """Return the transitions as episodes of one task, with what the policy gave at each."""
+        policy, params = self._network, self._params()
+        longest = max(len(episode.reward) for episode in self._episodes)
+        memory = RolloutBuffer(policy, 1, len(self._episodes), longest)
+        for e, episode in enumerate(self._episodes):
+            steps = len(episode.reward)
+            memory.observation[0, e, :steps] = episode.observation
+            memory.action[0, e, :steps] = episode.action
+            memory.reward[0, e, :steps] = episode.reward
+            memory.valid[0, e, :steps] = True
+            memory.last_observation[0, e] = episode.observation[-1]  # what came after has no use
+            memory.terminated[0, e] = episode.terminated
+            memory.truncated[0, e] = not episode.terminated
+            with torch.inference_mode():
+                seen = torch.from_numpy(memory.observation[:, e, :steps])
+                dist = policy.distribution(params, seen)
+                memory.output[0, e, :steps] = dist[policy.parameter][0].numpy()
+        detached = {name: p.detach() for name, p in params.items()}
+        return memory.rollout(policy, detached, np.full((1, 0), np.nan))

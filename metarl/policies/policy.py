@@ -1,0 +1,228 @@
+"""An ordinary policy, as adaptation leaves it: act, play, save, take away as a module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from metarl.config.options import Config
+from metarl.envs import guard
+from metarl.envs.errors import UserError
+from metarl.models.export import Bounded, Chosen, Mode, make_module
+from metarl.models.networks import Params, copied
+from metarl.models.policies import CategoricalMLP, GaussianMLP, MLPPolicy
+from metarl.runs import checkpoints
+from metarl.runs.files import as_path
+from metarl.runs.fingerprint import Fingerprint
+from metarl.sampling.episodes import episode
+from metarl.sampling.seeding import stream
+from metarl.sampling.spaces import (
+    ActionMode,
+    as_observation,
+    env_action,
+    middle_and_half,
+    space_to_json,
+)
+
+_COMPARED = 200  # observations
+_TIES = 0.02  # share of categories that may differ
+
+
+def _close(found: NDArray, expected: NDArray) -> bool:
+    """Whether arrays are equal up to the rounding of two kernels."""
+    if found.shape != expected.shape:
+        return False
+    scale = 1.0 + np.abs(expected).max(initial=0.0, where=np.isfinite(expected))
+    return bool(np.allclose(found, expected, rtol=0.0, atol=1e-5 * scale))
+
+
+class Policy:
+    """An ordinary policy: observations in, actions out."""
+
+    def __init__(
+        self,
+        policy: MLPPolicy,
+        params: Params,
+        space: gym.Space,
+        horizon: int,
+        config: Config,
+        provenance: Mapping[str, Any],
+        trained_on: Fingerprint | None = None,
+    ) -> None:
+        """Make a policy of a network and its parameters; `MetaPolicy.adapt` does so for users.
+
+        Args:
+            policy: the network.
+            params: its parameters by name, not stacked.
+            space: the environment's action space.
+            horizon: steps of an episode at most, as in the training family.
+            config: the config that it was trained with.
+            provenance: `task` (a list of numbers, or None if it is not known), `steps`, `episodes`
+                and `seed` of the adaptation; the seed is also that of the actions.
+            trained_on: what identifies the family as it was in training, if that is known.
+        """
+        self.policy, self.params = policy, copied(params)
+        self.config, self.provenance = config, copy.deepcopy(dict(provenance))
+        self._space, self._horizon = copy.deepcopy(space), horizon
+        self.trained_on = dict(trained_on or {})
+        self._mode: ActionMode = config.policy.action
+        self._rng = stream(provenance["seed"], 0, "test-noise", provenance["steps"])
+
+    def act(self, observation: Any, *, deterministic: bool = False) -> NDArray:
+        """Return the action for an observation, as the environment takes it.
+
+        Args:
+            observation: one, [*observation_shape], or a batch [n, *observation_shape].
+            deterministic: take the most likely action instead of a sampled one.
+
+        Returns:
+            one action, [*action_shape], or a batch [n, *action_shape], fitted to the bounds of the
+            action space.
+
+        Raises:
+            UserError: the observation has another shape, or is not finite.
+        """
+        return self.act_raw(observation, deterministic=deterministic)[0]
+
+    def act_raw(
+        self, observation: Any, *, deterministic: bool = False
+    ) -> tuple[NDArray, NDArray[np.float32]]:
+        """Return what `act` does, and the action as the policy drew it, [..., action_size]."""
+        shape = list(self.policy.observation_shape)
+        seen = as_observation(observation, self.policy)
+        one = seen.ndim == len(shape)
+        if seen.ndim - len(shape) not in (0, 1) or list(seen.shape[-len(shape) :]) != shape:
+            numbers = ", ".join(map(str, shape))
+            raise UserError(
+                f"observations must be [{numbers}] or [n, {numbers}], got {list(seen.shape)}"
+            )
+        if not np.isfinite(seen).all():
+            raise UserError(f"observations must be finite, got {seen[~np.isfinite(seen)][0]}")
+        batch = torch.from_numpy(seen[None] if one else seen)
+        with torch.inference_mode():
+            dist = self.policy.distribution(self.params, batch)
+            if deterministic:
+                action = self.policy.mode(dist)
+            else:
+                noise = self.policy.noise(self._rng, len(batch))
+                action = self.policy.sample(dist, torch.from_numpy(noise))
+        acts = env_action(action.numpy(), self._space, self._mode)
+        return (acts[0], action[0].numpy()) if one else (acts, action.numpy())
+
+    def play(
+        self,
+        env: gym.Env,
+        *,
+        seed: int | None = None,
+        deterministic: bool = False,
+        on_step: Callable[[int, float], None] | None = None,
+    ) -> float:
+        """Act for one episode, which the horizon cuts, and return the sum of its rewards.
+
+        Args:
+            env: an environment with the spaces that the policy was adapted in.
+            seed: seed of the environment's reset; None leaves it unseeded. Sampled actions have a
+                stream of their own, which goes on from call to call.
+            deterministic: take the most likely action instead of a sampled one.
+            on_step: called after the reset and after every step, with the number of steps taken and
+                the return so far.
+
+        Raises:
+            UserError: an observation has another shape than the policy's, or is not finite.
+        """
+        taken, total = 0, 0.0
+
+        def act(observation: Any, t: int) -> NDArray:
+            if on_step is not None:
+                on_step(t, total)
+            return self.act(observation, deterministic=deterministic)
+
+        with guard.restored():
+            for step in episode(env, act, self._horizon, seed):
+                taken, total = taken + 1, total + step.reward
+        if on_step is not None:
+            on_step(taken, total)
+        return total
+
+    def module(self) -> nn.Module:
+        """Return the policy as an ordinary module of torch: observations [n, ...] to actions.
+
+        It takes the most likely action; normalization and the mapping of actions are inside. It is
+        compared with the policy on random observations.
+
+        Raises:
+            UserError: the policy acts otherwise, as one with a forward pass of its own does.
+        """
+        module = make_module(self.policy, copied(self.params), *self._last())
+        if self._agrees(module):
+            return module
+        if isinstance(self.policy, GaussianMLP):  # its mode may be its own, as a squashed one's
+            mode = Mode(self.policy, self.params)
+            module = make_module(self.policy, copied(self.params), mode, *self._last())
+            if self._agrees(module):
+                return module
+        raise UserError(
+            f"{type(self.policy).__name__} acts otherwise than its layers as a module: only its"
+            " mode may differ from that of the built-in policies, not its features, forward pass or"
+            " distribution"
+        )
+
+    def _last(self) -> list[nn.Module]:
+        """Return what makes the environment's actions of the most likely ones."""
+        space = self._space
+        if isinstance(self.policy, CategoricalMLP):
+            flat = isinstance(space, gym.spaces.Discrete)
+            start = np.broadcast_to(getattr(space, "start", 0), len(self.policy.categories))
+            return [Chosen(self.policy.categories, start.tolist(), flat)]
+        assert isinstance(space, gym.spaces.Box)
+        scaling = middle_and_half(space) if self._mode == "scale" else ()
+        return [Bounded(space.low, space.high, *scaling)]
+
+    def _agrees(self, module: nn.Sequential) -> bool:
+        """Whether a module acts as the policy does, before and after its bounds."""
+        policy, rng = self.policy, np.random.default_rng(0)  # a stream that nothing else draws from
+        shape = (_COMPARED, *policy.observation_shape)
+        if policy.observation_dtype == np.uint8:
+            seen = rng.integers(0, 256, shape, np.uint8)
+        else:
+            spread = np.logspace(-1.0, 1.0, _COMPARED).reshape(-1, *[1] * (len(shape) - 1))
+            seen = (spread * rng.standard_normal(shape)).astype(np.float32)
+            if policy.normalize:
+                mean, var = (self.params[f"norm.{name}"].numpy() for name in ("mean", "var"))
+                seen = (mean + np.sqrt(var + 1e-8) * seen).astype(np.float32)
+        with torch.inference_mode():
+            observation = torch.from_numpy(seen)
+            mode = policy.mode(policy.distribution(self.params, observation)).numpy()
+            acts = module(observation).numpy()
+            raw = module[:-1](observation).numpy()
+        expected = self.act(seen, deterministic=True)
+        same = isinstance(policy, CategoricalMLP) or _close(raw, mode)
+        if np.issubdtype(expected.dtype, np.integer):  # near ties may be broken either way
+            return (
+                same and acts.shape == expected.shape and bool(np.mean(acts != expected) <= _TIES)
+            )
+        return same and _close(acts, expected)
+
+    def save(self, path: str | Path) -> None:
+        """Write a policy file that `load_policy` reads.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        metadata = {
+            "kind": "adapted",
+            "config": self.config.to_json(),
+            "family": self.trained_on,
+            "adapted": self.provenance,
+            "actions": space_to_json(self._space),
+            "versions": checkpoints.versions(),
+        }
+        checkpoints.save(as_path("the file", path), self.params, metadata)
