@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 class Family:
     """Tasks that differ by a task vector, and the distribution of that vector."""
 
+    domain: ClassVar[str]
+    """Kind of learning that the tasks are for: reinforcement or supervised."""
+
     name: str
     tasks: TaskDistribution
     description: str = ""
@@ -41,6 +44,8 @@ class Family:
 @dataclass(frozen=True, kw_only=True)
 class TaskFamily(Family, ABC):
     """Environments that differ by a task vector, and the distribution of that vector."""
+
+    domain: ClassVar[str] = "reinforcement"
 
     horizon: int
     """Steps after which an episode is truncated."""

@@ -26,7 +26,7 @@ ENTRY_POINTS = "metarl.families"
 _factories: dict[str, Factory] = {}
 _data_sets: dict[str, Any] = {}
 # By id of a family or function, which is kept so that no other has its id, and by options.
-_kinds: dict[tuple[int, str], tuple[Any, tuple[bool, Mapping[str, Any]]]] = {}
+_kinds: dict[tuple[int, str], tuple[Any, tuple[str, Mapping[str, Any]]]] = {}
 _MORE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -94,25 +94,24 @@ def training_values(name: str, options: Mapping[str, Any] | None = None) -> Mapp
     return _kind(name, options or {})[1]
 
 
-def is_supervised(name: str, options: Mapping[str, Any] | None = None) -> bool | None:
-    """Return whether a family has supervised tasks; None where it cannot be loaded or made."""
+def domain_name(name: str, options: Mapping[str, Any] | None = None) -> str | None:
+    """Return the domain of a family's tasks by its name; None if it cannot be loaded or made."""
     return _kind(name, options or {})[0]
 
 
-def _kind(name: str, options: Mapping[str, Any]) -> tuple[bool | None, Mapping[str, Any]]:
-    """Return whether a family's tasks are supervised, and its values of the config."""
+def _kind(name: str, options: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
+    """Return the domain of a family's tasks, and its values of the config."""
     try:
         found = _find(name)
         if name in _data_sets:
-            return True, found.training
+            return SupervisedFamily.domain, found.training
         if name in _factories:
-            return False, {}
+            return TaskFamily.domain, {}
         # What a function returns says so alone; it may take long to make.
         key = id(found), repr(options)
         if key not in _kinds:
             family = find_family(name, **options)
-            training = getattr(family, "training", {})
-            _kinds[key] = found, (isinstance(family, SupervisedFamily), training)
+            _kinds[key] = found, (family.domain, getattr(family, "training", {}))
         return _kinds[key][1]
     except UserError:
         return None, {}
@@ -255,7 +254,7 @@ def _find(name: str) -> Any:
     """Return the family or factory of a name; raise UserError if there is none."""
     check_name("a family", name, SUCH_AS)
     if ":" in name:
-        return _import_attribute(name)
+        return import_attribute(name, "a family")
     ours = _data_sets.get(name) or _factories.get(name)
     if ours is not None:
         return ours
@@ -283,14 +282,22 @@ def _blamed(error: Exception) -> str:
     return f"{type(error).__name__}: {error} ({place})"
 
 
-def _import_attribute(name: str) -> Any:
+def import_attribute(name: str, what: str) -> Any:
+    """Return what `module:attribute` names; the current folder is searched last.
+
+    Args:
+        what: it is to be, for messages, such as "a family".
+
+    Raises:
+        UserError: there is none, or the module cannot be imported.
+    """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise UserError(f"a family is named module:attribute, got {name!r}")
+        raise UserError(f"{what} is named module:attribute, got {name!r}")
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     if module_name.endswith(".py"):
-        raise UserError(f"a family is named without .py: {name.replace('.py:', ':')}")
+        raise UserError(f"{what} is named without .py: {name.replace('.py:', ':')}")
     try:
         with guard.user_code():
             module = importlib.import_module(module_name)

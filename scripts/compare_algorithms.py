@@ -28,7 +28,7 @@ import metarl
 from metarl.algorithms.table import ALGORITHMS, find_algorithm
 from metarl.cli.errors import exit_code
 from metarl.config.options import Config
-from metarl.distributed.process_group import Ranks, joined
+from metarl.distributed.process_group import ProcessGroup, joined
 from metarl.envs.registry import parse_options
 from metarl.runs.metrics import read_metrics
 
@@ -76,14 +76,14 @@ def run_config(arguments: Arguments, name: str, seed: int) -> Config:
     return dataclasses.replace(base, iterations=iterations, checkpoint_every=iterations)
 
 
-def measured(folder: Path, steps: int, ranks: Ranks) -> Run:
+def measured(folder: Path, steps: int, process_group: ProcessGroup) -> Run:
     """Return a run's curve on training tasks, and its last checkpoint's held-out returns."""
     rows = read_metrics(folder)
     store = folder / "comparison.json"
-    known = ranks.from_main(json.loads(store.read_text("utf-8")) if store.exists() else {})
+    known = process_group.from_main(json.loads(store.read_text("utf-8")) if store.exists() else {})
     if known.get("iterations") == len(rows):
         return known
-    result = metarl.evaluate(folder, steps=steps, threads=1, ranks=ranks)
+    result = metarl.evaluate(folder, steps=steps, threads=1, process_group=process_group)
     found: Run = {
         "iterations": len(rows),
         "env_steps": [row["env_steps"] for row in rows],
@@ -93,7 +93,7 @@ def measured(folder: Path, steps: int, ranks: Ranks) -> Run:
         "before": result.curve.returns[0],
         "after": result.curve.returns[-1],
     }
-    if ranks.is_main:
+    if process_group.is_main:
         store.write_text(json.dumps(found), "utf-8")
     return found
 
@@ -152,17 +152,17 @@ def table(results: Results) -> str:
     return "\n".join(rows) + "\n"
 
 
-def main(arguments: Arguments, ranks: Ranks) -> int:
+def main(arguments: Arguments, process_group: ProcessGroup) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     results: Results = {}
 
     def run(name: str, seed: int) -> None:
         folder = arguments.out / f"{name}-{seed}"
         config = run_config(arguments, name, seed)
-        metarl.train(config, folder, resume="auto", ranks=ranks)
-        found = measured(folder, 0 if find_algorithm(name).observes_task else 1, ranks)
+        metarl.train(config, folder, resume="auto", process_group=process_group)
+        found = measured(folder, 0 if find_algorithm(name).task_conditioned else 1, process_group)
         results.setdefault(name, {})[seed] = found
-        if not ranks.is_main:
+        if not process_group.is_main:
             return
         print(f"{name}, seed {seed}: {found['after']:.1f} after one step", flush=True)
         (arguments.out / "table.md").write_text(table(results), "utf-8")
@@ -177,5 +177,5 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
 
 if __name__ == "__main__":
     arguments = tyro.cli(Arguments, description=Arguments.__doc__)
-    with joined() as ranks:
-        raise SystemExit(exit_code(lambda: main(arguments, ranks)))
+    with joined() as process_group:
+        raise SystemExit(exit_code(lambda: main(arguments, process_group)))

@@ -30,7 +30,7 @@ from trainings import train_all
 import metarl
 from metarl import MetaPolicy
 from metarl.cli.errors import exit_code
-from metarl.distributed.process_group import Ranks, joined
+from metarl.distributed.process_group import ProcessGroup, joined
 from metarl.envs.errors import UserError
 from metarl.envs.registry import parse_options
 from metarl.evaluation.results import EvaluationResult
@@ -185,7 +185,7 @@ def summary(result: EvaluationResult) -> dict[str, Any]:
     }
 
 
-def main(arguments: Arguments, ranks: Ranks) -> int:
+def main(arguments: Arguments, process_group: ProcessGroup) -> int:
     for name in arguments.rows:
         if name not in ROWS:
             raise UserError(f"no row {name!r} (rows: {', '.join(ROWS)})")
@@ -217,10 +217,10 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
                 folder: [*flags, "--seed", str(seed)]
                 for folder, seed in zip(paths, seeds[key], strict=True)
             }
-        own = list(wanted.items())[ranks.rank :: ranks.size]
-        with ranks.agreeing():
+        own = list(wanted.items())[process_group.rank :: process_group.size]
+        with process_group.errors_shared():
             train_all(dict(own), arguments.jobs)
-        if not ranks.is_main:
+        if not process_group.is_main:
             continue
         found = record(name, row, folders, references, arguments)
         text = json.dumps(found, indent=1).encode()
@@ -234,12 +234,12 @@ def main(arguments: Arguments, ranks: Ranks) -> int:
             middle = folders[arguments.seeds.index(found["median_seed"])]
             median = metarl.load(choose(middle, row)["checkpoint"])
             median.save(TRAINED / f"{name}.safetensors")
-    if recorded and ranks.is_main:
+    if recorded and process_group.is_main:
         write_docs()
     return 0
 
 
 if __name__ == "__main__":
     arguments = tyro.cli(Arguments, description=Arguments.__doc__)
-    with joined(LONGEST) as ranks:
-        raise SystemExit(exit_code(lambda: main(arguments, ranks)))
+    with joined(LONGEST) as process_group:
+        raise SystemExit(exit_code(lambda: main(arguments, process_group)))

@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, vmap
 from metarl import resolve
 from metarl.models.networks import Params, unflatten
 from metarl.models.samples import Examples
-from metarl.sampling.rollouts import Address
+from metarl.sampling.rollouts import RandomKey
 from metarl.training.iterations import make_problem
 from metarl.training.trainer import Trainer
 
@@ -105,7 +105,7 @@ def main() -> None:
         config = resolve(None, name, "maml-trpo", {"threads": THREADS, **values})
         sine, size = name == "sinusoid", config.inner.step_sizes[0]
         with Trainer(config) as trainer:
-            opened = trainer.source.open(Address(0))
+            opened = trainer.source.open(RandomKey(0))
             meta, adapter = trainer.state.params, trainer.inner_loop.adapter
             adapted = trainer.inner_loop.draw(
                 opened.sample, meta, config.tasks, steps=1, query="batch"

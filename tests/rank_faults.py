@@ -15,66 +15,66 @@ import torch
 from expecting import mentions, refused
 
 from metarl.config.resolve import resolve
-from metarl.distributed.process_group import ALONE, CHUNK, Ranks, joined
+from metarl.distributed.process_group import ALONE, CHUNK, ProcessGroup, joined
 from metarl.envs.errors import UserError
 from metarl.runs import recorder as recording
 from metarl.training.trainer import Trainer, train
 
 
-def sums_and_gathers(ranks: Ranks) -> None:
+def sums_and_gathers(process_group: ProcessGroup) -> None:
     vectors = list(torch.randn(9, 101, generator=torch.Generator().manual_seed(0)))
-    own = ranks.block(34)
+    own = process_group.block(34)
     mine = vectors[own.start // CHUNK : -(-own.stop // CHUNK)]
-    assert torch.equal(ranks.sum_in_order(mine), ALONE.sum_in_order(vectors))
+    assert torch.equal(process_group.sum_in_order(mine), ALONE.sum_in_order(vectors))
     # One number a part: fewer coordinates than ranks.
     one, few = ([v[:1] for v in some] for some in (vectors, mine))
-    assert torch.equal(ranks.sum_in_order(few), ALONE.sum_in_order(one))
+    assert torch.equal(process_group.sum_in_order(few), ALONE.sum_in_order(one))
     values = torch.arange(68.0, dtype=torch.float64).view(34, 2)
-    assert torch.equal(ranks.gather(values[own]), values)
-    assert ranks.total(ranks.rank + 1) == ranks.size * (ranks.size + 1) // 2
-    assert ranks.largest(ranks.rank) == ranks.size - 1
-    assert ranks.any(ranks.rank == 1)
-    assert not ranks.any(False)
-    assert ranks.from_main(f"rank {ranks.rank}") == "rank 0"
+    assert torch.equal(process_group.gather(values[own]), values)
+    assert process_group.total(process_group.rank + 1) == process_group.size * (process_group.size + 1) // 2
+    assert process_group.largest(process_group.rank) == process_group.size - 1
+    assert process_group.any(process_group.rank == 1)
+    assert not process_group.any(False)
+    assert process_group.from_main(f"rank {process_group.rank}") == "rank 0"
 
 
-def an_error_is_everyones(ranks: Ranks) -> None:
-    for failing in range(ranks.size):
-        with refused(f"mine-{failing}") as caught, ranks.agreeing(), ranks.agreeing():
-            if ranks.rank >= failing:
-                raise UserError(f"mine-{ranks.rank}")
-            ranks.total(1)
-        assert getattr(caught.value, "elsewhere", False) == (ranks.rank != failing)
-    assert ranks.total(1) == ranks.size  # they go on together
+def an_error_is_everyones(process_group: ProcessGroup) -> None:
+    for failing in range(process_group.size):
+        with refused(f"mine-{failing}") as caught, process_group.errors_shared(), process_group.errors_shared():
+            if process_group.rank >= failing:
+                raise UserError(f"mine-{process_group.rank}")
+            process_group.total(1)
+        assert getattr(caught.value, "elsewhere", False) == (process_group.rank != failing)
+    assert process_group.total(1) == process_group.size  # they go on together
 
 
-def an_error_that_cannot_be_sent(ranks: Ranks) -> None:
+def an_error_that_cannot_be_sent(process_group: ProcessGroup) -> None:
     class Local(Exception):
         pass
 
-    kind = Local if ranks.rank == 1 else RuntimeError
-    with refused("mine", error=kind), ranks.agreeing():
-        if ranks.rank == 1:
+    kind = Local if process_group.rank == 1 else RuntimeError
+    with refused("mine", error=kind), process_group.errors_shared():
+        if process_group.rank == 1:
             raise Local("mine")
 
 
-def drift_is_seen(ranks: Ranks) -> None:
+def drift_is_seen(process_group: ProcessGroup) -> None:
     same = torch.tensor([0.5, math.nan])
-    ranks.check_same(same)
-    drifted = same + 1e-7 if ranks.rank == 1 else same
+    process_group.check_same(same)
+    drifted = same + 1e-7 if process_group.rank == 1 else same
     with refused("rank 1", "parameters"):
-        ranks.check_same(drifted)
+        process_group.check_same(drifted)
 
 
-def what_is_not_finite_is_skipped(ranks: Ranks) -> None:
+def what_is_not_finite_is_skipped(process_group: ProcessGroup) -> None:
     """A reward of rank 1 is NaN: no rank takes the step, and the next iteration is as ever."""
     config = resolve(None, "navigation-2d", "maml-trpo", {"tasks": 8, "episodes": 2, "threads": 1})
-    with Trainer(config, ranks) as trainer:
+    with Trainer(config, process_group) as trainer:
         collect = trainer.source.collector.collect
 
         def broken(*args, **options):
             rollout = collect(*args, **options)
-            if ranks.rank == 1:
+            if process_group.rank == 1:
                 rollout.reward[0, 0, 0] = math.nan
             return rollout
 
@@ -85,23 +85,23 @@ def what_is_not_finite_is_skipped(ranks: Ranks) -> None:
         assert "skipped" not in trainer.iterate()
 
 
-def a_full_disk(ranks: Ranks, out: Path) -> None:
+def a_full_disk(process_group: ProcessGroup, out: Path) -> None:
     """Rank 0 cannot write: all end with its error."""
     config = resolve(None, "navigation-2d", "random", {"tasks": 8, "episodes": 1, "threads": 1})
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
     patched = mock.patch.object(recording.MetricsLog, "write", side_effect=full)
     with patched, pytest.raises(OSError) as caught:  # noqa: PT011
-        train(config, out / "full", ranks=ranks)
+        train(config, out / "full", process_group=process_group)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "metrics.jsonl")
 
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    with joined(60.0) as ranks:
-        sums_and_gathers(ranks)
-        an_error_is_everyones(ranks)
-        an_error_that_cannot_be_sent(ranks)
-        drift_is_seen(ranks)
-        what_is_not_finite_is_skipped(ranks)
-        a_full_disk(ranks, out)
-        (out / f"fine-{ranks.rank}").write_text(json.dumps(vars(ranks.traffic)))
+    with joined(60.0) as process_group:
+        sums_and_gathers(process_group)
+        an_error_is_everyones(process_group)
+        an_error_that_cannot_be_sent(process_group)
+        drift_is_seen(process_group)
+        what_is_not_finite_is_skipped(process_group)
+        a_full_disk(process_group, out)
+        (out / f"fine-{process_group.rank}").write_text(json.dumps(vars(process_group.traffic)))

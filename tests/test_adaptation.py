@@ -11,8 +11,8 @@ from torch.distributions import Independent, Normal
 from metarl.learning.advantages import AdvantageConfig
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.inner_update import Adapter, inner_step, size_at
-from metarl.learning.losses import likelihood_ratio, log_likelihood, mean_kl
-from metarl.learning.trajectories import Rollout
+from metarl.learning.losses import likelihood_ratio, log_likelihood
+from metarl.sampling.trajectories import Rollout
 from metarl.models.networks import stack
 
 

@@ -24,7 +24,7 @@ from metarl.learning.advantages import (
     gae,
     normalize,
 )
-from metarl.learning.trajectories import Rollout
+from metarl.sampling.trajectories import Rollout
 
 T, E, H, OBS = 3, 4, 9, 2
 

@@ -17,7 +17,7 @@ from test_trainer import same_params, small, timeless
 
 from metarl import evaluate, load, resolve, train
 from metarl.algorithms.table import ALGORITHMS, find_algorithm
-from metarl.learning.credit import post_update_credit
+from metarl.learning.credit import sampling_credit
 from metarl.learning.first_order import Adam, AdamConfig, shorten
 from metarl.learning.inner_loop import Adapted
 from metarl.learning.inner_update import Adapter
@@ -31,7 +31,7 @@ from metarl.learning.losses import (
     mean_kl,
 )
 from metarl.learning.meta_gradients import (
-    DisplacementProblem,
+    ReptileProblem,
     Evaluation,
     ImplicitProblem,
     Objective,
@@ -116,7 +116,7 @@ def moved(steps, size=0.2):
 def test_reptiles_gradient_is_the_displacement(pool):
     for steps, updates in ((1, 1), (2, 1), (1, 3)):
         adapter = Adapter(Point(), quadratic, (0.2,), updates=updates)
-        problem = DisplacementProblem(adapter, [SUPPORT] * steps, pool, chunk=2)
+        problem = ReptileProblem(adapter, [SUPPORT] * steps, pool, chunk=2)
         gradient, _ = problem.gradient(THETA)
         expected = (THETA["x"] - moved(steps * updates)).mean(0)
         torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
@@ -126,7 +126,7 @@ def test_iterates_are_those_of_the_first_of_several_outer_steps(pool):
     # Told what the inner loop found, Adam's first gradient takes it, and its second finds it anew.
     adapter = Adapter(Point(), quadratic, (0.2,))
     wrong = [{"x": 5.0 + moved(1)}]
-    told = DisplacementProblem(adapter, [SUPPORT], pool, iterates=wrong)
+    told = ReptileProblem(adapter, [SUPPORT], pool, iterates=wrong)
     outer = Adam(AdamConfig(learning_rate=0.1, steps=2, max_kl=1e9))
     found, _, _ = outer.step(told, THETA, outer.init(THETA))
     first = (THETA["x"] - wrong[0]["x"]).mean(0)
@@ -440,9 +440,9 @@ def test_e_mamls_estimator_is_the_gradient_of_what_adaptation_earns(pool):
         for queries in itertools.product(PATHS, repeat=2):
             found.rollouts[:] = [path_rollout(queries, scales)] * 2
             both = [likely[pair][q] for pair, q in zip(pairs, queries, strict=True)]
-            credit += both[0] * both[1] * post_update_credit(found)
+            credit += both[0] * both[1] * sampling_credit(found)
         made = make_problem(row, config, 0, found, LOGITS, adapter, pool)
-        assert torch.equal(made.objective.credit, post_update_credit(found))
+        assert torch.equal(made.objective.credit, sampling_credit(found))
         for credited in (True, False):
             made.objective = Objective(credit=credit if credited else None)
             weight = float((chance[paths[0]] * chance[paths[1]]).detach())

@@ -19,7 +19,7 @@ from metarl.envs.mujoco.parameters import scaled_parameters
 from metarl.envs.mujoco.rewards import costs_and_bonus
 from metarl.envs.mujoco.simulation import load_model
 from metarl.evaluation.benchmark import replay
-from metarl.sampling.rollouts import Address
+from metarl.sampling.rollouts import RandomKey
 from metarl.training.trainer import Trainer
 
 DISABLED = AutoresetMode.DISABLED
@@ -455,7 +455,7 @@ def test_the_physics_ceiling_replays_the_states_of_the_rollout(name, action, mon
         )
         assert len({int(n) for n in seen[0].valid.sum(-1).flatten()}) > 1 or name == "ant-dir"
         for k, rollout in enumerate(seen):
-            assert replay(trainer, rollout, Address(config.seed, 0, inner_step=k)) > 0.0
+            assert replay(trainer, rollout, RandomKey(config.seed, 0, inner_step=k)) > 0.0
     for env, rollout in zip(made, seen, strict=True):
         last = rollout.last_observation.flatten(0, 1).numpy()
         root = {"ant-dir": 2, "hopper-params": 1, "humanoid-dir": 2}[name]

@@ -19,7 +19,7 @@ from metarl.envs.checks.checker import Finding, checks
 from metarl.envs.errors import UserError
 from metarl.envs.seeds import training_seeds
 from metarl.policies.building import policy_for
-from metarl.sampling.rollouts import Address
+from metarl.sampling.rollouts import RandomKey
 
 
 class Point(gym.Env):
@@ -91,7 +91,7 @@ engine = family(Engine)
 
 
 def test_the_seeds_of_the_check_are_those_of_a_run():
-    assert training_seeds(8, task=3) == Address(0).episode_seeds(3, 8)
+    assert training_seeds(8, task=3) == RandomKey(0).episode_seeds(3, 8)
     assert max(training_seeds(8)) >= 2**31  # or the tests below would test nothing
     Engine.seen.clear()
     assert not found(engine, "dependence")

@@ -13,7 +13,7 @@ from expecting import mentions
 
 from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import Batch, dice, log_likelihood
-from metarl.learning.signals import support_agreement
+from metarl.learning.signals import inner_gradient_cosine
 from metarl.models.policies import GaussianMLP
 from metarl.sampling.spaces import beyond_bounds
 from metarl.training.diagnosis import findings
@@ -37,7 +37,7 @@ def params():
 
 
 @pytest.mark.parametrize("loss", [log_likelihood, dice])
-def test_support_agreement_is_the_cosine_of_two_halves(loss):
+def test_inner_gradient_cosine_is_the_cosine_of_two_halves(loss):
     batch, theta = episodes_of(5), params()
     expected = []
     for task in range(2):
@@ -52,13 +52,13 @@ def test_support_agreement_is_the_cosine_of_two_halves(loss):
             slope = torch.autograd.grad(total, [*leaves.values()])
             slopes.append(torch.cat([g.flatten() for g in slope]))
         expected.append(float(torch.cosine_similarity(*slopes, dim=0)))
-    found = support_agreement(Adapter(POLICY, loss, (0.1,)), theta, batch)
+    found = inner_gradient_cosine(Adapter(POLICY, loss, (0.1,)), theta, batch)
     assert found == pytest.approx(np.mean(expected), rel=1e-9)
 
 
-def test_support_agreement_needs_two_episodes():
+def test_inner_gradient_cosine_needs_two_episodes():
     adapter = Adapter(POLICY, log_likelihood, (0.1,))
-    assert math.isnan(support_agreement(adapter, params(), episodes_of(1)))
+    assert math.isnan(inner_gradient_cosine(adapter, params(), episodes_of(1)))
 
 
 def test_actions_beyond_the_bounds_are_found():
@@ -79,7 +79,7 @@ def rows(**values):
 
 def test_a_run_that_adapts_has_one_finding():
     # A first policy of unit deviation and mean 0 is cut this often.
-    healthy = {"inner_kl": 0.5, "saturation": 0.33, "support_agreement": 0.4}
+    healthy = {"inner_kl": 0.5, "clip_fraction": 0.33, "inner_gradient_cosine": 0.4}
     (gain,) = findings(rows(**healthy, gradient_agreement=None))
     assert mentions(gain, 50.5, 10)  # the mean of the last iterations
     assert findings([{"gain": None}]) == []
@@ -91,8 +91,8 @@ def test_a_run_that_adapts_has_one_finding():
     [
         ("inner_kl", 0.002, [0.002, "inner.step_sizes", "inner.kl"]),
         ("inner_kl", 4.0, [4, "inner.step_sizes"]),
-        ("saturation", 0.45, ["45%", "policy.output_scale", "policy.initial_std"]),
-        ("support_agreement", 0.04, [0.04, "advantage.trace", "advantage.targets"]),
+        ("clip_fraction", 0.45, ["45%", "policy.output_scale", "policy.initial_std"]),
+        ("inner_gradient_cosine", 0.04, [0.04, "advantage.trace", "advantage.targets"]),
         ("gradient_agreement", -0.2, [-0.2]),
     ],
 )

@@ -31,7 +31,7 @@ from metarl.plots.figures import plot_evaluation
 from metarl.policies.building import policy_for
 from metarl.policies.meta_policy import MetaPolicy, random_meta_policy
 from metarl.runs.folder import short_name
-from metarl.sampling.rollouts import Address, Collector
+from metarl.sampling.rollouts import RandomKey, Collector
 
 
 def navigator(**changes) -> MetaPolicy:
@@ -256,7 +256,7 @@ def test_success_rates_are_reported_if_the_family_has_them(monkeypatch):
         collector = Collector(family, policy.policy, 6, 4, pool, policy.config.policy.action)
         goals = family.tasks.grid(6)
         params = stack(policy.params, 6)
-        rollout = collector.collect(params, goals, Address(0, split="test"))
+        rollout = collector.collect(params, goals, RandomKey(0, split="test"))
     gap = (rollout.observation - torch.from_numpy(goals)[:, None, None]).norm(dim=-1)
     last = (rollout.last_observation - torch.from_numpy(goals)[:, None]).norm(dim=-1)
     done = ((gap[:, :, 1:] < 0.2) & rollout.valid[:, :, 1:]).any(-1) | (last < 0.2)
@@ -491,7 +491,7 @@ def test_what_was_achieved_is_what_the_episodes_did():
     with ChunkPool(1) as pool:
         collector = Collector(meta.family, meta.policy, 3, 4, pool, "clip")
         goals = meta.family.tasks.grid(3)
-        rollout = collector.collect(stack(meta.params, 3), goals, Address(0, split="test"))
+        rollout = collector.collect(stack(meta.params, 3), goals, RandomKey(0, split="test"))
     ends = rollout.last_observation.mean(dim=1)
     for i, name in enumerate(("goal_x", "goal_y")):
         np.testing.assert_allclose(found.curve.achieved[name][:, 0], ends[:, i], atol=1e-5)
@@ -630,7 +630,7 @@ def test_ppo_learns_on_each_task(mode):
     config = Config(family="navigation-2d", policy=PolicyConfig(hidden=(16,), action=mode))
     goals = np.array([[0.4, 0.4], [-0.4, 0.4]])
     returns = stable_baselines.train_by_ppo(
-        family, goals, config, episodes=40, updates=8, measured={0, 8}, address=Address(0)
+        family, goals, config, episodes=40, updates=8, measured={0, 8}, address=RandomKey(0)
     )
     assert np.isnan(returns[:, 1:8]).all()
     assert (returns[:, 8] > returns[:, 0] + 1.0).all()

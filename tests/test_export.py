@@ -24,7 +24,7 @@ from metarl.policies.loading import load, load_policy
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.policies.policy import Policy
 from metarl.sampling.episodes import collect_episodes
-from metarl.sampling.rollouts import Address
+from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.spaces import env_action, policy_action, space_from_json, space_to_json
 
 # torch's own, of TorchScript's age.
@@ -174,7 +174,7 @@ def test_transitions_adapt_as_episodes_do():
             current = adapter.adapted()  # nothing new: takes no step
         rollout = collect_episodes(
             meta.family.make(np.array([4.0])), policy, current.params, episodes=3,
-            horizon=meta.family.horizon, address=Address(5, split="test", inner_step=k),
+            horizon=meta.family.horizon, address=RandomKey(5, split="test", inner_step=k),
         )  # fmt: skip
         assert int(rollout.valid.sum()) == 12
         for e in range(3):

@@ -16,7 +16,7 @@ from metarl.distributed.chunk_pool import ChunkPool
 from metarl.learning.meta_gradients import Problem, UnrolledProblem
 from metarl.models.networks import Params, flatten
 from metarl.runs.metrics import read_metrics
-from metarl.sampling.rollouts import Address
+from metarl.sampling.rollouts import RandomKey
 from metarl.training.iterations import make_problem
 from metarl.training.trainer import Trainer, train
 
@@ -45,7 +45,7 @@ def problems(algorithm: str) -> tuple[Params, Problem, Problem]:
     config, row = config_of(algorithm), ALGORITHMS[algorithm]
     with Trainer(config) as trainer:
         adapted = trainer.inner_loop.run(
-            trainer.source.open(Address(config.seed)).sample, trainer.state.params, config.tasks,
+            trainer.source.open(RandomKey(config.seed)).sample, trainer.state.params, config.tasks,
             steps=config.inner.steps, query="none" if row.gradient == "displacement" else "batch",
         )  # fmt: skip
         here, there = (

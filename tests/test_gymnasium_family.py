@@ -17,7 +17,7 @@ from metarl.envs.families.classic_control import put_length
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError
 from metarl.policies.building import make_adapter, make_policy
 from metarl.sampling.episodes import collect_episodes
-from metarl.sampling.rollouts import Address, Collector
+from metarl.sampling.rollouts import RandomKey, Collector
 
 DISABLED = AutoresetMode.DISABLED
 
@@ -231,11 +231,11 @@ def test_a_nan_observation_never_reaches_the_policy_and_is_reported_with_its_tas
         adapter = make_adapter(find_algorithm(config.algorithm), config, policy)
         with refused("observation", 9.0, error=NonFiniteError):  # the task's component
             InnerLoop(adapter, config.advantage, pool).run(
-                lambda stacked, k: collector.collect(stacked, np.full((2, 1), 9.0), Address(0)),
+                lambda stacked, k: collector.collect(stacked, np.full((2, 1), 9.0), RandomKey(0)),
                 params, 2, steps=1, query="none",
             )  # fmt: skip
     with refused("observation", 3, error=NonFiniteError):  # the step
-        collect_episodes(Blind(), policy, params, episodes=1, horizon=9, address=Address(0))
+        collect_episodes(Blind(), policy, params, episodes=1, horizon=9, address=RandomKey(0))
 
 
 def test_a_reward_of_another_shape_is_refused():

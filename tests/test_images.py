@@ -25,7 +25,7 @@ from metarl.models.encoders import NatureCNN, SmallImpala, image_size, make_enco
 from metarl.models.networks import stack
 from metarl.models.policies import CategoricalMLP
 from metarl.policies.building import spaces_of
-from metarl.sampling.rollouts import Address, Collector
+from metarl.sampling.rollouts import RandomKey, Collector
 from metarl.sampling.spaces import as_observation, check_spaces
 from metarl.training.trainer import Trainer
 
@@ -168,7 +168,7 @@ def test_image_bytes_are_stored_unchanged():
     params = stack(policy.init(np.random.default_rng(0)), 2)
     tasks = family.tasks.grid(2)
     with ChunkPool(1) as pool:
-        rollout = Collector(family, policy, 2, 3, pool).collect(params, tasks, Address(0))
+        rollout = Collector(family, policy, 2, 3, pool).collect(params, tasks, RandomKey(0))
     assert rollout.observation.dtype == torch.uint8
     assert rollout.observation.shape == (2, 3, 8, 8, 14, 3)
     places = rollout.observation[..., 3, :, 0].argmax(-1)

@@ -21,12 +21,12 @@ from test_trainer import same_params, small, timeless
 from metarl import resolve, train
 from metarl.algorithms.table import ALGORITHMS, find_algorithm
 from metarl.config.options import Config
-from metarl.learning.credit import leave_one_out, post_update_credit
-from metarl.learning.first_order import Adam, NoUpdate
+from metarl.learning.credit import leave_one_out, sampling_credit
+from metarl.learning.gradient_steps import Adam, NoUpdate
 from metarl.learning.inner_loop import Adapted
 from metarl.learning.losses import dice, likelihood_ratio, log_likelihood
-from metarl.learning.meta_gradients import DisplacementProblem, ImplicitProblem, UnrolledProblem
-from metarl.learning.trajectories import Rollout
+from metarl.learning.meta_gradients import ReptileProblem, ImplicitProblem, UnrolledProblem
+from metarl.sampling.trajectories import Rollout
 from metarl.learning.trust_region import TrustRegion
 from metarl.models.policies import GaussianMLP
 from metarl.training.iterations import fisher_samples, minibatches, schedule, schedule_change
@@ -79,7 +79,7 @@ TABLE = {
     "fomaml-trpo": Row(curvature=(0.0, 0.0, 0.0, 0.0)),
     "fomaml-reinforce": Row(curvature=(0.0, 0.0, 0.0, 0.0), outer=Adam, adam=REINFORCE),
     "reptile": Row(
-        problem=DisplacementProblem, outer=Adam, adam=REINFORCE, inner=likelihood_ratio, batches=4
+        problem=ReptileProblem, outer=Adam, adam=REINFORCE, inner=likelihood_ratio, batches=4
     ),
     "e-maml": Row(credit=True),
     "promp": Row(
@@ -150,8 +150,8 @@ def test_an_iterations_problem_is_the_algorithms(name):
         assert len(problem.batches) == row.batches
         check_adapter(row, problem)
         assert problem.sampled_with is found.meta
-        assert len(problem.iterates) == row.batches - (row.problem is not DisplacementProblem)
-        if row.problem is DisplacementProblem:
+        assert len(problem.iterates) == row.batches - (row.problem is not ReptileProblem)
+        if row.problem is ReptileProblem:
             continue
         check_loss(row, problem)
         if row.problem is ImplicitProblem:
@@ -364,7 +364,7 @@ def credited(returns, lengths, diverged=(), scale=2.0) -> torch.Tensor:
     batch = random_batch(POLICY, tasks, 12, 0)
     scales = torch.tensor(scale, dtype=torch.float64).expand(tasks)
     both = {"rollouts": [after, after], "advantage_scales": [scales, scales]}
-    return post_update_credit(Adapted([], {}, {}, batches=[batch], **both))
+    return sampling_credit(Adapted([], {}, {}, batches=[batch], **both))
 
 
 def test_credit_is_the_surplus_in_units_of_the_query_loss():

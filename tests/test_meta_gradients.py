@@ -13,7 +13,7 @@ from expecting import refused
 
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.learning.inner_update import Adapter, inner_step
-from metarl.learning.losses import Batch, likelihood_ratio, log_likelihood, mean_kl
+from metarl.learning.losses import Batch, likelihood_ratio, log_likelihood
 from metarl.learning.meta_gradients import UnrolledProblem, agreement
 from metarl.models.networks import flatten, stack, unflatten
 from metarl.models.policies import CategoricalMLP, GaussianMLP

@@ -24,13 +24,13 @@ def test_adapting_by_hand_and_by_the_method_agree():
     from metarl.distributed.chunk_pool import ChunkPool
     from metarl.learning.advantages import estimate
     from metarl.sampling.episodes import collect_episodes
-    from metarl.sampling.rollouts import Address
+    from metarl.sampling.rollouts import RandomKey
 
     meta = navigator()
     env = gym.make("metarl/Navigation2D-v0", goal=(0.3, 0.2), horizon=15)
     policy = meta.adapt(env, steps=1, episodes=6, seed=4)
     rollout = collect_episodes(
-        env, meta.policy, meta.params, episodes=6, horizon=15, address=Address(4, split="test")
+        env, meta.policy, meta.params, episodes=6, horizon=15, address=RandomKey(4, split="test")
     )
     with ChunkPool(1) as pool:
         advantage, _ = estimate(rollout, meta.config.advantage, pool)

@@ -19,7 +19,7 @@ from expecting import mentions, refused
 
 from metarl.config.options import available_threads
 from metarl.config.resolve import resolve
-from metarl.distributed.process_group import ALONE, CHUNK, Ranks, device_of
+from metarl.distributed.process_group import ALONE, CHUNK, ProcessGroup, device_of
 from metarl.envs.errors import UserError
 from metarl.runs.checkpoints import load
 from metarl.runs.metrics import measured_time, read_metrics
@@ -45,27 +45,27 @@ def cases(tasks: int, iterations: int) -> dict[str, tuple]:
     }
 
 
-def started(ranks: int, *command: str, **options) -> subprocess.Popen:
+def started(process_group: int, *command: str, **options) -> subprocess.Popen:
     """Return torchrun at work on a module or a script."""
     threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
-        [*TORCHRUN, "--nproc-per-node", str(ranks), *command],
+        [*TORCHRUN, "--nproc-per-node", str(process_group), *command],
         env={**os.environ, **threads, **options.pop("env", {})},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
     )  # fmt: skip
 
 
-def run(ranks: int, *command: str, **options) -> str:
-    process = started(ranks, *command, **options)
+def run(process_group: int, *command: str, **options) -> str:
+    process = started(process_group, *command, **options)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return out
 
 
-def run_cases(ranks: int, todo: dict[str, tuple], out: Path) -> None:
+def run_cases(process_group: int, todo: dict[str, tuple], out: Path) -> None:
     path = out.with_suffix(".json")
     path.write_text(json.dumps(todo))
-    run(ranks, str(HERE / "rank_runs.py"), str(path), str(out))
+    run(process_group, str(HERE / "rank_runs.py"), str(path), str(out))
 
 
 def run_alone(todo: dict[str, tuple], out: Path) -> None:
@@ -97,33 +97,33 @@ def test_blocks_are_whole_chunks_of_all_tasks(tasks):
     for size in range(1, -(-tasks // CHUNK) + 1):
         blocks = []
         for rank in range(size):
-            ranks = Ranks()
-            ranks.rank, ranks.size = rank, size
-            blocks.append(ranks.block(tasks))
+            process_group = ProcessGroup()
+            process_group.rank, process_group.size = rank, size
+            blocks.append(process_group.block(tasks))
         assert (blocks[0].start, blocks[-1].stop) == (0, tasks)
         assert all(a.stop == b.start for a, b in itertools.pairwise(blocks))
         assert all(b.start % CHUNK == 0 and b.stop > b.start for b in blocks)
 
 
 def test_more_ranks_than_chunks_are_refused():
-    ranks = Ranks()
-    ranks.size = 11
+    process_group = ProcessGroup()
+    process_group.size = 11
     with refused("tasks", 40, "ranks", 11):
-        ranks.block(40)
+        process_group.block(40)
 
 
 def test_supervised_tasks_train_on_one_rank():
-    ranks = Ranks()
-    ranks.size = 2
+    process_group = ProcessGroup()
+    process_group.size = 2
     with refused("sinusoid", "rank", 2):
-        Trainer(resolve(None, "sinusoid"), ranks)
+        Trainer(resolve(None, "sinusoid"), process_group)
 
 
 def test_one_process_is_the_identity():
     values = torch.randn(3, 2)
     assert torch.equal(ALONE.gather(values), values)
     assert (ALONE.total(3), ALONE.largest(4), ALONE.any(False)) == (3, 4, False)
-    with refused("mine"), ALONE.agreeing():
+    with refused("mine"), ALONE.errors_shared():
         raise UserError("mine")
 
 
@@ -148,7 +148,7 @@ def test_two_ranks_and_a_resume_on_one_agree_bit_for_bit(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-def test_any_number_of_ranks_agrees_bit_for_bit(ranks, tmp_path):
+def test_any_number_of_ranks_agrees_bit_for_bit(process_group, tmp_path):
     few = (33, 2)
     norm = {"policy.normalize": True}
     steps = {"inner.steps": 2, "inner.kl": 0.05}
@@ -168,8 +168,8 @@ def test_any_number_of_ranks_agrees_bit_for_bit(ranks, tmp_path):
         "maml++": case("navigation-2d", {}, "maml++", 5, *few, **flat),
     }
     run_alone(todo, tmp_path / "one")
-    run_cases(ranks, until(todo, 3), tmp_path / "some")
-    run_cases(5 - min(ranks, 3), todo, tmp_path / "some")
+    run_cases(process_group, until(todo, 3), tmp_path / "some")
+    run_cases(5 - min(process_group, 3), todo, tmp_path / "some")
     for name in todo:
         assert_same(tmp_path / "one" / name, tmp_path / "some" / name)
 
@@ -215,12 +215,12 @@ def test_a_signal_to_one_rank_stops_all_with_the_iteration_saved(tmp_path):
     process = started(2, *train_command(out, 10_000))
     try:
         wait_for(lambda: rows_of(out) >= 1)
-        ranks = children(process)
-        os.kill(ranks[1], signal.SIGTERM)
+        process_group = children(process)
+        os.kill(process_group[1], signal.SIGTERM)
         _, err = process.communicate(timeout=300)
     finally:
         process.kill()
-    assert ended(ranks)
+    assert ended(process_group)
     assert "Traceback" not in err.partition("torch/distributed/elastic")[0]
     newest = sorted((out / "checkpoints").glob("*.safetensors"))[-1]
     assert int(newest.stem) == rows_of(out) < 10_000
@@ -232,12 +232,12 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path):
     process = started(2, *train_command(out, 10_000), "--rank-timeout", "5")
     try:
         wait_for(lambda: rows_of(out) >= 1)
-        ranks = children(process)
-        os.kill(ranks[1], signal.SIGSTOP)
+        process_group = children(process)
+        os.kill(process_group[1], signal.SIGSTOP)
         _, err = process.communicate(timeout=300)
     finally:
         process.kill()
-    assert ended(ranks)
+    assert ended(process_group)
     assert mentions(err, "rank 0", "--rank-timeout", 5)
 
 
@@ -252,11 +252,11 @@ def test_killed_ranks_restart_and_reach_the_same_end(tmp_path):
         for kill in range(3):
             rows = 15 * (kill + 1)
             wait_for(lambda: rows_of(out) >= rows or process.poll() is not None)  # noqa: B023
-            ranks = children(process)
-            seen += ranks
-            if ranks:
-                os.kill(rng.choice(ranks), signal.SIGKILL)
-                wait_for(lambda: ended(ranks))  # noqa: B023
+            process_group = children(process)
+            seen += process_group
+            if process_group:
+                os.kill(rng.choice(process_group), signal.SIGKILL)
+                wait_for(lambda: ended(process_group))  # noqa: B023
         _, err = process.communicate(timeout=300)
     finally:
         process.kill()

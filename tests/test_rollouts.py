@@ -20,7 +20,7 @@ from metarl.models.networks import stack
 from metarl.models.policies import CategoricalMLP, GaussianMLP
 from metarl.policies.building import make_policy
 from metarl.sampling.episodes import collect_episodes
-from metarl.sampling.rollouts import Address, Collector
+from metarl.sampling.rollouts import RandomKey, Collector
 from metarl.sampling.seeding import episode_seeds, stream
 from metarl.sampling.spaces import categories, env_action
 
@@ -36,7 +36,7 @@ def test_collect_matches_a_plain_loop_over_single_environments(pool):
     family = make_family("half-cheetah-vel", horizon=25)
     tasks = family.tasks.grid(3)
     params = per_task_params(POLICY, 3)
-    address = Address(seed=4, iteration=7, inner_step=1)
+    address = RandomKey(seed=4, iteration=7, inner_step=1)
     rollout = Collector(family, POLICY, 3, 2, pool).collect(params, tasks, address)
     assert rollout.observation.shape == (3, 2, 25, 17)
     assert rollout.env_steps == 150
@@ -81,7 +81,7 @@ def test_results_are_bit_identical_at_any_number_of_threads(name):
     for threads in (1, 2, 3, 7):
         with ChunkPool(threads) as pool:
             collector = Collector(family, policy, 7, 5, pool)
-            results.append(collector.collect(per_task_params(policy, 7), tasks, Address(1)))
+            results.append(collector.collect(per_task_params(policy, 7), tasks, RandomKey(1)))
     for other in results[1:]:
         for name in ("observation", "action", "reward", "valid", "last_observation"):
             assert torch.equal(getattr(results[0], name), getattr(other, name))
@@ -102,14 +102,14 @@ def test_python_environments_stay_in_the_thread_that_made_them(pool):
     family = dataclasses.replace(counting_family(), env=Homebound)
     policy = GaussianMLP(observation_dim=1, action_dim=1, hidden=(4,))
     collector = Collector(family, policy, 3, 2, pool)
-    rollout = collector.collect(per_task_params(policy, 3), np.full((3, 1), 4.0), Address(0))
+    rollout = collector.collect(per_task_params(policy, 3), np.full((3, 1), 4.0), RandomKey(0))
     assert rollout.valid.sum(dim=2).tolist() == [[4, 4]] * 3
 
 
 def test_a_single_environment_gives_the_episodes_of_the_vector(pool):
     family = make_family("half-cheetah-dir", horizon=5)
     params = POLICY.init(np.random.default_rng(0))
-    address = Address(3, split="test", inner_step=2)
+    address = RandomKey(3, split="test", inner_step=2)
     together = Collector(family, POLICY, 1, 3, pool).collect(
         stack(params, 1), np.array([[1.0]]), address
     )
@@ -129,7 +129,7 @@ def test_ragged_episodes_are_masked_and_zero_after_their_ends(pool):
     policy = GaussianMLP(observation_dim=1, action_dim=1, hidden=())
     params = stack(policy.init(np.random.default_rng(0)), 3)
     rollout = Collector(family, policy, 3, 2, pool).collect(
-        params, np.array([[1.0], [4.0], [9.0]]), Address(0)
+        params, np.array([[1.0], [4.0], [9.0]]), RandomKey(0)
     )
     lengths = torch.tensor([1, 4, 6])
     assert torch.equal(rollout.valid.sum(-1), lengths[:, None].expand(3, 2))
@@ -161,7 +161,7 @@ def test_a_diverged_episode_is_left_out_whole(monkeypatch):
 
     monkeypatch.setattr(type(family), "make_vec", sabotaged)
     collector = Collector(family, POLICY, 2, 3, ChunkPool(1))
-    rollout = collector.collect(per_task_params(POLICY, 2), np.array([[1.0], [-1.0]]), Address(0))
+    rollout = collector.collect(per_task_params(POLICY, 2), np.array([[1.0], [-1.0]]), RandomKey(0))
     assert rollout.diverged.tolist() == [[False] * 3, [False, True, False]]
     assert rollout.env_steps == 50
     assert not rollout.valid[1, 1].any()
@@ -176,7 +176,7 @@ def test_deterministic_actions_are_the_mean(pool):
     policy = GaussianMLP(observation_dim=2, action_dim=2, hidden=(4,))
     params = stack(policy.init(np.random.default_rng(0)), 2)
     rollout = Collector(family, policy, 2, 2, pool).collect(
-        params, family.tasks.grid(2), Address(0), deterministic=True
+        params, family.tasks.grid(2), RandomKey(0), deterministic=True
     )
     assert torch.equal(rollout.action, rollout.behaviour["mean"])
 
@@ -216,7 +216,7 @@ def test_a_policy_of_other_sizes_is_refused(pool):
     with refused("navigation-2d", "(2,)", "(17,)"):
         Collector(make_family("navigation-2d"), POLICY, 1, 1, pool)
     with refused("CountingEnv", "(1,)", "(17,)"):
-        collect_episodes(CountingEnv(), POLICY, {}, episodes=1, horizon=1, address=Address(0))
+        collect_episodes(CountingEnv(), POLICY, {}, episodes=1, horizon=1, address=RandomKey(0))
 
 
 # Random streams -----------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_streams_differ_by_every_part_of_their_address():
 def test_streams_of_an_episode_do_not_depend_on_the_number_of_episodes():
     few = episode_seeds(0, 0, "reset", 0, 3, episodes=3)
     assert episode_seeds(0, 0, "reset", 0, 3, episodes=10)[:3] == few
-    address = Address(0)
+    address = RandomKey(0)
     few, more = (POLICY.noise(address.noise(2), episodes, 4) for episodes in (3, 5))
     assert np.array_equal(few, more[:3])
 
@@ -274,7 +274,7 @@ def test_after_an_error_no_thread_works_on_a_chunk():
 
 def test_seeds_and_noise_differ_by_task_inner_step_and_split():
     places = [
-        (Address(0, iteration, split, step), task)
+        (RandomKey(0, iteration, split, step), task)
         for iteration in (0, 1)
         for split in ("train", "test", "validation")
         for step in (0, 1)
@@ -294,7 +294,7 @@ def test_discrete_actions_reach_the_environment_as_its_space_defines_them(kind):
     tasks = np.array([[0.5], [-0.5]])
     with ChunkPool(1) as pool:
         collector = Collector(family, policy, 2, 3, pool)
-        rollout = collector.collect(params, tasks, Address(0))
+        rollout = collector.collect(params, tasks, RandomKey(0))
         collector.close()
     assert rollout.action.shape == (2, 3, 7, len(found))
     digit = rollout.observation[..., :3].argmax(-1)  # one-hot, then the time
@@ -328,7 +328,7 @@ def test_success_at_any_step_of_an_episode_counts(pool):
         env = Announcing()
         env.length = length
         rollout = collect_episodes(
-            env, policy, params, episodes=2, horizon=5, address=Address(seed=0)
+            env, policy, params, episodes=2, horizon=5, address=RandomKey(seed=0)
         )
         assert rollout.success is not None
         assert rollout.success.tolist() == [[done, done]]

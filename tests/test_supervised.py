@@ -17,7 +17,7 @@ from metarl.envs.registry import find_family, make_family
 from metarl.envs.supervised.characters import draw_characters
 from metarl.learning.inner_loop import Adapted
 from metarl.learning.inner_update import Adapter
-from metarl.learning.losses import accuracy, cross_entropy, squared_error
+from metarl.models.predictors import accuracy, cross_entropy, squared_error
 from metarl.models.encoders import FourBlocks, normalize_batch
 from metarl.models.networks import flatten, stack, unflatten
 from metarl.models.predictors import Classifier, Regressor, class_means

@@ -128,7 +128,7 @@ def test_an_evaluation_reports_the_error_after_each_step(sinusoids, capsys, monk
     meta = metarl.load(folder)
     protocol = supervised_evaluation.SupervisedProtocol(
         meta.source, np.array(found["tasks"]), 2,
-        supervised_evaluation.Address(0, split="test"), None,
+        supervised_evaluation.RandomKey(0, split="test"), None,
     )  # fmt: skip
     _, _, query = next(protocol.groups())
     x = query.inputs[0]
@@ -168,7 +168,7 @@ def test_accuracy_is_compared_with_nearest_prototype_and_from_scratch(tmp_path, 
     meta = metarl.load(tmp_path / "run")
     protocol = supervised_evaluation.SupervisedProtocol(
         meta.source, np.array(result.setting["tasks"]), 2,
-        supervised_evaluation.Address(0, split="test"), None,
+        supervised_evaluation.RandomKey(0, split="test"), None,
     )  # fmt: skip
     _, support, query = next(protocol.groups())
     x, q = support.inputs[0].flatten(1), query.inputs[0].flatten(1)

@@ -28,7 +28,7 @@ from metarl.plots.figures import plot_learning
 from metarl.plots.video import Video
 from metarl.policies.export import export
 from metarl.policies.loading import load
-from metarl.sampling.rollouts import Address
+from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.spaces import (
     beyond_bounds,
     env_action,
@@ -143,7 +143,7 @@ CALLS = {
     "predictor.activation": (lambda: _classifier(activation="gelu"), "activation", "gelu"),
     "Classifier.head": (lambda: _classifier(head="last"), "head", "last"),
     "adapts": (lambda: POLICY.adapts("layer0.weight", "lower"), "part", "lower"),
-    "Address.split": (lambda: Address(0, split="valid"), "split", "valid"),
+    "Address.split": (lambda: RandomKey(0, split="valid"), "split", "valid"),
     "env_action": (lambda: env_action(np.zeros(2), BOX, "clipped"), "policy.action", "clipped"),
     "policy_action": (
         lambda: policy_action(np.zeros(2), BOX, "scaled"), "policy.action", "scaled",

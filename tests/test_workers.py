@@ -34,7 +34,7 @@ from metarl.learning.trajectories import Rollout
 from metarl.models.networks import Params
 from metarl.models.policies import GaussianMLP
 from metarl.policies.building import make_adapter
-from metarl.sampling.rollouts import Address, Collector
+from metarl.sampling.rollouts import RandomKey, Collector
 from metarl.sampling.workers import WorkerCollector, WorkerError, make_collector
 from metarl.training.trainer import Trainer
 
@@ -49,7 +49,7 @@ def params_for(policy: GaussianMLP, tasks: int) -> Params:
 
 
 def in_process(
-    family: TaskFamily, tasks: np.ndarray, address: Address, policy: GaussianMLP = POLICY
+    family: TaskFamily, tasks: np.ndarray, address: RandomKey, policy: GaussianMLP = POLICY
 ) -> Rollout:
     collector = Collector(family, policy, len(tasks), 3, ChunkPool(1))
     return collector.collect(params_for(policy, len(tasks)), tasks, address)
@@ -91,14 +91,14 @@ def test_rollouts_are_bit_identical_for_any_number_of_workers(workers):
     params = params_for(POLICY, 8)
     collector = WorkerCollector(family, POLICY, 8, 3, workers=workers)
     try:
-        rollouts = [collector.collect(params, tasks, Address(1, i)) for i in (5, 6)]
-        means = collector.collect(params, tasks, Address(1), deterministic=True)
+        rollouts = [collector.collect(params, tasks, RandomKey(1, i)) for i in (5, 6)]
+        means = collector.collect(params, tasks, RandomKey(1), deterministic=True)
     finally:
         collector.close()
     lengths = rollouts[0].valid.sum(-1)
     assert len(lengths.unique()) > 3  # ragged
     for i, rollout in zip((5, 6), rollouts, strict=True):  # the first outlives the second
-        assert_equal(rollout, in_process(walk_by_lambda(), tasks, Address(1, i)))
+        assert_equal(rollout, in_process(walk_by_lambda(), tasks, RandomKey(1, i)))
     assert torch.equal(means.action, means.behaviour["mean"])
 
 
@@ -229,7 +229,7 @@ def collector(shared, faults) -> Iterator[WorkerCollector]:
     faults.unlink(missing_ok=True)
 
 
-def sample(collector: WorkerCollector, address: Address = Address(2)) -> Rollout:  # noqa: B008
+def sample(collector: WorkerCollector, address: RandomKey = RandomKey(2)) -> Rollout:  # noqa: B008
     return collector.collect(params_for(POLICY, 4), TASKS, address)
 
 
@@ -247,10 +247,10 @@ def sample(collector: WorkerCollector, address: Address = Address(2)) -> Rollout
 def test_a_worker_that_fails_once_is_named_and_replaced_and_its_rollout_repeated(
     collector, faults, fault, names, caplog
 ):
-    sample(collector, Address(9))  # a worker as it is in the middle of a run
+    sample(collector, RandomKey(9))  # a worker as it is in the middle of a run
     first, second = collector.pids
     faults.write_text(fault)
-    assert_equal(sample(collector), in_process(walk(), TASKS, Address(2)))
+    assert_equal(sample(collector), in_process(walk(), TASKS, RandomKey(2)))
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     phase = fault.split()[1]
@@ -273,7 +273,7 @@ def test_a_worker_that_fails_at_every_try_is_an_error(collector, faults, fault, 
     with refused("walk", 1, fault.split()[1], FAULTY, *names, error=WorkerError):
         sample(collector)
     faults.unlink()
-    assert_equal(sample(collector), in_process(walk(), TASKS, Address(2)))
+    assert_equal(sample(collector), in_process(walk(), TASKS, RandomKey(2)))
 
 
 def test_an_observation_of_a_wrong_shape_is_refused_here_and_in_workers(collector, faults):
@@ -282,7 +282,7 @@ def test_an_observation_of_a_wrong_shape_is_refused_here_and_in_workers(collecto
     with refused(*names):
         sample(collector)
     with refused(*names):
-        in_process(walk(str(faults)), TASKS, Address(2))
+        in_process(walk(str(faults)), TASKS, RandomKey(2))
 
 
 def test_a_nan_observation_is_an_error_that_names_its_task(collector, faults, pool):
@@ -295,7 +295,7 @@ def test_a_nan_observation_is_an_error_that_names_its_task(collector, faults, po
     before = collector.pids
     with refused("observation", FAULTY, error=NonFiniteError):
         loop.run(
-            lambda params, k: collector.collect(params, TASKS, Address(0)),
+            lambda params, k: collector.collect(params, TASKS, RandomKey(0)),
             POLICY.init(np.random.default_rng(0)),
             4,
             steps=1,
@@ -307,7 +307,7 @@ def test_a_nan_observation_is_an_error_that_names_its_task(collector, faults, po
 def test_an_exception_in_this_process_has_a_note_that_names_the_task(faults):
     faults.write_text("raise step")
     with pytest.raises(ArithmeticError) as caught:
-        in_process(walk(str(faults)), TASKS, Address(2))
+        in_process(walk(str(faults)), TASKS, RandomKey(2))
     (note,) = caught.value.__notes__
     assert mentions(note, "walk", "step", FAULTY)
 
@@ -315,7 +315,7 @@ def test_an_exception_in_this_process_has_a_note_that_names_the_task(faults):
 def test_a_worker_killed_between_collects_or_stopped_is_replaced(collector, caplog):
     for number in (signal.SIGKILL, signal.SIGSTOP):
         os.kill(collector.pids[0], number)
-        assert_equal(sample(collector), in_process(walk(), TASKS, Address(2)))
+        assert_equal(sample(collector), in_process(walk(), TASKS, RandomKey(2)))
     assert len(caplog.records) == 2
 
 
@@ -326,8 +326,8 @@ def test_the_collect_after_an_interrupted_one_is_unaffected(collector, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(metarl.sampling.workers, "wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            sample(collector, Address(7))
-    assert_equal(sample(collector), in_process(walk(), TASKS, Address(2)))
+            sample(collector, RandomKey(7))
+    assert_equal(sample(collector), in_process(walk(), TASKS, RandomKey(2)))
 
 
 def test_workers_leave_interruptions_to_their_parent(collector, caplog):
@@ -409,7 +409,7 @@ def test_the_benchmark_compares_workers_with_one_process_and_async_vector_env(ca
 
 
 def test_the_plain_loop_replays_the_rollout():
-    family, address = walk(), Address(3)
+    family, address = walk(), RandomKey(3)
     rollout = in_process(family, TASKS, address)
     paid = []
 

@@ -1,14 +1,14 @@
 """Ant families: run in a direction, at a goal velocity, or to a goal, as in Finn et al. 2017.
 
-Rewards are those of its code (rllab) at every scale:
+Rewards are those of its code (rllab) at every variant:
 
     r + 0.05 - 0.005 |a|^2 - 5e-4 |clip(cfrc_ext, -1, 1)|^2
 
 with r of the task and a the action as a share of full strength. Episodes end where the torso leaves
-0.2 <= z <= 1. The scales cannot be compared with each other:
+0.2 <= z <= 1. The variants cannot be compared with each other:
 
 =============  ============  ==========  =======  ============  ==================================
-scale          physics step  frame skip  horizon  action scale  used by
+variant        physics step  frame skip  horizon  action scale  used by
 =============  ============  ==========  =======  ============  ==================================
 ``icml2017``   0.02 s        1           200      1             Finn et al. 2017 (rllab)
 ``promp2019``  0.01 s        5           100      10            simulator of Rothfuss et al. 2019
@@ -71,7 +71,7 @@ class Scale:
     """Both directions equally often in a batch of tasks, instead of drawn at random."""
 
 
-SCALES = {
+VARIANTS = {
     "stock": Scale(),
     "icml2017": Scale(rllab=True),
     "promp2019": Scale(horizon=100, action_scale=10.0),
@@ -114,12 +114,12 @@ def _ant(
     description: str,
     reward: Callable[..., Reward],
     tasks: TaskDistribution,
-    scale: str,
+    variant: str,
     horizon: int | None,
     contact_forces: bool,
     position: bool = False,
 ) -> MujocoFamily:
-    body = SCALES[scale]
+    body = VARIANTS[variant]
     if body.rllab:
         observe = partial(observe_rllab, contact_forces=contact_forces)
     else:
@@ -131,7 +131,7 @@ def _ant(
         achieved = {tasks.names[0]: "x_velocity"}
     return MujocoFamily(
         name=name,
-        description=f"{description}; scales: {', '.join(SCALES)}",
+        description=f"{description}; variants: {', '.join(VARIANTS)}",
         tasks=tasks,
         achieved=achieved,
         units=UNITS,
@@ -148,33 +148,34 @@ def _ant(
     )
 
 
-def _scale(name: str) -> Scale:
-    if name not in SCALES:
+def _variant(name: str) -> Scale:
+    if name not in VARIANTS:
         raise UserError(
-            f"no ant scale {name!r}{did_you_mean(name, SCALES)} (scales: {', '.join(SCALES)})"
+            f"no ant variant {name!r}{did_you_mean(name, VARIANTS)}"
+            f" (variants: {', '.join(VARIANTS)})"
         )
-    return SCALES[name]
+    return VARIANTS[name]
 
 
 @register
 def ant_dir(
-    scale: str = "stock",
+    variant: str = "stock",
     horizon: int | None = None,
     contact_forces: bool = True,
     balanced: bool | None = None,
 ) -> MujocoFamily:
     """Run forwards or backwards: d v + 0.05 - costs (Finn et al. 2017, arXiv:1703.03400).
 
-    `balanced` draws both directions equally often; by default as the scale's source does.
+    `balanced` draws both directions equally often; by default as the variant's source does.
     """
-    body = _scale(scale)
+    body = _variant(variant)
     velocity = centre_of_mass_velocity if body.rllab else forward_velocity
     return _ant(
         "ant-dir",
         "ant runs forwards (direction 1) or backwards (-1)",
         partial(direction_reward, velocity=velocity, bonus=ALIVE),
         direction_tasks(body.balanced if balanced is None else balanced),
-        scale,
+        variant,
         horizon,
         contact_forces,
     )
@@ -182,20 +183,20 @@ def ant_dir(
 
 @register
 def ant_vel(
-    scale: str = "stock",
+    variant: str = "stock",
     low: float = 0.0,
     high: float = 3.0,
     horizon: int | None = None,
     contact_forces: bool = True,
 ) -> MujocoFamily:
     """Run at a goal velocity from [low, high] m/s: 1 - |v - g| + 0.05 - costs (ibidem)."""
-    velocity = centre_of_mass_velocity if _scale(scale).rllab else forward_velocity
+    velocity = centre_of_mass_velocity if _variant(variant).rllab else forward_velocity
     return _ant(
         "ant-vel",
         "ant runs at a goal velocity (m/s)",
         partial(velocity_reward, velocity=velocity, bonus=1.0 + ALIVE),
         Uniform({"velocity": (low, high)}),
-        scale,
+        variant,
         horizon,
         contact_forces,
     )
@@ -203,19 +204,19 @@ def ant_vel(
 
 @register
 def ant_goal(
-    scale: str = "stock",
+    variant: str = "stock",
     reach: float = 3.0,
     horizon: int | None = None,
     contact_forces: bool = True,
 ) -> MujocoFamily:
     """Go to a goal from [-reach, reach]^2 m: 4 - |xy - goal|_1 + 0.05 - costs (ibidem)."""
-    position = centre_of_mass if _scale(scale).rllab else root_xy
+    position = centre_of_mass if _variant(variant).rllab else root_xy
     return _ant(
         "ant-goal",
         "ant goes to a hidden goal in the plane (m)",
         partial(goal_reward, position=position, bonus=ALIVE),
         Uniform({"goal_x": (-reach, reach), "goal_y": (-reach, reach)}),
-        scale,
+        variant,
         horizon,
         contact_forces,
         position=True,

@@ -1,10 +1,10 @@
 """Half-cheetah families: run in a direction, or at a goal velocity.
 
-Three scales are in the literature and cannot be compared with each other. The model, Gymnasium's
+Three variants are in the literature and cannot be compared with each other. The model, Gymnasium's
 `half_cheetah.xml`, is the same in all of them.
 
 =============  ==========  =======  ============  ==============================================
-scale          frame skip  horizon  action scale  used by
+variant        frame skip  horizon  action scale  used by
 =============  ==========  =======  ============  ==============================================
 ``icml2017``   1           200      1             Finn et al. 2017 (rllab)
 ``promp2019``  5           100      10            Rothfuss et al. 2019, pytorch-maml-rl, garage
@@ -63,7 +63,7 @@ class Scale:
     """Both directions equally often in a batch of tasks, instead of drawn at random."""
 
 
-SCALES = {
+VARIANTS = {
     "stock": Scale(),
     "icml2017": Scale(frame_skip=1, centre_of_mass=True),
     "promp2019": Scale(horizon=100, action_scale=10.0, highest_goal=3.0),
@@ -100,27 +100,28 @@ def _half_cheetah(
     )
 
 
-def _scale(name: str, horizon: int | None) -> Scale:
-    if name not in SCALES:
+def _variant(name: str, horizon: int | None) -> Scale:
+    if name not in VARIANTS:
         raise UserError(
-            f"no half-cheetah scale {name!r}{did_you_mean(name, SCALES)}"
-            f" (scales: {', '.join(SCALES)})"
+            f"no half-cheetah variant {name!r}{did_you_mean(name, VARIANTS)}"
+            f" (variants: {', '.join(VARIANTS)})"
         )
-    return replace(SCALES[name], horizon=SCALES[name].horizon if horizon is None else horizon)
+    return replace(VARIANTS[name], horizon=VARIANTS[name].horizon if horizon is None else horizon)
 
 
 @register
 def half_cheetah_dir(
-    scale: str = "stock", horizon: int | None = None, balanced: bool | None = None
+    variant: str = "stock", horizon: int | None = None, balanced: bool | None = None
 ) -> MujocoFamily:
     """Run forwards or backwards, as the task says (Finn et al. 2017, arXiv:1703.03400).
 
-    `balanced` draws both directions equally often; by default as the scale's source does.
+    `balanced` draws both directions equally often; by default as the variant's source does.
     """
-    body = _scale(scale, horizon)
+    body = _variant(variant, horizon)
     return _half_cheetah(
         "half-cheetah-dir",
-        f"half-cheetah runs forwards (direction 1) or backwards (-1); scales: {', '.join(SCALES)}",
+        "half-cheetah runs forwards (direction 1) or backwards (-1); variants:"
+        f" {', '.join(VARIANTS)}",
         direction_reward,
         direction_tasks(body.balanced if balanced is None else balanced),
         body,
@@ -129,17 +130,17 @@ def half_cheetah_dir(
 
 @register
 def half_cheetah_vel(
-    scale: str = "stock",
+    variant: str = "stock",
     low: float = 0.0,
     high: float | None = None,
     horizon: int | None = None,
 ) -> MujocoFamily:
     """Run at a goal velocity from [low, high] m/s: [0, 2] in Finn et al. 2017, [0, 3] in ProMP."""
-    body = _scale(scale, horizon)
+    body = _variant(variant, horizon)
     goals = Uniform({"velocity": (low, body.highest_goal if high is None else high)})
     return _half_cheetah(
         "half-cheetah-vel",
-        f"half-cheetah runs at a goal velocity (m/s); scales: {', '.join(SCALES)}",
+        f"half-cheetah runs at a goal velocity (m/s); variants: {', '.join(VARIANTS)}",
         velocity_reward,
         goals,
         body,

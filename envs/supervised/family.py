@@ -26,7 +26,7 @@ TRAINING: Mapping[str, Any] = {
     "policy.hidden": (40, 40),
     "policy.activation": "relu",
     "inner.step_sizes": (0.01,),
-    "adam.learning_rate": 1e-3,
+    "outer.learning_rate": 1e-3,
     "reptile": {"inner.steps": 5, "inner.step_sizes": (0.02,)},
     "imaml": {
         "inner.updates": 16,
@@ -35,7 +35,7 @@ TRAINING: Mapping[str, Any] = {
         "inner.backtrack": True,
     },
     "anil": {"inner.step_sizes": (0.01,)},
-    "cavia": {"inner.step_sizes": (1.0,), "policy.context": 4},
+    "cavia": {"inner.step_sizes": (1.0,), "inner.context": 4},
 }
 """Values of the config that a run on functions starts from."""
 
@@ -59,6 +59,8 @@ Kind = Literal["regression", "classification"]
 @dataclass(frozen=True, kw_only=True)
 class SupervisedFamily(Family, ABC):
     """Supervised tasks that differ by a task vector."""
+
+    domain: ClassVar[str] = "supervised"
 
     queries: int = 10
     """Examples a task, or a class of it, that the adapted model is trained by."""

@@ -32,15 +32,15 @@ TRAINING: Mapping[str, Any] = {
     "policy.hidden": (),
     "policy.activation": "relu",
     "inner.step_sizes": (0.4,),
-    "adam.learning_rate": 3e-3,
-    "maml-trpo": {"adam.learning_rate": 3e-3},
+    "outer.learning_rate": 3e-3,
+    "maml-trpo": {"outer.learning_rate": 3e-3},
     "reptile": {"inner.steps": 5, "inner.step_sizes": (0.1,)},
     # A pull of 2, as in the paper, lets a task go no further than one step of MAML's.
     "imaml": {"inner.updates": 16, "inner.proximal": 0.1, "inner.step_sizes": (0.4,)},
     "anil": {"inner.step_sizes": (0.4,)},
-    "cavia": {"inner.step_sizes": (1.0,), "policy.context": 100, "policy.hidden": (64,)},
-    "protomaml": {"inner.step_sizes": (0.05,), "adam.learning_rate": 1e-3},
-    "leopard": {"inner.step_sizes": (0.1,), "policy.hidden": (64,), "adam.learning_rate": 1e-3},
+    "cavia": {"inner.step_sizes": (1.0,), "inner.context": 100, "policy.hidden": (64,)},
+    "protomaml": {"inner.step_sizes": (0.05,), "outer.learning_rate": 1e-3},
+    "leopard": {"inner.step_sizes": (0.1,), "policy.hidden": (64,), "outer.learning_rate": 1e-3},
 }
 """Values of the config that a run on images starts from."""
 

@@ -1,1 +1,51 @@
-"""The algorithms."""
+"""The algorithms, one file each. The docstring of a file is the algorithm's pseudocode.
+
+To add one, add a file to this folder with an `Algorithm`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from functools import cache
+
+from metarl.algorithms.algorithm import Algorithm
+from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.registry import import_attribute
+
+__all__ = ["Algorithm", "algorithms", "find_algorithm"]
+
+
+@cache
+def algorithms() -> dict[str, Algorithm]:
+    """Return the algorithms of this package by name, references last."""
+    found: dict[str, Algorithm] = {}
+    for module in pkgutil.iter_modules(__path__):
+        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(value, Algorithm):
+                found[value.name] = dataclasses.replace(value, source=value.name)
+
+    return dict(sorted(found.items(), key=lambda item: (item[1].reference, item[0])))
+
+
+def find_algorithm(what: str | Algorithm) -> Algorithm:
+    """Return an algorithm by its name, or by `module:attribute`; an algorithm is returned as it is.
+
+    Raises:
+        UserError: there is none, or the module cannot be imported.
+    """
+    if isinstance(what, Algorithm):
+        return what
+    if isinstance(what, str) and ":" in what:
+        found = import_attribute(what, "an algorithm")
+        if not isinstance(found, Algorithm):
+            raise UserError(f"{what} must be a metarl.Algorithm, got {type(found).__name__}")
+        return dataclasses.replace(found, source=what)
+    known = algorithms()
+    if what not in known:
+        raise UserError(
+            f"unknown algorithm {what!r}{did_you_mean(what, known)} Run 'metarl algorithms' for the"
+            " list"
+        )
+    return known[what]

@@ -3,49 +3,10 @@
 from __future__ import annotations
 
 import os
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from metarl.envs.errors import UserError
-
-
-def names_first(arguments: Sequence[str], kind: type) -> list[str]:
-    """Move the names that a command takes before its flags, where tyro looks for them."""
-    types = typing.get_type_hints(kind)
-    if "what" not in types:
-        return list(arguments)
-    names, flags = [], []
-    wanted: Callable[[str], bool] | None = None  # whether a word is the last flag's value
-    for i, word in enumerate(arguments):
-        if word.startswith("--"):
-            key, equals, _ = word[2:].partition("=")
-            flag = types.get(key.replace("-", "_"), bool)
-            wanted = None
-            if not equals and typing.get_origin(flag) is tuple:
-                numbers = float in typing.get_args(flag)
-                wanted = _is_number if numbers else lambda x: "=" in x
-                _check_first(word, arguments[i + 1 : i + 2], wanted, numbers)
-            elif not equals and flag is not bool:
-                wanted = _once()
-            flags.append(word)
-        elif word == "-h" or (wanted is not None and wanted(word)):
-            flags.append(word)
-        else:
-            names.append(word)
-    return names + flags
-
-
-def _check_first(
-    flag: str, following: Sequence[str], wanted: Callable[[str], bool], numbers: bool
-) -> None:
-    """Raise UserError where no value of a list's flag follows it."""
-    form = "numbers, as in 0.1 0.05" if numbers else "component=value, as in goal_x=0.3"
-    found = [word for word in following if not word.startswith("--")]
-    if not found:
-        raise UserError(f"{flag} takes {form}, and none follow")
-    if not found[0].startswith("-") and not wanted(found[0]):
-        raise UserError(f"{flag} takes {form}, got {found[0]!r}")
 
 
 def check_file(flag: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
@@ -69,19 +30,6 @@ def check_place(flag: str, folder: Path) -> None:
             raise UserError(f"nothing may be written in {path}: name another place with {flag}")
         if path.is_dir():
             return
-
-
-def _once() -> Callable[[str], bool]:
-    left = iter([True])
-    return lambda word: next(left, False)
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def peek(arguments: Sequence[str], flag: str) -> str | None:

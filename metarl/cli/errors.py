@@ -6,15 +6,11 @@ fault of the program raises, with its traceback.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
 import os
-import re
 import select
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from metarl.cli.interrupts import is_the_program
 from metarl.cli.streams import results, results_apart
@@ -99,100 +95,3 @@ def _told(message: str, error: Exception) -> int:
     if not getattr(error, "elsewhere", False):  # or the rank that it is of tells it
         print(f"error: {message}", file=sys.stderr)
     return 2
-
-
-def parse(parser: Callable[..., Any], kind: Any, arguments: list[str], **options: Any) -> Any:
-    """Return what tyro.cli makes of a command line; what it refuses is a UserError of one line.
-
-    tyro's boxes are read, since its hooks for errors are private: a text of another form still
-    ends as one line, only less well put.
-    """
-    said = [word for word in arguments if word.partition("=")[0] == "--family-options"]
-    if len(said) > 1:  # the last would be taken, and the others lost
-        raise UserError(
-            "--family-options is there twice: name all options after one, as in"
-            " --family-options low=0.5 high=1.5"
-        )
-    box = io.StringIO()
-    helped = not {"-h", "--help"}.isdisjoint(arguments)
-    try:
-        streams = contextlib.redirect_stderr(box), contextlib.redirect_stdout(results())
-        with streams[0], streams[1], _unwrapped(helped):
-            return parser(kind, args=arguments, **options)
-    except SystemExit as error:
-        if not error.code:
-            raise
-    help_command = f"{options['prog']} --help"
-    known: list[str] = []
-    page = io.StringIO()
-    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
-        parser(kind, args=["--help"], **options)
-    known = sorted(set(re.findall(r"(?<!\S)--[a-z][\w.-]*", page.getvalue())))
-    raise UserError(f"{_one_line(box.getvalue(), known)} ({help_command} lists the options)")
-
-
-@contextlib.contextmanager
-def _unwrapped(helped: bool) -> Iterator[None]:
-    """Let tyro write long lines, unless it is help that it writes."""
-    before = os.environ.get("COLUMNS")
-    if not helped:
-        os.environ["COLUMNS"] = "10000"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("COLUMNS", None)
-        else:
-            os.environ["COLUMNS"] = before
-
-
-_PATTERNS: Mapping[str, str] = {
-    r"Error parsing (\S+): invalid literal for int\(\) with base 10: '(.*)'":
-        "{0} must be a whole number, got {1!r}",
-    r"Error parsing (\S+): could not convert string to float: '(.*)'":
-        "{0} must be a number, got {1!r}",
-    r"Error parsing (\S+): Could not find valid parse for arguments: \[(.*)\]":
-        "{0} cannot be made of {1}; several values stand apart, as in 0.1 0.05",
-    r"Missing value for argument '(\S+)'.*": "{0} needs a value",
-    r"Error parsing (--\S+): (.*)": "{0}: {1}",
-    r"Error parsing \S+: (.*)": "{0}",  # a config's own message, which names its key
-}  # fmt: skip
-
-
-def _one_line(box: str, known: list[str]) -> str:
-    """Return what a box of tyro's says above its first rule."""
-    from metarl.envs.errors import did_you_mean
-
-    text = re.sub(r"\x1b\[[\d;]*m", "", box)
-    sections: list[list[str]] = [[]]
-    for line in text.splitlines():
-        inner = line.strip("│ ")
-        if inner.strip("─-"):
-            sections[-1].append(inner)
-        else:
-            sections.append([])
-    # In a frame the title is in the frame; without, where output is no UTF-8, it is a section.
-    framed = text.startswith("╭")
-    said = sections[0][1:] if framed else sections[min(1, len(sections) - 1)]
-    line = " ".join(said)
-    if match := re.fullmatch(r"Unrecognized (?:options|arguments): (.*)", line):
-        words = match[1].split(", ")
-        option = next((word for word in words if word.startswith("-")), None)
-        if option is None:
-            if words[0].lower() not in ("true", "false"):
-                return f"{words[0]!r} is not expected here"
-            switch = next((name for name in known if re.search(r"\bno-", name)), "--no-NAME")
-            return f"{words[0]!r} is not expected here: a switch is turned off as in {switch}"
-        name = option.partition("=")[0]
-        # A section's switch is turned off by --section.no-name.
-        off = re.sub(r"^--no-(.*\.)", r"--\1no-", name)
-        return f"no option {name!r}{did_you_mean(off, known)}"
-    pattern = r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)\."
-    if match := re.fullmatch(pattern, line):
-        value, option, choices = match.groups()
-        names = re.findall(r"'([^']*)'", choices)
-        return f"{option} must be one of {', '.join(names)}, got {value!r}"
-    for pattern, message in _PATTERNS.items():
-        if match := re.fullmatch(pattern, line):
-            return message.format(*match.groups())
-    return line or "the command line cannot be read"

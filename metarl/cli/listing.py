@@ -97,8 +97,8 @@ def families(command: Families) -> int:
 
 def algorithms(command: Algorithms) -> int:
     """Run `metarl algorithms`."""
-    from metarl.algorithms.table import ALGORITHMS
+    from metarl.algorithms import algorithms as known
 
-    for row in ALGORITHMS.values():
-        say(f"{row.name:<18}{row.description}\n{'':<18}{row.source}")
+    for algorithm in known().values():
+        say(f"{algorithm.name:<18}{algorithm.summary}\n{'':<18}{algorithm.citation}")
     return 0

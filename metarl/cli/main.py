@@ -75,25 +75,28 @@ def _run(arguments: list[str]) -> int:
         raise UserError(
             f"no command {name!r}{did_you_mean(name, COMMANDS)} (commands: {', '.join(COMMANDS)})"
         )
-    import tyro
-
-    from metarl.cli.arguments import names_first
+    from metarl.cli.parsing import parse
 
     kind, function = command_of(name)
-    rest = names_first(arguments[1:], kind)
+    rest = arguments[1:]
     if hasattr(kind, "rewritten"):
         rest = kind.rewritten(rest)
-    if not {"-h", "--help"}.isdisjoint(rest):
-        _join_help_lines(kind)
-    default: Any = kind.starting(rest) if hasattr(kind, "starting") else tyro.MISSING_NONPROP
     text = COMMANDS[name][1]
-    command = errors.parse(
-        tyro.cli, kind, rest, default=default, prog=f"metarl {name}", description=text
-    )
+    common = {"prog": f"metarl {name}", "description": text}
+    if hasattr(kind, "starting"):
+        from metarl.cli.options import given, with_options
+
+        config = kind.starting(rest)
+        command = parse(with_options(kind, config), rest, **common)
+        command.config = kind.resolved(config, rest, given(command, config, rest))
+    else:
+        if not {"-h", "--help"}.isdisjoint(rest):
+            _join_help_lines(kind)
+        command = parse(kind, rest, **common)
     for module in IMPORTS.get(name, ()):
         importlib.import_module(f"metarl.{module}")
     with interruptible(), guard.restored():
-        return function(command.resolved(rest) if hasattr(command, "resolved") else command)
+        return function(command)
 
 
 def _join_help_lines(kind: Any) -> None:

@@ -223,7 +223,7 @@ def export(command: Export) -> int:
         family = meta.family
         usual = Export(what=command.what)
         adapts = (command.steps, command.options()) != (usual.steps, usual.options())
-        told = meta.algorithm.observes_task
+        told = meta.algorithm.task_conditioned
         if (adapts or told) and not command.task:
             names = " ".join(f"{name}=..." for name in family.tasks.names)
             why = "an oracle is told its task;" if told else "to adapt before it is exported,"
@@ -307,7 +307,7 @@ def film(
         def after(steps: int) -> Any:
             return meta.adapt(task, steps=steps, **options)
 
-        if meta.algorithm.observes_task:
+        if meta.algorithm.task_conditioned:
             policies = {"told its task": after(0)}
         else:
             policies = {"before adaptation": after(0), f"after {_steps(steps)}": after(steps)}

@@ -17,10 +17,10 @@ from metarl.cli.streams import say
 from metarl.config.options import default_workers
 from metarl.envs.errors import UserError
 from metarl.evaluation.tables import counted
-from metarl.runs.plain_json import json_text
+from metarl.plain_json import json_text
 
 if TYPE_CHECKING:
-    from metarl.distributed.process_group import Ranks
+    from metarl.distributed.process_group import ProcessGroup
     from metarl.evaluation.results import EvaluationResult
 
 
@@ -116,7 +116,7 @@ def evaluate(command: Evaluate) -> int:
     from metarl.distributed.process_group import LIMIT_SECONDS, joined
 
     limit = LIMIT_SECONDS if command.rank_timeout is None else command.rank_timeout
-    with joined(limit) as ranks, ranks.agreeing():
+    with joined(limit) as process_group, process_group.errors_shared():
         found = _evaluate(
             command.what,
             command.out,
@@ -134,7 +134,7 @@ def evaluate(command: Evaluate) -> int:
             scratch_learning_rate=command.scratch_learning_rate,
             threads=command.threads,
             workers=command.workers,
-            ranks=ranks,
+            process_group=process_group,
         )
     if found is None:
         return 0
@@ -156,7 +156,7 @@ def evaluate(command: Evaluate) -> int:
 
 
 def _evaluate(
-    what: Sequence[str], out: Path | None, ranks: Ranks | None = None, **options: Any
+    what: Sequence[str], out: Path | None, process_group: ProcessGroup | None = None, **options: Any
 ) -> tuple[EvaluationResult, list[Path]] | None:
     """Evaluate policies; leave the result and its pictures in the first one's folder, or out.
 
@@ -174,11 +174,13 @@ def _evaluate(
     (name, members), *others = groups.items()
     references = {key: list(other.values()) for key, other in others}
     seeds = list(members.values())
-    ranks = ranks or ALONE
+    process_group = process_group or ALONE
     if out is not None:
         check_place("--out", out)  # before anything is measured
-    result = evaluation.evaluate(seeds, references=references, name=name, ranks=ranks, **options)
-    if not ranks.is_main:
+    result = evaluation.evaluate(
+        seeds, references=references, name=name, process_group=process_group, **options
+    )
+    if not process_group.is_main:
         return None
     folder = results_folder(next(iter(members)), out)
     files = [folder / "evaluation.json"]

@@ -13,20 +13,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from metarl.cli.arguments import peek, said
+from metarl.cli.arguments import peek
 from metarl.cli.streams import note, say
-from metarl.config.options import Config, config_keys, default_workers
+from metarl.config.options import CHOICES, Config, default_workers
 from metarl.config.resolve import resolve, usual_preset
-from metarl.distributed.process_group import LIMIT_SECONDS, Ranks, joined
+from metarl.distributed.process_group import LIMIT_SECONDS, ProcessGroup, joined
 from metarl.envs.errors import UserError
 from metarl.envs.registry import (
     data_names,
-    is_supervised,
     make_family,
     option_defaults,
-    parse_options,
 )
-from metarl.runs.plain_json import json_text
+from metarl.plain_json import json_text
 from metarl.runs.stopping import Stop
 
 _AUTO = "auto"
@@ -34,9 +32,8 @@ _AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Options of `metarl train`."""
+    """Options of `metarl train`; those of the config are added by `with_options`."""
 
-    config: Annotated[Config, tyro.conf.arg(name="")]
     out: Path | None = None
     """New run folder; by default runs/FAMILY-PRESET-ALGORITHM-SEED."""
     resume: Path | None = None
@@ -44,8 +41,6 @@ class Train:
     continue the run in --out if there is one, else start it, for jobs that may be restarted."""
     start: Annotated[int | None, tyro.conf.arg(name="from")] = None
     """With --resume: iteration of the checkpoint to continue from; by default the newest."""
-    family_options: tuple[str, ...] = ()
-    """Options of the family, as name=value (metarl families lists them)."""
     rank_timeout: float = LIMIT_SECONDS
     """Under torchrun: seconds after which a rank that the others wait for is considered dead."""
 
@@ -55,58 +50,52 @@ class Train:
         return _family_flags(arguments)
 
     @staticmethod
-    def starting(arguments: Sequence[str]) -> Train:
-        """Return what the flags change: a preset's values, or those of the run that goes on."""
+    def starting(arguments: Sequence[str]) -> Config:
+        """Return the config that the flags change: a preset's, or that of the run to continue."""
         folder = peek(arguments, "--resume")
         if folder not in (None, _AUTO):
             from metarl.runs.folder import run_config
 
-            return Train(config=run_config(Path(folder)))
-        return Train(config=_starting_config(arguments, family=""))
+            return run_config(Path(folder))
+        return _starting_config(arguments, family="")
 
-    def resolved(self, arguments: Sequence[str]) -> Train:
-        """Return the command with a config that follows from what was said."""
-        options = parse_options(self.family_options)
-        if self.resume is None or self.resume == Path(_AUTO):
-            config = self.config
-            if not said(arguments, ("preset",)):  # the family may come after other words
-                config = dataclasses.replace(config, preset=usual_preset(config.family))
-            config = _resolved(config, arguments, options)
-        else:
-            options = {**self.config.family_options, **options}
-            config = dataclasses.replace(self.config, family_options=options)
-        return dataclasses.replace(self, config=config)
+    @staticmethod
+    def resolved(config: Config, arguments: Sequence[str], said: Mapping[str, Any]) -> Config:
+        """Return the config that follows from the options that were given."""
+        if peek(arguments, "--resume") in (None, _AUTO):
+            return _resolved(config, said)
+        options = {**config.family_options, **said.get("family_options", {})}
+        config = dataclasses.replace(config, family_options=options)
+        values = {k: v for k, v in said.items() if k in config.options()}
+        return config.with_options(values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Options of `metarl benchmark`."""
+    """Options of `metarl benchmark`; those of the config are added by `with_options`."""
 
-    config: Annotated[Config, tyro.conf.arg(name="")]
     repeats: int = 3
     """Iterations to measure, after one to warm up."""
     json: bool = False
     """Print one JSON object."""
-    family_options: tuple[str, ...] = ()
-    """Options of the family, as name=value."""
     rank_timeout: float = LIMIT_SECONDS
     """Under torchrun: seconds after which a rank that the others wait for is considered dead."""
 
     @staticmethod
-    def starting(arguments: Sequence[str]) -> Benchmark:
-        """Return what the flags change: a preset's values."""
+    def starting(arguments: Sequence[str]) -> Config:
+        """Return the config that the flags change: a preset's."""
         if arguments and arguments[0] in data_names():
             make_family(arguments[0])  # raises: there is no simulation to measure
-        config = _starting_config(arguments, family="half-cheetah-dir", preset="pearl2019")
-        return Benchmark(config=config)
+        return _starting_config(arguments, family="half-cheetah-dir", preset="pearl2019")
 
-    def resolved(self, arguments: Sequence[str]) -> Benchmark:
-        """Return the command with a config that follows from what was said."""
-        for key in said(arguments, ("iterations", "checkpoint_every")):
-            flag = f"--{key.replace('_', '-')}"
-            raise UserError(f"{flag} changes nothing here: --repeats says how many are measured")
-        config = _resolved(self.config, arguments, parse_options(self.family_options))
-        return dataclasses.replace(self, config=config)
+    @staticmethod
+    def resolved(config: Config, arguments: Sequence[str], said: Mapping[str, Any]) -> Config:
+        """Return the config that follows from the options that were given."""
+        for key in ("iterations", "checkpoint_every"):
+            if key in said:
+                flag = f"--{key.replace('_', '-')}"
+                raise UserError(f"{flag} has no effect: --repeats says how many are measured")
+        return _resolved(config, said)
 
 
 def _family_flags(arguments: Sequence[str]) -> list[str]:
@@ -142,23 +131,22 @@ def _starting_config(arguments: Sequence[str], *, family: str, preset: str = "")
     family = next((a for a in arguments[:1] if not a.startswith("-")), family)
     algorithm = peek(arguments, "--algorithm") or "maml-trpo"
     named = peek(arguments, "--preset") or preset or usual_preset(family)
-    return resolve(
-        None if named == "None" else named, family, algorithm, {"workers": default_workers()}
-    )
+    chosen = {name: peek(arguments, f"--{name}") for name in CHOICES}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    config = resolve(None if named == "None" else named, family, algorithm, chosen)
+    return dataclasses.replace(config, workers=default_workers())
 
 
-def _resolved(parsed: Config, arguments: Sequence[str], options: Mapping[str, Any]) -> Config:
+def _resolved(start: Config, said: Mapping[str, Any]) -> Config:
     """Return the config of the values that were given, and what follows from them."""
-    apart = ("family", "preset", "algorithm", "family_options")
-    free = [key for key in config_keys(parsed) if key not in apart]
-    values: dict[str, Any] = {"workers": parsed.workers, "family_options": options}
-    for key in said(arguments, free):
-        section, dot, name = key.rpartition(".")
-        values[key] = getattr(getattr(parsed, section) if dot else parsed, name)
-    return resolve(parsed.preset, parsed.family, parsed.algorithm, values)
+    apart = ("family", "preset", "algorithm")
+    values = {key: value for key, value in said.items() if key not in apart}
+    if "workers" in start.options():
+        values.setdefault("workers", start.workers)
+    return resolve(start.preset, start.family, start.algorithm.source, values)
 
 
-def train(command: Train) -> int:
+def train(command: Any) -> int:
     """Run `metarl train`."""
     config = command.config
     if not config.family:
@@ -170,16 +158,19 @@ def train(command: Train) -> int:
     if resume is None and command.start is not None:
         raise UserError(f"--from {command.start} needs the run: --resume FOLDER")
     name = config.family.replace(":", "-")
-    parts = (name, config.preset or "default", config.algorithm, str(config.seed))
+    algorithm = config.algorithm.name.replace(":", "-")
+    parts = (name, config.preset or "default", algorithm, str(config.seed))
     folder = resume or command.out or Path("runs") / "-".join(parts)
-    with joined(command.rank_timeout) as ranks:
-        return _train(command, folder, "auto" if auto else resume is not None, ranks)
+    with joined(command.rank_timeout) as process_group:
+        return _train(command, folder, "auto" if auto else resume is not None, process_group)
 
 
-def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: Ranks) -> int:
+def _train(
+    command: Any, folder: Path, resume: bool | Literal["auto"], process_group: ProcessGroup
+) -> int:
     from tqdm import tqdm
 
-    from metarl.algorithms.table import find_algorithm
+    from metarl.algorithms import find_algorithm
     from metarl.training import trainer
 
     config = command.config
@@ -201,20 +192,18 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
         bar.update()
 
     def tell(line: str, show: Callable[[str], object] = say) -> None:
-        if ranks.is_main:
+        if process_group.is_main:
             show(line)
-
-    supervised = is_supervised(config.family, config.family_options)
 
     def started() -> None:
         preset = f", preset {config.preset}," if config.preset else ""
-        tell(f"{config.algorithm} on {config.family}{preset} in {folder}", note)
-        bounded = find_algorithm(config.algorithm).outer == "trust-region"
-        if bounded and supervised:
-            tell("the outer step is Adam's: a trust region is a policy's", note)
+        tell(f"{config.algorithm.name} on {config.family}{preset} in {folder}", note)
+        usual = find_algorithm(config.algorithm.source or config.algorithm).outer.name
+        if config.outer.name != usual:
+            tell(f"the outer optimizer is {config.outer.name} instead of {usual}", note)
 
     signals = (signal.SIGINT, signal.SIGTERM)
-    with Stop(signals, _leave, quiet=not ranks.is_main) as stop:
+    with Stop(signals, _leave, quiet=not process_group.is_main) as stop:
         try:
             meta = trainer.train(
                 config,
@@ -225,7 +214,7 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
                 notice=note,
                 start=command.start,
                 started=started,
-                ranks=ranks,
+                process_group=process_group,
             )
         finally:
             if bar is not None:
@@ -235,11 +224,10 @@ def _train(command: Train, folder: Path, resume: bool | Literal["auto"], ranks: 
         again = f"metarl train --resume {quote(str(folder))}"
         tell(f"stopped after iteration {done}; continue with: {again}")
         return 128 + (stop.signal or signal.SIGTERM)  # on another rank, if not on this one
-    if ranks.is_main and bar is None:
+    if process_group.is_main and bar is None:
         tell(f"nothing to do: {folder} has its {done} iterations; give more with --iterations")
         return 0
-    sampled = "examples" if supervised else "env steps"
-    tell(f"done: {done} iterations, {meta.provenance['env_steps']:,} {sampled}")
+    tell(f"done: {done} iterations, {meta.provenance['env_steps']:,} {config.domain.unit}")
     tell(f"next: metarl evaluate {quote(str(folder))}")
     return 0
 
@@ -248,12 +236,12 @@ def _leave(number: int) -> None:
     os._exit(128 + number)
 
 
-def benchmark(command: Benchmark) -> int:
+def benchmark(command: Any) -> int:
     """Run `metarl benchmark`."""
     from metarl.evaluation import benchmark as measuring
 
-    with joined(command.rank_timeout) as ranks:
-        result = measuring.benchmark(command.config, command.repeats, ranks)
-        if ranks.is_main:
+    with joined(command.rank_timeout) as process_group:
+        result = measuring.benchmark(command.config, command.repeats, process_group)
+        if process_group.is_main:
             say(json_text(result, indent=2) if command.json else measuring.table(result))
     return 0

@@ -1,4 +1,4 @@
-"""What a run is made of: frozen, validated where declared. The field texts are the flags' help."""
+"""The config of a run: its own options, and those of the parts that it is made of."""
 
 from __future__ import annotations
 
@@ -7,152 +7,27 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from functools import cached_property
+from typing import Any, ClassVar
 
-import tyro
-
+from metarl.algorithms import Algorithm, find_algorithm
+from metarl.algorithms.outer_optimizers import find_outer
 from metarl.distributed.process_group import local_ranks
-from metarl.envs.errors import UserError, check_one_of, did_you_mean
-from metarl.learning.advantages import AdvantageConfig
-from metarl.learning.first_order import AdamConfig
-from metarl.learning.trust_region import TrustRegionConfig
-from metarl.models.networks import Activation
-from metarl.runs.plain_json import plain
+from metarl.domains.domain import Domain, NetworkOptions
+from metarl.domains.lookup import DOMAINS, domain_named
+from metarl.domains.reinforcement import PolicyOptions
+from metarl.envs.errors import UserError, did_you_mean
+from metarl.learning.advantages import Advantages
+from metarl.learning.baselines import Baseline
+from metarl.learning.inner_update import InnerUpdate
+from metarl.learning.meta_gradients.problem import MetaGradient
+from metarl.learning.outer import OuterOptimizer
+from metarl.parts import Part, converted
+from metarl.plain_json import plain
 from metarl.sampling.spaces import ActionMode
 
-Network = Literal["auto", "mlp", "nature", "impala", "conv4"]
-InnerLoss = Literal["auto", "log-likelihood", "likelihood-ratio"]
-_CHOICES = {
-    "policy.network": Network,
-    "policy.activation": Activation,
-    "policy.action": ActionMode,
-    "inner.loss": InnerLoss,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyConfig:
-    """The policy: an MLP gives a Gaussian's mean, or the logits of Discrete actions."""
-
-    network: Network = "auto"
-    """Network before the hidden layers. For image observations (uint8): nature, the Nature CNN, or
-    impala, a small residual network. auto: none for vectors, nature for images of at least 36 x 36
-    pixels, impala for smaller ones. In few-shot classification: conv4, the papers' four blocks, or
-    mlp."""
-    filters: int = 64
-    """Filters in each block of conv4."""
-
-    hidden: tuple[int, ...] = (64, 64)
-    """Sizes of the hidden layers."""
-    activation: Activation = "tanh"
-    """Activation of the hidden layers."""
-    initial_std: float = 1.0
-    """Standard deviation of the actions at the start."""
-    min_std: float = 1e-6
-    """Smallest standard deviation of the actions."""
-    context: int = 8
-    """Size of the context vector, where the algorithm adapts one (CAVIA)."""
-    action: ActionMode = "clip"
-    """How actions are fitted to the environment's bounds: clip cuts them off there; scale maps
-    [-1, 1] onto the bounds first."""
-    normalize: bool = False
-    """Scale observations by their running mean and standard deviation."""
-    output_scale: float = 1.0
-    """Factor of the last layer's initial weights. With a small one, mean actions start near zero,
-    within the bounds, for every seed."""
-
-    def __post_init__(self) -> None:
-        for name in ("network", "activation", "action"):
-            _one_of(f"policy.{name}", getattr(self, name))
-        if any(not isinstance(size, int) or size < 1 for size in self.hidden):
-            raise UserError(
-                f"policy.hidden sizes must be whole numbers of at least 1, got {self.hidden}"
-            )
-        if self.filters < 1:
-            raise UserError(f"policy.filters must be at least 1, got {self.filters}")
-        if self.context < 1:
-            raise UserError(f"policy.context must be at least 1, got {self.context}")
-        for name in ("initial_std", "min_std", "output_scale"):
-            _positive(f"policy.{name}", getattr(self, name))
-        if self.min_std > self.initial_std:
-            raise UserError(
-                f"policy.min_std must not be above policy.initial_std, {self.initial_std}, got"
-                f" {self.min_std}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class InnerConfig:
-    """How one task adapts."""
-
-    steps: int = 1
-    """Gradient steps per task in training, each on fresh episodes."""
-    step_sizes: tuple[float, ...] = (0.1,)
-    """Size of each inner step; steps beyond those given repeat the last."""
-    test_step_sizes: tuple[float, ...] = ()
-    """Size of each inner step in evaluation; by default those learned, else those of training."""
-    loss: InnerLoss = "auto"
-    """Inner loss: log-likelihood, as in MAML's paper; likelihood-ratio, of the same gradient and
-    low-variance curvature, which credits what was sampled before the step; auto: the
-    algorithm's."""
-    updates: int = 1
-    """Gradient steps on each batch of episodes; more than one need an inner loss with likelihood
-    ratios."""
-    kl: float = 0.0
-    """Lower bound on the mean KL of the first inner step: if --inner.step-sizes move policies less,
-    training scales them all up to it, and the policy keeps the factor; 0: off."""
-    proximal: float = 0.0
-    """Strength of the pull towards the initialization (iMAML's lambda)."""
-    backtrack: bool = False
-    """Take no update of iMAML that raises a task's inner objective, and halve its later ones."""
-    dice_decay: float = 1.0
-    """Discount of earlier actions' scores at later time steps (lambda of loaded DiCE): 1 is
-    unbiased, smaller values have less variance."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise UserError(f"inner.steps must not be negative, got {self.steps}")
-        _one_of("inner.loss", self.loss)
-        if self.updates < 1:
-            raise UserError(f"inner.updates must be at least 1, got {self.updates}")
-        for name in ("kl", "proximal"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0.0):
-                raise UserError(f"inner.{name} must not be negative, got {value}")
-        if not 0.0 <= self.dice_decay <= 1.0:
-            raise UserError(f"inner.dice_decay must be within [0, 1], got {self.dice_decay}")
-        if not self.step_sizes:
-            raise UserError("inner.step_sizes must not be empty")
-        for name in ("step_sizes", "test_step_sizes"):
-            for size in getattr(self, name):
-                _positive(f"inner.{name}", size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetaConfig:
-    """What algorithms add to the meta-objective."""
-
-    credit: float = 0.0
-    """Weight of the term that credits pre-update sampling for the post-update return (E-MAML)."""
-    inner_kl: float = 0.0
-    """Weight of the penalty on the KL from the policies that drew the support samples (ProMP)."""
-    curvature: float = 1.0
-    """Share of the inner steps' curvature in the meta-gradient: 1 is exact, 0 of first order."""
-    anneal_fraction: float = 0.0
-    """Share of the run in which the losses of earlier inner steps fade out and the meta-gradient is
-    of first order; afterwards it is of second order (MAML++)."""
-    cosine: bool = False
-    """Decay Adam's learning rate (MAML++) or the trust region's `max_kl` along a cosine to zero at
-    the end of the run."""
-
-    def __post_init__(self) -> None:
-        for name in ("credit", "inner_kl"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"meta.{name} must not be negative, got {value}")
-        for name in ("curvature", "anneal_fraction"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UserError(f"meta.{name} must be within [0, 1], got {getattr(self, name)}")
+CHOICES = {"outer": find_outer}
+"""Parts that are options themselves, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,16 +38,16 @@ class Config:
         UserError: a value is out of range.
     """
 
-    family: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[FAMILY]")] = ""
+    family: str = ""
     """Task family: a name that `metarl families` lists, or module:attribute of your own."""
-    family_options: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+    family_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the family; --family-options on the command line."""
     preset: str | None = None
-    """Preset that sets the defaults: metarl2026, icml2017, promp2019, pearl2019, or reptile2018 for
-    sinusoids; None takes none. If this flag is not given, metarl train takes metarl2026 on
-    half-cheetah-dir, half-cheetah-vel, ant-dir, ant-vel and navigation-2d."""
-    algorithm: str = "maml-trpo"
-    """Meta-learning algorithm (metarl algorithms lists them)."""
+    """Preset that sets the defaults; None takes none."""
+    algorithm: Algorithm = field(default_factory=lambda: find_algorithm("maml-trpo"))
+    """Meta-learning algorithm: a name that `metarl algorithms` lists, or module:attribute of your
+    own. Its parts have the options inner.*, meta.*, outer.*, advantage.* and baseline.*."""
+    policy: NetworkOptions = field(default_factory=PolicyOptions)
     iterations: int = 100
     """Meta-iterations in total, including those before a resume."""
     tasks: int = 40
@@ -184,12 +59,6 @@ class Config:
     """Episodes per task, for each inner step and for the outer step."""
     seed: int = 0
     """Seed of all random numbers."""
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    inner: InnerConfig = field(default_factory=InnerConfig)
-    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
-    meta: MetaConfig = field(default_factory=MetaConfig)
-    trust_region: TrustRegionConfig = field(default_factory=TrustRegionConfig)
-    adam: AdamConfig = field(default_factory=AdamConfig)
     threads: int = field(default_factory=lambda: available_threads())
     """Threads for the physics and for the update; results do not depend on their number."""
     workers: int = 0
@@ -202,107 +71,183 @@ class Config:
     checkpoint_every: int = 10
     """Iterations between checkpoints that are kept; the newest one is always kept."""
 
+    own: ClassVar[tuple[str, ...]] = (
+        "iterations", "tasks", "stratified", "episodes", "seed", "threads", "workers",
+        "worker_timeout", "device", "checkpoint_every",
+    )  # fmt: skip
+    """Options of the run itself."""
+
     def __post_init__(self) -> None:
         for name in ("iterations", "tasks", "episodes", "threads", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.workers < 0:
-            raise UserError(f"workers must not be negative, got {self.workers}")
-        _positive("worker_timeout", self.worker_timeout)
-        if self.seed < 0:
-            raise UserError(f"seed must not be negative, got {self.seed}")
+        for name in ("workers", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0.0 < self.worker_timeout < math.inf:
+            raise UserError(f"worker_timeout must be positive, got {self.worker_timeout}")
         # As a file of the run gives them back: a tuple is a list there.
         object.__setattr__(self, "family_options", plain(self.family_options))
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the config as plain JSON values."""
-        return plain(dataclasses.asdict(self))
+    @property
+    def inner(self) -> InnerUpdate:
+        """The algorithm's inner update."""
+        return self.algorithm.inner
 
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Config:
-        """Return the config that `to_json` wrote.
+    @property
+    def meta(self) -> MetaGradient:
+        """The algorithm's meta-gradient."""
+        return self.algorithm.meta
+
+    @property
+    def outer(self) -> OuterOptimizer:
+        """The algorithm's outer optimizer."""
+        return self.algorithm.outer
+
+    @property
+    def advantage(self) -> Advantages | None:
+        """How advantages are estimated; None on data sets."""
+        return self.algorithm.advantage
+
+    @property
+    def baseline(self) -> Baseline | None:
+        """The baseline; None on data sets."""
+        return self.algorithm.baseline
+
+    @property
+    def domain(self) -> Domain:
+        """Reinforcement or supervised learning."""
+        return DOMAINS["reinforcement" if self.policy.policies else "supervised"]
+
+    @property
+    def action_mode(self) -> ActionMode:
+        """How a policy's actions are fitted to the environment's bounds."""
+        assert isinstance(self.policy, PolicyOptions)
+        return self.policy.action
+
+    @property
+    def hidden_options(self) -> tuple[str, ...]:
+        """Options of the run that do not exist for its family."""
+        return () if self.policy.policies else ("episodes", "workers", "worker_timeout")
+
+    def sections(self) -> dict[str, Part]:
+        """Return the parts that have options, by the section of their keys."""
+        return {"policy": self.policy, **self.algorithm.sections()}
+
+    def options(self) -> dict[str, Any]:
+        """Return every option's value by key, those of parts as "inner.steps"."""
+        values = {k: getattr(self, k) for k in self.own if k not in self.hidden_options}
+        for name, part in self.sections().items():
+            if name in CHOICES:
+                values[name] = part.name  # type: ignore[attr-defined]
+            values |= {part.key(option): value for option, value in part.options().items()}
+        return values
+
+    def with_options(self, values: Mapping[str, Any], *, known_only: bool = False) -> Config:
+        """Return the config with other values by key.
+
+        Args:
+            known_only: leave out the values of options that the config does not have.
 
         Raises:
-            UserError: a key is unknown, or a value is not allowed.
+            UserError: an option is unknown, or a value is of another type or out of range.
         """
-        parts = {
-            "policy": PolicyConfig,
-            "inner": InnerConfig,
-            "advantage": AdvantageConfig,
-            "meta": MetaConfig,
-            "trust_region": TrustRegionConfig,
-            "adam": AdamConfig,
-        }
-        values = _renamed(data)
-        for name, kind in parts.items():
-            values[name] = _build(kind, values.get(name, {}), f"{name}.")
-        return _build(Config, values, "")
+        config = self
+        for name, find in CHOICES.items():  # a part first, then its options
+            if name in values and values[name] != getattr(config, name).name:
+                part = find(values[name])
+                algorithm = dataclasses.replace(config.algorithm, **{name: part})
+                algorithm = domain_named(config.family, config.family_options).algorithm(
+                    algorithm, config.family
+                )
+                config = dataclasses.replace(config, algorithm=algorithm)
+        known = config.options()
+        changed: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            if key in CHOICES or (key not in known and known_only):
+                continue
+            if key not in known:
+                raise UserError(f"unknown option {key!r}{did_you_mean(key, known)}")
+            section, _, name = key.rpartition(".")
+            changed.setdefault(section, {})[name] = value
+        run = {k: converted(k, v, known[k]) for k, v in changed.pop("", {}).items()}
+        policy = config.policy.with_options(changed.pop("policy", {}))
+        parts = {name: getattr(config, name).with_options(v) for name, v in changed.items()}
+        return dataclasses.replace(
+            config, policy=policy, algorithm=dataclasses.replace(config.algorithm, **parts), **run
+        )
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the config as plain JSON values."""
+        return plain(
+            {
+                "family": self.family,
+                "family_options": self.family_options,
+                "preset": self.preset,
+                "algorithm": self.algorithm.source if self.is_named else self.algorithm.name,
+                "named": self.is_named,
+                "options": self.options(),
+            }
+        )
 
-def config_keys(config: Config) -> list[str]:
-    """Return every key of a config, those of its sections as "inner.steps"."""
-    keys = []
-    for f in dataclasses.fields(config):
-        part = getattr(config, f.name)
-        inside = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
-        keys += [f"{f.name}.{g.name}" for g in inside] or [f.name]
-    return keys
+    @cached_property
+    def is_named(self) -> bool:
+        """Whether the algorithm is found again by its name."""
+        source = self.algorithm.source
+        if not source:
+            return False
+        found = Config.of(self.family, source, self.family_options)
+        return found.with_options(self.options()).algorithm == self.algorithm
 
+    @staticmethod
+    def from_json(data: Mapping[str, Any], algorithm: Algorithm | None = None) -> Config:
+        """Return the config that `to_json` wrote.
 
-def check_type(key: str, value: Any, like: Any) -> None:
-    """Raise UserError unless a value is of the kind that `like`, the key's usual value, is of."""
-    kinds: dict[type, tuple[str, tuple[type, ...]]] = {
-        bool: ("True or False", (bool,)),
-        int: ("a whole number", (int,)),
-        float: ("a number", (int, float)),
-        str: ("a text", (str,)),
-        tuple: ("numbers", (tuple, list)),
-    }
-    said, allowed = kinds.get(type(like), ("", (object,)))
-    inside = value if isinstance(like, tuple) and isinstance(value, (tuple, list)) else ()
-    good = isinstance(value, allowed) and isinstance(value, bool) <= isinstance(like, bool)
-    if not good or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in inside):
-        raise UserError(f"{key} must be {said}, got {value!r}")
+        Args:
+            algorithm: the run's, if it has no name that can be imported.
 
+        Raises:
+            UserError: the algorithm or an option is unknown, or a value is not allowed.
+        """
+        for key in ("family", "algorithm", "options"):
+            if key not in data:
+                raise UserError(f"the config has no {key!r}")
+        if algorithm is None and not data.get("named", True):
+            raise UserError(
+                f"the algorithm {data['algorithm']} was given as an object and cannot be imported:"
+                " pass it again, or train with --algorithm module:attribute"
+            )
+        base = Config.of(
+            data["family"],
+            algorithm or data["algorithm"],
+            data.get("family_options", {}),
+            data.get("preset"),
+        )
+        return base.with_options(data["options"])
 
-def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stored config's values by the keys of today."""
-    values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
-    adam, meta = values.get("adam", {}), values.get("meta", {})
-    if "epochs" in adam:
-        adam["steps"] = adam.pop("epochs")
-    if "anneal" in meta:  # iterations, as those of `decay`
-        total = values.get("iterations", Config.iterations)
-        meta["anneal_fraction"] = min(meta.pop("anneal") / total, 1.0)
-    if "decay" in meta:
-        meta["cosine"] = meta.pop("decay") > 0
-    # It did next to nothing: what it was to add had been fitted to be 0 at the horizon.
-    values.get("advantage", {}).pop("bootstrap", None)
-    return values
-
-
-def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
-    known = {f.name for f in dataclasses.fields(kind)}
-    usual = kind()
-    for name, value in values.items():
-        if name not in known:
-            raise UserError(f"no config key {prefix + name!r}{did_you_mean(name, known)}")
-        check_type(prefix + name, value, getattr(usual, name))
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def _one_of(key: str, value: Any) -> None:
-    check_one_of(key, value, get_args(_CHOICES[key]))
-
-
-def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0.0):
-        raise UserError(f"{name} must be positive, got {value}")
+    @staticmethod
+    def of(
+        family: str,
+        algorithm: str | Algorithm,
+        family_options: Mapping[str, Any] | None = None,
+        preset: str | None = None,
+    ) -> Config:
+        """Return the config of the defaults of an algorithm on a family."""
+        domain = domain_named(family, family_options)
+        return Config(
+            family=family,
+            family_options=family_options or {},
+            preset=preset,
+            algorithm=domain.algorithm(find_algorithm(algorithm), family),
+            policy=domain.network_options(),
+        )
 
 
 def available_threads() -> int:
-    """Return the processors this process may use, container limits included; of several ranks on
-    the machine each has its share."""
+    """Return the processors this process may use, container limits included.
+
+    Several processes of a group on one machine share them.
+    """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         with open("/sys/fs/cgroup/cpu.max", encoding="utf-8") as file:
@@ -315,7 +260,6 @@ def available_threads() -> int:
 
 
 def default_workers() -> int:
-    """Return the processors there are, 0 for one: for a command, which unlike a script can always
-    start workers."""
+    """Return the number of workers of a command, which unlike a script can always start them."""
     processors = available_threads()
     return processors if processors > 1 else 0

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from metarl.distributed.process_group import ALONE, Ranks
+from metarl.distributed.process_group import ALONE, ProcessGroup
 from metarl.envs.errors import UserError
 
 X = TypeVar("X")
@@ -24,11 +24,11 @@ Y = TypeVar("Y")
 class ChunkPool:
     """Maps a function over chunks on `threads` threads (1: in the calling thread)."""
 
-    def __init__(self, threads: int = 1, ranks: Ranks = ALONE) -> None:
+    def __init__(self, threads: int = 1, process_group: ProcessGroup = ALONE) -> None:
         if threads < 1:
             raise UserError(f"threads must be at least 1, got {threads}")
         self.threads = threads
-        self.ranks = ranks
+        self.process_group = process_group
         self._executor = (
             ThreadPoolExecutor(threads, "metarl", initializer=torch.set_num_threads, initargs=(1,))
             if threads > 1

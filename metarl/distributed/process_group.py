@@ -48,7 +48,7 @@ LIMIT_SECONDS = 900.0
 """Longest time to wait for the other ranks."""
 
 
-class RanksError(UserError):
+class ProcessGroupError(UserError):
     """The ranks cannot go on together: one was lost, or did not come in time."""
 
 
@@ -63,7 +63,7 @@ class Traffic:
     """Those in which it waited for the others included."""
 
 
-class Ranks:
+class ProcessGroup:
     """One process: what all ranks do together is what it does alone."""
 
     rank = 0
@@ -122,10 +122,10 @@ class Ranks:
         return value
 
     def check_same(self, vector: Tensor) -> None:
-        """Raise RanksError on all ranks where one holds other bits than rank 0 sends."""
+        """Raise ProcessGroupError on all ranks where one holds other bits than rank 0 sends."""
 
     @contextlib.contextmanager
-    def agreeing(self) -> Iterator[None]:
+    def errors_shared(self) -> Iterator[None]:
         """What is raised within on one rank is raised on all, at their next collective.
 
         The end is a collective too. Of several errors all raise that of the first rank; on others
@@ -134,7 +134,7 @@ class Ranks:
         yield
 
 
-ALONE = Ranks()
+ALONE = ProcessGroup()
 """This process, for what is not shared with others."""
 
 
@@ -150,7 +150,7 @@ class _Step(IntEnum):
     CHECK = 6
 
 
-class TorchRanks(Ranks):
+class TorchProcessGroup(ProcessGroup):
     """The processes of torch.distributed's default group, which must be gloo's.
 
     Args:
@@ -207,16 +207,16 @@ class TorchRanks(Ranks):
             self._wait(dist.broadcast(sent, 0, async_op=True))
         same = self._meet(_Step.COUNT, int(sent.numpy().tobytes() == vector.numpy().tobytes()))
         if not all(same):
-            raise RanksError(
+            raise ProcessGroupError(
                 f"rank {same.index(0)} holds other parameters than rank 0: are their processors and"
                 " versions the same?"
             )
 
     @contextlib.contextmanager
-    def agreeing(self) -> Iterator[None]:
+    def errors_shared(self) -> Iterator[None]:
         try:
             yield
-        except RanksError:
+        except ProcessGroupError:
             raise  # all have it, or there is no one left to tell
         except Exception as error:
             if error is not self._agreed:
@@ -244,7 +244,7 @@ class TorchRanks(Ranks):
             raise found
         if len(set(steps)) > 1:
             names = ", ".join(f"{r}: {_Step(s).name}" for r, s in enumerate(steps))
-            raise RanksError(f"the ranks went different ways ({names})")
+            raise ProcessGroupError(f"the ranks went different ways ({names})")
         return [count for _, count in told]
 
     def _exchange(
@@ -286,11 +286,13 @@ class TorchRanks(Ranks):
             waited = time.perf_counter() - start
             who = f"rank {self.rank} of {self.size}"
             if waited >= 0.9 * self.limit:
-                raise RanksError(
+                raise ProcessGroupError(
                     f"{who} waited {self.limit:g} s for the others, one of which hangs; give a"
                     " longer --rank-timeout if they take that long"
                 ) from error
-            raise RanksError(f"{who} lost another, which has ended or cannot be reached") from error
+            raise ProcessGroupError(
+                f"{who} lost another, which has ended or cannot be reached"
+            ) from error
         finally:
             self.traffic.calls += 1
             self.traffic.bytes += sent
@@ -317,20 +319,20 @@ def device_of(device: str) -> str:
 
 
 @contextlib.contextmanager
-def joined(limit: float = LIMIT_SECONDS) -> Iterator[Ranks]:
+def joined(limit: float = LIMIT_SECONDS) -> Iterator[ProcessGroup]:
     """Give the ranks that torchrun started, or this process alone.
 
     Args:
         limit: seconds to wait for the others in a collective.
 
     Raises:
-        RanksError: not all of them came.
+        ProcessGroupError: not all of them came.
     """
     if not (limit > 0.0 and limit < float("inf")):
         raise UserError(f"rank_timeout must be positive, got {limit}")
     rank, size = (int(os.environ.get(name, "1")) for name in ("RANK", "WORLD_SIZE"))
     if size == 1:
-        yield Ranks()
+        yield ProcessGroup()
         return
     try:
         wait = timedelta(seconds=limit)
@@ -339,9 +341,11 @@ def joined(limit: float = LIMIT_SECONDS) -> Iterator[Ranks]:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise RanksError(f"rank {rank} of {size} did not find the others: {reason}") from error
+        raise ProcessGroupError(
+            f"rank {rank} of {size} did not find the others: {reason}"
+        ) from error
     try:
-        yield TorchRanks(limit)
+        yield TorchProcessGroup(limit)
     finally:
         dist.destroy_process_group()
 

@@ -29,23 +29,25 @@ from numpy.typing import NDArray
 
 from metarl.config.options import Config, available_threads
 from metarl.distributed.chunk_pool import ChunkPool
-from metarl.distributed.process_group import ALONE, Ranks
+from metarl.distributed.process_group import ALONE, ProcessGroup
+from metarl.domains.reinforcement import Environments
 from metarl.envs import GymnasiumFamily, MujocoFamily, TaskFamily
 from metarl.envs.errors import UserError
 from metarl.envs.seeds import foreign_seed
 from metarl.learning.settings import own_settings
-from metarl.learning.trajectories import Rollout
 from metarl.models.networks import Params, stack
 from metarl.models.policies import MLPPolicy
 from metarl.runs.checkpoints import machine, versions
-from metarl.sampling.rollouts import Address
+from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.spaces import env_action
+from metarl.sampling.trajectories import Rollout
 from metarl.sampling.workers import make_collector
-from metarl.training.sources import Environments
 from metarl.training.trainer import Trainer
 
 
-def benchmark(config: Config, repeats: int = 3, ranks: Ranks = ALONE) -> dict[str, Any]:
+def benchmark(
+    config: Config, repeats: int = 3, process_group: ProcessGroup = ALONE
+) -> dict[str, Any]:
     """Run one warm-up iteration and `repeats` measured ones; return rates, seconds and memory.
 
     Rates are env steps a second of all ranks, seconds and memory those of this one; medians over
@@ -54,17 +56,19 @@ def benchmark(config: Config, repeats: int = 3, ranks: Ranks = ALONE) -> dict[st
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
     rows: list[dict[str, Any]] = []
-    with ranks.agreeing(), Trainer(config, ranks) as trainer:
+    with process_group.errors_shared(), Trainer(config, process_group) as trainer:
         family = _environments(trainer).family
         trainer.iterate()
         for _ in range(repeats):
             seen: list[Rollout] = []
-            before = dataclasses.replace(ranks.traffic)
+            before = dataclasses.replace(process_group.traffic)
             row = trainer.iterate(on_rollouts=seen.extend)
-            row["calls"] = ranks.traffic.calls - before.calls
-            row["bytes"] = ranks.traffic.bytes - before.bytes
-            row["steps"] = ranks.total(sum(rollout.env_steps for rollout in seen))
-            address = Address(config.seed, row["iteration"] - 1, first_task=trainer.block.start)
+            row["calls"] = process_group.traffic.calls - before.calls
+            row["bytes"] = process_group.traffic.bytes - before.bytes
+            row["steps"] = process_group.total(sum(rollout.env_steps for rollout in seen))
+            address = RandomKey(
+                config.seed, row["iteration"] - 1, first_task=trainer.source.block.start
+            )
             row["seconds_ceiling"] = sum(
                 replay(trainer, rollout, dataclasses.replace(address, inner_step=k))
                 for k, rollout in enumerate(seen)
@@ -83,21 +87,21 @@ def benchmark(config: Config, repeats: int = 3, ranks: Ranks = ALONE) -> dict[st
     collect, train = rate("seconds_rollout"), rate("seconds_iteration")
     phases = sorted({key for row in rows for key in row if key.startswith("seconds_")})
     # After the trainer's own workers have ended.
-    alone = ranks.size == 1 and not family.parallel
+    alone = process_group.size == 1 and not family.parallel
     processes = _compare_processes(trainer, repeats) if alone else None
     result: dict[str, Any] = {
         "machine": machine(),
         "versions": versions(),
-        "ranks": ranks.size,
+        "ranks": process_group.size,
         "threads": config.threads,
         "family": config.family,
         "preset": config.preset,
-        "algorithm": config.algorithm,
+        "algorithm": config.algorithm.name,
         "tasks": config.tasks,
         "episodes": config.episodes,
         "horizon": family.horizon,
         "hidden": list(config.policy.hidden),
-        "fisher_fraction": config.trust_region.fisher_fraction,
+        "fisher_fraction": getattr(config.outer, "fisher_fraction", None),
         "repeats": repeats,
         "ceiling_env_steps_per_second": ceiling,
         "collect_env_steps_per_second": collect,
@@ -135,7 +139,7 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
     source, config = _environments(trainer), trainer.config
     family, policy = source.family, source.model
     count, episodes = 8, 5
-    tasks, address = family.tasks.grid(count), Address(config.seed)
+    tasks, address = family.tasks.grid(count), RandomKey(config.seed)
     adapter = trainer.inner_loop.adapter
     fast, slow, _ = adapter.split(trainer.state.params)
     params = adapter.params(stack(fast, count), slow, count)
@@ -150,7 +154,7 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
         closing.callback(vector.close)
         collectors = {
             name: make_collector(
-                family, policy, count, episodes, ChunkPool(1), config.policy.action,
+                family, policy, count, episodes, ChunkPool(1), config.action_mode,
                 workers=number, timeout=config.worker_timeout,
             )
             for name, number in (("one_process", 0), ("workers", workers))
@@ -193,13 +197,13 @@ def loop_seconds(
     family: TaskFamily,
     envs: Sequence[gym.Env],
     rollout: Rollout,
-    address: Address,
+    address: RandomKey,
     config: Config,
 ) -> float:
     """Return the seconds of an env step where a plain loop takes a rollout's actions."""
     episodes = rollout.valid.shape[1]
     actions = [
-        env_action(action.numpy(), env.action_space, config.policy.action)
+        env_action(action.numpy(), env.action_space, config.action_mode)
         for env, action in zip(envs, rollout.action, strict=True)
     ]
     lengths = rollout.valid.sum(-1).tolist()
@@ -227,7 +231,7 @@ def _step_all(
 ) -> int:
     """Step a vector environment with the policy, all recorded, and return the env steps."""
     episodes = env.num_envs // tasks
-    rng = Address(config.seed).noise(0)
+    rng = RandomKey(config.seed).noise(0)
     noise = torch.from_numpy(policy.noise(rng, tasks, episodes * steps)).chunk(steps, dim=1)
     seen: list[Any] = []
     observation, _ = env.reset(seed=config.seed)
@@ -237,14 +241,14 @@ def _step_all(
             dist = policy.distribution(params, batch)
             action = policy.sample(dist, noise[t])
             act = env_action(
-                action.flatten(0, 1).numpy(), env.single_action_space, config.policy.action
+                action.flatten(0, 1).numpy(), env.single_action_space, config.action_mode
             )
             observation, reward, terminated, truncated, _ = env.step(act)
             seen.append((batch, dist, action, reward, terminated, truncated))
     return env.num_envs * steps
 
 
-def replay(trainer: Trainer, rollout: Rollout, address: Address) -> float:
+def replay(trainer: Trainer, rollout: Rollout, address: RandomKey) -> float:
     """Return the seconds that physics alone takes for a rollout's actions; 0 if not native.
 
     Contact forces, fetched one simulation at a time, are no part of it.
@@ -258,7 +262,7 @@ def replay(trainer: Trainer, rollout: Rollout, address: Address) -> float:
     )
     env.set_tasks(tasks)
     env.reset(seed=[s for t in range(len(tasks)) for s in address.episode_seeds(t, env.episodes)])
-    action = env_action(rollout.action.numpy(), env.single_action_space, config.policy.action)
+    action = env_action(rollout.action.numpy(), env.single_action_space, config.action_mode)
     control = (action / np.float32(family.action_scale)).astype(np.float64)
     control = np.ascontiguousarray(
         control.reshape(env.num_envs, -1, control.shape[-1]).swapaxes(0, 1)
@@ -280,12 +284,12 @@ def replay(trainer: Trainer, rollout: Rollout, address: Address) -> float:
 def table(result: dict[str, Any]) -> str:
     """Return a benchmark as text."""
     ceiling = result["ceiling_env_steps_per_second"]
-    ranks = f" on each of {result['ranks']} ranks" if result["ranks"] > 1 else ""
+    on_ranks = f" on each of {result['ranks']} ranks" if result["ranks"] > 1 else ""
     lines = [
         f"{result['family']} ({result['preset']}), {result['tasks']} tasks x"
         f" {result['episodes']} episodes x {result['horizon']} steps,"
         f" network {'-'.join(map(str, result['hidden']))}, {result['threads']} threads"
-        f"{ranks}",
+        f"{on_ranks}",
         f"{result['machine']['processor']}, torch {result['versions']['torch']},"
         f" mujoco {result['versions']['mujoco']}",
         "",

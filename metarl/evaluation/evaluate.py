@@ -17,7 +17,8 @@ from typing import Any, Literal
 from metarl.config.options import available_threads
 from metarl.config.resolve import reference_step_sizes
 from metarl.distributed.chunk_pool import ChunkPool
-from metarl.distributed.process_group import ALONE, Ranks
+from metarl.distributed.process_group import ALONE, ProcessGroup
+from metarl.domains.reinforcement import spaces_of
 from metarl.envs.errors import UserError, check_one_of, check_whole, kind_of
 from metarl.envs.family import Family, TaskFamily
 from metarl.envs.supervised.family import SupervisedFamily
@@ -29,12 +30,11 @@ from metarl.evaluation.statistics import Floats
 from metarl.evaluation.supervised import SupervisedProtocol
 from metarl.learning.inner_loop import NonFiniteError
 from metarl.learning.settings import own_settings
-from metarl.policies.building import spaces_of
 from metarl.policies.loading import load
 from metarl.policies.meta_policy import MetaPolicy, checked_step_sizes, random_meta_policy
 from metarl.runs.fingerprint import changes
 from metarl.runs.folder import alike, but_seed, group_names
-from metarl.sampling.rollouts import Address
+from metarl.sampling.rollouts import RandomKey
 
 What = MetaPolicy | str | Path
 
@@ -57,11 +57,11 @@ def grouped(what: Sequence[str | Path]) -> dict[str, dict[str, MetaPolicy]]:
     names = list(map(str, what))
     loaded = [load(name) for name in names]
     groups = [{names[i]: loaded[i] for i in group} for group in alike([m.config for m in loaded])]
-    rows = [next(iter(group.values())).algorithm for group in groups]
+    found = [next(iter(group.values())).algorithm for group in groups]
     called = {}  # a reference by its name; a second one of its kind as others are
-    for i, row in enumerate(rows):
-        if row.reference and row.name not in called.values():
-            called[i] = row.name
+    for i, algorithm in enumerate(found):
+        if algorithm.reference and algorithm.name not in called.values():
+            called[i] = algorithm.name
     free = [i for i in range(len(groups)) if i not in called]
     given = group_names([list(groups[i]) for i in free], REFERENCES)
     called |= dict(zip(free, given, strict=True))
@@ -82,8 +82,8 @@ def _tuned(protocol: _AnyProtocol, members: Sequence[MetaPolicy]) -> dict[float,
     None are tried where the policy learned its sizes, or takes no step. A factor whose step is not
     finite has the worst, minus or plus infinity.
     """
-    row = members[0].algorithm
-    if row.learned_steps != "no" or row.observes_task:
+    algorithm = members[0].algorithm
+    if algorithm.inner.learns_step_sizes or algorithm.task_conditioned:
         return {}
     returns = {}
     for factor in FACTORS:
@@ -153,7 +153,7 @@ def evaluate(
     from_scratch: bool = False,
     scratch_learning_rate: float = LEARNING_RATE,
     name: str = "this policy",
-    ranks: Ranks = ALONE,
+    process_group: ProcessGroup = ALONE,
 ) -> EvaluationResult:
     """Measure a meta-policy's returns after 0 ... `steps` inner steps on held-out tasks.
 
@@ -218,7 +218,7 @@ def evaluate(
     if isinstance(family, SupervisedFamily) and (deterministic or episodes != EPISODES):
         key = "deterministic" if deterministic else "episodes"
         raise UserError(f"{key} has no effect on the supervised tasks of {family.name}")
-    if isinstance(family, SupervisedFamily) and ranks.size > 1:
+    if isinstance(family, SupervisedFamily) and process_group.size > 1:
         raise UserError(f"{family.name}: supervised tasks are evaluated on one rank")
     others = {key: _members(other, key) for key, other in (references or {}).items()}
     for key, reference in others.items():
@@ -233,19 +233,19 @@ def evaluate(
         reference[0].check_family(family)
     _check_spaces(family, [first, *(reference[0] for reference in others.values())])
     if pretrained_step_sizes and not any(
-        group[0].config.algorithm == "pretrained" for group in others.values()
+        group[0].algorithm.name == "pretrained" for group in others.values()
     ):
         raise UserError("pretrained_step_sizes has no effect: no reference is a pretrained policy")
     start: list[MetaPolicy] = []
-    if not any(m[0].config.algorithm == "random" for m in (members, *others.values())):
+    if not any(m[0].algorithm.name == "random" for m in (members, *others.values())):
         start = [random_meta_policy(first, seed)]
     for key in (name, *others):
         made_here = key == "nearest prototype" or key.startswith("from scratch")
         if made_here or (key == "random" and start):
             raise UserError(f"{key!r} is what a row of the evaluation's own is called: rename it")
 
-    def tasks_of(part: Literal["test", "validation"]) -> tuple[Address, Floats]:
-        address = Address(seed, split=part)
+    def tasks_of(part: Literal["test", "validation"]) -> tuple[RandomKey, Floats]:
+        address = RandomKey(seed, split=part)
         if part == "validation":
             if isinstance(family, FewShotFamily):
                 return address, family.tasks.sample(address.tasks(), tasks, part)
@@ -268,10 +268,10 @@ def evaluate(
     address, goals = tasks_of(split)
     given = {"random": random_step_sizes, "pretrained": pretrained_step_sizes}
     count = available_threads() if threads is None else threads
-    with ranks.agreeing(), ChunkPool(count, ranks) as pool:
+    with process_group.errors_shared(), ChunkPool(count, process_group) as pool:
 
         def made(
-            address: Address, goals: Floats, steps: int, mode: bool, check: bool
+            address: RandomKey, goals: Floats, steps: int, mode: bool, check: bool
         ) -> _AnyProtocol:
             if isinstance(family, SupervisedFamily):
                 return SupervisedProtocol(family, goals, steps, address, pool)
@@ -286,7 +286,7 @@ def evaluate(
             own = protocol.curve(members, sizes_of(name, members, step_sizes, None))
             results = {}
             for key, group in others.items():
-                algorithm = group[0].config.algorithm
+                algorithm = group[0].algorithm.name
                 usual = reference_step_sizes(group[0].config, algorithm)
                 sizes = sizes_of(key, group, given.get(algorithm), usual)
                 results[key] = protocol.curve(group, sizes)

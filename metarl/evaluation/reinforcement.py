@@ -18,6 +18,7 @@ import torch
 from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.distributed.process_group import local_ranks
+from metarl.domains.memory import check_memory, need
 from metarl.envs import TaskFamily
 from metarl.evaluation import stable_baselines
 from metarl.evaluation.results import RETURN, Curve, Measure
@@ -29,14 +30,15 @@ from metarl.evaluation.scratch import (
     train_from_scratch,
 )
 from metarl.evaluation.statistics import Floats
-from metarl.learning.trajectories import Rollout
+from metarl.learning.inner_loop import check_finite
+from metarl.learning.losses import Batch
 from metarl.models.networks import Params
 from metarl.models.policies import MLPPolicy
 from metarl.policies.meta_policy import MetaPolicy
-from metarl.sampling.rollouts import Address
+from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.spaces import ActionMode
+from metarl.sampling.trajectories import Rollout
 from metarl.sampling.workers import AnyCollector, make_collector
-from metarl.training.memory import check_memory, need
 
 Sizes = Sequence[float] | Callable[[MetaPolicy], Sequence[float]] | None
 """Of the inner steps: given, or by policy; none takes the policy's own."""
@@ -53,7 +55,7 @@ class PolicyProtocol:
     all_goals: Floats
     episodes: int
     steps: int
-    whole: Address
+    whole: RandomKey
     """Of all goals' episodes."""
     deterministic: bool
     pool: ChunkPool
@@ -73,18 +75,18 @@ class PolicyProtocol:
     @property
     def goals(self) -> Floats:
         """Those of this rank."""
-        return self.all_goals[self.pool.ranks.block(len(self.all_goals))]
+        return self.all_goals[self.pool.process_group.block(len(self.all_goals))]
 
     @property
-    def address(self) -> Address:
+    def address(self) -> RandomKey:
         """Where this rank's episodes are sampled."""
-        first = self.pool.ranks.block(len(self.all_goals)).start
+        first = self.pool.process_group.block(len(self.all_goals)).start
         return dataclasses.replace(self.whole, first_task=first)
 
     def _of_all(self, values: Floats, axis: int = 0) -> Floats:
         """Return all ranks' values, along the axis of tasks."""
         own = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, axis, 0)))
-        return np.moveaxis(self.pool.ranks.gather(own).numpy(), 0, axis)
+        return np.moveaxis(self.pool.process_group.gather(own).numpy(), 0, axis)
 
     def close(self) -> None:
         """Close the environments."""
@@ -92,7 +94,7 @@ class PolicyProtocol:
             collector.close()
 
     def _collector(self, policy: MLPPolicy, config: Config) -> AnyCollector:
-        key = policy, config.policy.action
+        key = policy, config.action_mode
         if key not in self.collectors:
             needed = need(
                 policy, tasks=len(self.goals), episodes=self.episodes, horizon=self.family.horizon,
@@ -105,18 +107,18 @@ class PolicyProtocol:
                 self.family, policy, len(self.goals), self.episodes, self.pool, key[1],
                 workers=self.workers, timeout=config.worker_timeout,
                 info_keys=list(self.family.achieved.values()),
-                check=self.check and not self.collectors and self.pool.ranks.is_main,
+                check=self.check and not self.collectors and self.pool.process_group.is_main,
             )  # fmt: skip
         return self.collectors[key]
 
     def curve(self, members: Sequence[MetaPolicy], sizes: Sizes) -> Curve:
         """Return the curve of a policy's seeds; an oracle takes no step."""
         names = self.family.achieved
-        adapts = not members[0].algorithm.observes_task
+        adapts = not members[0].algorithm.task_conditioned
         scores, success, achieved, paths = [], [], [], {}
         used: list[float] = []
         told = False
-        with self.pool.ranks.agreeing():
+        with self.pool.process_group.errors_shared():
             for i, member in enumerate(members):
                 given = sizes(member) if callable(sizes) else sizes
                 sizes_of_one, rollouts = self._rollouts(member, given, adapts)
@@ -132,12 +134,12 @@ class PolicyProtocol:
                 told |= any(_tells_success(rollout) for rollout in rollouts)
                 came = _last if len(names) == 2 else _mean
                 achieved.append([[came(r, key) for r in rollouts] for key in names.values()])
-        self.told.append(self.pool.ranks.any(told))
+        self.told.append(self.pool.process_group.any(told))
         means = self._of_all(np.mean(np.array(achieved), axis=0), axis=2) if names else []
         return Curve(
             used,
             self._of_all(np.stack(scores), axis=1),
-            members[0].config.algorithm,
+            members[0].algorithm.name,
             [member.config.seed for member in members],
             {name: values.T for name, values in zip(names, means, strict=True)},
             {name: self._of_all(values)[:PATHS] for name, values in paths.items()},
@@ -193,30 +195,32 @@ class PolicyProtocol:
         context = policy.context(self.goals)
         collector = self._collector(policy.policy, policy.config)
 
-        def sample(params: Params, k: int, *, deterministic: bool = False) -> Rollout:
+        def collect(params: Params, k: int) -> Rollout:
             return collector.collect(
                 {**params, **context},
                 self.goals,
                 dataclasses.replace(self.address, inner_step=k),
-                deterministic=deterministic,
+                deterministic=self.deterministic,
             )
 
-        if adapts:
-            adapted = loop.run(sample, meta, tasks, steps=self.steps, query="rollout")
-            iterates, rollouts = adapted.iterates, adapted.rollouts
-        else:
-            adapted = loop.run(sample, meta, tasks, steps=0, query="none")
-            iterates, rollouts = adapted.iterates * (self.steps + 1), []
-        if self.deterministic or not rollouts:
-            rollouts = [
-                sample(
-                    loop.adapter.params(fast, adapted.slow, tasks),
-                    k,
-                    deterministic=self.deterministic,
-                )
-                for k, fast in enumerate(iterates)
-            ]
-        return loop.adapter.mean_step_sizes(meta, self.steps) if adapts else [], rollouts
+        rollouts: list[Rollout] = []
+
+        def sample(params: Params, k: int) -> Batch:
+            rollout = collector.collect(
+                {**params, **context}, self.goals, dataclasses.replace(self.address, inner_step=k)
+            )
+            rollouts.append(rollout)
+            return policy.batch(rollout, self.pool)
+
+        steps = self.steps if adapts else 0
+        adapted = loop.run(sample, meta, tasks, steps=steps, query=False)
+        iterates = adapted.iterates * (1 if adapts else self.steps + 1)
+        measured = rollouts if adapts and not self.deterministic else []
+        for k in range(len(measured), len(iterates)):
+            rollout = collect(loop.adapter.params(iterates[k], adapted.slow, tasks), k)
+            check_finite({"reward": rollout.reward}, rollout.tasks)
+            measured.append(rollout)
+        return loop.adapter.mean_step_sizes(meta, self.steps) if adapts else [], measured
 
 
 def _tells_success(rollout: Rollout) -> bool:

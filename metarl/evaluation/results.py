@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from metarl.algorithms.table import ALGORITHMS
+from metarl.algorithms import algorithms
 from metarl.evaluation.statistics import (
     FEWEST,
     Floats,
@@ -19,11 +19,11 @@ from metarl.evaluation.statistics import (
     interquartile_mean_interval,
 )
 from metarl.evaluation.tables import as_text, tables, task_table
-from metarl.runs.plain_json import plain
+from metarl.plain_json import plain
 
 REFERENCES = (
     "nearest-prototype",
-    *(name for name, row in ALGORITHMS.items() if row.reference),
+    *(name for name, algorithm in algorithms().items() if algorithm.reference),
     "from-scratch",
 )
 """Algorithms that others are measured by, in the order of the table."""

@@ -12,19 +12,19 @@ from functools import partial
 import numpy as np
 import torch
 
-from metarl.algorithms.table import find_algorithm
 from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool, slices
+from metarl.domains.reinforcement import PolicyOptions, make_policy, spaces_of
 from metarl.envs import TaskFamily
 from metarl.evaluation.results import Curve
 from metarl.evaluation.statistics import Floats
-from metarl.learning.advantages import estimate
+from metarl.learning.advantages import to_batch
+from metarl.learning.baselines import LinearFeatures
 from metarl.learning.inner_loop import NonFiniteError
-from metarl.learning.losses import Batch, clipped_ratio, make_batch
+from metarl.learning.losses import Batch, clipped_ratio
 from metarl.models.networks import Params, stack
 from metarl.models.policies import MLPPolicy
-from metarl.policies.building import policy_for
-from metarl.sampling.rollouts import Address
+from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.seeding import stream
 from metarl.sampling.workers import AnyCollector
 
@@ -39,9 +39,11 @@ _CHUNK = 4  # tasks
 
 def scratch_policy(config: Config, family: TaskFamily) -> MLPPolicy:
     """Return the network that is trained: the config's, without what only meta-training sets."""
-    plain = dataclasses.replace(config.policy, normalize=False)
-    row = find_algorithm("maml-trpo")
-    return policy_for(row, dataclasses.replace(config, policy=plain), family)
+    assert isinstance(config.policy, PolicyOptions)
+    options = dataclasses.replace(config.policy, normalize=False)
+    observation, action = spaces_of(family)
+    assert observation.shape is not None
+    return make_policy(options, observation.shape, action)
 
 
 class ScratchTrainer:
@@ -96,7 +98,7 @@ def train_from_scratch(
     goals: Floats,
     config: Config,
     pool: ChunkPool,
-    address: Address,
+    address: RandomKey,
     batches: int,
 ) -> Floats:
     """Return the returns of policies trained on 0 ... `batches` batches, [tasks, batches + 1].
@@ -109,8 +111,9 @@ def train_from_scratch(
         rollout = collector.collect(trainer.params, goals, where)
         returns.append(rollout.mean_returns().numpy())
         if n < batches:
-            advantage, _ = estimate(rollout, config.advantage, pool)
-            trainer.update(make_batch(trainer.policy, rollout, advantage), pool)
+            assert config.advantage is not None
+            batch = to_batch(trainer.policy, rollout, config.advantage, LinearFeatures(), {}, pool)
+            trainer.update(batch, pool)
     return np.stack(returns, axis=1)
 
 

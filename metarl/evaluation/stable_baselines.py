@@ -22,7 +22,7 @@ from metarl.envs.errors import check_one_of
 from metarl.evaluation.statistics import Floats
 from metarl.models.encoders import NatureCNN, image_size
 from metarl.sampling.episodes import episode
-from metarl.sampling.rollouts import Address
+from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.spaces import ActionMode, env_action
 
 
@@ -39,7 +39,7 @@ def train_by_ppo(
     episodes: int,
     updates: int,
     measured: set[int],
-    address: Address,
+    address: RandomKey,
 ) -> Floats:
     """Return the returns of policies trained by 0 ... `updates` updates, [tasks, updates + 1].
 
@@ -48,10 +48,11 @@ def train_by_ppo(
     """
     from stable_baselines3 import PPO  # pyright: ignore[reportMissingImports]  (an extra)
 
+    assert config.advantage is not None
     returns = np.full((len(goals), updates + 1), np.nan)
     steps = max(episodes * family.horizon, 2)  # of an update, which normalizes advantages
     for i, goal in enumerate(goals):
-        env, watched = (_as_acted_in(family.make(goal), config.policy.action) for _ in range(2))
+        env, watched = (_as_acted_in(family.make(goal), config.action_mode) for _ in range(2))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a last minibatch that is smaller
             model = PPO(
@@ -60,7 +61,7 @@ def train_by_ppo(
                 n_steps=steps,
                 batch_size=min(64, steps),
                 gamma=config.advantage.discount,
-                gae_lambda=config.advantage.trace,
+                gae_lambda=config.advantage.gae_lambda,
                 policy_kwargs={"net_arch": list(config.policy.hidden)},
                 seed=address.episode_seeds(i, 1)[0],
                 device="cpu",

@@ -15,18 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool, slices
+from metarl.domains.supervised import make_examples
 from metarl.envs.supervised.family import FunctionFamily, SupervisedFamily
 from metarl.evaluation.results import ACCURACY, SQUARED_ERROR, Curve, Measure
 from metarl.evaluation.statistics import Floats
 from metarl.learning.inner_update import Adapter
-from metarl.learning.losses import Loss, accuracy, squared_error, task_losses
+from metarl.learning.losses import Loss, task_losses
 from metarl.models.networks import Params, stack
-from metarl.models.predictors import Predictor, class_means
+from metarl.models.predictors import Predictor, accuracy, class_means, squared_error
 from metarl.models.samples import Examples
 from metarl.policies.meta_policy import MetaPolicy, random_meta_policy
-from metarl.sampling.rollouts import Address
-from metarl.training.sources import make_examples
+from metarl.sampling.rollouts import RandomKey
 
 UPDATES = 30
 """Of training from scratch, by Adam, where a meta-learned predictor takes one inner step."""
@@ -44,7 +45,7 @@ class SupervisedProtocol:
     family: SupervisedFamily
     goals: Floats
     steps: int
-    address: Address
+    address: RandomKey
     pool: ChunkPool
 
     @property
@@ -73,7 +74,7 @@ class SupervisedProtocol:
         sizes: Sequence[float] | Callable[[MetaPolicy], Sequence[float]] | None,
     ) -> Curve:
         """Return the curve of a predictor's seeds; an oracle takes no step."""
-        adapts = not members[0].algorithm.observes_task
+        adapts = not members[0].algorithm.task_conditioned
         scores, used, functions = [], [], None
         for i, member in enumerate(members):
             given = sizes(member) if callable(sizes) else sizes
@@ -85,7 +86,7 @@ class SupervisedProtocol:
                     dataclasses.replace(part, context=told) for part in (support, query)
                 )
                 count, steps = len(support.weight), self.steps if adapts else 0
-                adapted = loop.run(_same(support), meta, count, steps=steps, query="none")
+                adapted = loop.run(_same(support), meta, count, steps=steps, query=False)
                 iterates = adapted.iterates
                 if not steps:
                     iterates = [loop.start(iterates[0], adapted.slow, support)]
@@ -100,7 +101,7 @@ class SupervisedProtocol:
         return Curve(
             used,
             np.stack(scores),
-            members[0].config.algorithm,
+            members[0].algorithm.name,
             [member.config.seed for member in members],
             functions=functions,
             measure=self.measure,
@@ -108,8 +109,9 @@ class SupervisedProtocol:
 
     def scratch(self, like: MetaPolicy, learning_rate: float) -> dict[str, Curve]:
         """Return what training a random initialization on each support alone comes to, by name."""
-        if like.algorithm.observes_task:  # from examples alone
-            config = dataclasses.replace(like.config, algorithm="maml-trpo")
+        if like.algorithm.task_conditioned:  # from examples alone
+            config = Config.of(like.config.family, "maml-trpo", like.config.family_options)
+            config = dataclasses.replace(config, policy=like.config.policy)
             like = dataclasses.replace(like, config=config)
         start = random_meta_policy(like, self.address.seed)
         loop, meta = start.inner_loop(self.pool)

@@ -6,17 +6,19 @@ so the gradient of the sum is each task's own gradient.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from metarl.envs.errors import check_one_of
-from metarl.learning.losses import Loss, task_losses
+from metarl.envs.errors import UserError, check_one_of
+from metarl.learning.losses import Loss, name_of, task_losses, trait
 from metarl.models.networks import Dist, Model, Params, stack
 from metarl.models.samples import Samples
+from metarl.parts import Part, fixed, of_policies
 
 StepSizes = dict[str, Tensor]
 """For each fast parameter [K, ...]: one entry an inner step, broadcast against the leaf."""
@@ -169,7 +171,6 @@ class Adapter:
         *,
         curvature: float | None = None,
         at: Sequence[Params] | None = None,
-        shifts: Sequence[Params] | None = None,
     ) -> list[Params]:
         """Return the iterates theta_0 ... theta_K of K inner steps, each on a batch of its own.
 
@@ -182,15 +183,12 @@ class Adapter:
             at: values theta_1 ... theta_K to differentiate at. Batches that are a part of the
                 samples then give the derivative of the step, while its value stays that of all
                 samples.
-            shifts: constants added to theta_1 ... theta_K.
         """
         iterates = [fast]
         for k, batch in enumerate(batches):
             new = self.step(
                 iterates[k], slow, step_sizes, batch, k, start=fast, curvature=curvature
             )
-            if shifts is not None:
-                new = {name: p + shifts[k][name] for name, p in new.items()}
             if at is not None:
                 new = {name: at[k][name] + (p - p.detach()) for name, p in new.items()}
             iterates.append(new)
@@ -302,3 +300,165 @@ def proximal_descent(
         ]
         current = {n: torch.where(by_task(lower, p), new[n], p) for n, p in current.items()}
     return current
+
+
+# Parts: how one task adapts -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerUpdate(Part):
+    """Base class of inner updates: how one task adapts. Its fields are the options `inner.*`."""
+
+    section: ClassVar[str] = "inner"
+
+    steps: int = 1
+    """Gradient steps per task in training, each on new episodes."""
+    step_sizes: tuple[float, ...] = (0.1,)
+    """Size of each inner step; steps beyond those given repeat the last."""
+    test_step_sizes: tuple[float, ...] = ()
+    """Size of each inner step in evaluation; by default those learned, else those of training."""
+    loss: Loss | None = fixed(None)
+    """Inner loss; None: the model's own, for policies the log-likelihood."""
+    adapts: Fast = fixed("all")
+    """Parameters that adapt: all, the upper layers, the head, or a context input."""
+
+    def __post_init__(self) -> None:
+        self.require_at_least(0, "steps")
+        check_one_of(self.key("adapts"), self.adapts, get_args(Fast))
+        if not self.step_sizes:
+            raise UserError(f"{self.key('step_sizes')} must not be empty")
+        for name in ("step_sizes", "test_step_sizes"):
+            for size in getattr(self, name):
+                if not 0.0 < size < float("inf"):
+                    raise UserError(f"{self.key(name)} must be positive, got {size}")
+
+    @property
+    def learns_step_sizes(self) -> bool:
+        """Whether step sizes are meta-parameters."""
+        return False
+
+    @property
+    def context_dim(self) -> int:
+        """Size of a context input that adapts, 0 for none."""
+        return 0
+
+    @property
+    def sizes_in_training(self) -> tuple[float, ...]:
+        """Size of each inner step, as given or as it is learned from."""
+        return self.step_sizes
+
+    @property
+    def sizes_in_evaluation(self) -> tuple[float, ...]:
+        """Size of each inner step in evaluation; empty: as in training."""
+        return self.test_step_sizes
+
+    def adapter(self, model: Model, loss: Loss) -> Adapter:
+        """Return how a model adapts.
+
+        Args:
+            loss: the inner loss if the part has none of its own.
+        """
+        return Adapter(model, self.loss or loss, self.sizes_in_training, fast=self.adapts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientUpdate(InnerUpdate):
+    """Gradient steps of given sizes, or of larger ones fitted to a KL."""
+
+    updates: int = 1
+    """Gradient steps on each batch; more than one on episodes need an inner loss with likelihood
+    ratios."""
+    min_kl: float = of_policies(0.0)
+    """Lower bound on the mean KL of the first inner step: if step_sizes move policies less,
+    training scales them all up to it, and the policy keeps the factor; 0: off."""
+    halve_in_evaluation: bool = False
+    """Halve the steps after the first in evaluation, unless test_step_sizes are given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(1, "updates")
+        self.require_not_negative("min_kl")
+        reusable = self.loss is not None and trait(self.loss, "reusable")
+        if self.policies and self.updates > 1 and not reusable:
+            raise UserError(
+                f"{self.key('updates')} must be 1, got {self.updates}: the inner loss"
+                f" {name_of(self.loss) if self.loss else 'log_likelihood'} has no likelihood ratio"
+                " and no lower bound on a fixed sample"
+            )
+
+    @property
+    def sizes_in_evaluation(self) -> tuple[float, ...]:
+        halved = self.halve_in_evaluation and len(self.step_sizes) == 1
+        first = self.step_sizes[0]
+        return self.test_step_sizes or ((first, first / 2) if halved else ())
+
+    def adapter(self, model: Model, loss: Loss) -> Adapter:
+        fitted = self.policies and self.min_kl > 0.0
+        adapter = super().adapter(model, loss)
+        return dataclasses.replace(adapter, updates=self.updates, fitted=fitted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedStepSizes(InnerUpdate):
+    """Gradient steps whose sizes are meta-parameters."""
+
+    per: Literal["layer", "parameter"] = fixed("layer")
+    """One size for each layer and step, or for each scalar parameter."""
+
+    @property
+    def learns_step_sizes(self) -> bool:
+        return True
+
+    @property
+    def sizes_in_training(self) -> tuple[float, ...]:
+        if self.per == "parameter":
+            return self.step_sizes
+        more = self.steps - len(self.step_sizes)  # each step learns its own, from the last given
+        return self.step_sizes + self.step_sizes[-1:] * more
+
+    def adapter(self, model: Model, loss: Loss) -> Adapter:
+        return dataclasses.replace(super().adapter(model, loss), learned=self.per)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProximalUpdate(InnerUpdate):
+    """Gradient descent on iMAML's inner problem, L(theta) + lambda / 2 |theta - theta_0|^2.
+
+    Rajeswaran et al. 2019, eq. 3 (arXiv:1909.04630).
+    """
+
+    step_sizes: tuple[float, ...] = ()
+    """Size of each update; by default half of 1 / proximal."""
+    updates: int = 8
+    """Gradient steps on each batch."""
+    proximal: float = 10.0
+    """Strength of the pull towards the initialization (lambda)."""
+    backtrack: bool = False
+    """Take no update that raises a task's inner objective, and halve its later ones."""
+
+    def __post_init__(self) -> None:
+        self.require_positive("proximal")
+        self.require_at_least(1, "updates")
+        dataclasses.replace(_PLAIN, steps=self.steps, step_sizes=self.sizes_in_training)
+
+    @property
+    def sizes_in_training(self) -> tuple[float, ...]:
+        return self.step_sizes or (0.5 / self.proximal,)
+
+    def adapter(self, model: Model, loss: Loss) -> Adapter:
+        return dataclasses.replace(
+            super().adapter(model, loss),
+            updates=self.updates,
+            proximal=self.proximal,
+            backtrack=self.backtrack,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationUpdate(GradientUpdate):
+    """No inner step in training; gradient steps in evaluation."""
+
+    steps: int = fixed(0)
+
+
+_PLAIN = InnerUpdate()

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from metarl.envs.errors import UserError
-from metarl.learning.trajectories import Rollout
 from metarl.models.networks import Dist
 from metarl.models.policies import MLPPolicy
-from metarl.models.samples import Examples, Samples
+from metarl.models.samples import Samples
+from metarl.sampling.trajectories import Rollout
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,26 @@ class Batch(Samples):
     """Episodes a task; a task's samples are those of episode 0 in order of time, then of 1, …
     0 where that order is lost."""
     context: Tensor | None = None
-    """[T, context_dim]; what the policy was told of its task, where it was told."""
+    """[T, context_dim]; the task as a task-conditioned policy observes it."""
+    advantage_scale: Tensor | None = None
+    """[T]; what each task's advantages were divided by."""
+    rollout: Rollout | None = None
+    """Where the samples come from, all tasks."""
+
+    of_tasks: ClassVar[tuple[str, ...]] = ("context", "advantage_scale")
+    drawn: ClassVar[bool] = True
+
+    def kl(self, model: Any, output: Dist) -> Tensor:
+        return (self.weight * model.kl(self.old, output)).sum(dim=1)
 
     def select(self, samples: Tensor) -> Batch:
         episodes = samples.shape[1] if samples.ndim == 3 else 0
         return replace(super().select(samples), episodes=episodes)
 
 
-def make_batch(policy: MLPPolicy, rollout: Rollout, advantage: Tensor) -> Batch:
+def make_batch(
+    policy: MLPPolicy, rollout: Rollout, advantage: Tensor, scale: Tensor | None = None
+) -> Batch:
     """Return a rollout's samples flattened over episodes and time, [T, N, ...]."""
     valid = rollout.valid.flatten(1)
     count = valid.sum(dim=1, keepdim=True).clamp(min=1)
@@ -63,6 +75,8 @@ def make_batch(policy: MLPPolicy, rollout: Rollout, advantage: Tensor) -> Batch:
         old=old,
         episodes=rollout.valid.shape[1],
         context=rollout.context,
+        advantage_scale=scale,
+        rollout=rollout,
     )
 
 
@@ -70,21 +84,25 @@ Loss = Callable[[Any, Dist, Any], Tensor]
 """(model, its output for the samples, samples) -> [T]"""
 
 
+def name_of(function: Any) -> str:
+    """Return the name of a function, also of one with arguments bound."""
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def task_losses(loss: Loss, model: Any, output: Dist, samples: Samples) -> Tensor:
-    """Return what a loss gives, [T].
+    """Return a loss of each task, [T].
 
     Raises:
-        UserError: it gives something else, such as a mean over tasks or a number a sample.
+        UserError: the function returns another shape, such as a mean over tasks.
     """
     found = loss(model, output, samples)
     tasks = len(samples.weight)
     shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
     if shape != [tasks]:
-        while isinstance(loss, partial):
-            loss = loss.func
-        name = getattr(loss, "__name__", type(loss).__name__)
         raise UserError(
-            f"the loss {name} must return one number for each task, [{tasks}], got {shape}"
+            f"the loss {name_of(loss)} must return one number for each task, [{tasks}], got {shape}"
         )
     return found
 
@@ -129,7 +147,7 @@ def dice(policy: MLPPolicy, dist: Dist, batch: Batch, *, decay: float = 1.0) -> 
         ValueError: the samples are not whole episodes.
     """
     if not batch.episodes:
-        raise ValueError("DiCE needs whole episodes; set whole_episodes in the algorithm's row")
+        raise ValueError("DiCE needs whole episodes")
     shape = (len(batch.weight), batch.episodes, -1)
     # Steps beyond an episode's end come last: they enter no sum of a step that has a weight.
     log_prob = policy.log_prob(dist, batch.action).view(shape)
@@ -154,31 +172,16 @@ def log_ratio(policy: Any, dist: Dist, batch: Any) -> Tensor:
     return torch.where(batch.weight > 0, ratio, 0.0).sum(dim=1)
 
 
-def mean_kl(model: Any, output: Dist, samples: Samples) -> Tensor:
-    """KL from the policy that drew the samples, E[KL(old || new)], [T].
+def trait(loss: Loss, name: str) -> bool:
+    """Return whether a loss, also one with arguments bound, has a trait.
 
-    It is 0 for examples of a data set, which no model drew.
+    `of_policies`: it takes the samples of policies only. `reusable`: it may be descended several
+    times on one batch. `whole_episodes`: it needs the samples of an episode together, in order.
     """
-    if not isinstance(samples, Batch):
-        return torch.zeros_like(samples.weight[:, 0])
-    return (samples.weight * model.kl(samples.old, output)).sum(dim=1)
+    return bool(getattr(loss, name, getattr(getattr(loss, "func", None), name, False)))
 
 
-def squared_error(model: Any, output: Dist, examples: Examples) -> Tensor:
-    """Mean squared error, summed over the target's components, [T]."""
-    error = (output["prediction"] - examples.targets).square().sum(dim=-1)
-    return (examples.weight * error).sum(dim=1)
-
-
-def cross_entropy(model: Any, output: Dist, examples: Examples) -> Tensor:
-    """Mean of -log p(class), [T], the softmax over the classes that a task has."""
-    log = output["logits"].log_softmax(dim=-1)
-    picked = log.gather(-1, examples.targets.unsqueeze(-1)).squeeze(-1)
-    # Examples that only fill rows are of a class that their task lacks.
-    return -torch.where(examples.weight > 0, examples.weight * picked, 0.0).sum(dim=1)
-
-
-def accuracy(model: Any, output: Dist, examples: Examples) -> Tensor:
-    """Share of the examples whose class has the largest logit, [T]."""
-    right = output["logits"].argmax(dim=-1) == examples.targets
-    return (examples.weight * right).sum(dim=1)
+for _loss in (log_likelihood, likelihood_ratio, clipped_ratio, dice):
+    _loss.of_policies = True  # type: ignore[attr-defined]
+likelihood_ratio.reusable = clipped_ratio.reusable = True  # type: ignore[attr-defined]
+dice.whole_episodes = True  # type: ignore[attr-defined]

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from metarl.learning.inner_update import Adapter
-from metarl.learning.losses import Batch
 from metarl.models.networks import Params, stack
+from metarl.models.samples import Samples
 
 _TASKS = 4  # of which one measure is taken: a tenth of the work of a whole step
 
 
-def support_agreement(adapter: Adapter, meta: Params, batch: Batch) -> float:
+def inner_gradient_cosine(adapter: Adapter, meta: Params, batch: Samples) -> float:
     """Return the cosine of the inner gradients of two halves of a task's episodes.
 
     A mean over the first tasks of the batch. At 0 the step that adapts is noise; at 1 more episodes
@@ -26,14 +26,15 @@ def support_agreement(adapter: Adapter, meta: Params, batch: Batch) -> float:
         batch: samples of the first inner step.
 
     Returns:
-        NaN where a task has but one episode, or the order of the samples is lost.
+        NaN if a task has a single episode, or the samples are no episodes in order.
     """
-    half = batch.episodes // 2
+    count = getattr(batch, "episodes", 0)
+    half = count // 2
     if half < 1:
         return math.nan
     part = batch.map(lambda x: x[:_TASKS])
     tasks, samples = part.weight.shape
-    places = torch.arange(samples, device=part.weight.device).view(1, batch.episodes, -1)
+    places = torch.arange(samples, device=part.weight.device).view(1, count, -1)
     fast, slow, _ = adapter.split(meta)
     slopes = []
     for episodes in (slice(0, half), slice(half, 2 * half)):

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metarl.distributed.process_group import ALONE, Ranks
+from metarl.distributed.process_group import ALONE, ProcessGroup
 from metarl.envs.errors import UserError
 from metarl.models.networks import MLP, Dist, Params, Part
 
@@ -98,7 +98,7 @@ class MLPPolicy(MLP):
         return not name.startswith("norm.") and super().adapts(name, part)
 
     def track_observations(
-        self, params: Params, parts: Sequence[Tensor], ranks: Ranks = ALONE
+        self, params: Params, parts: Sequence[Tensor], process_group: ProcessGroup = ALONE
     ) -> Params:
         """Return the parameters with observations taken into `norm.*`.
 
@@ -109,12 +109,12 @@ class MLPPolicy(MLP):
             parts: [n, observation_dim] each, of one chunk of tasks after the other.
             ranks: that have other parts.
         """
-        seen = ranks.total(sum(map(len, parts)))
+        seen = process_group.total(sum(map(len, parts)))
         if not seen:
             return params
         mean, var, count = (params[f"norm.{n}"].double() for n in ("mean", "var", "count"))
-        now = ranks.sum_in_order([x.double().sum(0) for x in parts]) / seen
-        spread = ranks.sum_in_order([(x.double() - now).square().sum(0) for x in parts])
+        now = process_group.sum_in_order([x.double().sum(0) for x in parts]) / seen
+        spread = process_group.sum_in_order([(x.double() - now).square().sum(0) for x in parts])
         total = count + seen
         gap = now - mean
         square = count * var + spread + gap.square() * count * seen / total

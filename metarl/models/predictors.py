@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from metarl.envs.errors import check_one_of
-from metarl.learning.losses import Loss, cross_entropy, squared_error
 from metarl.models.networks import MLP, Dist, Params, affine, tanh
 from metarl.models.samples import Examples
 
 Head = Literal["meta", "prototypes", "generated"]
 """Where a classifier's last layer starts: at meta-parameters, at the class means of the support, or
 at what a network makes of the support."""
+
+
+def squared_error(model: Any, output: Dist, examples: Examples) -> Tensor:
+    """Mean squared error, summed over the target's components, [T]."""
+    error = (output["prediction"] - examples.targets).square().sum(dim=-1)
+    return (examples.weight * error).sum(dim=1)
+
+
+def cross_entropy(model: Any, output: Dist, examples: Examples) -> Tensor:
+    """Mean of -log p(class), [T], the softmax over the classes that a task has."""
+    log = output["logits"].log_softmax(dim=-1)
+    picked = log.gather(-1, examples.targets.unsqueeze(-1)).squeeze(-1)
+    # Examples that only fill rows are of a class that their task lacks.
+    return -torch.where(examples.weight > 0, examples.weight * picked, 0.0).sum(dim=1)
+
+
+def accuracy(model: Any, output: Dist, examples: Examples) -> Tensor:
+    """Share of the examples whose class has the largest logit, [T]."""
+    right = output["logits"].argmax(dim=-1) == examples.targets
+    return (examples.weight * right).sum(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +59,7 @@ class Predictor(MLP):
 
     @property
     @abstractmethod
-    def loss(self) -> Loss:
+    def loss(self) -> Callable[[Any, Dist, Examples], Tensor]:
         """What both inner and outer steps descend."""
 
     def features(self, params: Params, x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -59,7 +79,7 @@ class Regressor(Predictor):
     """Predicts a vector; squared error."""
 
     @property
-    def loss(self) -> Loss:
+    def loss(self) -> Callable[[Any, Dist, Examples], Tensor]:
         return squared_error
 
     def output(self, params: Params, samples: Examples) -> Dist:
@@ -78,7 +98,7 @@ class Classifier(Predictor):
         check_one_of("head", self.head, get_args(Head))
 
     @property
-    def loss(self) -> Loss:
+    def loss(self) -> Callable[[Any, Dist, Examples], Tensor]:
         return cross_entropy
 
     @property

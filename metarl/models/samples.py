@@ -21,6 +21,15 @@ class Samples:
 
     of_tasks: ClassVar[tuple[str, ...]] = ("context",)
     """Fields that are a task's, [T, ...], not a sample's."""
+    drawn: ClassVar[bool] = False
+    """Whether policies drew the samples, so that other parameters would have drawn others."""
+
+    def kl(self, model: Any, output: Any) -> Tensor:
+        """Return the mean KL from the policy that drew the samples to an output, [T].
+
+        It is 0 for the examples of a data set.
+        """
+        return torch.zeros_like(self.weight[:, 0])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return the samples with a function applied to every tensor."""

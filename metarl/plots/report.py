@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from metarl.evaluation.tables import counted, tables
+from metarl.plain_json import json_text
 from metarl.plots.video import to_webm
 from metarl.runs.checkpoints import machine, versions
 from metarl.runs.files import write_atomically
 from metarl.runs.metrics import read_metrics
-from metarl.runs.plain_json import json_text
 from metarl.training.diagnosis import findings
 
 _STYLE = """

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from metarl.domains.reinforcement import spaces_of
 from metarl.learning.settings import own_settings
-from metarl.policies.building import make_adapter, spaces_of
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.policies.policy import Policy
 from metarl.runs import checkpoints
-from metarl.runs.checkpoints import CheckpointError, config_of
+from metarl.runs.checkpoints import (
+    CheckpointError,
+    checkpoint_path,
+    config_of,
+    newest_checkpoint,
+    newest_good,
+)
 from metarl.runs.files import as_path
 from metarl.sampling.spaces import space_from_json
 
@@ -32,39 +36,6 @@ def shipped() -> list[str]:
         for entry in folder.iterdir()
         if entry.name.endswith(".safetensors")
     )
-
-
-def checkpoint_path(run: Path, iteration: int) -> Path:
-    """Return where a run keeps the checkpoint of an iteration."""
-    return run / "checkpoints" / f"{iteration:06d}.safetensors"
-
-
-def checkpoints_of(run: Path) -> dict[int, Path]:
-    """Return a run folder's checkpoints by their iterations, in order."""
-    found = (run / "checkpoints").glob("*.safetensors")
-    return dict(sorted((int(path.stem), path) for path in found if path.stem.isdecimal()))
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """Return a run folder's newest checkpoint.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    found = checkpoints_of(run)
-    if not found:
-        raise CheckpointError(f"{run} holds no checkpoint yet")
-    return found[max(found)]
-
-
-def newest_good(run: Path, before: int, use: Callable[[Path], Any]) -> int | None:
-    """Return the newest iteration before another whose checkpoint is used without complaint."""
-    for iteration, path in sorted(checkpoints_of(run).items(), reverse=True):
-        if iteration < before:
-            with contextlib.suppress(CheckpointError):
-                use(path)
-                return iteration
-    return None
 
 
 @own_settings()
@@ -112,15 +83,19 @@ def load(what: str | Path) -> MetaPolicy:
     if metadata.get("kind") not in ("policy", "checkpoint"):
         raise CheckpointError(f"{path} holds no policy but {metadata.get('kind')!r}")
     config = config_of(path, metadata)
-    params = {n.removeprefix("meta."): t for n, t in tensors.items() if not n.startswith("outer.")}
+    state = {
+        n.removeprefix("baseline."): t for n, t in tensors.items() if n.startswith("baseline.")
+    }
+    others = ("outer.", "baseline.")
+    params = {n.removeprefix("meta."): t for n, t in tensors.items() if not n.startswith(others)}
     counts = (k for k in ("iteration", "env_steps") if k in metadata)
     provenance: dict[str, Any] = {k: checkpoints.count_of(path, metadata, k) for k in counts}
     if "versions" in metadata:
         provenance["versions"] = metadata["versions"]
     if not any(name.endswith(".weight") for name in params):
         raise CheckpointError(f"{path} holds no policy")
-    meta = MetaPolicy(params, config, provenance, metadata.get("family") or {})
-    shapes = make_adapter(meta.algorithm, config, meta.model).shapes()
+    meta = MetaPolicy(params, config, provenance, metadata.get("family") or {}, state)
+    shapes = config.domain.adapter(config.algorithm, meta.model).shapes()
     return dataclasses.replace(meta, params=checkpoints.in_shapes(path, params, shapes))
 
 

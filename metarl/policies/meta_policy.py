@@ -19,38 +19,34 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from metarl.algorithms.table import Algorithm, find_algorithm
+from metarl.algorithms import Algorithm
 from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool
+from metarl.domains.domain import context_dim, scaled_tasks
+from metarl.domains.reinforcement import PolicyOptions, make_policy
 from metarl.envs import TaskFamily, guard
 from metarl.envs.checks.start import log_finding, start_findings
 from metarl.envs.errors import UserError, check_whole, kind_of
 from metarl.envs.family import Family
 from metarl.envs.registry import find_family
-from metarl.envs.supervised.family import SupervisedFamily
+from metarl.learning.advantages import to_batch
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.inner_update import FACTOR
+from metarl.learning.losses import Batch
 from metarl.learning.settings import own_settings
 from metarl.models.networks import Model, Params, copied
 from metarl.models.policies import MLPPolicy
 from metarl.models.predictors import Predictor
 from metarl.policies.adapted_predictor import AdaptedPredictor, as_examples
-from metarl.policies.building import (
-    context_dim,
-    make_adapter,
-    make_policy,
-    model_for,
-    policy_for,
-    scaled_tasks,
-)
 from metarl.policies.online import OnlineAdapter
 from metarl.policies.policy import Policy
 from metarl.runs import checkpoints, fingerprint
 from metarl.runs.files import as_path
 from metarl.runs.fingerprint import Fingerprint
 from metarl.sampling.episodes import collect_episodes
-from metarl.sampling.rollouts import Address
+from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.seeding import stream
+from metarl.sampling.trajectories import Rollout
 
 _log = logging.getLogger(__name__)
 
@@ -84,16 +80,20 @@ class MetaPolicy:
     trained_on: Fingerprint = field(default_factory=dict)
     """What identifies the family as it was in training; empty if that is not known."""
 
+    baseline: Params = field(default_factory=dict, repr=False)
+    """State of the baseline, if it has one."""
+
     def __post_init__(self) -> None:
         # Copies: the parameters of a run that goes on, or of another policy, are not this one's.
-        object.__setattr__(self, "params", copied(self.params))
+        for name in ("params", "baseline"):
+            object.__setattr__(self, name, copied(getattr(self, name)))
         for name in ("provenance", "trained_on"):
             object.__setattr__(self, name, copy.deepcopy(dict(getattr(self, name))))
 
-    @cached_property
+    @property
     def algorithm(self) -> Algorithm:
-        """The row of the algorithm that it was trained by."""
-        return find_algorithm(self.config.algorithm)
+        """The algorithm that it was trained by."""
+        return self.config.algorithm
 
     @cached_property
     def source(self) -> Family:
@@ -152,22 +152,29 @@ class MetaPolicy:
     @cached_property
     def model(self) -> Model:
         """What adapts: the policy, or the predictor of supervised tasks."""
-        gaussian = "log_std" in self.params  # which needs no family, and so none of its files
-        if not gaussian and isinstance(self.source, SupervisedFamily):
-            return model_for(self.algorithm, self.config, self.source)
-        return self.policy
-
-    @cached_property
-    def policy(self) -> MLPPolicy:
-        """The network; the sizes of a Gaussian that reads vectors are read off the parameters."""
         images = any(p.dim() == 4 for p in self.params.values())
         if "log_std" not in self.params or images:
-            return policy_for(self.algorithm, self.config, self.family)
-        dim = self.family.tasks.dim if self.algorithm.observes_task else 0
-        context = context_dim(self.algorithm, self.config, dim)
+            return self.config.domain.model(self.algorithm, self.config.policy, self.source)
+        # Parameters tell the sizes of a Gaussian that reads vectors: it needs no family.
+        assert isinstance(self.config.policy, PolicyOptions)
+        dim = self.family.tasks.dim if self.algorithm.task_conditioned else 0
+        context = context_dim(self.algorithm, dim)
         observation = self.params["layer0.weight"].shape[0] - context
         actions = gym.spaces.Box(-1.0, 1.0, self.params["log_std"].shape)
-        return make_policy(self.config, (observation,), actions, context)
+        return make_policy(self.config.policy, (observation,), actions, context)
+
+    @property
+    def policy(self) -> MLPPolicy:
+        """The network of a policy.
+
+        Raises:
+            UserError: it was trained on supervised tasks.
+        """
+        if not isinstance(self.model, MLPPolicy):
+            raise UserError(
+                f"{self.config.family} has supervised tasks, and this needs environments"
+            )
+        return self.model
 
     def inner_loop(
         self, pool: ChunkPool, step_sizes: Sequence[float] | None = None
@@ -177,13 +184,25 @@ class MetaPolicy:
         The step sizes are those given, else the config's for evaluation, else those learned, else
         those of training.
         """
-        given = checked_step_sizes("step_sizes", step_sizes) or self.config.inner.test_step_sizes
-        adapter = make_adapter(self.algorithm, self.config, self.model)
+        given = checked_step_sizes("step_sizes", step_sizes)
+        given = given or self.config.inner.sizes_in_evaluation
+        adapter = self.config.domain.adapter(self.algorithm, self.model)
         params = copied(self.params)
         if given:
             adapter = dataclasses.replace(adapter, step_sizes=given, learned="no", fitted=False)
             params = {name: params[name] for name in adapter.shapes()}
-        return InnerLoop(adapter, self.config.advantage, pool), params
+        return InnerLoop(adapter, pool), params
+
+    def batch(self, rollout: Rollout, pool: ChunkPool) -> Batch:
+        """Return a rollout's samples with the advantages that this policy adapts by.
+
+        Raises:
+            NonFiniteError: something sampled is not a finite number.
+        """
+        advantage, baseline = self.config.advantage, self.config.baseline
+        assert advantage is not None
+        assert baseline is not None
+        return to_batch(self.policy, rollout, advantage, baseline, self.baseline, pool)
 
     @property
     def digest(self) -> str:
@@ -198,11 +217,11 @@ class MetaPolicy:
     def training_step_sizes(self) -> tuple[float, ...]:
         """Sizes of its inner steps in training, those fitted to a KL included; learned ones not."""
         factor = float(self.params[FACTOR]) if FACTOR in self.params else 1.0
-        return tuple(factor * size for size in self.config.inner.step_sizes)
+        return tuple(factor * size for size in self.config.inner.sizes_in_training)
 
     def context(self, tasks: NDArray) -> Params:
         """Return what the policy observes of tasks [T, task_dim], as an entry of its parameters."""
-        if not self.algorithm.observes_task:
+        if not self.algorithm.task_conditioned:
             return {}
         return {"context": scaled_tasks(self.source, tasks)}
 
@@ -245,26 +264,27 @@ class MetaPolicy:
         given = None if isinstance(env, gym.Env) else self._task(env)
         if given is not None:
             _ = self._found_at_start  # logged at the first call
-        mode = self.config.policy.action
+        mode = self.config.action_mode
         task = None if given is None else given.tolist()
         context: Params = {}
-        if self.algorithm.observes_task:
+        if self.algorithm.task_conditioned:
             if given is None:
                 raise UserError(
                     "an oracle is told its task: give the task vector, not an environment"
                 )
             context, steps = self.context(given[None]), 0
 
-        def sample(params: Params, k: int) -> Any:
-            return collect_episodes(
+        def sample(params: Params, k: int) -> Batch:
+            rollout = collect_episodes(
                 target,
                 self.policy,
                 {name: p[0] for name, p in {**params, **context}.items()},
                 episodes=episodes,
                 horizon=self.family.horizon,
-                address=Address(seed, split="test", inner_step=k),
+                address=RandomKey(seed, split="test", inner_step=k),
                 mode=mode,
             )
+            return self.batch(rollout, pool)
 
         with contextlib.ExitStack() as stack:
             if isinstance(env, gym.Env):
@@ -274,7 +294,7 @@ class MetaPolicy:
                 self.check_spaces(target.observation_space, target.action_space)
             with ChunkPool(1) as pool:
                 loop, meta = self.inner_loop(pool, step_sizes)
-                adapted = loop.run(sample, meta, 1, steps=steps, query="none")
+                adapted = loop.run(sample, meta, 1, steps=steps, query=False)
             space = target.action_space
         params = loop.adapter.params(adapted.iterates[-1], adapted.slow, 1) | context
         params = {name: p[0].clone() for name, p in params.items()}
@@ -322,14 +342,14 @@ class MetaPolicy:
         """
         if not isinstance(self.model, Predictor):
             raise UserError(f"{self.config.family} has environments: adapt to one of them")
-        if self.algorithm.observes_task:
+        if self.algorithm.task_conditioned:
             raise UserError("an oracle is told its task and does not adapt")
         check_whole("steps", steps, 0)
         steps = int(steps)
         support = as_examples(self.model, inputs, targets)
         with ChunkPool(1) as pool:
             loop, meta = self.inner_loop(pool, step_sizes)
-            adapted = loop.run(lambda params, k: support, meta, 1, steps=steps, query="none")
+            adapted = loop.run(lambda params, k: support, meta, 1, steps=steps, query=False)
             theta = adapted.iterates[-1]
             if not steps:
                 theta = loop.start(theta, adapted.slow, support)
@@ -355,7 +375,7 @@ class MetaPolicy:
         Raises:
             UserError: it is an oracle, or was trained on supervised tasks.
         """
-        if self.algorithm.observes_task:
+        if self.algorithm.task_conditioned:
             raise UserError("an oracle is told its task and does not adapt")
         check_whole("seed", seed, 0)
         if action_space is not None and not isinstance(action_space, gym.Space):
@@ -366,7 +386,14 @@ class MetaPolicy:
                 action_space = env.action_space
         loop, params = self.inner_loop(ChunkPool(1), step_sizes)
         return OnlineAdapter(
-            loop, params, action_space, self.family.horizon, self.config, int(seed), self.trained_on
+            loop,
+            params,
+            self.batch,
+            action_space,
+            self.family.horizon,
+            self.config,
+            int(seed),
+            self.trained_on,
         )
 
     def save(self, path: str | Path) -> None:
@@ -379,7 +406,8 @@ class MetaPolicy:
             "kind": "policy", "config": self.config.to_json(), "family": dict(self.trained_on),
             **self.provenance,
         }  # fmt: skip
-        checkpoints.save(as_path("the file", path), self.params, metadata)
+        state = {f"baseline.{name}": p for name, p in self.baseline.items()}
+        checkpoints.save(as_path("the file", path), self.params | state, metadata)
 
 
 def random_meta_policy(like: MetaPolicy, seed: int = 0) -> MetaPolicy:
@@ -388,7 +416,7 @@ def random_meta_policy(like: MetaPolicy, seed: int = 0) -> MetaPolicy:
     Its steps are as large as the other's: sizes that training fitted to a KL are no part of what
     is at random.
     """
-    adapter = make_adapter(like.algorithm, like.config, like.model)
+    adapter = like.config.domain.adapter(like.algorithm, like.model)
     params = adapter.init(like.model.init(stream(seed, 0, "init")))
     if FACTOR in params and FACTOR in like.params:
         params[FACTOR] = like.params[FACTOR]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Real
@@ -15,24 +16,26 @@ import torch
 from numpy.typing import NDArray
 
 from metarl.config.options import Config
+from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs.errors import UserError
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.losses import Batch, dice, likelihood_ratio, log_likelihood
 from metarl.learning.plausibility import Plausibility
 from metarl.learning.settings import own_settings
-from metarl.learning.trajectories import Rollout
 from metarl.models.networks import Params, copied, stack
 from metarl.models.policies import MLPPolicy
 from metarl.policies.policy import Policy
 from metarl.runs.fingerprint import Fingerprint
 from metarl.sampling.rollouts import RolloutBuffer
 from metarl.sampling.spaces import (
+    ActionMode,
     as_observation,
     check_action,
     drawn_between,
     policy_action,
     uniform_log_prob,
 )
+from metarl.sampling.trajectories import Rollout
 
 _LARGEST = float(np.finfo(np.float32).max)  # as rewards are held
 _EFFECTIVE = 0.1  # share of the transitions, below which their weights are warned of
@@ -74,6 +77,7 @@ class OnlineAdapter:
         self,
         loop: InnerLoop,
         params: Params,
+        prepare: Callable[[Rollout, ChunkPool], Batch],
         action_space: gym.Space,
         horizon: int,
         config: Config,
@@ -85,6 +89,7 @@ class OnlineAdapter:
         Args:
             loop: how to adapt.
             params: meta-parameters to adapt from.
+            prepare: estimates the advantages of a rollout.
             action_space: of the environment that is acted in.
             horizon: steps after which an episode is cut.
             config: of the training behind it.
@@ -92,7 +97,8 @@ class OnlineAdapter:
             trained_on: what identifies the family as it was in training, if that is known.
         """
         assert isinstance(loop.adapter.model, MLPPolicy)
-        self._loop, self._network = loop, loop.adapter.model
+        self._mode: ActionMode = config.action_mode
+        self._loop, self._network, self._prepare = loop, loop.adapter.model, prepare
         self._space, self._horizon, self._config, self._seed = action_space, horizon, config, seed
         self._trained_on = trained_on
         fast, self._slow, self._step_sizes = loop.adapter.split(params)
@@ -169,7 +175,7 @@ class OnlineAdapter:
         if self._drawn is not None and np.array_equal(self._drawn[0], action):
             raw = self._drawn[1]
         else:
-            raw = policy_action(action, self._space, self._config.policy.action)
+            raw = policy_action(action, self._space, self._mode)
             if log_prob is None:
                 self._judge(seen, action)
         self._drawn = None
@@ -193,8 +199,7 @@ class OnlineAdapter:
         """
         if self._episodes:
             with own_settings():
-                batch, _ = self._loop.prepare(self._rollout())
-                assert isinstance(batch, Batch)
+                batch = self._prepare(self._rollout(), self._loop.pool)
                 loop, batch = self._weighted(batch)
                 self._fast = loop.step(
                     self._fast, self._slow, self._step_sizes, batch, self._steps, start=self._start

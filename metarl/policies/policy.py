@@ -73,7 +73,7 @@ class Policy:
         self.config, self.provenance = config, copy.deepcopy(dict(provenance))
         self._space, self._horizon = copy.deepcopy(space), horizon
         self.trained_on = dict(trained_on or {})
-        self._mode: ActionMode = config.policy.action
+        self._mode: ActionMode = config.action_mode
         self._rng = stream(provenance["seed"], 0, "test-noise", provenance["steps"])
 
     def act(self, observation: Any, *, deterministic: bool = False) -> NDArray:

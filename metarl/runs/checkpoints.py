@@ -6,13 +6,14 @@ tensor's name, type, shape and bytes: a file cut short or altered anywhere is re
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from torch import Tensor
 
 from metarl.config.options import Config
 from metarl.envs.errors import UserError
+from metarl.plain_json import json_text
 from metarl.runs.files import write_atomically
-from metarl.runs.plain_json import json_text
 
 FORMAT = 1
 DISTRIBUTION = "metarl-gradient"
@@ -72,6 +73,39 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} has format {found}, this version reads up to {FORMAT}; update metarl"
         )
     return tensors, metadata
+
+
+def checkpoint_path(run: Path, iteration: int) -> Path:
+    """Return where a run keeps the checkpoint of an iteration."""
+    return run / "checkpoints" / f"{iteration:06d}.safetensors"
+
+
+def checkpoints_of(run: Path) -> dict[int, Path]:
+    """Return a run folder's checkpoints by their iterations, in order."""
+    found = (run / "checkpoints").glob("*.safetensors")
+    return dict(sorted((int(path.stem), path) for path in found if path.stem.isdecimal()))
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Return a run folder's newest checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = checkpoints_of(run)
+    if not found:
+        raise CheckpointError(f"{run} holds no checkpoint yet")
+    return found[max(found)]
+
+
+def newest_good(run: Path, before: int, use: Callable[[Path], Any]) -> int | None:
+    """Return the newest iteration before another whose checkpoint is used without complaint."""
+    for iteration, path in sorted(checkpoints_of(run).items(), reverse=True):
+        if iteration < before:
+            with contextlib.suppress(CheckpointError):
+                use(path)
+                return iteration
+    return None
 
 
 def config_of(path: Path, metadata: Mapping[str, Any]) -> Config:

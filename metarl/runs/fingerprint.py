@@ -18,7 +18,7 @@ import numpy as np
 from metarl.envs import TaskFamily
 from metarl.envs.family import Family
 from metarl.envs.supervised.family import FunctionFamily, SupervisedFamily
-from metarl.runs.plain_json import json_text
+from metarl.plain_json import json_text
 
 Fingerprint = Mapping[str, Any]
 """Plain values of JSON by what they are of."""

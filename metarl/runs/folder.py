@@ -9,29 +9,31 @@ import json
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from metarl.config.options import Config
 from metarl.envs.errors import UserError
-from metarl.learning.trust_region import OuterState
+from metarl.learning.outer import OuterState
 from metarl.models.networks import Params
-from metarl.policies.loading import checkpoint_path, checkpoints_of, newest_good
+from metarl.plain_json import json_text
 from metarl.runs import checkpoints, fingerprint
 from metarl.runs.checkpoints import (
     CheckpointError,
     changes,
+    checkpoint_path,
+    checkpoints_of,
     config_of,
     count_of,
     machine,
+    newest_good,
     versions,
 )
 from metarl.runs.files import is_aside, set_aside, sweep, write_atomically
 from metarl.runs.fingerprint import Fingerprint
 from metarl.runs.metrics import read_metrics
-from metarl.runs.plain_json import json_text
 
 _log = logging.getLogger(__name__)
 
@@ -43,12 +45,16 @@ class RunError(UserError):
     """A run cannot start or go on; the message says why and what to do."""
 
 
+_TENSORS = ("params", "outer", "baseline")
+
+
 @dataclass
 class State:
     """What a checkpoint holds besides the config."""
 
     params: Params
     outer: OuterState
+    baseline: Params = field(default_factory=dict)
     iteration: int = 0
     env_steps: int = 0
     skipped_updates: int = 0
@@ -196,7 +202,8 @@ def save_checkpoint(
     """Save a run's state as its newest checkpoint; the one before goes, unless it is kept."""
     tensors = {f"meta.{name}": p for name, p in state.params.items()}
     tensors |= {f"outer.{name}": p for name, p in state.outer.items()}
-    counters = {k: v for k, v in vars(state).items() if k not in ("params", "outer")}
+    tensors |= {f"baseline.{name}": p for name, p in state.baseline.items()}
+    counters = {k: v for k, v in vars(state).items() if k not in _TENSORS}
     metadata = {
         "kind": "checkpoint", "config": config.to_json(), "family": dict(family or {}),
         "versions": versions(), "machine": machine(), **counters,
@@ -277,40 +284,37 @@ def _load_state(
         raise CheckpointError(f"{path} is of another run: {other}")
     if found := fingerprint.changes(metadata.get("family") or {}, family or {}):
         raise CheckpointError(_other_family(path, config, found))
-    params, outer = (
+    params, outer, baseline = (
         checkpoints.in_shapes(
             path,
             {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)},
             {name: tuple(t.shape) for name, t in kept.items()},
         )
-        for part, kept in (("meta.", like.params), ("outer.", like.outer))
-    )
-    names = State.__dataclass_fields__.keys() - {"params", "outer"}
+        for part, kept in (
+            ("meta.", like.params), ("outer.", like.outer), ("baseline.", like.baseline),
+        )
+    )  # fmt: skip
+    names = State.__dataclass_fields__.keys() - set(_TENSORS)
     counters = {name: count_of(path, metadata, name) for name in sorted(names)}
     if counters["iteration"] != int(path.stem):
         raise CheckpointError(
             f"{path} is of iteration {counters['iteration']}, which is not its name"
         )
-    return State(params, outer, **counters), metadata
+    return State(params, outer, baseline, **counters), metadata
 
 
 def differences(old: Config, new: Config) -> list[str]:
     """Return where two configs differ, but for what may change on resume: "key old, not new"."""
 
     def flat(config: Config) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in config.to_json().items():
-            if isinstance(value, dict) and key != "family_options":
-                result.update({f"{key}.{name}": v for name, v in value.items()})
-            else:
-                result[key] = value
-        return result
+        data = config.to_json()
+        return {**data.pop("options"), **data}
 
     a, b = flat(old), flat(new)
     return [
-        f"{key} is {a[key]}, not {b[key]}"
-        for key in a
-        if key not in CHANGEABLE_ON_RESUME and a[key] != b[key]
+        f"{key} is {a.get(key)}, not {b.get(key)}"
+        for key in {**a, **b}
+        if key not in CHANGEABLE_ON_RESUME and a.get(key) != b.get(key)
     ]
 
 

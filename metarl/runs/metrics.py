@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from metarl.plain_json import json_text
 from metarl.runs.files import GrowingFile, set_aside, write_atomically
-from metarl.runs.plain_json import json_text
 
 _log = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ _TENSORBOARD = {
     "gradient_agreement": "train/gradient_agreement",
     "inner_kl": "train/inner_kl",
     "step_size": "train/step_size",
-    "support_agreement": "train/support_agreement",
-    "saturation": "rollout/saturation",
+    "inner_gradient_cosine": "train/inner_gradient_cosine",
+    "clip_fraction": "rollout/clip_fraction",
     "bounded_gradients": "train/bounded_gradients",
     "policy_std": "train/std",
     "skipped_updates": "train/skipped_updates",

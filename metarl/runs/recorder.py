@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Any
 
 from metarl.config.options import Config
+from metarl.plain_json import json_text
 from metarl.runs.fingerprint import Fingerprint
 from metarl.runs.folder import State, save_checkpoint
 from metarl.runs.metrics import MetricsLog
-from metarl.runs.plain_json import json_text
 
 SAVE_SECONDS = 5.0
 """Between checkpoints of a run on a data set: an iteration takes less time than to write it."""

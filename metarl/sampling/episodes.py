@@ -18,11 +18,11 @@ from metarl.envs.gymnasium.wrappers import refuse_running_statistics
 from metarl.envs.seeds import foreign_seed
 from metarl.envs.vector import SingleTaskEnv
 from metarl.learning.inner_loop import NonFiniteError
-from metarl.learning.trajectories import Rollout
 from metarl.models.networks import Params
 from metarl.models.policies import MLPPolicy
-from metarl.sampling.rollouts import Address, RolloutBuffer
+from metarl.sampling.rollouts import RandomKey, RolloutBuffer
 from metarl.sampling.spaces import ActionMode, check_spaces, env_action
+from metarl.sampling.trajectories import Rollout
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def collect_episodes(
     *,
     episodes: int,
     horizon: int,
-    address: Address,
+    address: RandomKey,
     mode: ActionMode = "clip",
     deterministic: bool = False,
     task: Sequence[float] | NDArray = (),

@@ -21,17 +21,17 @@ from numpy.typing import NDArray
 from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.envs import TaskFamily, TaskVectorEnv, guard
 from metarl.envs.errors import check_one_of
-from metarl.learning.trajectories import Rollout
 from metarl.models.networks import Params
 from metarl.models.policies import MLPPolicy
 from metarl.sampling.seeding import episode_seeds, stream
 from metarl.sampling.spaces import ActionMode, check_spaces, env_action
+from metarl.sampling.trajectories import Rollout
 
 Split = Literal["train", "test", "validation"]
 
 
 @dataclass(frozen=True)
-class Address:
+class RandomKey:
     """Where in a run episodes are sampled; names their random streams."""
 
     seed: int
@@ -142,7 +142,7 @@ def collect_into(
     policy: MLPPolicy,
     params: Params,
     tasks: NDArray,
-    address: Address,
+    address: RandomKey,
     mode: ActionMode,
     deterministic: bool,
 ) -> None:
@@ -242,7 +242,7 @@ class Collector:
         self,
         params: Params,
         tasks: NDArray,
-        address: Address,
+        address: RandomKey,
         *,
         deterministic: bool = False,
     ) -> Rollout:

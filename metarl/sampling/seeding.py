@@ -21,10 +21,10 @@ PHASES = {
     "validation-tasks": 8,
     "validation-reset": 9,
     "validation-noise": 10,
-    "minibatches": 11,  # how samples are split for an outer optimizer's epochs
     "examples": 12,  # of supervised tasks, in training
     "test-examples": 13,
     "validation-examples": 14,
+    "baseline": 15,  # initial state of a baseline that learns
 }
 
 

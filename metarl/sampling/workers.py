@@ -43,11 +43,11 @@ from metarl.envs.checks.start import log_finding, warn_at_start
 from metarl.envs.errors import UserError
 from metarl.envs.processes import pack
 from metarl.envs.vector import describe_progress
-from metarl.learning.trajectories import Rollout
 from metarl.models.networks import Params
 from metarl.models.policies import MLPPolicy
-from metarl.sampling.rollouts import Address, Collector, RolloutBuffer, clear_after_the_end
+from metarl.sampling.rollouts import Collector, RandomKey, RolloutBuffer, clear_after_the_end
 from metarl.sampling.spaces import ActionMode
+from metarl.sampling.trajectories import Rollout
 from metarl.sampling.worker_process import Reply, Share, work
 
 REPEATS = {"was killed": 2, "ended": 1, "hung": 1, "raised": 1}
@@ -282,7 +282,7 @@ class WorkerCollector:
         return [worker.process.pid for worker in self._workers]
 
     def collect(
-        self, params: Params, tasks: NDArray, address: Address, *, deterministic: bool = False
+        self, params: Params, tasks: NDArray, address: RandomKey, *, deterministic: bool = False
     ) -> Rollout:
         """Sample every episode of every task once; see `Collector.collect`.
 

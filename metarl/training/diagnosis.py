@@ -43,11 +43,11 @@ def findings(rows: Sequence[Mapping[str, Any]], *, stratified: bool = False) -> 
         ("inner_kl", lambda x: x > _LARGE_KL,
          "An inner step moves policies by a mean KL of {:.2g}, further than its samples support."
          " Take smaller inner.step_sizes; inner.kl only lengthens a step."),
-        ("saturation", lambda x: x > _SATURATED,
+        ("clip_fraction", lambda x: x > _SATURATED,
          "{:.0%} of the actions lie beyond the bounds, where they make no difference and the"
          " gradient is noise. policy.output_scale 0.1, policy.normalize or a smaller"
          " policy.initial_std start within the bounds."),
-        ("support_agreement", lambda x: x < _LITTLE_AGREEMENT,
+        ("inner_gradient_cosine", lambda x: x < _LITTLE_AGREEMENT,
          "The inner gradients of two halves of a task's episodes agree by a cosine of {:.2g}: the"
          " step is mostly noise, or rewards hardly differ. More episodes make it clearer; so does"
          " an advantage.trace of 0.95, and with few episodes advantage.targets lambda-returns."),

@@ -10,30 +10,32 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from metarl.algorithms.table import find_algorithm
 from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool
-from metarl.distributed.process_group import ALONE, Ranks
-from metarl.envs import TaskFamily, guard
+from metarl.distributed.process_group import ALONE, ProcessGroup, device_of
+from metarl.domains.domain import TaskSamples
+from metarl.domains.lookup import domain_of
+from metarl.envs import guard
 from metarl.envs.errors import UserError, kind_of
-from metarl.envs.family import Family
 from metarl.envs.registry import SUCH_AS, find_family
-from metarl.learning.inner_loop import InnerLoop, NonFiniteError, Query
-from metarl.learning.losses import Batch
+from metarl.learning.inner_loop import Adapted, InnerLoop, NonFiniteError
+from metarl.learning.inner_update import Adapter
+from metarl.learning.meta_gradients.problem import Objective, Sampled
+from metarl.learning.outer import OuterState
 from metarl.learning.settings import own_settings
-from metarl.learning.signals import support_agreement
-from metarl.learning.trajectories import Rollout
-from metarl.models.networks import copied
-from metarl.policies.building import make_adapter, model_for, row_for
-from metarl.policies.loading import checkpoints_of
+from metarl.learning.signals import inner_gradient_cosine
+from metarl.models.networks import Params, copied
+from metarl.models.policies import MLPPolicy
 from metarl.policies.meta_policy import MetaPolicy
-from metarl.runs.checkpoints import versions
+from metarl.runs.checkpoints import checkpoints_of, versions
 from metarl.runs.files import as_path
 from metarl.runs.fingerprint import fingerprint
 from metarl.runs.folder import (
@@ -52,17 +54,9 @@ from metarl.runs.folder import (
 )
 from metarl.runs.recorder import SAVE_SECONDS, Recorder
 from metarl.runs.stopping import stop_by_ctrl_c
-from metarl.sampling.rollouts import Address
+from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.seeding import stream
-from metarl.sampling.workers import START_SECONDS
-from metarl.training.checks import check_combination, check_device
-from metarl.training.iterations import (
-    make_outer,
-    make_problem,
-    schedule,
-    schedule_change,
-)
-from metarl.training.sources import Episodes, make_source
+from metarl.sampling.trajectories import Rollout
 
 Callback = Callable[[dict[str, Any]], None]
 """Takes an iteration's metrics; they are a copy."""
@@ -76,32 +70,50 @@ class Trainer:
 
     Args:
         config: of the run.
-        ranks: that share its tasks.
+        process_group: processes that share its tasks.
     """
 
-    def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
-        self.config, self.ranks = config, ranks
-        self.block = ranks.block(config.tasks)
-        self.family = find_family(config.family, **config.family_options)
-        self.algorithm = row_for(find_algorithm(config.algorithm), self.family)
-        self.model = model_for(self.algorithm, config, self.family)
-        check_combination(self.algorithm, config, self.family)
+    def __init__(self, config: Config, process_group: ProcessGroup = ALONE) -> None:
+        self.config, self.process_group = config, process_group
         check_device(config.device)
-        _check_ranks(config, self.family, ranks)
-        adapter = make_adapter(self.algorithm, config, self.model)
-        params = adapter.init(self.model.init(stream(config.seed, 0, "init")))
-        self.outer = make_outer(self.algorithm, config)
-        self.state = State(params, self.outer.init(params))
+        self.family = find_family(config.family, **config.family_options)
+        self.domain = domain_of(self.family)
+        self.algorithm = config.algorithm
+        self.model = self.domain.model(self.algorithm, config.policy, self.family)
+        adapter = self.domain.adapter(self.algorithm, self.model)
+        self.state = self._initial_state(adapter)
         self._first = True
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(own_settings())
-        self.pool = self._stack.enter_context(ChunkPool(config.threads, ranks))
-        self.source = make_source(
-            self.algorithm, config, self.family, adapter, self.pool, self.block
+        self.pool = self._stack.enter_context(ChunkPool(config.threads, process_group))
+        self.source = self.domain.source(
+            self.family, self.algorithm, adapter, self.pool, **self._sampling()
         )
         self._stack.callback(self.source.close)
-        self.fingerprint = fingerprint(self.family, getattr(self.source, "spaces", None))
-        self.inner_loop = InnerLoop(adapter, config.advantage, self.pool)
+        self.fingerprint = fingerprint(self.family, self.source.spaces)
+        self.inner_loop = InnerLoop(adapter, self.pool)
+
+    def _initial_state(self, adapter: Adapter) -> State:
+        config = self.config
+        params = adapter.init(self.model.init(stream(config.seed, 0, "init")))
+        baseline: Params = {}
+        if config.baseline is not None:
+            assert isinstance(self.model, MLPPolicy)
+            rng = stream(config.seed, 0, "baseline")
+            baseline = config.baseline.init(self.model.observation_shape, rng)
+        return State(params, config.outer.init(params), baseline)
+
+    def _sampling(self) -> dict[str, Any]:
+        config = self.config
+        options: dict[str, Any] = {"tasks": config.tasks, "stratified": config.stratified}
+        if config.policy.policies:
+            options |= {
+                "episodes": config.episodes,
+                "options": config.policy,
+                "workers": config.workers,
+                "timeout": config.worker_timeout,
+            }
+        return options
 
     def close(self) -> None:
         """Close the environments; end threads and worker processes."""
@@ -116,88 +128,145 @@ class Trainer:
     def iterate(self, on_rollouts: Callable[[list[Rollout]], None] | None = None) -> dict[str, Any]:
         """Run one meta-iteration and return its metrics.
 
-        Where a sample or a gradient is not finite, the update is skipped and counted.
+        If a sample or a gradient is not finite, the update is skipped and counted.
 
         Args:
-            on_rollouts: is shown the iteration's rollouts, support first, of this rank's tasks.
+            on_rollouts: is given the iteration's rollouts of this process's tasks, support first.
         """
-        row, config, state, ranks = self.algorithm, self.config, self.state, self.ranks
-        start, processor = time.perf_counter(), time.process_time()
-        ranks.check_same(torch.cat([x.flatten() for x in self._carried()]))
-        waited = ranks.traffic.seconds
-        address = Address(config.seed, state.iteration, first_task=self.block.start)
-        opened = self.source.open(address)
-        tasks = self.block.stop - self.block.start
-        seconds: dict[str, float] = {}
+        clock = IterationClock(self.process_group)
+        state, algorithm = self.state, self.algorithm
+        self.process_group.check_same(torch.cat([x.flatten() for x in self._carried()]))
+        samples = self.source.open(self._key(), state.baseline)
+        before = state.params
         stats: dict[str, Any] = {"finite": False}
-        inner = dict.fromkeys(("inner_kl", "step_size", "support_agreement"), math.nan)
-        before = params = state.params
-        outer = state.outer
-        query: Query = "none" if row.gradient == "displacement" else "batch"
+        inner = dict.fromkeys(("inner_kl", "step_size", "inner_gradient_cosine"), math.nan)
+        params, outer = before, state.outer
         try:
-            common: dict[str, Any] = {"steps": config.inner.steps, "query": query}
-            if self.source.fixed:
-                adapted = self.inner_loop.draw(opened.sample, params, tasks, **common)
-            else:
-                # Once in a process: the code may be another after a resume.
-                common |= {"kl": config.inner.kl, "check": self._first}
-                self._first = False
-                adapted = self.inner_loop.run(opened.sample, params, tasks, **common)
+            adapted = self._adapt(samples)
             params = adapted.meta
-            if config.inner.steps:
-                adapter = self.inner_loop.adapter
-                inner["inner_kl"] = adapted.inner_kl
-                inner["step_size"] = adapter.mean_step_sizes(params, 1)[0]
-                support = adapted.batches[0]
-                if isinstance(support, Batch):
-                    inner["support_agreement"] = support_agreement(adapter, params, support)
-            seconds["adapt"] = time.perf_counter() - start - opened.seconds
-            problem = make_problem(
-                row, config, state.iteration, adapted, params, self.inner_loop.adapter, self.pool
-            )
-            rate = schedule(row, config, state.iteration).rate
-            params, outer, stats = self.outer.step(problem, params, outer, rate)
+            inner = self._inner_metrics(adapted)
+            clock.adapted(samples.seconds)
+            problem = algorithm.meta.problem(self._sampled(adapted, samples))
+            rate = algorithm.outer.rate(self.progress)
+            params, outer, stats = algorithm.outer.step(problem, params, outer, rate)
         except NonFiniteError as error:
             stats["skipped"] = str(error)
-        count = ranks.total(opened.count)
+        count = self.process_group.total(samples.count)
         if not count:
             stats |= {"finite": False, "skipped": "every episode diverged"}
-        if stats.pop("finite"):
-            if row.outer != "none":  # else what was fitted or observed would change the initial one
-                state.params = self.model.confined(opened.observed(params))
-                state.outer = outer
-            state.skipped_in_a_row = 0
-        else:
-            stats.setdefault("skipped", "the meta-gradient is not finite")
-            state.skipped_updates += 1
-            state.skipped_in_a_row += 1
+        self._accept(stats, samples, params, outer)
         state.iteration += 1
         state.env_steps += count
-        recorded = opened.metrics(before, state.params, stats)
-        total = time.perf_counter() - start
         metrics = {
             "iteration": state.iteration,
             "env_steps": state.env_steps,
-            **recorded,
+            **samples.metrics(before, state.params, stats),
             "skipped_updates": state.skipped_updates,
             **inner,
             **stats,
-            "seconds_rollout": opened.seconds,
-            **{f"seconds_{name}": value for name, value in seconds.items()},
-            "seconds_update": total - opened.seconds,
-            "seconds_iteration": total,
-            "seconds_processor": time.process_time() - processor,
-            "seconds_ranks": ranks.traffic.seconds - waited,
-            "env_steps_per_second": count / total,
+            **clock.metrics(samples.seconds, count),
         }
-        if on_rollouts is not None and isinstance(opened, Episodes):
+        if on_rollouts is not None:
             # Last, and without views of parameters: what is done to them changes nothing here.
-            on_rollouts([replace(r, behaviour=copied(r.behaviour)) for r in opened.rollouts])
+            on_rollouts([replace(r, behaviour=copied(r.behaviour)) for r in samples.rollouts])
         return metrics
 
-    def _carried(self) -> list[torch.Tensor]:
+    @property
+    def progress(self) -> float:
+        """Progress of the run, from 0 to 1."""
+        return self.state.iteration / self.config.iterations
+
+    def _key(self) -> RandomKey:
+        first = self.source.block.start
+        return RandomKey(self.config.seed, self.state.iteration, first_task=first)
+
+    def _adapt(self, samples: TaskSamples) -> Adapted:
+        """Adapt to each task; on a data set only draw, since the meta-gradient adapts by itself."""
+        inner, query = self.config.inner, self.algorithm.meta.needs_query
+        options: dict[str, Any] = {"steps": inner.steps, "query": query}
+        params, tasks = self.state.params, self.source.tasks
+        if self.source.fixed:
+            return self.inner_loop.draw(samples.sample, params, tasks, **options)
+        if self._first:  # once in a process: the code may have changed before a resume
+            options["check"] = partial(self.domain.check, self.inner_loop.adapter, self.pool)
+            self._first = False
+        min_kl = getattr(inner, "min_kl", 0.0)
+        return self.inner_loop.run(samples.sample, params, tasks, min_kl=min_kl, **options)
+
+    def _sampled(self, adapted: Adapted, samples: TaskSamples) -> Sampled:
+        config, algorithm = self.config, self.algorithm
+        loss = algorithm.outer_loss or self.domain.outer_loss(self.model)
+        objective = Objective(
+            algorithm.outer.loss(loss),
+            task_weights=self._task_weights(samples),
+            regularizer=algorithm.regularizer,
+        )
+        iteration = self.state.iteration
+
+        def permutation(n: int) -> Tensor:
+            return torch.from_numpy(stream(config.seed, iteration, "fisher").permutation(n))
+
+        return Sampled(
+            self.inner_loop.adapter,
+            adapted,
+            self.pool,
+            objective,
+            progress=self.progress,
+            chunk=self.source.chunk(adapted.batches, config.device),
+            device=device_of(config.device),
+            permutation=permutation,
+        )
+
+    def _task_weights(self, samples: TaskSamples) -> Tensor | None:
+        """Return the weights of this process's tasks, of mean 1 over all tasks."""
+        function, returns = self.algorithm.task_weights, samples.mean_returns()
+        if function is None or returns is None:
+            return None
+        everywhere = self.process_group.gather(returns)
+        weights = function(everywhere)
+        if not isinstance(weights, Tensor) or weights.shape != everywhere.shape:
+            shape = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise UserError(
+                f"task_weights must return one weight a task, [{len(everywhere)}], got {shape}"
+            )
+        total = float(weights.sum())
+        if not (bool((weights >= 0).all()) and 0.0 < total < math.inf):
+            raise UserError("task_weights must be finite, not negative, and not all zero")
+        return (weights * (len(weights) / total))[self.source.block]
+
+    def _inner_metrics(self, adapted: Adapted) -> dict[str, float]:
+        """Return how far the first inner step went, and how much of it is signal."""
+        if not self.config.inner.steps:
+            return dict.fromkeys(("inner_kl", "step_size", "inner_gradient_cosine"), math.nan)
+        adapter = self.inner_loop.adapter
+        return {
+            "inner_kl": adapted.inner_kl,
+            "step_size": adapter.mean_step_sizes(adapted.meta, 1)[0],
+            "inner_gradient_cosine": inner_gradient_cosine(
+                adapter, adapted.meta, adapted.batches[0]
+            ),
+        }
+
+    def _accept(
+        self, stats: dict[str, Any], samples: TaskSamples, params: Params, outer: OuterState
+    ) -> None:
+        """Take over a finite update, or count one that was skipped."""
+        state, algorithm = self.state, self.algorithm
+        if not stats.pop("finite"):
+            stats.setdefault("skipped", "the meta-gradient is not finite")
+            state.skipped_updates += 1
+            state.skipped_in_a_row += 1
+            return
+        if algorithm.outer.updates:  # else statistics would change the initial parameters
+            state.params = self.model.confined(samples.observed(params))
+            state.outer = outer
+        state.baseline = samples.updated_baseline()
+        state.skipped_in_a_row = 0
+
+    def _carried(self) -> list[Tensor]:
         """Return what is carried from one iteration to the next."""
-        return [*self.state.params.values(), *self.state.outer.values()]
+        state = self.state
+        return [*state.params.values(), *state.outer.values(), *state.baseline.values()]
 
     def meta_policy(self) -> MetaPolicy:
         """Return the present meta-parameters as a policy to evaluate, adapt or save."""
@@ -207,20 +276,58 @@ class Trainer:
             "env_steps": state.env_steps,
             "versions": versions(),
         }
-        return MetaPolicy(state.params, self.config, provenance, self.fingerprint)
+        return MetaPolicy(state.params, self.config, provenance, self.fingerprint, state.baseline)
 
 
-def _check_ranks(config: Config, family: Family, ranks: Ranks) -> None:
-    """Raise UserError unless a family's tasks can be dealt out to ranks."""
-    if ranks.size == 1:
-        return
-    if not isinstance(family, TaskFamily):
-        raise UserError(f"{family.name}: supervised tasks train on one rank, got {ranks.size}")
-    if config.workers and not family.parallel and ranks.limit <= START_SECONDS:
-        raise UserError(
-            f"rank_timeout must be above {START_SECONDS:g}, the seconds that workers may take"
-            f" to start, got {ranks.limit:g}"
-        )
+class IterationClock:
+    """Seconds of the phases of one iteration."""
+
+    def __init__(self, process_group: ProcessGroup) -> None:
+        self.start, self.processor = time.perf_counter(), time.process_time()
+        self.traffic, self.waited = process_group.traffic, process_group.traffic.seconds
+        self.seconds: dict[str, float] = {}
+
+    def adapted(self, sampling: float) -> None:
+        """Note the end of the inner loop, which sampled for so many seconds."""
+        self.seconds["seconds_adapt"] = time.perf_counter() - self.start - sampling
+
+    def metrics(self, sampling: float, count: int) -> dict[str, float]:
+        """Return the seconds of each phase, and the rate of `count` samples."""
+        total = time.perf_counter() - self.start
+        return {
+            "seconds_rollout": sampling,
+            **self.seconds,
+            "seconds_update": total - sampling,
+            "seconds_iteration": total,
+            "seconds_processor": time.process_time() - self.processor,
+            "seconds_ranks": self.traffic.seconds - self.waited,
+            "env_steps_per_second": count / total,
+        }
+
+
+def check_device(device: str) -> None:
+    """Raise UserError unless torch has the device."""
+    if device != "cpu" and not device.startswith("cuda"):
+        raise UserError(f"device must be cpu or cuda, got {device!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} is not there: torch finds no GPU; use cpu")
+
+
+def schedule_change(config: Config, planned: int, iteration: int) -> str | None:
+    """Return what changes in a run's schedules if its end is another than was planned, in words.
+
+    Args:
+        config: as the run continues.
+        planned: iterations that it was to have in all.
+        iteration: how many it has had.
+
+    Returns:
+        None if nothing depends on the run's length.
+    """
+    total = config.iterations
+    parts = [part.change(planned, total, iteration) for part in (config.outer, config.meta)]
+    found = "; ".join(filter(None, parts))
+    return f"{total} iterations instead of {planned}: {found}" if found else None
 
 
 @own_settings()
@@ -235,7 +342,7 @@ def train(
     start: int | None = None,
     notice: Callable[[str], object] = warnings.warn,
     started: Callable[[], object] = lambda: None,
-    ranks: Ranks = ALONE,
+    process_group: ProcessGroup = ALONE,
 ) -> MetaPolicy:
     """Train in a run folder and return the meta-policy.
 
@@ -259,7 +366,7 @@ def train(
         CheckpointError: the checkpoint to resume from cannot be used.
         UserError: the config or the family is at fault.
         OSError: a file cannot be written; what was saved before is whole.
-        RanksError: another rank was lost.
+        ProcessGroupError: another rank was lost.
         KeyboardInterrupt: Ctrl-C was pressed; the iteration is saved, and `resume` continues.
     """
     if not isinstance(config, Config):
@@ -274,13 +381,13 @@ def train(
     folder = as_path("out", out)
     with contextlib.ExitStack() as stack:
         recorder = None
-        with ranks.agreeing():
-            if ranks.is_main:
+        with process_group.errors_shared():
+            if process_group.is_main:
                 resume = not is_free(folder) if resume == "auto" else resume
                 _check_folder(folder, config, bool(resume))
             # Faults of the config and the family show before the folder is made.
-            trainer = stack.enter_context(Trainer(config, ranks))
-            if ranks.is_main:
+            trainer = stack.enter_context(Trainer(config, process_group))
+            if process_group.is_main:
                 opened = _continued(folder, trainer, start, notice) if resume else None
                 check = stack.enter_context(opened or _begun(folder, trainer))
                 between = SAVE_SECONDS if trainer.source.fixed else 0.0
@@ -290,17 +397,17 @@ def train(
                     there, config, trainer.state, check, between, trainer.fingerprint
                 )
                 stack.enter_context(recorder)
-            trainer.state = ranks.from_main(trainer.state)
+            trainer.state = process_group.from_main(trainer.state)
         started()
         try:
-            with stop_by_ctrl_c(quiet=not ranks.is_main) as interrupted:
+            with stop_by_ctrl_c(quiet=not process_group.is_main) as interrupted:
                 ends = lambda: interrupted() or stop()  # noqa: E731
                 _train(trainer, folder, recorder, progress, display, ends)
         except OSError as error:
             if checkpoints_of(folder):
                 error.add_note(f"then go on with: metarl train --resume {quote(str(folder))}")
             raise
-        if ranks.any(interrupted()):
+        if process_group.any(interrupted()):
             raise KeyboardInterrupt(f"stopped after iteration {trainer.state.iteration}")
         return trainer.meta_policy()
 
@@ -346,7 +453,7 @@ def _continued(
         if not iteration:  # it may have been killed before its first checkpoint
             save_checkpoint(folder, config, trainer.state, trainer.fingerprint)
         if iteration < config.iterations != planned:
-            change = schedule_change(trainer.algorithm, config, planned, iteration)
+            change = schedule_change(config, planned, iteration)
             if change is not None:
                 notice(change)
             plan(folder, config)
@@ -361,9 +468,9 @@ def _train(
     display: Callback | None,
     stop: Callable[[], bool],
 ) -> None:
-    ranks, state = trainer.ranks, trainer.state
-    while state.iteration < trainer.config.iterations and not ranks.any(stop()):
-        with ranks.agreeing():
+    process_group, state = trainer.process_group, trainer.state
+    while state.iteration < trainer.config.iterations and not process_group.any(stop()):
+        with process_group.errors_shared():
             with guard.restored():
                 row = trainer.iterate()
             if state.skipped_in_a_row >= SKIPPED_LIMIT:
@@ -378,6 +485,6 @@ def _train(
                 if progress is not None:
                     recorder.wait()
                     progress(copy.deepcopy(row))
-    with ranks.agreeing():
+    with process_group.errors_shared():
         if recorder is not None:
             recorder.wait()

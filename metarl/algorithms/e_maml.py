@@ -1,18 +1,63 @@
-"""What pre-update sampling earns for the post-update return: E-MAML's credit."""
+"""E-MAML (Stadie et al. 2018): credit the pre-update sampling for the post-update return.
+
+As `maml_trpo`, with one more term in the meta-gradient:
+
+        g = d/dtheta mean (L_query(theta') - credit * log pi_theta(support actions))
+
+where credit is what the task's query episodes earned beyond what was to be expected.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from metarl.distributed.process_group import ALONE, Ranks
-from metarl.learning.inner_loop import Adapted
+from metarl.algorithms.algorithm import Algorithm
+from metarl.distributed.process_group import ALONE, ProcessGroup
+from metarl.envs.errors import UserError
+from metarl.learning.losses import Batch, log_ratio
+from metarl.learning.meta_gradients.problem import Objective, Sampled
+from metarl.learning.meta_gradients.unrolled import Unrolled
+from metarl.models.networks import Dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingCredit(Unrolled):
+    """The exact meta-gradient, with the term of the sampling distribution."""
+
+    needs_policy: ClassVar[bool] = True
+
+    # 1 is the paper's weight, unbiased, with the variance of the score of all samples of a task.
+    sampling_coef: float = 1.0
+    """Weight of the term that credits pre-update sampling for the post-update return."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_not_negative("sampling_coef")
+
+    def objective(self, sampled: Sampled) -> Objective:
+        query = sampled.adapted.batches[-1]
+        assert isinstance(query, Batch)
+        credit = self.sampling_coef * sampling_credit(query, sampled.pool.process_group)
+
+        def term(model: Any, output: Dist, batch: Batch, chunk: slice) -> Tensor:
+            return -(credit[chunk].to(batch.weight.device) * log_ratio(model, output, batch))
+
+        return replace(sampled.objective, support_terms=(term,) if self.sampling_coef else ())
+
+    def check(self, steps: int) -> None:
+        if steps < 1:
+            raise UserError(f"e-maml needs inner.steps of at least 1, got {steps}")
+
 
 _TASKS_PER_FEATURE = 4
 _LEAST_SCALE = 0.1
 
 
-def post_update_credit(adapted: Adapted, ranks: Ranks = ALONE) -> Tensor:
+def sampling_credit(query: Batch, process_group: ProcessGroup = ALONE) -> Tensor:
     """Return what each task's support episodes earned beyond what was to be expected, [T].
 
     T are the tasks of this rank; what is to be expected of one is told by those of all ranks.
@@ -26,16 +71,17 @@ def post_update_credit(adapted: Adapted, ranks: Ranks = ALONE) -> Tensor:
     all tasks' scales: a task whose query episodes all earn the same has next to none. A task whose
     every query episode diverged is credited nothing.
     """
-    after = adapted.rollouts[-1]
+    after, scales = query.rollout, query.advantage_scale
+    assert after is not None
+    assert scales is not None
     earned = after.mean_returns()
     length = after.valid.sum(dim=(1, 2)) / (~after.diverged).sum(dim=1)
-    everywhere = ranks.gather(earned)
-    expected = leave_one_out(ranks.gather(after.tasks), everywhere)
-    surplus = earned - expected[ranks.block(len(everywhere))]
-    scales = adapted.advantage_scales[-1]
-    usual = ranks.gather(scales).square().mean().sqrt()
+    everywhere = process_group.gather(earned)
+    expected = leave_one_out(process_group.gather(after.tasks), everywhere)
+    surplus = earned - expected[process_group.block(len(everywhere))]
+    usual = process_group.gather(scales).square().mean().sqrt()
     credit = surplus / (length * scales.clamp(min=_LEAST_SCALE * usual))
-    return credit.nan_to_num(nan=0.0).to(adapted.batches[-1].weight.dtype)
+    return credit.nan_to_num(nan=0.0).to(query.weight.dtype)
 
 
 def leave_one_out(tasks: Tensor, values: Tensor) -> Tensor:
@@ -71,3 +117,11 @@ def leave_one_out(tasks: Tensor, values: Tensor) -> Tensor:
         others = torch.where(alone, others, fitted)
     predicted[known] = others
     return predicted
+
+
+e_maml = Algorithm(
+    name="e-maml",
+    summary="adds what pre-update sampling earns for the post-update return",
+    citation="Stadie et al. 2018, arXiv:1803.01118; Al-Shedivat et al. 2018, arXiv:1710.03641",
+    meta=SamplingCredit(),
+)

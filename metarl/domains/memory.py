@@ -15,7 +15,8 @@ import numpy as np
 
 from metarl.envs.errors import UserError
 from metarl.envs.memory import available
-from metarl.learning.advantages import baseline_bytes
+from metarl.learning.advantages import CHUNK
+from metarl.learning.baselines import Baseline
 from metarl.models.policies import MLPPolicy
 from metarl.sampling.rollouts import RolloutBuffer
 
@@ -62,6 +63,7 @@ def need(
     chunks: int = 1,
     fisher_fraction: float = 0.0,
     threads: int = 1,
+    baseline: Baseline | None = None,
 ) -> Need:
     """Return what `rollouts` samples of all tasks' episodes take, and an update on them.
 
@@ -71,7 +73,8 @@ def need(
         info_keys: how many entries of the environments' info that are kept.
         chunks: chunks of four tasks whose graphs are held at once, one a thread.
         fisher_fraction: part of the samples whose graphs are held for all tasks at once.
-        threads: that fit baselines.
+        threads: that fit the baseline.
+        baseline: fitted to each rollout.
     """
     steps = tasks * episodes * horizon
 
@@ -93,7 +96,11 @@ def need(
     return Need(
         kept,
         int(GRAPH * graphs * forward) + iterates,
-        baseline_bytes(episodes * horizon, policy.observation_shape, tasks, threads),
+        0
+        if baseline is None
+        else baseline.peak_bytes(
+            episodes * horizon, policy.observation_shape, min(CHUNK * threads, tasks)
+        ),
         tasks,
         episodes,
     )

@@ -1,0 +1,106 @@
+"""An algorithm: an inner update, a meta-gradient and an outer optimizer, with their options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from torch import Tensor
+
+from metarl.algorithms.outer_optimizers import find_outer
+from metarl.envs.errors import UserError, check_one_of
+from metarl.learning.advantages import Advantages
+from metarl.learning.baselines import Baseline, LinearFeatures
+from metarl.learning.inner_update import GradientUpdate, InnerUpdate
+from metarl.learning.losses import Loss
+from metarl.learning.meta_gradients.problem import MetaGradient, Regularizer
+from metarl.learning.meta_gradients.unrolled import FirstOrder, Unrolled
+from metarl.learning.outer import OuterOptimizer
+from metarl.learning.trust_region import TrustRegion
+from metarl.models.predictors import Head
+from metarl.parts import Part
+
+TaskWeights = Callable[[Tensor], Tensor]
+"""Mean returns of all tasks after adaptation, [T] float64 -> weights of the tasks, [T]."""
+
+SECTIONS = ("inner", "meta", "outer", "advantage", "baseline")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """One meta-learning algorithm.
+
+    Raises:
+        UserError: a part is of another kind, or parts do not go together.
+    """
+
+    name: str
+    summary: str = ""
+    citation: str = ""
+    inner: InnerUpdate = field(default_factory=GradientUpdate)
+    meta: MetaGradient = field(default_factory=Unrolled)
+    outer: OuterOptimizer = field(default_factory=TrustRegion)
+    """Also the name of an outer optimizer, or a class of torch.optim."""
+    advantage: Advantages | None = field(default_factory=Advantages)
+    baseline: Baseline | None = field(default_factory=LinearFeatures)
+    outer_loss: Loss | None = None
+    """Loss of the adapted policies on the query samples. None: the likelihood ratio of policies, or
+    the inner loss on a data set."""
+    task_weights: TaskWeights | None = None
+    """Weights of the tasks in the meta-objective, for a worst case or CVaR; scaled to mean 1.
+    None: all weigh the same."""
+    regularizer: Regularizer | None = None
+    """Meta-parameters -> a number that is added to the meta-objective."""
+    head: Head = "meta"
+    """Where the last layer of a classifier starts."""
+    task_conditioned: bool = False
+    """The policy observes the task vector, and takes no inner step in evaluation."""
+    reference: bool = False
+    """Not a meta-learner: meta-learners are compared with it."""
+    source: str = field(default="", compare=False)
+    """Name that `find_algorithm` finds it by; empty for one that has none."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise UserError(f"an algorithm's name must be a text, got {self.name!r}")
+        object.__setattr__(self, "outer", find_outer(self.outer))
+        kinds = {
+            "inner": InnerUpdate, "meta": MetaGradient, "outer": OuterOptimizer,
+            "advantage": Advantages | None, "baseline": Baseline | None,
+        }  # fmt: skip
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(self, name), kind):
+                expected = getattr(kind, "__name__", str(kind))
+                raise UserError(f"{self.name}: {name} must be a {expected}, got {value!r}")
+        for name in ("outer_loss", "task_weights", "regularizer"):
+            if (value := getattr(self, name)) is not None and not callable(value):
+                raise UserError(f"{self.name}: {name} must be a function, got {value!r}")
+        check_one_of(f"{self.name}: head", self.head, get_args(Head))
+        for name in ("task_conditioned", "reference"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UserError(f"{self.name}: {name} must be True or False, got {value!r}")
+        if isinstance(self.outer, TrustRegion) and not isinstance(self.meta, FirstOrder):
+            raise UserError(
+                f"{self.name}: a trust region needs an unrolled meta-gradient, got"
+                f" {type(self.meta).__name__}: take another outer optimizer, such as adam"
+            )
+        if self.outer_loss is not None and self.outer.loss(self.outer_loss) is not self.outer_loss:
+            raise UserError(f"{self.name}: outer {self.outer.name} has an outer loss of its own")
+        if not self.meta.needs_query and self.outer.policies:
+            # No samples of adapted policies: there is no KL to bound.
+            object.__setattr__(self, "outer", self.outer.without_policies())
+        self.meta.check(self.inner.steps)
+
+    def sections(self) -> dict[str, Part]:
+        """Return the parts that have options, by the section of their keys."""
+        parts = {name: getattr(self, name) for name in SECTIONS}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def own_options(self) -> dict[str, Any]:
+        """Return the options that the algorithm itself sets, by key."""
+        return {
+            part.key(name): value
+            for part in self.sections().values()
+            for name, value in part.own_options().items()
+        }

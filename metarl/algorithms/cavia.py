@@ -1,0 +1,39 @@
+"""Fast context adaptation (Zintgraf et al. 2019): only a context input adapts.
+
+As `maml_trpo`, with a context c beside the observation, which starts at zero for every task:
+
+            c' = 0 - alpha grad_c L_support(theta, c = 0)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from metarl.algorithms.algorithm import Algorithm
+from metarl.learning.inner_update import Fast, GradientUpdate
+from metarl.parts import fixed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextUpdate(GradientUpdate):
+    """Gradient steps on a context vector, an input of the network."""
+
+    context: int = 8
+    """Size of the context vector."""
+    adapts: Fast = fixed("context")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(1, "context")
+
+    @property
+    def context_dim(self) -> int:
+        return self.context
+
+
+cavia = Algorithm(
+    name="cavia",
+    summary="only a context vector adapts, an input that starts at zero",
+    citation="Zintgraf et al. 2019, arXiv:1810.03642",
+    inner=ContextUpdate(step_sizes=(10.0,)),
+)

@@ -1,0 +1,21 @@
+"""Model-agnostic meta-learning with a trust region (Finn et al. 2017, algorithm 3).
+
+for each iteration:
+    sample tasks
+    for each task:
+        sample support episodes with theta
+        theta' = theta - alpha grad L_support(theta)        policy gradient
+        sample query episodes with theta'
+    g = d/dtheta mean L_query(theta'(theta))                through the inner step
+    theta = TRPO step along g                               mean KL of the theta' <= max_kl
+"""
+
+from __future__ import annotations
+
+from metarl.algorithms.algorithm import Algorithm
+
+maml_trpo = Algorithm(
+    name="maml-trpo",
+    summary="policy-gradient inner steps, exact second-order meta-gradient, TRPO",
+    citation="Finn et al. 2017, arXiv:1703.03400",
+)

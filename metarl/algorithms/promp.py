@@ -1,0 +1,58 @@
+"""Proximal meta-policy search (Rothfuss et al. 2019, algorithm 1).
+
+As `maml_ppo`, with an inner surrogate of low-variance curvature and a penalty:
+
+            theta' = theta - alpha grad mean ratio A            pi_theta / pi_old, at theta = old
+        repeat 5 times, on the same episodes:
+            g = d/dtheta mean (clipped surrogate of theta' + eta KL(pi_old || pi_theta))
+            theta = Adam step along g
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from metarl.algorithms.algorithm import Algorithm
+from metarl.learning.gradient_steps import ClippedSurrogate
+from metarl.learning.inner_update import GradientUpdate
+from metarl.learning.losses import Batch, likelihood_ratio
+from metarl.learning.meta_gradients.problem import Objective, Sampled
+from metarl.learning.meta_gradients.unrolled import Unrolled
+from metarl.models.networks import Dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerKLPenalty(Unrolled):
+    """The exact meta-gradient, with a penalty on the KL from the pre-update policies."""
+
+    needs_policy: ClassVar[bool] = True
+
+    inner_kl_coef: float = 5e-4
+    """Weight of the penalty on the KL from the policies that drew the support samples (eta)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_not_negative("inner_kl_coef")
+
+    def objective(self, sampled: Sampled) -> Objective:
+        steps = len(sampled.adapted.iterates) - 1
+
+        def penalty(model: Any, output: Dist, batch: Batch, chunk: slice) -> Tensor:
+            return self.inner_kl_coef / steps * batch.kl(model, output)
+
+        terms = (penalty,) if self.inner_kl_coef else ()
+        return replace(sampled.objective, support_terms=terms)
+
+
+promp = Algorithm(
+    name="promp",
+    summary="low-variance-curvature inner surrogate, clipped objective, inner KL penalty",
+    # Five steps on the whole batch, as the authors' code does.
+    citation="Rothfuss et al. 2019, arXiv:1810.06784",
+    inner=GradientUpdate(loss=likelihood_ratio),
+    meta=InnerKLPenalty(),
+    outer=ClippedSurrogate(),
+)

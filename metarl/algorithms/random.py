@@ -1,0 +1,16 @@
+"""Reference: the random initialization, which training leaves as it is (Finn et al. 2017)."""
+
+from __future__ import annotations
+
+from metarl.algorithms.algorithm import Algorithm
+from metarl.learning.meta_gradients.unrolled import FirstOrder
+from metarl.learning.outer import NoUpdate
+
+random = Algorithm(
+    name="random",
+    summary="reference: the random initialization, which training leaves as it is",
+    citation="Finn et al. 2017, arXiv:1703.03400",
+    meta=FirstOrder(),
+    outer=NoUpdate(),
+    reference=True,
+)

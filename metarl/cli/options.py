@@ -1,0 +1,84 @@
+"""The options of a config as fields of a command."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Annotated, Any
+
+import tyro
+
+from metarl.cli.arguments import said
+from metarl.config.options import CHOICES, Config
+from metarl.envs.registry import parse_options
+
+
+def with_options(kind: type, config: Config) -> type:
+    """Return a command's dataclass with a field for every option of a config."""
+    fields: list[tuple[str, Any, Any]] = [
+        _field("family", Annotated[str, tyro.conf.Positional, tyro.conf.arg(
+            metavar="[FAMILY]", help=_helps(Config)["family"])], config.family),
+        _field("preset", Annotated[str | None, _arg("preset", Config)], config.preset),
+        _field("algorithm", Annotated[str, _arg("algorithm", Config)], config.algorithm.source),
+        _field("family_options", Annotated[tuple[str, ...], _arg("family_options", Config)], ()),
+    ]  # fmt: skip
+    kinds = typing.get_type_hints(Config)
+    for name in config.own:
+        if name not in config.hidden_options:
+            annotation = Annotated[kinds[name], _arg(name, Config)]
+            fields.append(_field(name, annotation, getattr(config, name)))
+    for section, part in config.sections().items():
+        if section in CHOICES:
+            text = f"{section.capitalize()} optimizer, by name or module:attribute."
+            annotation = Annotated[str, tyro.conf.arg(name=section, help=text)]
+            fields.append(_field(section, annotation, part.name))  # type: ignore[attr-defined]
+        hints = typing.get_type_hints(type(part))
+        for name in part.option_fields():
+            key = part.key(name)
+            annotation = Annotated[hints[name], _arg(name, type(part), key)]
+            fields.append(_field(key.replace(".", "__"), annotation, getattr(part, name)))
+    own = [
+        (f.name, typing.get_type_hints(kind, include_extras=True)[f.name],
+         dataclasses.field(default=f.default))
+        for f in dataclasses.fields(kind)
+    ]  # fmt: skip
+    helps = _helps(kind)
+    own = [(n, Annotated[t, tyro.conf.arg(help=helps.get(n, ""))], d) for n, t, d in own]
+    return dataclasses.make_dataclass(kind.__name__, fields + own, kw_only=True)
+
+
+def given(command: Any, config: Config, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the values of the config's options that the words of a command line give, by key."""
+    keys = ["preset", "algorithm", "family_options", *config.options()]
+    values = {key: getattr(command, key.replace(".", "__")) for key in said(arguments, keys)}
+    values["family"] = command.family
+    values["family_options"] = parse_options(values.get("family_options", ()))
+    return values
+
+
+def _field(name: str, annotation: Any, default: Any) -> tuple[str, Any, Any]:
+    return name, annotation, dataclasses.field(default=default)
+
+
+def _arg(name: str, kind: type, key: str | None = None) -> Any:
+    flag = (key or name).replace("_", "-")
+    return tyro.conf.arg(name=flag, help=_helps(kind).get(name, ""))
+
+
+@cache
+def _helps(kind: type) -> Mapping[str, str]:
+    """Return the documentation of a dataclass's fields by name, each as one paragraph."""
+    from docstring_parser import parse, parse_from_object
+
+    texts: dict[str, str] = {}
+    for parent in reversed(kind.__mro__):
+        if optimizer := parent.__dict__.get("optimizer"):
+            documented = parse(optimizer.__doc__ or "").params
+        elif dataclasses.is_dataclass(parent):
+            documented = parse_from_object(parent).params
+        else:
+            continue
+        texts |= {p.arg_name: " ".join((p.description or "").split()) for p in documented}
+    return texts

@@ -1,0 +1,202 @@
+"""Reading a command line: every word is checked here, then tyro makes the command of it.
+
+tyro also prints the help. What it would refuse is found first, so that the message is one line that
+names the flag, its value and the remedy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tyro
+
+from metarl.envs.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of a command and the values that it takes."""
+
+    name: str
+    """With its dashes."""
+    kind: type
+    """bool, int, float, str or Path."""
+    choices: tuple[str, ...] = ()
+    several: bool = False
+    optional: bool = False
+    """Whether it takes None."""
+
+    @property
+    def switch_off(self) -> str:
+        """The flag that turns a switch off: --policy.no-normalize for --policy.normalize."""
+        section, dot, name = self.name.removeprefix("--").rpartition(".")
+        return f"--{section}{dot}no-{name}"
+
+    def check(self, word: str) -> None:
+        """Raise UserError unless a word is a value of the flag."""
+        if self.optional and word == "None":
+            return
+        if self.choices:
+            if word not in self.choices:
+                hint = did_you_mean(word, self.choices)
+                raise UserError(
+                    f"{self.name} must be one of {', '.join(self.choices)}, got {word!r}{hint}"
+                )
+            return
+        if self.several and self.kind is str and "=" not in word:
+            raise UserError(f"{self.name} takes name=value, got {word!r}")
+        wanted = {int: "a whole number", float: "a number"}.get(self.kind)
+        if wanted is None:
+            return
+        try:
+            self.kind(word)
+        except ValueError as error:
+            several = "; several values stand apart, as in 0.1 0.05" if self.several else ""
+            raise UserError(f"{self.name} must be {wanted}, got {word!r}{several}") from error
+
+
+def parse(kind: type, arguments: Sequence[str], *, prog: str, description: str) -> Any:
+    """Return the command that a command line describes.
+
+    Args:
+        kind: dataclass of the command's options, without nested ones.
+
+    Raises:
+        UserError: a word is not understood.
+        SystemExit: help was asked for and is printed.
+    """
+    words = list(arguments)
+    if {"-h", "--help"}.isdisjoint(words):
+        try:
+            words = _checked(words, flags_of(kind), _names(kind))
+        except UserError as error:
+            raise UserError(f"{error} ({prog} --help lists the options)") from error
+    return tyro.cli(kind, args=words, prog=prog, description=description)
+
+
+def flags_of(kind: type) -> dict[str, Flag]:
+    """Return the flags of a command's dataclass by their names, those that turn off included."""
+    found: dict[str, Flag] = {}
+    for name, hint in _hints(kind).items():
+        if any(marker is tyro.conf.Positional for marker in _markers(hint)):
+            continue
+        flag = _flag(_flag_name(name, hint), hint)
+        found[flag.name] = flag
+        if flag.kind is bool:
+            found[flag.switch_off] = flag
+    return found
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+def _markers(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
+
+
+def _flag_name(name: str, hint: Any) -> str:
+    given = [getattr(marker, "name", None) for marker in _markers(hint)]
+    return f"--{next((g for g in given if g), name)}".replace("_", "-")
+
+
+def _flag(name: str, hint: Any) -> Flag:
+    kind = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+    if typing.get_origin(kind) is typing.Annotated:
+        return _flag(name, kind)
+    optional = several = False
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        optional = type(None) in typing.get_args(kind)
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is tuple:
+        several, kind = True, typing.get_args(kind)[0]
+    choices: tuple[str, ...] = ()
+    if typing.get_origin(kind) is typing.Literal:
+        choices, kind = typing.get_args(kind), str
+    return Flag(name, kind, choices, several, optional)
+
+
+def _names(kind: type) -> int | None:
+    """Return how many names the command takes before its flags; None: any number."""
+    found = 0
+    for hint in _hints(kind).values():
+        if any(marker is tyro.conf.Positional for marker in _markers(hint)):
+            if _flag("", hint).several:
+                return None
+            found += 1
+    return found
+
+
+def _checked(words: Sequence[str], flags: dict[str, Flag], names: int | None) -> list[str]:
+    """Return the words with the names first, once all are understood."""
+    found: list[str] = []
+    rest: list[str] = []
+    seen: set[str] = set()
+    i = 0
+    while i < len(words):
+        word = words[i]
+        i += 1
+        if not word.startswith("--"):
+            if names is not None and len(found) >= names:
+                raise UserError(f"{word!r} is not expected here{_switch_hint(word, flags)}")
+            found.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        flag = flags.get(name.replace("_", "-"))
+        if flag is None:
+            # A section's switch is turned off by --section.no-name.
+            section, _, last = name.removeprefix("--no-").rpartition(".")
+            near = f"--{section}.no-{last}" if name.startswith("--no-") and section else name
+            raise UserError(f"unknown option {name!r}{did_you_mean(near, flags)}")
+        if flag.name in seen and flag.several:
+            raise UserError(f"{flag.name} is given twice: name all values after one {flag.name}")
+        seen.add(flag.name)
+        values = [value] if equals else []
+        if flag.kind is bool and not flag.choices:
+            if equals:
+                raise UserError(f"{name} is a switch; turn it off with {flag.switch_off}")
+            rest.append(word)
+            continue
+        while not equals and i < len(words) and not words[i].startswith("--"):
+            if values and not (flag.several and _fits(flag, words[i])):
+                break
+            values.append(words[i])
+            i += 1
+        if not values and not flag.several:
+            raise UserError(f"{name} needs a value")
+        if not values and flag.several and flag.kind is not int:
+            raise UserError(f"{name} needs values, such as {_example(flag)}")
+        for one in values:
+            flag.check(one)
+        rest += [name, *values]
+    return found + rest
+
+
+def _fits(flag: Flag, word: str) -> bool:
+    """Return whether a word is one more value of a flag that takes several, and not a name."""
+    if flag.kind is str and not flag.choices:
+        return "=" in word
+    if flag.kind in (int, float):
+        with contextlib.suppress(ValueError):
+            float(word)
+            return True
+        return False
+    return True
+
+
+def _example(flag: Flag) -> str:
+    return "0.1 0.05" if flag.kind is float else "name=value"
+
+
+def _switch_hint(word: str, flags: dict[str, Flag]) -> str:
+    if word.lower() not in ("true", "false"):
+        return ""
+    switch = next((f.switch_off for f in flags.values() if f.kind is bool), "--no-NAME")
+    return f": a switch is turned off as in {switch}"

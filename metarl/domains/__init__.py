@@ -1,0 +1,1 @@
+"""Reinforcement and supervised learning: two implementations of one interface."""

@@ -1,0 +1,234 @@
+"""What reinforcement and supervised learning have in common: models, losses, samples, metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metarl.algorithms import Algorithm
+from metarl.distributed.chunk_pool import ChunkPool
+from metarl.envs import guard
+from metarl.envs.errors import check_one_of
+from metarl.envs.family import Family
+from metarl.envs.tasks import Tasks
+from metarl.learning.inner_update import Adapter
+from metarl.learning.losses import Loss
+from metarl.models.networks import Activation, Model, Params
+from metarl.models.samples import Samples
+from metarl.parts import Part
+from metarl.sampling.rollouts import RandomKey
+from metarl.sampling.trajectories import Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(Part):
+    """The network. Its fields are the options `policy.*`."""
+
+    section: ClassVar[str] = "policy"
+
+    network: str = "auto"
+    """Network before the hidden layers."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Sizes of the hidden layers."""
+    activation: Activation = "tanh"
+    """Activation of the hidden layers."""
+    output_scale: float = 1.0
+    """Factor of the last layer's initial weights. With a small one, mean actions start near zero,
+    within the bounds, for every seed."""
+
+    networks: ClassVar[tuple[str, ...]]
+    """Names of networks."""
+
+    def __post_init__(self) -> None:
+        check_one_of(self.key("network"), self.network, self.networks)
+        check_one_of(self.key("activation"), self.activation, ("tanh", "relu"))
+        whole = all(isinstance(size, int) and size >= 1 for size in self.hidden)
+        self.require("hidden", whole, "whole numbers of at least 1")
+        self.require_positive("output_scale")
+
+
+@dataclass
+class TaskSamples(ABC):
+    """The samples of one iteration: what the inner loop asks for, and what was seen."""
+
+    key: RandomKey
+    tasks: Tasks
+    """[T, task_dim] of this process."""
+    context: Params
+    """What a task-conditioned model observes of its task, as an entry of its parameters."""
+    seconds: float = 0.0
+    """Spent on sampling so far."""
+    rollouts: list[Rollout] = field(default_factory=list)
+    """The rollouts so far, support first; none of a data set."""
+
+    @abstractmethod
+    def sample(self, params: Params, k: int) -> Samples:
+        """Return the samples of inner step k, see `Sampler`."""
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Environment steps or examples that were sampled."""
+
+    def observed(self, params: Params) -> Params:
+        """Return meta-parameters with the observations taken into their running statistics."""
+        return params
+
+    def updated_baseline(self) -> Params:
+        """Return the state of the baseline after the iteration."""
+        return {}
+
+    def mean_returns(self) -> Tensor | None:
+        """Return the mean return of each task after adaptation, [T] float64; None of a data set."""
+        return None
+
+    @abstractmethod
+    def metrics(self, before: Params, after: Params, stats: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the metrics of the samples.
+
+        Args:
+            before: meta-parameters at the start of the iteration.
+            after: meta-parameters at its end.
+            stats: measured by the outer step.
+        """
+
+
+class TaskSource(ABC):
+    """Where a run's tasks and samples come from."""
+
+    spaces: tuple[gym.Space, gym.Space] | None = None
+    """Observation and action space of the environments; None of a data set."""
+    fixed: ClassVar[bool]
+    """Whether samples do not depend on parameters: then all are drawn before anything adapts."""
+
+    def __init__(
+        self,
+        family: Family,
+        algorithm: Algorithm,
+        adapter: Adapter,
+        pool: ChunkPool,
+        *,
+        tasks: int,
+        stratified: bool,
+    ) -> None:
+        self.family, self.algorithm, self.adapter, self.pool = family, algorithm, adapter, pool
+        self.count, self.stratified = tasks, stratified
+        self.block = pool.process_group.block(tasks)
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of this process in an iteration."""
+        return self.block.stop - self.block.start
+
+    def draw_tasks(self, key: RandomKey) -> tuple[Tasks, Params]:
+        """Return this process's tasks of an iteration, and what is observed of them."""
+        distribution = self.family.tasks
+        draw = distribution.stratified if self.stratified else distribution.sample
+        with guard.user_code():
+            drawn = draw(key.tasks(), self.count)[self.block]
+        conditioned = self.algorithm.task_conditioned
+        return drawn, {"context": scaled_tasks(self.family, drawn)} if conditioned else {}
+
+    @abstractmethod
+    def open(self, key: RandomKey, baseline: Params) -> TaskSamples:
+        """Begin an iteration.
+
+        Args:
+            key: names its random streams.
+            baseline: state of the baseline.
+        """
+
+    @abstractmethod
+    def chunk(self, batches: list[Samples], device: str) -> int:
+        """Return how many tasks are differentiated together."""
+
+    def close(self) -> None:  # noqa: B027  (most hold nothing)
+        """Release what it holds."""
+
+
+class Domain(ABC):
+    """Reinforcement or supervised learning."""
+
+    name: ClassVar[str]
+    measure: ClassVar[str]
+    """What adaptation is measured by: return, or loss."""
+    unit: ClassVar[str]
+    """What is counted: env steps, or examples."""
+
+    @abstractmethod
+    def algorithm(self, algorithm: Algorithm, family: str) -> Algorithm:
+        """Return an algorithm as it is used here.
+
+        Raises:
+            UserError: it cannot be; the message names the family.
+        """
+
+    @abstractmethod
+    def network_options(self) -> NetworkOptions:
+        """Return the options of the network."""
+
+    @abstractmethod
+    def model(self, algorithm: Algorithm, options: NetworkOptions, family: Family) -> Model:
+        """Return the network for a family's tasks.
+
+        Raises:
+            UserError: it does not fit the family.
+        """
+
+    @abstractmethod
+    def inner_loss(self, model: Model) -> Loss:
+        """Return the inner loss of an algorithm that has none of its own."""
+
+    @abstractmethod
+    def outer_loss(self, model: Model) -> Loss:
+        """Return the outer loss of an algorithm that has none of its own."""
+
+    def adapter(self, algorithm: Algorithm, model: Model) -> Adapter:
+        """Return how tasks adapt."""
+        return algorithm.inner.adapter(model, self.inner_loss(model))
+
+    def check(  # noqa: B027  (there may be nothing to check)
+        self, adapter: Adapter, pool: ChunkPool, fast: Params, slow: Params, samples: Samples
+    ) -> None:
+        """Raise UserError unless learning sees the first samples as they were drawn.
+
+        Args:
+            fast: theta_0, stacked; with `slow` the parameters that the samples were drawn with.
+        """
+
+    @abstractmethod
+    def source(
+        self,
+        family: Family,
+        algorithm: Algorithm,
+        adapter: Adapter,
+        pool: ChunkPool,
+        **options: Any,
+    ) -> TaskSource:
+        """Return where the samples come from; see the implementations for the options."""
+
+
+def scaled_tasks(family: Family, tasks: NDArray) -> Tensor:
+    """Return tasks [T, task_dim] with their training bounds mapped onto [-1, 1], float32."""
+    low, high = family.tasks.bounds()
+    scaled = (2.0 * tasks - low - high) / np.where(high > low, high - low, 1.0)
+    return torch.from_numpy(scaled.astype(np.float32))
+
+
+def context_dim(algorithm: Algorithm, task_dim: int) -> int:
+    """Return the size of the context input that an algorithm's model has."""
+    return task_dim if algorithm.task_conditioned else algorithm.inner.context_dim
+
+
+def replaced(algorithm: Algorithm, **parts: Any) -> Algorithm:
+    """Return an algorithm with other parts."""
+    return dataclasses.replace(algorithm, **parts)

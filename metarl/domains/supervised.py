@@ -1,0 +1,247 @@
+"""Supervised learning: regressors and classifiers, examples of data sets, losses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarl.algorithms import Algorithm
+from metarl.algorithms.outer_optimizers import find_outer
+from metarl.distributed.chunk_pool import ChunkPool
+from metarl.domains.domain import (
+    Domain,
+    NetworkOptions,
+    TaskSamples,
+    TaskSource,
+    context_dim,
+)
+from metarl.envs.errors import UserError
+from metarl.envs.family import Family
+from metarl.envs.supervised.family import Data, SupervisedFamily
+from metarl.learning.inner_loop import check_finite
+from metarl.learning.inner_update import Adapter
+from metarl.learning.losses import Loss, task_losses, trait
+from metarl.learning.trust_region import TrustRegion
+from metarl.models.encoders import FourBlocks
+from metarl.models.networks import Model, Params
+from metarl.models.predictors import Classifier, Predictor, Regressor
+from metarl.models.samples import Examples, Samples
+from metarl.sampling.rollouts import RandomKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorOptions(NetworkOptions):
+    """The network: an MLP, or the four blocks of few-shot classification before it."""
+
+    network: str = "auto"
+    """Network before the hidden layers: conv4, the four blocks of few-shot classification, for
+    images, or mlp. auto: conv4 for images."""
+    filters: int = 64
+    """Filters in each block of conv4."""
+
+    networks: ClassVar[tuple[str, ...]] = ("auto", "mlp", "conv4")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(1, "filters")
+
+
+class Supervised(Domain):
+    """Regressors and classifiers that adapt to labelled examples."""
+
+    name: ClassVar[str] = "supervised"
+    measure: ClassVar[str] = "loss"
+    unit: ClassVar[str] = "examples"
+
+    def algorithm(self, algorithm: Algorithm, family: str) -> Algorithm:
+        """Return an algorithm without what only policies have; Adam replaces a trust region."""
+        inner, loss = algorithm.inner, algorithm.inner.loss
+        outer = algorithm.outer
+        if isinstance(outer, TrustRegion):
+            outer = find_outer("adam")
+        reasons = {
+            "the likelihood ratios of its clipped objective": outer.needs_policy,
+            "its meta-gradient": algorithm.meta.needs_policy,
+            "its inner loss": loss is not None and trait(loss, "whole_episodes"),
+            "its task weights": algorithm.task_weights is not None,
+        }
+        for reason, needed in reasons.items():
+            if needed:
+                raise UserError(
+                    f"{algorithm.name} needs a policy, for {reason}; the tasks of {family} are"
+                    " supervised ones: take another algorithm, such as maml-trpo"
+                )
+        if loss is not None and trait(loss, "of_policies"):
+            inner = dataclasses.replace(inner, policies=False, loss=None)
+        return dataclasses.replace(
+            algorithm,
+            inner=inner.without_policies(),
+            meta=algorithm.meta.without_policies(),
+            outer=outer.without_policies(),
+            advantage=None,
+            baseline=None,
+        )
+
+    def network_options(self) -> PredictorOptions:
+        return PredictorOptions(policies=False)
+
+    def model(self, algorithm: Algorithm, options: NetworkOptions, family: Family) -> Predictor:
+        assert isinstance(family, SupervisedFamily)
+        assert isinstance(options, PredictorOptions)
+        classes = family.kind == "classification"
+        name, shape = algorithm.name, family.input_shape
+        if algorithm.head != "meta" and not classes:
+            raise UserError(f"{name} is for few-shot classification; {family.name} is regression")
+        if algorithm.head != "meta" and not algorithm.inner.steps:
+            raise UserError(
+                f"inner.steps must be at least 1 with {name}, got 0: its last layer comes from the"
+                " support"
+            )
+        if algorithm.task_conditioned and classes:
+            raise UserError(
+                f"{name} does not support classification: there is no task vector to condition on"
+            )
+        network = options.network
+        if network == "auto":
+            network = "mlp" if len(shape) == 1 else "conv4"
+        if network == "conv4" and len(shape) == 1:
+            raise UserError(f"policy.network conv4 does not read inputs of {list(shape)}: take mlp")
+        if network != "conv4" and options.filters != PredictorOptions.filters:
+            raise UserError(f"policy.filters has no effect with the network {network}")
+        if algorithm.head == "prototypes" and network == "mlp" and not options.hidden:
+            raise UserError(
+                f"{name} makes the last layer from the support, and learns the layers below it:"
+                f" give policy.hidden, such as 64, for inputs of {list(shape)}"
+            )
+        common: dict[str, Any] = {
+            "inputs": shape,
+            "outputs": family.outputs,
+            "context_dim": context_dim(algorithm, family.tasks.dim),
+            "encoder": FourBlocks(shape, options.filters) if network == "conv4" else None,
+            "hidden": options.hidden,
+            "activation": options.activation,
+            "output_scale": options.output_scale,
+        }
+        if classes:
+            return Classifier(head=algorithm.head, **common)
+        return Regressor(**common)
+
+    def inner_loss(self, model: Model) -> Loss:
+        assert isinstance(model, Predictor)
+        return model.loss
+
+    def outer_loss(self, model: Model) -> Loss:
+        return self.inner_loss(model)
+
+    def source(
+        self,
+        family: Family,
+        algorithm: Algorithm,
+        adapter: Adapter,
+        pool: ChunkPool,
+        **options: Any,
+    ) -> DataSource:
+        assert isinstance(family, SupervisedFamily)
+        if pool.process_group.size > 1:
+            raise UserError(
+                f"{family.name}: supervised tasks train in one process, got"
+                f" {pool.process_group.size}"
+            )
+        return DataSource(family, algorithm, adapter, pool, **options)
+
+
+class DataSource(TaskSource):
+    """Examples of a family of supervised tasks.
+
+    All inner steps descend the same support, except those of a meta-gradient without query, which
+    take minibatches of their own.
+    """
+
+    fixed: ClassVar[bool] = True
+    family: SupervisedFamily
+
+    def open(self, key: RandomKey, baseline: Params) -> ExampleSamples:
+        return ExampleSamples(key, *self.draw_tasks(key), source=self)
+
+    def chunk(self, batches: list[Samples], device: str) -> int:
+        """Return so many tasks that a call costs less than its numbers, within the cache."""
+        model = self.adapter.model
+        assert isinstance(model, Predictor)
+        if device != "cpu":
+            return self.count
+        each = max(batch.weight.shape[1] for batch in batches) * model.activations
+        return min(max(_CACHED // each, 1), self.count)
+
+
+_CACHED = 1 << 18  # activations, 1 MB of them
+
+
+@dataclass
+class ExampleSamples(TaskSamples):
+    """The examples of one iteration."""
+
+    source: DataSource = field(kw_only=True)
+    _examples: list[Examples] = field(default_factory=list)
+    _count: int = 0
+
+    def sample(self, params: Params, k: int) -> Examples:
+        steps = self.source.algorithm.inner.steps
+        if not self._examples:
+            self._draw()
+        drawn = (
+            self._examples[-1] if k == steps else self._examples[min(k, len(self._examples) - 1)]
+        )
+        check_finite({"inputs": drawn.inputs, "targets": drawn.targets})
+        return drawn
+
+    def _draw(self) -> None:
+        begin = time.perf_counter()
+        source, steps = self.source, self.source.algorithm.inner.steps
+        minibatches = not source.algorithm.meta.needs_query
+        supports = steps if minibatches else min(steps, 1)
+        queries = 0 if minibatches else source.family.queries
+        drawn = source.family.draw(
+            self.tasks, self.key.examples(), supports=supports, queries=queries
+        )
+        context = self.context.get("context")
+        self._examples = [make_examples(data, context) for data in drawn]
+        self._count = sum(int(data.valid.sum()) for data in drawn)
+        if not minibatches and steps > 1:
+            self._examples = [self._examples[0]] * steps + self._examples[1:]
+        self.seconds += time.perf_counter() - begin
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    def metrics(self, before: Params, after: Params, stats: Mapping[str, Any]) -> dict[str, Any]:
+        adapter, model = self.source.adapter, self.source.adapter.model
+        assert isinstance(model, Predictor)
+        fast, slow, _ = adapter.split(before)
+        with torch.no_grad():
+            start = adapter.start(fast, slow, self._examples[0])
+            query = self._examples[-1]
+            output = adapter.output(start, slow, query)
+            loss = float(task_losses(model.loss, model, output, query).mean())
+        return {"loss_pre": loss, "loss_post": -stats.get("surrogate_before", math.nan)}
+
+
+def make_examples(data: Data, context: Tensor | None = None) -> Examples:
+    """Return drawn examples as tensors; every valid one of a task weighs the same."""
+    count = data.valid.sum(axis=1, keepdims=True).clip(min=1)
+    weight = (data.valid / count).astype(np.float32)
+    return Examples(
+        inputs=torch.tensor(data.inputs),  # a copy: a family may draw into the same arrays again
+        targets=torch.tensor(data.targets),
+        weight=torch.from_numpy(weight),
+        classes=None if data.classes is None else torch.tensor(data.classes),
+        context=context,
+    )

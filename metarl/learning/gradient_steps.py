@@ -1,0 +1,224 @@
+"""Outer steps by an optimizer of torch.optim: one on a plain gradient, or several on a clipped
+objective."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from metarl.envs.errors import UserError
+from metarl.learning.losses import Loss, clipped_ratio
+from metarl.learning.meta_gradients.problem import Evaluation, Problem, QueryProblem
+from metarl.learning.outer import OuterOptimizer, OuterState
+from metarl.learning.stopwatch import Stopwatch
+from metarl.models.networks import Params, unflatten
+from metarl.parts import of_policies
+
+_STARTED = "started"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSteps(OuterOptimizer):
+    """Gradient steps by an optimizer of torch.optim. See `optimizer_part`."""
+
+    optimizer: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
+    arguments: ClassVar[tuple[str, ...]] = ()
+    """Options that are the optimizer's own arguments."""
+
+    learning_rate: float = 1e-3
+    """Step size of the optimizer."""
+    steps: int = 1
+    """Gradient steps on one iteration's samples."""
+    max_norm: float = 10.0
+    """Upper bound on the gradient's norm: a longer one is scaled down to it before it enters the
+    optimizer's moments, which it would spoil for hundreds of steps."""
+    max_kl: float = of_policies(0.05)
+    """Upper bound on the mean KL of the adapted policies from those that drew the query samples. No
+    further step is taken beyond it, and the whole update is shortened until it is within it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("learning_rate", "steps")
+        for name in ("max_norm", "max_kl"):
+            self.require(name, getattr(self, name) > 0.0, "positive")
+
+    def init(self, meta: Params) -> OuterState:
+        """Return the state before the first step: zeros of the shapes that it will have."""
+        leaves = [torch.zeros_like(p) for p in meta.values()]
+        _, state = self._advance(leaves, list(meta), leaves, {}, self.learning_rate)
+        return {name: torch.zeros_like(x) for name, x in state.items()}
+
+    def step(
+        self, problem: Problem, meta: Params, state: OuterState, rate: float = 1.0
+    ) -> tuple[Params, OuterState, dict[str, Any]]:
+        """Return new meta-parameters, the optimizer's state and statistics; `rate` scales the step.
+
+        A gradient that is not finite leaves both as they were, with `finite` False. A gradient
+        longer than `max_norm` is scaled to it and counted. If policies drew the samples, steps end
+        when the KL exceeds its bound; afterwards surrogate and KL are measured over all samples,
+        and an update beyond the bound is shortened.
+        """
+        watch = Stopwatch()
+        stats: dict[str, Any] = {
+            "finite": True, "kl": math.nan, "outer_steps": 0, "bounded_gradients": 0,
+        }  # fmt: skip
+        new, moments = meta, state
+        for step in range(self.steps):
+            known = () if step else problem.iterates
+            gradient, found = problem.gradient(new, known)
+            norm, loss = float(gradient.norm()), found.pop("loss", None)
+            if not math.isfinite(norm) or (loss is not None and not math.isfinite(loss)):
+                return meta, state, {**stats, "finite": False, "gradient_norm": norm}
+            kl = found.pop("kl", 0.0)
+            if step and self.policies and kl > self.max_kl:
+                break
+            if step == 0:
+                before = math.nan if loss is None else -loss
+                stats |= {"surrogate_before": before, "gradient_norm": norm, **found}
+            if norm > self.max_norm:
+                gradient = gradient * (self.max_norm / norm)
+                stats["bounded_gradients"] += 1
+            slopes = list(unflatten(gradient, meta).values())
+            leaves, moments = self._advance(
+                list(new.values()), list(meta), slopes, moments, rate * self.learning_rate
+            )
+            new = dict(zip(meta, leaves, strict=True))
+            stats["outer_steps"] = step + 1
+        stats["seconds_gradient"] = watch.lap()
+        stats["surrogate_after"], stats["line_search_steps"] = math.nan, 0
+        if self.policies:
+            assert isinstance(problem, QueryProblem)
+            new, after, scale = shorten(problem, meta, new, self.max_kl)
+            stats |= {"surrogate_after": -after.loss, "kl": after.kl, "step_scale": scale}
+            stats["seconds_evaluate"] = watch.lap()
+        return new, moments, stats
+
+    def _advance(
+        self,
+        values: list[Tensor],
+        names: list[str],
+        slopes: list[Tensor],
+        state: OuterState,
+        learning_rate: float,
+    ) -> tuple[list[Tensor], OuterState]:
+        """Return parameters and optimizer state after one step of the optimizer."""
+        leaves = [p.clone() for p in values]
+        arguments = {name: getattr(self, name) for name in self.arguments}
+        try:
+            optimizer = self.optimizer(leaves, lr=learning_rate, **arguments)  # type: ignore[call-arg]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"outer {self.name} cannot be made: {error}") from error
+        for leaf, name, slope in zip(leaves, names, slopes, strict=True):
+            leaf.grad = slope
+            if state.get(_STARTED):
+                for entry in _entries(state, name):
+                    optimizer.state[leaf][entry] = state[f"{name}/{entry}"].clone()
+        optimizer.step()
+        new = {
+            f"{name}/{entry}": value
+            for leaf, name in zip(leaves, names, strict=True)
+            for entry, value in optimizer.state[leaf].items()
+            if isinstance(value, Tensor)
+        }
+        return leaves, {**new, _STARTED: torch.ones(())}
+
+
+def _entries(state: OuterState, name: str) -> list[str]:
+    return [key.rpartition("/")[2] for key in state if key.rpartition("/")[0] == name]
+
+
+def shorten(
+    problem: QueryProblem, meta: Params, new: Params, max_kl: float
+) -> tuple[Params, Evaluation, float]:
+    """Return the step from `meta` to `new` cut to within a KL, its evaluation, and its share.
+
+    After ten cuts the step is given up.
+    """
+    candidate, share = new, 1.0
+    for _ in range(10):
+        after = problem.evaluate(candidate)
+        if after.kl <= max_kl:
+            return candidate, after, share
+        # The KL grows with the square of the step.
+        ratio = max_kl / after.kl if math.isfinite(after.kl) else 0.0
+        share *= min(max(0.9 * math.sqrt(ratio), 0.1), 0.9)
+        candidate = {name: p + share * (new[name] - p) for name, p in meta.items()}
+    return meta, problem.evaluate(meta), 0.0
+
+
+_NOT_OPTIONS = ("params", "lr", "foreach", "fused", "capturable", "differentiable", "maximize")
+
+
+@cache
+def optimizer_part(optimizer: type[torch.optim.Optimizer]) -> type[GradientSteps]:
+    """Return the part for a class of optimizers: its arguments are options of the part."""
+    options: list[tuple[str, Any, Any]] = []
+    for name, parameter in inspect.signature(optimizer).parameters.items():
+        plain = isinstance(parameter.default, bool | int | float | tuple)
+        if plain and name not in _NOT_OPTIONS:
+            field = dataclasses.field(default=parameter.default)
+            options.append((name, type(parameter.default), field))
+    return dataclasses.make_dataclass(
+        optimizer.__name__,
+        options,
+        bases=(GradientSteps,),
+        frozen=True,
+        kw_only=True,
+        namespace={
+            "__doc__": f"Gradient steps by {optimizer.__module__}.{optimizer.__name__}.",
+            "__module__": __name__,
+            "name": optimizer.__name__.lower(),
+            "optimizer": optimizer,
+            "arguments": tuple(name for name, _, _ in options),
+        },
+    )
+
+
+def optimizer_named(name: str) -> type[torch.optim.Optimizer] | None:
+    """Return a class of torch.optim by its name in lower case, None if there is none."""
+    return _optimizers().get(name)
+
+
+def optimizer_names() -> list[str]:
+    """Return the names of torch.optim's classes in lower case."""
+    return sorted(_optimizers())
+
+
+def _optimizers() -> dict[str, type[torch.optim.Optimizer]]:
+    base = torch.optim.Optimizer
+    kinds = [x for x in vars(torch.optim).values() if isinstance(x, type) and issubclass(x, base)]
+    return {kind.__name__.lower(): kind for kind in kinds if kind is not base}
+
+
+Adam: Any = optimizer_part(torch.optim.Adam)
+"""Kingma & Ba 2015 (arXiv:1412.6980)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedSurrogate(Adam):
+    """PPO's clipped objective, by several steps of Adam on the whole batch.
+
+    Schulman et al. 2017, eq. 7 (arXiv:1707.06347).
+    """
+
+    name: ClassVar[str] = "clipped"
+    needs_policy: ClassVar[bool] = True
+
+    steps: int = 5
+    """Gradient steps on one iteration's samples."""
+    clip: float = 0.3
+    """Likelihood ratios are clipped to 1 +- this."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("clip", self.clip > 0.0, "positive")
+
+    def loss(self, loss: Loss) -> Loss:
+        return partial(clipped_ratio, clip=self.clip)

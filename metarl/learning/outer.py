@@ -1,0 +1,109 @@
+"""What an outer optimizer is: meta-parameters and a problem in, better meta-parameters out."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from metarl.envs.errors import check_one_of
+from metarl.learning.losses import Loss
+from metarl.learning.meta_gradients.problem import Problem
+from metarl.models.networks import Params
+from metarl.parts import Part, fixed
+
+OuterState = dict[str, Tensor]
+"""What an outer optimizer keeps from step to step; a part of every checkpoint."""
+
+Schedule = Literal["constant", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OuterOptimizer(Part, ABC):
+    """Base class of outer optimizers. Its fields are the options `outer.*`.
+
+    An optimizer sees a problem alone: `gradient`, and where it has them `evaluate` and `linearize`.
+    """
+
+    section: ClassVar[str] = "outer"
+    name: ClassVar[str]
+    """Name of `--outer`."""
+    needs_policy: ClassVar[bool] = False
+    """Whether it works on the samples of policies only, not on examples of a data set."""
+    updates: ClassVar[bool] = True
+    """Whether it changes the meta-parameters."""
+
+    schedule: Schedule = "constant"
+    """Decay of the step over the run: constant, or cosine, to zero at the end."""
+
+    def __post_init__(self) -> None:
+        check_one_of(self.key("schedule"), self.schedule, get_args(Schedule))
+
+    def rate(self, progress: float) -> float:
+        """Return the share of the step's size at a progress of the run in [0, 1]."""
+        return cosine(progress) if self.schedule == "cosine" else 1.0
+
+    def change(self, planned: int, total: int, iteration: int) -> str:
+        """Return what changes if a run ends at iteration `total` instead of `planned`, in words.
+
+        Args:
+            iteration: where the run is.
+        """
+        before, now = (self.rate(iteration / end) for end in (planned, total))
+        if before == now:
+            return ""
+        return (
+            f"the outer step continues at {now:.2f} of its size, not {before:.2f}, and is zero at"
+            f" iteration {total}"
+        )
+
+    def loss(self, loss: Loss) -> Loss:
+        """Return the outer loss that this optimizer minimizes, given the algorithm's."""
+        return loss
+
+    @abstractmethod
+    def init(self, meta: Params) -> OuterState:
+        """Return the state before the first step."""
+
+    @abstractmethod
+    def step(
+        self, problem: Problem, meta: Params, state: OuterState, rate: float = 1.0
+    ) -> tuple[Params, OuterState, dict[str, Any]]:
+        """Return new meta-parameters, the new state, and statistics.
+
+        Args:
+            problem: the meta-objective of one iteration.
+            meta: meta-parameters, not stacked.
+            state: from `init` or the step before.
+            rate: share of the step's size, see `rate`.
+
+        Returns:
+            Statistics have the entry `finite`: False if nothing could be done because something is
+            not a finite number. Then parameters and state are as they were.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoUpdate(OuterOptimizer):
+    """Leave the meta-parameters as they are."""
+
+    name: ClassVar[str] = "none"
+    updates: ClassVar[bool] = False
+
+    schedule: Schedule = fixed("constant")
+
+    def init(self, meta: Params) -> OuterState:
+        return {}
+
+    def step(
+        self, problem: Problem, meta: Params, state: OuterState, rate: float = 1.0
+    ) -> tuple[Params, OuterState, dict[str, Any]]:
+        return meta, state, {"finite": True}
+
+
+def cosine(progress: float) -> float:
+    """Return a factor that falls from 1 at progress 0 to 0 at progress 1 along a cosine."""
+    return 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))

@@ -1,0 +1,143 @@
+"""Parts of a run: frozen dataclasses whose fields are the run's options.
+
+A part is chosen by a name of its kind, by `module:attribute`, or given as an object. Its options
+have the keys `SECTION.FIELD`, such as `outer.max_kl`. An option of a part that was not chosen is
+unknown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from metarl.envs.errors import UserError, did_you_mean
+
+
+def fixed(default: Any) -> Any:
+    """Return a dataclass field that belongs to the part's definition and is not an option."""
+    if isinstance(default, (dict, list)):
+        return dataclasses.field(default_factory=lambda: default, metadata={"option": False})
+    return dataclasses.field(default=default, metadata={"option": False})
+
+
+def of_policies(default: Any) -> Any:
+    """Return a dataclass field that is an option where policies draw the samples, see `Part`."""
+    return dataclasses.field(default=default, metadata={"of_policies": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Base class of parts. Subclasses are frozen dataclasses; each field is an option.
+
+    A part that is used without policies, on examples of a data set, has no options about them: no
+    KL, for instance. `without_policies` makes such a part.
+    """
+
+    section: ClassVar[str] = ""
+    """First part of the options' keys."""
+
+    policies: bool = fixed(True)
+    """Whether policies draw the samples."""
+
+    def without_policies(self) -> Self:
+        """Return the part as it is used on examples of a data set."""
+        return dataclasses.replace(self, policies=False)
+
+    def option_fields(self) -> dict[str, dataclasses.Field[Any]]:
+        """Return the fields that are options, by name."""
+        return {
+            f.name: f
+            for f in dataclasses.fields(self)
+            if f.metadata.get("option", True)
+            and (self.policies or not f.metadata.get("of_policies", False))
+        }
+
+    def options(self) -> dict[str, Any]:
+        """Return the values of the options by name."""
+        return {name: getattr(self, name) for name in self.option_fields()}
+
+    def with_options(self, values: Mapping[str, Any]) -> Self:
+        """Return the part with other values of its options.
+
+        Raises:
+            UserError: an option is unknown, or its value is of another type or out of range.
+        """
+        known = self.option_fields()
+        checked = {}
+        for name, value in values.items():
+            key = self.key(name)
+            if name not in known:
+                raise UserError(f"unknown option {key!r}{did_you_mean(name, known)}")
+            checked[name] = converted(key, value, getattr(self, name), str(known[name].type))
+        return dataclasses.replace(self, **checked)
+
+    def own_options(self) -> dict[str, Any]:
+        """Return the options whose values differ from the defaults of the class."""
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        return {k: v for k, v in self.options().items() if v != usual[k]}
+
+    def key(self, name: str) -> str:
+        """Return the key of an option."""
+        return f"{self.section}.{name}" if self.section else name
+
+    def require(self, name: str, holds: bool, what: str) -> None:
+        """Raise UserError with the option's key and value unless a condition holds."""
+        if not holds:
+            raise UserError(f"{self.key(name)} must be {what}, got {getattr(self, name)}")
+
+    def require_positive(self, *names: str) -> None:
+        """Raise UserError unless these options are positive and finite."""
+        for name in names:
+            self.require(name, 0.0 < getattr(self, name) < math.inf, "positive and finite")
+
+    def require_not_negative(self, *names: str) -> None:
+        """Raise UserError unless these options are finite and at least 0."""
+        for name in names:
+            self.require(name, 0.0 <= getattr(self, name) < math.inf, "finite and not negative")
+
+    def require_fraction(self, *names: str) -> None:
+        """Raise UserError unless these options are in [0, 1]."""
+        for name in names:
+            self.require(name, 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")
+
+    def require_at_least(self, least: int, *names: str) -> None:
+        """Raise UserError unless these options are at least a number."""
+        for name in names:
+            self.require(name, getattr(self, name) >= least, f"at least {least}")
+
+
+_KINDS: Mapping[type, tuple[str, tuple[type, ...]]] = {
+    bool: ("True or False", (bool,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    str: ("a text", (str,)),
+    tuple: ("numbers", (tuple, list)),
+}
+
+
+def converted(key: str, value: Any, like: Any, annotation: str = "") -> Any:
+    """Return an option's value as plain Python: NumPy scalars and lists become numbers and tuples.
+
+    Args:
+        key: of the option, for messages.
+        value: as given.
+        like: another value of the option, whose type it must have.
+        annotation: the option's type as text; "| None" also allows None.
+
+    Raises:
+        UserError: the value is of another type.
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if value is None and "None" in annotation:
+        return None
+    if isinstance(like, tuple) and not isinstance(value, (tuple, list)):
+        raise UserError(f"{key} takes several values, such as ({value},), got {value!r}")
+    said, allowed = _KINDS.get(type(like), ("", (object,)))
+    inside: tuple[Any, ...] = tuple(value) if isinstance(value, (tuple, list)) else ()
+    good = isinstance(value, allowed) and isinstance(value, bool) <= isinstance(like, bool)
+    if not good or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in inside):
+        raise UserError(f"{key} must be {said}, got {value!r}")
+    return inside if isinstance(like, tuple) else value
