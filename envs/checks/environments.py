@@ -209,7 +209,7 @@ def _faults(trace: Trace, space: gym.Space, horizon: int) -> Iterator[str]:
 
 def conversion(seen: NDArray, space: gym.Space) -> str | None:
     """Say that observations are converted to the type of their space; None if they are not."""
-    if np.can_cast(seen.dtype, space.dtype):
+    if space.dtype is None or np.can_cast(seen.dtype, space.dtype):
         return None
     return (
         f"{seen.dtype} observations, and they become {space.dtype} as the space says: return"

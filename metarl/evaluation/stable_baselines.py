@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from metarl.config.options import Config
 from metarl.envs import TaskFamily
 from metarl.envs.errors import check_one_of
+from metarl.envs.policy_spaces import image_size
 from metarl.evaluation.statistics import Floats
-from metarl.models.encoders import NatureCNN, image_size
+from metarl.models.encoders import NatureCNN
 from metarl.sampling.episodes import episode
 from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.spaces import ActionMode, env_action

@@ -110,7 +110,7 @@ class OnlineAdapter:
         if Plausibility.knows(self._network):
             self._plausibility = Plausibility(
                 self._network,
-                uniform_log_prob(action_space, config.policy.action),
+                uniform_log_prob(action_space, config.action_mode),
                 np.issubdtype(action_space.dtype, np.integer),
                 np.random.default_rng(seed),
             )
@@ -239,7 +239,7 @@ class OnlineAdapter:
             dist = self._network.distribution(
                 self._policy.params, torch.from_numpy(np.ascontiguousarray(seen[None]))
             )
-        test.add(dist, *drawn_between(action, self._space, self._config.policy.action))
+        test.add(dist, *drawn_between(action, self._space, self._mode))
         if test.implausible:
             self._warn(
                 "implausible",

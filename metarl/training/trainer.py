@@ -61,6 +61,10 @@ from metarl.sampling.trajectories import Rollout
 Callback = Callable[[dict[str, Any]], None]
 """Takes an iteration's metrics; they are a copy."""
 
+_NO_INNER_STEP: dict[str, float] = {
+    "inner_kl": math.nan, "step_size": math.nan, "inner_gradient_cosine": math.nan,
+}  # fmt: skip
+
 SKIPPED_LIMIT = 10
 """Updates skipped in a row after which a run stops."""
 
@@ -139,7 +143,7 @@ class Trainer:
         samples = self.source.open(self._key(), state.baseline)
         before = state.params
         stats: dict[str, Any] = {"finite": False}
-        inner = dict.fromkeys(("inner_kl", "step_size", "inner_gradient_cosine"), math.nan)
+        inner = dict(_NO_INNER_STEP)
         params, outer = before, state.outer
         try:
             adapted = self._adapt(samples)
@@ -237,7 +241,7 @@ class Trainer:
     def _inner_metrics(self, adapted: Adapted) -> dict[str, float]:
         """Return how far the first inner step went, and how much of it is signal."""
         if not self.config.inner.steps:
-            return dict.fromkeys(("inner_kl", "step_size", "inner_gradient_cosine"), math.nan)
+            return dict(_NO_INNER_STEP)
         adapter = self.inner_loop.adapter
         return {
             "inner_kl": adapted.inner_kl,
