@@ -5,7 +5,7 @@ import gymnasium as gym
 import metarl
 
 meta_policy = metarl.load("half-cheetah-dir-icml2017")
-env = gym.make("metarl/HalfCheetahDir-v0", direction=-1.0, scale="icml2017")
+env = gym.make("metarl/HalfCheetahDir-v0", direction=-1.0, variant="icml2017")
 
 before = meta_policy.adapt(env, steps=0)  # the initialization itself
 after = meta_policy.adapt(env, steps=1, episodes=20, seed=0)

@@ -65,7 +65,7 @@ def run_config(arguments: Arguments, name: str, seed: int) -> Config:
     said["family_options"] = parse_options(arguments.family_options)
     if arguments.tasks is not None:
         said["tasks"] = arguments.tasks
-    said["meta.curvature"] = 1.0  # as the papers have it; a preset's share is no algorithm's
+    said["meta.second_order"] = 1.0  # as the papers have it; a preset's share is no algorithm's
     base = metarl.resolve(arguments.preset, arguments.family, name, said)
     row = find_algorithm(name)
     rollouts = base.inner.steps + (row.gradient != "displacement")

@@ -1,7 +1,7 @@
 """Is another setting better? Trains each over several seeds; compares at equal env steps and time.
 
     python scripts/compare_settings.py half-cheetah-vel \
-        --settings preset trust_region.fisher_fraction=0.3 --iterations 60 --out runs/settings
+        --settings preset outer.fisher_fraction=0.3 --iterations 60 --out runs/settings
 
 A setting is options of `metarl train` joined by commas, or `preset` for none. Runs lie in --out:
 stopped anywhere, the same command goes on where it was.

@@ -57,7 +57,9 @@ def end_of(folder: Path) -> str:
     return newest.name + json.dumps([held, rows])
 
 
-def one_kill(folder: Path, process_group: int, iterations: int, rng: random.Random) -> tuple[float, float]:
+def one_kill(
+    folder: Path, process_group: int, iterations: int, rng: random.Random
+) -> tuple[float, float]:
     """Return the seconds until the other ranks have ended, and until the next metrics."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",

@@ -89,7 +89,7 @@ ROWS = {
     "make-train": Row("half-cheetah-dir", "icml2017", 6.4e6, last=1),
     # Without a cosine a long run on direction falls again (docs/results.md).
     "half-cheetah-dir-icml2017": Row(
-        "half-cheetah-dir", "icml2017", 24e6, flags=("--meta.cosine",)
+        "half-cheetah-dir", "icml2017", 24e6, flags=("--outer.schedule cosine",)
     ),
     "half-cheetah-vel-icml2017": Row("half-cheetah-vel", "icml2017", 32e6),
     # Episodes that end early take fewer env steps than the budget; here 8M, less on the ants.
@@ -113,7 +113,7 @@ ROWS = {
         flags=("--inner.step-sizes", "0.05", "0.025"),
     ),
     "half-cheetah-dir-pearl2019": Row(
-        "half-cheetah-dir", "pearl2019", 40e6, flags=("--meta.cosine",)
+        "half-cheetah-dir", "pearl2019", 40e6, flags=("--outer.schedule cosine",)
     ),
     "half-cheetah-vel-pearl2019": Row("half-cheetah-vel", "pearl2019", 16e6),
     "ant-dir-icml2017": Row("ant-dir", "icml2017", 17.6e6, kept=36),

@@ -31,7 +31,10 @@ def sums_and_gathers(process_group: ProcessGroup) -> None:
     assert torch.equal(process_group.sum_in_order(few), ALONE.sum_in_order(one))
     values = torch.arange(68.0, dtype=torch.float64).view(34, 2)
     assert torch.equal(process_group.gather(values[own]), values)
-    assert process_group.total(process_group.rank + 1) == process_group.size * (process_group.size + 1) // 2
+    assert (
+        process_group.total(process_group.rank + 1)
+        == process_group.size * (process_group.size + 1) // 2
+    )
     assert process_group.largest(process_group.rank) == process_group.size - 1
     assert process_group.any(process_group.rank == 1)
     assert not process_group.any(False)
@@ -40,7 +43,11 @@ def sums_and_gathers(process_group: ProcessGroup) -> None:
 
 def an_error_is_everyones(process_group: ProcessGroup) -> None:
     for failing in range(process_group.size):
-        with refused(f"mine-{failing}") as caught, process_group.errors_shared(), process_group.errors_shared():
+        with (
+            refused(f"mine-{failing}") as caught,
+            process_group.errors_shared(),
+            process_group.errors_shared(),
+        ):
             if process_group.rank >= failing:
                 raise UserError(f"mine-{process_group.rank}")
             process_group.total(1)

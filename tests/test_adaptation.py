@@ -12,8 +12,8 @@ from metarl.learning.advantages import AdvantageConfig
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.inner_update import Adapter, inner_step, size_at
 from metarl.learning.losses import likelihood_ratio, log_likelihood
-from metarl.sampling.trajectories import Rollout
 from metarl.models.networks import stack
+from metarl.sampling.trajectories import Rollout
 
 
 def constant_step_sizes(params, sizes):

@@ -31,10 +31,10 @@ from metarl.learning.losses import (
     mean_kl,
 )
 from metarl.learning.meta_gradients import (
-    ReptileProblem,
     Evaluation,
     ImplicitProblem,
     Objective,
+    ReptileProblem,
     UnrolledProblem,
     annealed_weights,
     cosine,
@@ -400,7 +400,7 @@ def test_e_mamls_estimator_is_the_gradient_of_what_adaptation_earns(pool):
     size, scales = 0.4, (1.0, -1.5)
     adapter = Adapter(TABLE, log_likelihood, (size,))
     row, config = find_algorithm("e-maml"), resolve(None, "navigation-2d", "e-maml")
-    assert config.meta.credit == 1.0
+    assert config.meta.sampling_coef == 1.0
 
     def adapted(logits, path, scale):
         a0, s1, a1 = path
@@ -846,7 +846,7 @@ def test_the_inner_loss_can_be_chosen():
         ("dice-maml", "auto"), ("fomaml-trpo", "auto"), ("fomaml-trpo", "likelihood-ratio"),
     ):  # fmt: skip
         said = {"tasks": 4, "episodes": 4, "threads": 1, "inner.loss": loss}
-        said |= {"inner.dice_decay": 0.0} if name == "dice-maml" else {}
+        said |= {"inner.decay": 0.0} if name == "dice-maml" else {}
         with Trainer(resolve("metarl2026", "navigation-2d", name, said)) as trainer:
             found[name, loss] = trainer.iterate()["gradient_norm"]
     ratios = found["maml-trpo", "likelihood-ratio"]
@@ -861,43 +861,47 @@ def test_the_inner_loss_can_be_chosen():
 @pytest.mark.parametrize(
     ("name", "changes", "names"),
     [
-        ("maml-trpo", {"adam.learning_rate": 0.5}, "adam maml-trpo"),
-        ("promp", {"trust_region.max_kl": 0.5}, "trust_region promp"),
-        ("random", {"adam.learning_rate": 0.5}, "adam random"),
-        ("maml-reinforce", {"adam.clip": 0.1}, "adam.clip maml-reinforce"),
-        ("reptile", {"adam.max_kl": 0.1}, "adam.max_kl reptile"),
+        ("maml-trpo", {"outer.learning_rate": 0.5}, "adam maml-trpo"),
+        ("promp", {"outer.max_kl": 0.5}, "trust_region promp"),
+        ("random", {"outer.learning_rate": 0.5}, "adam random"),
+        ("maml-reinforce", {"outer.clip": 0.1}, "outer.clip maml-reinforce"),
+        ("reptile", {"outer.max_kl": 0.1}, "outer.max_kl reptile"),
         ("maml-trpo", {"policy.filters": 8}, "policy.filters conv4"),
         ("imaml", {"adam.minibatches": 2}, "adam.minibatches imaml"),
-        ("promp", {"meta.credit": 1.0, "adam.minibatches": 2}, "adam.minibatches meta.credit"),
+        (
+            "promp",
+            {"meta.sampling_coef": 1.0, "adam.minibatches": 2},
+            "adam.minibatches meta.sampling_coef",
+        ),
         (
             "maml-trpo",
             {"advantage.targets": "lambda-returns"},
-            "advantage.targets advantage.trace",
+            "advantage.targets advantage.gae_lambda",
         ),
         ("maml-trpo", {"inner.updates": 2}, "inner.updates 2 maml-trpo"),
         ("imaml", {"inner.loss": "log-likelihood"}, "inner.updates inner.loss log-likelihood"),
-        ("reptile", {"meta.inner_kl": 0.1}, "meta.inner_kl reptile"),
+        ("reptile", {"meta.inner_kl_coef": 0.1}, "meta.inner_kl_coef reptile"),
         ("reptile", {"inner.steps": 0}, "inner.steps reptile 0"),
         ("imaml", {"inner.proximal": 0.0}, "inner.steps inner.proximal imaml"),
         ("maml-trpo", {"inner.backtrack": True}, "inner.backtrack maml-trpo"),
         ("maml-trpo", {"meta.anneal_fraction": 0.5}, "meta.anneal_fraction maml-trpo"),
-        ("fomaml-trpo", {"meta.curvature": 0.5}, "meta.curvature fomaml-trpo"),
-        ("reptile", {"meta.curvature": 0.5}, "meta.curvature reptile"),
-        ("promp", {"meta.curvature": -0.5}, "meta.curvature -0.5"),
-        ("oracle", {"meta.curvature": 0.5}, "meta.curvature oracle"),
-        ("maml-trpo", {"inner.steps": 0, "meta.curvature": 0.5}, "meta.curvature maml-trpo"),
+        ("fomaml-trpo", {"meta.second_order": 0.5}, "meta.second_order fomaml-trpo"),
+        ("reptile", {"meta.second_order": 0.5}, "meta.second_order reptile"),
+        ("promp", {"meta.second_order": -0.5}, "meta.second_order -0.5"),
+        ("oracle", {"meta.second_order": 0.5}, "meta.second_order oracle"),
+        ("maml-trpo", {"inner.steps": 0, "meta.second_order": 0.5}, "meta.second_order maml-trpo"),
         ("maml++", {"meta.anneal_fraction": 1.5}, "meta.anneal_fraction 1.5"),
-        ("random", {"meta.cosine": True}, "meta.cosine random"),
+        ("random", {"outer.schedule": True}, "outer.schedule random"),
         ("maml-trpo", {"inner.loss": "dice"}, "inner.loss dice auto log-likelihood"),
         ("dice-maml", {"inner.loss": "likelihood-ratio"}, "inner.loss auto dice-maml"),
         ("reptile", {"inner.loss": "log-likelihood"}, "inner.loss reptile"),
         ("pretrained", {"inner.loss": "likelihood-ratio"}, "inner.loss pretrained"),
         ("random", {"inner.loss": "likelihood-ratio"}, "inner.loss random"),
-        ("promp", {"inner.dice_decay": 0.5}, "inner.dice_decay promp"),
-        ("dice-maml", {"inner.dice_decay": 1.5}, "inner.dice_decay 1.5"),
-        ("maml-trpo", {"policy.context": 3}, "policy.context maml-trpo"),
+        ("promp", {"inner.decay": 0.5}, "inner.decay promp"),
+        ("dice-maml", {"inner.decay": 1.5}, "inner.decay 1.5"),
+        ("maml-trpo", {"inner.context": 3}, "inner.context maml-trpo"),
         ("oracle", {"inner.steps": 1}, "inner.steps oracle"),
-        ("e-maml", {"inner.steps": 0}, "meta.credit inner.steps 0"),
+        ("e-maml", {"inner.steps": 0}, "meta.sampling_coef inner.steps 0"),
     ],
 )
 def test_what_does_not_combine_is_refused_by_name(name, changes, names):
@@ -916,7 +920,7 @@ def test_an_algorithms_defaults_go_before_the_presets():
     assert config.inner.steps == 4
     assert config.inner.step_sizes == (0.5,)
     assert config.inner.test_step_sizes == (0.5, 0.25)
-    assert resolve("icml2017", "navigation-2d", "promp").meta.inner_kl == 5e-4
+    assert resolve("icml2017", "navigation-2d", "promp").meta.inner_kl_coef == 5e-4
     for name in ("anil", "cavia", "meta-sgd", "maml++"):
         assert resolve("icml2017", "navigation-2d", name).inner.test_step_sizes == ()
 

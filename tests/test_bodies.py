@@ -194,7 +194,7 @@ def test_a_family_is_the_stock_body_with_the_reward_of_its_task(
 @pytest.mark.parametrize("name", ["ant-dir", "ant-vel", "ant-goal"])
 def test_the_ant_of_icml2017_is_rllabs(name):
     # A loop over MjData, as rllab's: one step, then all of mj_forward at the new state.
-    family = make_family(name, scale="icml2017")
+    family = make_family(name, variant="icml2017")
     model = family.model
     assert model.opt.timestep == 0.02
     assert (model.geom_solimp[:, :3] == [0.8, 0.8, 0.01]).all()

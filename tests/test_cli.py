@@ -123,13 +123,13 @@ def test_without_gl_a_report_has_everything_except_the_video(tmp_path, monkeypat
 
 
 def test_hyper_parameters_and_config_are_in_tensorboard(tmp_path):
-    flags = [*SMALL, "--trust-region.max-kl", "0.03", "--iterations", "1", "--out", "run"]
+    flags = [*SMALL, "--outer.max-kl", "0.03", "--iterations", "1", "--out", "run"]
     assert run("train", "navigation-2d", *flags) == 0
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert "config/text_summary" in events.Tags()["tensors"]
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     told = HParamsPluginData.FromString(content).session_start_info.hparams
-    assert told["trust_region.max_kl"].number_value == 0.03
+    assert told["outer.max_kl"].number_value == 0.03
     assert told["policy.hidden"].string_value == "[8]"
     assert told["algorithm"].string_value == "maml-trpo"
 
@@ -165,7 +165,7 @@ def test_presets_fill_in_what_is_not_given(tmp_path):
     arguments = ["--preset", "icml2017", "--iterations", "1", "--tasks", "1", "--episodes", "1"]
     assert run("train", "half-cheetah-vel", *arguments, "--out", "run") == 0
     config = run_config(tmp_path / "run")
-    assert config.family_options == {"scale": "icml2017"}
+    assert config.family_options == {"variant": "icml2017"}
     assert config.policy.hidden == (100, 100)
     assert config.policy.activation == "relu"
     assert config.inner.test_step_sizes == (0.1, 0.05)
@@ -178,7 +178,7 @@ def test_presets_fill_in_what_is_not_given(tmp_path):
         (["half-cheetah-dir"], "metarl2026", "icml2017", 0.5),
         (["--threads", "1", "half-cheetah-dir"], "metarl2026", "icml2017", 0.5),
         (["half-cheetah-vel", "--algorithm", "random"], "metarl2026", "icml2017", 0.5),
-        (["half-cheetah-dir", "--family-options", "scale=stock"], "metarl2026", "stock", 0.5),
+        (["half-cheetah-dir", "--family-options", "variant=stock"], "metarl2026", "stock", 0.5),
         (["half-cheetah-dir", "--preset", "None"], None, None, 0.0),
         (["--preset=None", "half-cheetah-dir"], None, None, 0.0),
         (["bandit"], None, None, 0.0),
@@ -189,13 +189,13 @@ def test_a_family_with_a_recorded_preset_uses_it_by_default(words, preset, scale
     assert run("train", *words, *small, "--out", "run") == 0
     config = run_config(tmp_path / "run")
     assert (config.preset, config.family_options.get("scale")) == (preset, scale)
-    assert config.inner.kl == fitted
+    assert config.inner.min_kl == fitted
 
 
 def test_listings(capsys):
     assert run("families") == 0
     out = capsys.readouterr().out
-    assert mentions(out, "half-cheetah-vel", "velocity", "[0, 2]", "scale=stock", "direction")
+    assert mentions(out, "half-cheetah-vel", "velocity", "[0, 2]", "variant=stock", "direction")
     assert run("algorithms") == 0
     assert "arXiv:1703.03400" in capsys.readouterr().out
     assert run("--help") == 0
@@ -238,7 +238,7 @@ def test_benchmark_prints_one_object(capsys):
         (["benchmark", "--checkpoint-every=4"], ["--checkpoint-every", "--repeats"]),
         (["evaluate", "x", "--rank-timeout", "0"], ["--rank-timeout", 0]),
         (["train", "navigation-2d", "--inner.step-sizes", "-0.1"], ["inner.step_sizes", -0.1]),
-        (["train", "navigation-2d", "--trust-region.max-kl", "0"], ["trust_region.max_kl", 0]),
+        (["train", "navigation-2d", "--outer.max-kl", "0"], ["outer.max_kl", 0]),
         (["train", "navigation-2d", "--family-options", "horizn=3"], ["horizn", "horizon"]),
         (["train", "navigation-2d", "--family-options", "horizon"], ["horizon", "name=value"]),
         (["train", "navigation-2d", "--device", "tpu"], ["device", "tpu", "cpu", "cuda"]),

@@ -89,10 +89,10 @@ def test_a_run_that_adapts_has_one_finding():
 @pytest.mark.parametrize(
     ("metric", "value", "names"),
     [
-        ("inner_kl", 0.002, [0.002, "inner.step_sizes", "inner.kl"]),
+        ("inner_kl", 0.002, [0.002, "inner.step_sizes", "inner.min_kl"]),
         ("inner_kl", 4.0, [4, "inner.step_sizes"]),
         ("clip_fraction", 0.45, ["45%", "policy.output_scale", "policy.initial_std"]),
-        ("inner_gradient_cosine", 0.04, [0.04, "advantage.trace", "advantage.targets"]),
+        ("inner_gradient_cosine", 0.04, [0.04, "advantage.gae_lambda", "advantage.targets"]),
         ("gradient_agreement", -0.2, [-0.2]),
     ],
 )

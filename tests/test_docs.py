@@ -257,7 +257,7 @@ def test_algorithms_are_compared_with_the_meta_gradients_of_their_papers(monkeyp
     compare = importlib.import_module("compare_algorithms")
     arguments = compare.Arguments("half-cheetah-dir", Path("unused"))
     for name in compare.OF_POLICIES:
-        assert compare.run_config(arguments, name, 0).meta.curvature == 1.0
+        assert compare.run_config(arguments, name, 0).meta.second_order == 1.0
 
 
 def test_a_record_keeps_its_seeds_and_references(monkeypatch):

@@ -136,8 +136,8 @@ def test_a_function_may_take_any_options():
 
 
 def test_options_are_python_literals_or_strings():
-    assert parse_options(["low=0.5", "scale=icml2017", "n=3", "a-b=True", "c=false"]) == {
-        "low": 0.5, "scale": "icml2017", "n": 3, "a_b": True, "c": False,
+    assert parse_options(["low=0.5", "variant=icml2017", "n=3", "a-b=True", "c=false"]) == {
+        "low": 0.5, "variant": "icml2017", "n": 3, "a_b": True, "c": False,
     }  # fmt: skip
     with refused("low"):
         parse_options(["low"])
@@ -248,7 +248,7 @@ def test_scales(scale, horizon, frame_skip, size, bound, highest):
 
 
 def test_icml2017_velocity_and_observation_are_of_the_centre_of_mass():
-    family = make_family("half-cheetah-dir", scale="icml2017")
+    family = make_family("half-cheetah-dir", variant="icml2017")
     vector = family.make_vec(2, 1, autoreset_mode=DISABLED)
     vector.set_tasks([[1.0], [-1.0]])
     observation, _ = vector.reset(seed=3)
@@ -281,7 +281,7 @@ def test_icml2017_velocity_and_observation_are_of_the_centre_of_mass():
 
 
 def test_icml2017_reset_noise():
-    vector = make_family("half-cheetah-dir", scale="icml2017").make_vec(1, 2000)
+    vector = make_family("half-cheetah-dir", variant="icml2017").make_vec(1, 2000)
     vector.reset(seed=0)
     assert vector.sim.qpos.std() == pytest.approx(0.01, rel=0.03)
     assert vector.sim.qvel.std() == pytest.approx(0.1, rel=0.03)
@@ -289,7 +289,7 @@ def test_icml2017_reset_noise():
 
 def test_action_scale_divides_before_clipping():
     plain = make_family("half-cheetah-dir").make_vec(1, 4, autoreset_mode=DISABLED)
-    scaled = make_family("half-cheetah-dir", scale="pearl2019").make_vec(
+    scaled = make_family("half-cheetah-dir", variant="pearl2019").make_vec(
         1, 4, autoreset_mode=DISABLED
     )
     for vector in (plain, scaled):
@@ -402,7 +402,9 @@ def test_finished_episodes_stay_or_restart_by_the_autoreset_mode():
 
 @pytest.mark.parametrize("name", ["half-cheetah-dir", "half-cheetah-vel", "ant-dir", "ant-vel"])
 def test_results_of_a_step_do_not_change_later(name):
-    vector = make_family(name, scale="icml2017", horizon=3).make_vec(2, 1, autoreset_mode=DISABLED)
+    vector = make_family(name, variant="icml2017", horizon=3).make_vec(
+        2, 1, autoreset_mode=DISABLED
+    )
     vector.reset(seed=0)
     kept = []
     for action in actions(4, 2, vector.single_action_space.shape[0]):
@@ -499,7 +501,7 @@ def test_gymnasium_ids_take_a_task_each_and_refuse_unknown_keywords():
         gym.make("metarl/Navigation2D-v0", goal="there")
     free = gym.make("metarl/TabularMDP-v0", states=4)
     assert free.reset(seed=0)[1]["task"].shape == (4 * 5 * 5,)
-    scaled = gym.make("metarl/HalfCheetahDir-v0", direction=1.0, scale="icml2017")
+    scaled = gym.make("metarl/HalfCheetahDir-v0", direction=1.0, variant="icml2017")
     assert scaled.observation_space.shape == (20,)
 
 

@@ -31,7 +31,7 @@ from metarl.plots.figures import plot_evaluation
 from metarl.policies.building import policy_for
 from metarl.policies.meta_policy import MetaPolicy, random_meta_policy
 from metarl.runs.folder import short_name
-from metarl.sampling.rollouts import RandomKey, Collector
+from metarl.sampling.rollouts import Collector, RandomKey
 
 
 def navigator(**changes) -> MetaPolicy:

@@ -17,7 +17,7 @@ from metarl.envs.families.classic_control import put_length
 from metarl.learning.inner_loop import InnerLoop, NonFiniteError
 from metarl.policies.building import make_adapter, make_policy
 from metarl.sampling.episodes import collect_episodes
-from metarl.sampling.rollouts import RandomKey, Collector
+from metarl.sampling.rollouts import Collector, RandomKey
 
 DISABLED = AutoresetMode.DISABLED
 

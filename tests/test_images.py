@@ -25,7 +25,7 @@ from metarl.models.encoders import NatureCNN, SmallImpala, image_size, make_enco
 from metarl.models.networks import stack
 from metarl.models.policies import CategoricalMLP
 from metarl.policies.building import spaces_of
-from metarl.sampling.rollouts import RandomKey, Collector
+from metarl.sampling.rollouts import Collector, RandomKey
 from metarl.sampling.spaces import as_observation, check_spaces
 from metarl.training.trainer import Trainer
 

@@ -25,10 +25,10 @@ from metarl.learning.credit import leave_one_out, sampling_credit
 from metarl.learning.gradient_steps import Adam, NoUpdate
 from metarl.learning.inner_loop import Adapted
 from metarl.learning.losses import dice, likelihood_ratio, log_likelihood
-from metarl.learning.meta_gradients import ReptileProblem, ImplicitProblem, UnrolledProblem
-from metarl.sampling.trajectories import Rollout
+from metarl.learning.meta_gradients import ImplicitProblem, ReptileProblem, UnrolledProblem
 from metarl.learning.trust_region import TrustRegion
 from metarl.models.policies import GaussianMLP
+from metarl.sampling.trajectories import Rollout
 from metarl.training.iterations import fisher_samples, minibatches, schedule, schedule_change
 from metarl.training.trainer import Trainer
 
@@ -438,7 +438,7 @@ def test_resuming_with_more_iterations_reports_the_changed_schedules(tmp_path, c
     assert schedule_change(row, config(200), 200, 100) is None
     said = schedule_change(row, config(200), 100, 100)
     assert said is not None
-    assert mentions(said, 200, 100, "adam.learning_rate", "0.50", "0.00")
+    assert mentions(said, 200, 100, "outer.learning_rate", "0.50", "0.00")
     assert mentions(said, 60, 30)  # where the annealing ends
     assert schedule_change(find_algorithm("maml-trpo"), config(200, "maml-trpo"), 100, 9) is None
 
@@ -446,7 +446,7 @@ def test_resuming_with_more_iterations_reports_the_changed_schedules(tmp_path, c
     seen: list[str] = []
     train(config(4), tmp_path / "run", resume=True, notice=seen.append)
     assert len(seen) == 1
-    assert mentions(seen[0], 4, 2, "adam.learning_rate", "0.50")
+    assert mentions(seen[0], 4, 2, "outer.learning_rate", "0.50")
     # To the same end it says nothing, and is the run that was never interrupted.
     rows: list[dict] = []
     whole = train(config(4), tmp_path / "whole")
@@ -459,7 +459,7 @@ def test_resuming_with_more_iterations_reports_the_changed_schedules(tmp_path, c
     capsys.readouterr()
     assert run("train", "--resume", str(tmp_path / "parts"), "--iterations", "5") == 0
     lines = capsys.readouterr().err.splitlines()
-    (line,) = [line for line in lines if mentions(line, "adam.learning_rate")]
+    (line,) = [line for line in lines if mentions(line, "outer.learning_rate")]
     assert mentions(line, 5, 4, "0.10")
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from expecting import mentions, refused, run
 
+from metarl.domains.memory import Need, available, check_memory, need
 from metarl.learning.advantages import discounted_sum
 from metarl.models.encoders import NatureCNN
 from metarl.models.policies import GaussianMLP
 from metarl.sampling.rollouts import RolloutBuffer
 from metarl.training import memory
-from metarl.domains.memory import Need, available, check_memory, need
 
 POLICY = GaussianMLP(observation_dim=3, action_dim=2, hidden=(5,))
 

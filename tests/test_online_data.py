@@ -256,7 +256,7 @@ def _step_by_hand(start, data, known, rewards, config):
     returns = np.array([
         sum(discount**k * r for k, r in enumerate(rewards[i:])) for i in range(len(data))
     ])  # fmt: skip
-    ridge = config.advantage.ridge * np.eye(x.shape[1])
+    ridge = config.baseline.ridge * np.eye(x.shape[1])
     value = x @ np.linalg.solve(x.T @ x + ridge, x.T @ returns)
     advantage = returns - value
     advantage = (advantage - advantage.mean()) / advantage.std()

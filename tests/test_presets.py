@@ -62,24 +62,24 @@ def test_algorithms_that_learn_step_sizes_do_not_fit_them():
 def test_given_values_override_the_algorithm_which_overrides_the_preset():
     assert resolve("icml2017", "navigation-2d").policy.hidden == (100, 100)
     assert resolve("icml2017", "half-cheetah-vel").iterations == 475
-    assert resolve(None, "navigation-2d", "promp").adam.clip == 0.3
-    said = {"adam.clip": 0.1, "policy.hidden": (8,), "iterations": 3}
+    assert resolve(None, "navigation-2d", "promp").outer.clip == 0.3
+    said = {"outer.clip": 0.1, "policy.hidden": (8,), "iterations": 3}
     config = resolve("icml2017", "half-cheetah-vel", "promp", said)
-    assert (config.adam.clip, config.policy.hidden, config.iterations) == (0.1, (8,), 3)
+    assert (config.outer.clip, config.policy.hidden, config.iterations) == (0.1, (8,), 3)
     assert config.algorithm == "promp"
-    assert config.family_options == {"scale": "icml2017"}
+    assert config.family_options == {"variant": "icml2017"}
     assert resolve("icml2017", "navigation-2d").family_options == {}
 
 
 def test_family_options_are_merged_with_the_presets_and_the_scale_decides():
-    options = {"family_options": {"scale": "promp2019", "balanced": True}}
+    options = {"family_options": {"variant": "promp2019", "balanced": True}}
     config = resolve("metarl2026", "half-cheetah-dir", overrides=options)
-    assert config.family_options == {"scale": "promp2019", "balanced": True}
+    assert config.family_options == {"variant": "promp2019", "balanced": True}
     assert config.policy.initial_std == 4.0
     assert resolve("metarl2026", "half-cheetah-dir").policy.initial_std == 1.0
     balanced = {"family_options": {"balanced": True}}
     found = resolve("metarl2026", "half-cheetah-dir", overrides=balanced).family_options
-    assert found == {"scale": "icml2017", "balanced": True}
+    assert found == {"variant": "icml2017", "balanced": True}
     said = {**options, "policy.initial_std": 2.0}
     assert resolve("metarl2026", "half-cheetah-dir", overrides=said).policy.initial_std == 2.0
     assert resolve(None, "half-cheetah-dir", overrides=balanced).family_options["balanced"]
@@ -101,10 +101,10 @@ def test_a_preset_may_differ_by_algorithm_and_a_family_by_more():
 
 def test_a_preset_may_differ_for_one_algorithm_on_one_family():
     def share(family, algorithm, **overrides):
-        return resolve("metarl2026", family, algorithm, overrides).meta.curvature
+        return resolve("metarl2026", family, algorithm, overrides).meta.second_order
 
     assert share("half-cheetah-dir", "maml-trpo") == 0.5
-    assert share("half-cheetah-dir", "maml-trpo", **{"meta.curvature": 0.7}) == 0.7
+    assert share("half-cheetah-dir", "maml-trpo", **{"meta.second_order": 0.7}) == 0.7
     assert share("half-cheetah-dir", "anil") == share("navigation-2d", "maml-trpo") == 1.0
     # What the preset set has no effect with this, but nobody asked for it.
     config = resolve("metarl2026", "half-cheetah-dir", overrides={"inner.steps": 0})
@@ -172,7 +172,7 @@ def test_a_run_evaluates_with_the_given_step_sizes(flags, sizes, test_sizes, pro
         ("iterations", "3", []),
         ("tasks", True, []),
         ("inner.step_sizes", ("a",), []),
-        ("trust_region.max_kl", None, []),
+        ("outer.max_kl", None, []),
         ("stratified", 1, [True, False]),
         ("inner.step_sizes", (True,), []),
         ("policy.hidden", (64.5,), []),

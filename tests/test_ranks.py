@@ -151,9 +151,9 @@ def test_two_ranks_and_a_resume_on_one_agree_bit_for_bit(tmp_path):
 def test_any_number_of_ranks_agrees_bit_for_bit(process_group, tmp_path):
     few = (33, 2)
     norm = {"policy.normalize": True}
-    steps = {"inner.steps": 2, "inner.kl": 0.05}
-    parts = {"adam.minibatches": 2, "adam.steps": 4}
-    flat = {"meta.cosine": False, "meta.anneal_fraction": 0.0}
+    steps = {"inner.steps": 2, "inner.min_kl": 0.05}
+    parts = {"adam.minibatches": 2, "outer.steps": 4}
+    flat = {"outer.schedule": False, "meta.anneal_fraction": 0.0}
     todo = cases(33, 5) | {
         "normalize": case("half-cheetah-vel", {}, "maml-trpo", 5, *few, **norm),
         "fitted": case("navigation-2d", {}, "maml-trpo", 5, *few, **steps),

@@ -20,7 +20,7 @@ from metarl.models.networks import stack
 from metarl.models.policies import CategoricalMLP, GaussianMLP
 from metarl.policies.building import make_policy
 from metarl.sampling.episodes import collect_episodes
-from metarl.sampling.rollouts import RandomKey, Collector
+from metarl.sampling.rollouts import Collector, RandomKey
 from metarl.sampling.seeding import episode_seeds, stream
 from metarl.sampling.spaces import categories, env_action
 

@@ -17,10 +17,16 @@ from metarl.envs.registry import find_family, make_family
 from metarl.envs.supervised.characters import draw_characters
 from metarl.learning.inner_loop import Adapted
 from metarl.learning.inner_update import Adapter
-from metarl.models.predictors import accuracy, cross_entropy, squared_error
 from metarl.models.encoders import FourBlocks, normalize_batch
 from metarl.models.networks import flatten, stack, unflatten
-from metarl.models.predictors import Classifier, Regressor, class_means
+from metarl.models.predictors import (
+    Classifier,
+    Regressor,
+    accuracy,
+    class_means,
+    cross_entropy,
+    squared_error,
+)
 from metarl.models.samples import Examples
 from metarl.policies.building import row_for
 from metarl.training.iterations import make_problem

@@ -122,7 +122,7 @@ def test_the_inner_step_is_fitted_to_a_kl_and_kept_with_the_policy(tmp_path):
     assert result.curve.step_sizes == [pytest.approx(size)] * 2
     fixed = evaluate(whole, tasks=2, episodes=2, steps=2, threads=1, step_sizes=[size])
     assert np.allclose(result.curve.per_task, fixed.curve.per_task)
-    with refused("inner.kl", "meta-sgd"):
+    with refused("inner.min_kl", "meta-sgd"):
         train(config(algorithm="meta-sgd"), tmp_path / "learned")
 
 
@@ -262,7 +262,7 @@ def test_a_run_in_use_is_refused(tmp_path):
 def test_resuming_with_other_options_names_the_key(tmp_path):
     train(small(iterations=1), tmp_path / "run")
     other = small(trust_region=dataclasses.replace(small().trust_region, max_kl=0.05))
-    with refused("trust_region.max_kl", 0.01, 0.05, error=RunError):
+    with refused("outer.max_kl", 0.01, 0.05, error=RunError):
         train(other, tmp_path / "run", resume=True)
 
 
@@ -488,7 +488,7 @@ def test_the_random_algorithm_never_changes_its_parameters():
     # Observations' moments and a fitted factor of the step sizes are none of its.
     base = resolve("metarl2026", "half-cheetah-dir", "random")
     assert base.policy.normalize
-    assert base.inner.kl
+    assert base.inner.min_kl
     with Trainer(replace(base, tasks=2, episodes=2, threads=1)) as trainer:
         before = {name: p.clone() for name, p in trainer.state.params.items()}
         row = trainer.iterate()

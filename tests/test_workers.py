@@ -34,7 +34,7 @@ from metarl.learning.trajectories import Rollout
 from metarl.models.networks import Params
 from metarl.models.policies import GaussianMLP
 from metarl.policies.building import make_adapter
-from metarl.sampling.rollouts import RandomKey, Collector
+from metarl.sampling.rollouts import Collector, RandomKey
 from metarl.sampling.workers import WorkerCollector, WorkerError, make_collector
 from metarl.training.trainer import Trainer
 
