@@ -31,12 +31,7 @@ from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily
 from metarl.envs.registry import is_built_in
 from metarl.envs.seeds import training_seeds
-<<<<<<< HEAD:envs/checks/start.py
-from metarl.envs.vector import RESET, STEP
-=======
-from metarl.envs.traces import close, play, play_beside
 from metarl.envs.vector import PHASES, RESET, STEP
->>>>>>> b350954 (An environment that exits in close loses nothing):envs/start_checks.py
 
 STEPS = 40
 """Of an episode, at most."""
