@@ -21,7 +21,8 @@ from metarl.config.options import Config, PolicyConfig
 from metarl.config.resolve import resolve
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.learning.advantages import seen
-from metarl.models.encoders import NatureCNN, SmallImpala, image_size, make_encoder
+from metarl.envs.policy_spaces import image_size
+from metarl.models.encoders import NatureCNN, SmallImpala, make_encoder
 from metarl.models.networks import stack
 from metarl.models.policies import CategoricalMLP
 from metarl.policies.building import spaces_of
