@@ -1,8 +1,9 @@
-"""Shared by the tests: one intra-op thread, as in training, and small random problems."""
+"""Shared by the tests: one intra-op thread, as in training, small runs and random problems."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -11,11 +12,14 @@ import rounding
 import torch
 
 import metarl  # noqa: F401  (before the first matrix product)
+from metarl.algorithms import Algorithm
+from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import GymnasiumFamily, Uniform
 from metarl.learning.losses import Batch
 from metarl.models.networks import Params
 from metarl.models.policies import GaussianMLP
+from metarl.runs.metrics import measured_time, read_metrics
 
 STRICT = ("rollouts", "serial_batch", "meta_gradients", "policies")
 
@@ -59,6 +63,40 @@ def pool() -> Iterator[ChunkPool]:
 @pytest.fixture
 def small_policy() -> GaussianMLP:
     return GaussianMLP(observation_dim=3, action_dim=2, hidden=(5, 4))
+
+
+def small(
+    algorithm: str | Algorithm = "maml-trpo",
+    family: str = "navigation-2d",
+    family_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Config:
+    """Return the config of a small run.
+
+    Args:
+        algorithm: its own options stay as they are.
+        family: to train on.
+        family_options: of the family; None makes navigation's episodes short.
+        options: values by key, such as `**{"inner.steps": 2}`.
+    """
+    if family_options is None:
+        family_options = {"horizon": 12}
+    values = {
+        "iterations": 4, "tasks": 5, "episodes": 4, "threads": 2, "policy.hidden": (8,),
+        "checkpoint_every": 2,
+    }  # fmt: skip
+    return Config.of(family, algorithm, family_options).with_options(values | options)
+
+
+def timeless(folder) -> list[dict]:
+    """Return the rows of a run's metrics without those that measure time."""
+    rows = read_metrics(folder)
+    return [{k: v for k, v in row.items() if not measured_time(k)} for row in rows]
+
+
+def same_params(a, b) -> bool:
+    """Return whether two meta-policies have the same parameters, to the last bit."""
+    return all(torch.equal(a.params[name], b.params[name]) for name in a.params)
 
 
 def double_params(policy: GaussianMLP, seed: int = 0) -> Params:

@@ -66,8 +66,9 @@ def write_report(
     parts = [f"<h1>{html.escape(title)}</h1>", _setting(evaluation)]
     parts.append(f'<p class="verdict">{html.escape(evaluation["verdict"])}</p>')
     parts.append(_tables(evaluation))
-    stratified = run is not None and run["config"].get("stratified", False)
-    adapts = run is None or run["config"].get("inner", {}).get("steps") != 0  # in training
+    options = {} if run is None else run["config"]["options"]
+    stratified = options.get("stratified", False)
+    adapts = run is None or options.get("inner.steps", 0) > 0  # in training
     if adapts and (said := findings(read_metrics(folder), stratified=stratified)):
         parts.append("<h2>Is it adapting?</h2>")
         parts += [f"<p>{html.escape(sentence)}</p>" for sentence in said]

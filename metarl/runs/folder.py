@@ -164,7 +164,7 @@ def plan(folder: Path, config: Config) -> None:
     """Let a run folder's config have another number of iterations: the run's length from now on."""
     path = folder / "config.json"
     data = json.loads(path.read_text("utf-8"))
-    data["config"]["iterations"] = config.iterations
+    data["config"]["options"]["iterations"] = config.iterations
     write_atomically(path, json_text(data, indent=2).encode())
 
 

@@ -38,11 +38,11 @@ def findings(rows: Sequence[Mapping[str, Any]], *, stratified: bool = False) -> 
     checks = (
         ("inner_kl", lambda x: x < _LITTLE_KL,
          "An inner step moves policies by a mean KL of only {:.2g}: adaptation is nearly a no-op,"
-         " by small steps or by rewards that hardly differ. Larger inner.step_sizes, or inner.kl"
-         " 0.5, which fits the step, let it go further."),
+         " by small steps or by rewards that hardly differ. Larger inner.step_sizes, or"
+         " inner.min_kl 0.5, which fits the step, let it go further."),
         ("inner_kl", lambda x: x > _LARGE_KL,
          "An inner step moves policies by a mean KL of {:.2g}, further than its samples support."
-         " Take smaller inner.step_sizes; inner.kl only lengthens a step."),
+         " Take smaller inner.step_sizes; inner.min_kl only lengthens a step."),
         ("clip_fraction", lambda x: x > _SATURATED,
          "{:.0%} of the actions lie beyond the bounds, where they make no difference and the"
          " gradient is noise. policy.output_scale 0.1, policy.normalize or a smaller"
@@ -50,7 +50,8 @@ def findings(rows: Sequence[Mapping[str, Any]], *, stratified: bool = False) -> 
         ("inner_gradient_cosine", lambda x: x < _LITTLE_AGREEMENT,
          "The inner gradients of two halves of a task's episodes agree by a cosine of {:.2g}: the"
          " step is mostly noise, or rewards hardly differ. More episodes make it clearer; so does"
-         " an advantage.trace of 0.95, and with few episodes advantage.targets lambda-returns."),
+         " an advantage.gae_lambda of 0.95, and with few episodes advantage.targets"
+         " lambda-returns."),
         ("gradient_agreement", lambda x: x < _LITTLE_AGREEMENT,
          "Meta-gradients of two such batches of tasks would agree by a cosine of {:.2g}: the outer"
          " step is mostly noise. More tasks, or stratified ones, make it clearer."),

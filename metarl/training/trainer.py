@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import re
 import shutil
 import time
 import warnings
@@ -311,10 +312,15 @@ class IterationClock:
 
 def check_device(device: str) -> None:
     """Raise UserError unless torch has the device."""
-    if device != "cpu" and not device.startswith("cuda"):
+    if device == "cpu":
+        return
+    if not re.fullmatch(r"cuda(:\d+)?", device):
         raise UserError(f"device must be cpu or cuda, got {device!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise UserError(f"device {device!r} is not there: torch finds no GPU; use cpu")
+    number, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+    if number >= count:
+        raise UserError(f"device {device!r} is not there: torch finds {count} GPU(s)")
 
 
 def schedule_change(config: Config, planned: int, iteration: int) -> str | None:
