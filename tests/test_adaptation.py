@@ -8,7 +8,8 @@ import torch
 from conftest import double_params, random_batch
 from torch.distributions import Independent, Normal
 
-from metarl.learning.advantages import AdvantageConfig
+from metarl.learning.advantages import Advantages, to_batch
+from metarl.learning.baselines import LinearFeatures
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.inner_update import Adapter, inner_step, size_at
 from metarl.learning.losses import likelihood_ratio, log_likelihood
@@ -90,7 +91,7 @@ def test_likelihood_ratios_are_one_before_an_update(small_policy):
     torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=1e-12, atol=0)
     expected = -(batch.weight * batch.advantage).sum(1)
     torch.testing.assert_close(likelihood_ratio(small_policy, dist, batch), expected)
-    kl = mean_kl(small_policy, dist, batch)
+    kl = batch.kl(small_policy, dist)
     torch.testing.assert_close(kl, torch.zeros_like(kl), rtol=0, atol=1e-15)
 
 
@@ -165,11 +166,12 @@ def whole_rollout(policy, tasks, seed):
 def test_every_proximal_step_pulls_towards_the_initialization(small_policy, pool, updates):
     # The live inner loop, and the one that is differentiated, against plain gradient descent.
     adapter = Adapter(small_policy, likelihood_ratio, (0.3, 0.2), updates=updates, proximal=2.0)
-    rollouts = [whole_rollout(small_policy, 5, seed) for seed in range(3)]
+    batches = [
+        to_batch(small_policy, rollout, Advantages(), LinearFeatures(), {}, pool)
+        for rollout in (whole_rollout(small_policy, 5, seed) for seed in range(3))
+    ]
     meta = double_params(small_policy)
-    live = InnerLoop(adapter, AdvantageConfig(), pool).run(
-        lambda params, k: rollouts[k], meta, 5, steps=3, query="none"
-    )
+    live = InnerLoop(adapter, pool).run(lambda params, k: batches[k], meta, 5, steps=3, query=False)
     fast, slow, sizes = adapter.split(meta)
     start = {n: p.clone().requires_grad_() for n, p in stack(fast, 5).items()}
     differentiated = adapter.adapt(start, slow, sizes, live.batches, curvature=1.0)

@@ -14,15 +14,19 @@ from hypothesis import strategies as st
 
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.learning.advantages import (
-    AdvantageConfig,
+    Advantages,
     Targets,
     discounted_sum,
     estimate,
+    gae,
+    normalize,
+)
+from metarl.learning.baselines import (
+    LinearFeatures,
+    ZeroBaseline,
     factor_gram,
     features,
     fit_linear,
-    gae,
-    normalize,
 )
 from metarl.sampling.trajectories import Rollout
 
@@ -53,7 +57,7 @@ def make_rollout(lengths: np.ndarray, seed: int = 0, terminated: bool = False) -
     )
 
 
-def loop_estimate(rollout: Rollout, config: AdvantageConfig) -> np.ndarray:
+def loop_estimate(rollout: Rollout, options: Advantages, ridge: float) -> np.ndarray:
     """Everything again with loops over tasks, episodes and steps, in NumPy."""
     result = np.zeros((T, E, H))
     for task in range(T):
@@ -63,7 +67,7 @@ def loop_estimate(rollout: Rollout, config: AdvantageConfig) -> np.ndarray:
             total = 0.0
             returns = [0.0] * n
             for t in reversed(range(n)):
-                total = float(rollout.reward[task, e, t]) + config.discount * total
+                total = float(rollout.reward[task, e, t]) + options.discount * total
                 returns[t] = total
             for t in range(n):
                 rows.append(feature_row(rollout.observation[task, e, t].numpy(), t))
@@ -72,27 +76,27 @@ def loop_estimate(rollout: Rollout, config: AdvantageConfig) -> np.ndarray:
         if not rows:
             continue
         x = np.array(rows)
-        weights = ridge_solution(x, np.array(targets), config.ridge)
-        for _ in range(3 if config.targets == "lambda-returns" else 0):
+        weights = ridge_solution(x, np.array(targets), ridge)
+        for _ in range(3 if options.targets == "lambda-returns" else 0):
             targets = []
             for e in range(E):
                 rewards, values = task_values(rollout, task, e, weights)
-                # G[t] = r[t] + discount ((1 - trace) V[t + 1] + trace G[t + 1]); both end with 0.
+                # G[t] = r[t] + discount ((1 - lambda) V[t + 1] + lambda G[t + 1]); both end with 0.
                 following, returns = 0.0, []
                 for reward, value in reversed(list(zip(rewards, values[1:], strict=True))):
-                    ahead = (1 - config.trace) * value + config.trace * following
-                    following = reward + config.discount * ahead
+                    ahead = (1 - options.gae_lambda) * value + options.gae_lambda * following
+                    following = reward + options.discount * ahead
                     returns.append(following)
                 targets += returns[::-1]
-            weights = ridge_solution(x, np.array(targets), config.ridge)
+            weights = ridge_solution(x, np.array(targets), ridge)
         for e in range(E):
             rewards, values = task_values(rollout, task, e, weights)
             running = 0.0
             for t in reversed(range(len(rewards))):
-                delta = rewards[t] + config.discount * values[t + 1] - values[t]
-                running = delta + config.discount * config.trace * running
+                delta = rewards[t] + options.discount * values[t + 1] - values[t]
+                running = delta + options.discount * options.gae_lambda * running
                 result[task, e, t] = running
-        if config.normalize:
+        if options.normalize:
             seen = np.array([result[task, e, t] for e, t in where])
             for e, t in where:
                 result[task, e, t] = (result[task, e, t] - seen.mean()) / (seen.std() + 1e-8)
@@ -127,12 +131,15 @@ def feature_row(observation: np.ndarray, t: int) -> np.ndarray:
 )
 def test_estimate_matches_loops_on_ragged_episodes(lengths, seed, terminated, norm, targets):
     rollout = make_rollout(np.array(lengths).reshape(T, E), seed, terminated)
-    config = AdvantageConfig(discount=0.9, trace=0.8, normalize=norm, ridge=0.1, targets=targets)
+    options = Advantages(discount=0.9, gae_lambda=0.8, normalize=norm, targets=targets)
+    baseline = LinearFeatures(ridge=0.1)
     with ChunkPool(1) as pool:
-        found, scale = estimate(rollout, config, pool)
-        plain, one = estimate(rollout, dataclasses.replace(config, normalize=False), pool)
+        found, scale = estimate(rollout, options, baseline, {}, pool)
+        unscaled = dataclasses.replace(options, normalize=False)
+        plain, one = estimate(rollout, unscaled, baseline, {}, pool)
     assert not found[~rollout.valid].any()
-    np.testing.assert_allclose(found.numpy(), loop_estimate(rollout, config), rtol=2e-5, atol=2e-5)
+    expected = loop_estimate(rollout, options, ridge=0.1)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=2e-5, atol=2e-5)
     # The scale is the standard deviation that was divided by.
     assert one.tolist() == [1.0] * T
     for task in range(T):
@@ -210,28 +217,45 @@ def test_normalize_divides_by_the_standard_deviation():
         assert float(scale[task]) == pytest.approx(float(before.std(correction=0)), rel=1e-6)
 
 
-def test_lambda_returns_with_lambda_one_are_the_returns(pool):
+def test_lambda_returns_near_lambda_one_are_the_returns(pool):
     rollout = make_rollout(np.full((T, E), H))
     usual, other = (
-        estimate(rollout, AdvantageConfig(targets=targets), pool)[0]
+        estimate(
+            rollout, Advantages(targets=targets, gae_lambda=1 - 1e-9), LinearFeatures(), {}, pool
+        )[0]
         for targets in get_args(Targets)
     )
     np.testing.assert_allclose(other.numpy(), usual.numpy(), rtol=1e-5, atol=1e-6)
+    with refused("advantage.targets", "lambda-returns", "advantage.gae_lambda", 1):
+        Advantages(targets="lambda-returns", gae_lambda=1.0)
 
 
 def test_a_task_without_valid_steps_has_no_advantages(pool):
     lengths = np.full((T, E), H)
     lengths[1] = 0
-    found, _ = estimate(make_rollout(lengths), AdvantageConfig(), pool)
+    found, _ = estimate(make_rollout(lengths), Advantages(), LinearFeatures(), {}, pool)
     assert torch.isfinite(found).all()
     assert not found[1].any()
     assert found[0].any()
 
 
+def test_without_a_baseline_the_advantages_are_the_returns(pool):
+    rollout = make_rollout(np.full((T, E), H))
+    options = Advantages(discount=0.9, normalize=False)
+    found, _ = estimate(rollout, options, ZeroBaseline(), {}, pool)
+    expected = discounted_sum(rollout.reward.double(), 0.9)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("discount", 1.5), ("trace", -0.1), ("ridge", 0.0), ("targets", "mean")],
+    ("part", "key", "value"),
+    [
+        (Advantages, "advantage.discount", 1.5),
+        (Advantages, "advantage.gae_lambda", -0.1),
+        (Advantages, "advantage.targets", "mean"),
+        (LinearFeatures, "baseline.ridge", 0.0),
+    ],
 )
-def test_bad_values_are_refused_by_name(key, value):
-    with refused(f"advantage.{key}", value):
-        AdvantageConfig(**{key: value})
+def test_bad_values_are_refused_by_name(part, key, value):
+    with refused(key, value):
+        part(**{key.partition(".")[2]: value})

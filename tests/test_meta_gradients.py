@@ -14,17 +14,19 @@ from expecting import refused
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.learning.inner_update import Adapter, inner_step
 from metarl.learning.losses import Batch, likelihood_ratio, log_likelihood
-from metarl.learning.meta_gradients import UnrolledProblem, agreement
+from metarl.learning.meta_gradients.problem import Objective, agreement
+from metarl.learning.meta_gradients.unrolled import UnrolledProblem
 from metarl.models.networks import flatten, stack, unflatten
 from metarl.models.policies import CategoricalMLP, GaussianMLP
 
 SIZES = (0.3, 0.2, 0.15)
+OUTER = Objective(likelihood_ratio)
 
 
 def problem(policy, pool, steps, curvature, **options):
     batches = [random_batch(policy, 3, 20, seed) for seed in range(steps + 1)]
     adapter = Adapter(policy, log_likelihood, SIZES)
-    return UnrolledProblem(adapter, batches, pool, curvature=curvature, **options)
+    return UnrolledProblem(adapter, batches, pool, OUTER, curvature=curvature, **options)
 
 
 def losses(policy, stacked, batch):
@@ -164,22 +166,20 @@ def test_fisher_samples_change_the_metric_and_not_the_point_it_is_taken_at(small
     # adapted parameters must still be those of all samples.
     meta = double_params(small_policy)
     full = problem(small_policy, pool, 1, curvature=1.0)
-    listed = problem(
-        small_policy, pool, 1, curvature=1.0, fisher_samples=[torch.arange(20).expand(3, -1)] * 2
-    )
+    first_order = problem(small_policy, pool, 1, curvature=0.0)
+    every = torch.arange(20).expand(3, -1)
     # Of each task others, and the support's whole.
     some = torch.stack([torch.arange(start, 20, 3)[:6] for start in range(3)])
-    part = problem(small_policy, pool, 1, curvature=0.0, fisher_samples=[None, some])
     v = torch.linspace(-1, 1, len(flatten(meta)), dtype=torch.float64)
     results = []
-    for made in (full, listed, part):
-        with made.linearize(meta, iterates_of(made, meta)) as product:
+    for made, samples in ((full, []), (full, [every] * 2), (first_order, [None, some])):
+        with made.linearize(meta, iterates_of(made, meta), samples) as product:
             results.append(product(v))
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
     # Of first order J is that of the network at the adapted parameters, so the product on a part of
     # the query samples is that of a problem whose query holds just these.
-    chosen = part.batches[-1].select(some)
-    alone = UnrolledProblem(part.adapter, [*part.batches[:-1], chosen], pool, curvature=0.0)
+    chosen = first_order.batches[-1].select(some)
+    alone = UnrolledProblem(made.adapter, [*made.batches[:-1], chosen], pool, OUTER, curvature=0.0)
     with alone.linearize(meta) as product:
         torch.testing.assert_close(results[2], product(v), rtol=1e-10, atol=1e-12)
 
@@ -189,11 +189,14 @@ def test_products_on_a_part_of_the_support_are_taken_at_the_iterates_of_all(smal
     meta = double_params(small_policy)
     whole = problem(small_policy, pool, 1, curvature=0.0)
     some = torch.arange(0, 20, 2).expand(3, -1)
-    part = problem(small_policy, pool, 1, curvature=0.0, fisher_samples=[some, None])
     v = torch.linspace(-1, 1, len(flatten(meta)), dtype=torch.float64)
-    with whole.linearize(meta) as expected, part.linearize(meta, iterates_of(part, meta)) as found:
+    iterates = iterates_of(whole, meta)
+    with (
+        whole.linearize(meta) as expected,
+        whole.linearize(meta, iterates, [some, None]) as found,
+    ):
         torch.testing.assert_close(found(v), expected(v), rtol=1e-10, atol=1e-12)
-    with refused("iterates", 1, error=ValueError), part.linearize(meta):
+    with refused("iterates", 1, error=ValueError), whole.linearize(meta, (), [some, None]):
         pass
 
 
@@ -206,6 +209,7 @@ def test_a_tasks_result_does_not_depend_on_the_other_tasks(small_policy, pool):
             together.adapter,
             [batch.map(lambda x, t=t: x[t : t + 1]) for batch in together.batches],
             pool,
+            OUTER,
         )
         total += alone.gradient(meta)[0] / together.tasks
     torch.testing.assert_close(together.gradient(meta)[0], total, rtol=1e-12, atol=1e-14)
@@ -237,7 +241,7 @@ def test_evaluate_gives_the_loss_and_kl_after_adapting_again(small_policy, pool)
     )
     *support, query = made.batches
     dist = small_policy.distribution(adapted(made, elsewhere, support), query.observation)
-    expected = float(mean_kl(small_policy, dist, query).mean())
+    expected = float(query.kl(small_policy, dist).mean())
     assert found.kl == pytest.approx(expected, rel=1e-12)
 
 
@@ -285,65 +289,6 @@ def test_fisher_products_use_the_share_of_the_curvature(pool, curvature):
     torch.testing.assert_close(torch.stack(columns), expected, rtol=1e-9, atol=1e-11)
 
 
-def minibatch_problem(policy, pool, curvature, parts, proximal=0.0):
-    """Two steps from `meta`, whose iterates on all samples the problem is told."""
-    meta = double_params(policy)
-    batches = [random_batch(policy, 3, 20, seed, ragged=False) for seed in range(3)]
-    adapter = Adapter(policy, log_likelihood, SIZES, proximal=proximal)
-    fast, slow, sizes = adapter.split(meta)
-    found = adapter.adapt(stack(fast, 3), slow, sizes, batches[:-1])[1:]
-    order_of = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    made = UnrolledProblem(
-        adapter, batches, pool, curvature=curvature, sampled_with=meta, iterates=found, chunk=2,
-        minibatches=order_of.tensor_split(parts),
-    )  # fmt: skip
-    return made, meta, found
-
-
-def test_minibatch_gradients_average_to_that_of_all_samples(small_policy, pool):
-    # Of first order the gradient is linear in the query samples, whatever the support's minibatch.
-    made, meta, _ = minibatch_problem(small_policy, pool, 0.0, 4)
-    gradients = torch.stack([made.gradient(meta, step)[0] for step in range(4)])
-    whole, _ = UnrolledProblem(made.adapter, made.batches, pool, curvature=0.0).gradient(meta)
-    torch.testing.assert_close(gradients.mean(0), whole, rtol=1e-10, atol=1e-12)
-    assert (gradients - whole).abs().max() > 1e-3
-    torch.testing.assert_close(made.gradient(meta, 5)[0], gradients[1], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("proximal", [0.0, 1.5])
-def test_minibatch_gradient_matches_central_differences(small_policy, pool, proximal):
-    # Away from the meta-parameters that sampled: minibatch steps plus what they lack there.
-    made, meta, found = minibatch_problem(small_policy, pool, 1.0, 3, proximal)
-    samples = made.minibatches[1]
-    *support, query = [batch.select(samples) for batch in made.batches]
-    fast, slow, sizes = made.adapter.split(meta)
-    begin = stack(fast, 3)
-    first = made.adapter.step(begin, slow, sizes, support[0], 0, start=begin)
-    second = made.adapter.step(found[0], slow, sizes, support[1], 1, start=begin)
-
-    def loss(theta):
-        params = start = stack(unflatten(theta, meta), 3)
-        for k, (batch, end) in enumerate(zip(support, (first, second), strict=True)):
-            leaves = {n: p.detach().clone().requires_grad_() for n, p in params.items()}
-            slope = torch.autograd.grad(
-                losses(small_policy, leaves, batch).sum(), list(leaves.values())
-            )
-            params = {
-                n: p - SIZES[k] * (g + proximal * (p - start[n])) + (found[k][n] - end[n])
-                for (n, p), g in zip(leaves.items(), slope, strict=True)
-            }
-        return float(ratios(small_policy, params, query).mean().detach())
-
-    elsewhere = flatten(meta) + 0.03
-    gradient, stats = made.gradient(unflatten(elsewhere, meta), step=1)
-    assert stats["loss"] == pytest.approx(loss(elsewhere), rel=1e-10)
-    for i in range(0, len(elsewhere), 5):
-        h = torch.zeros_like(elsewhere)
-        h[i] = 1e-5
-        expected = (loss(elsewhere + h) - loss(elsewhere - h)) / 2e-5
-        assert float(gradient[i]) == pytest.approx(expected, rel=1e-5, abs=1e-8)
-
-
 def test_gradient_and_products_of_a_categorical_policy_match_dense_derivatives(pool):
     policy = CategoricalMLP(observation_dim=2, hidden=(3,), categories=(3, 2))
     rng = np.random.default_rng(0)
@@ -359,7 +304,7 @@ def test_gradient_and_products_of_a_categorical_policy_match_dense_derivatives(p
         )  # fmt: skip
 
     support, query = batch(), batch()
-    made = UnrolledProblem(Adapter(policy, log_likelihood, SIZES), [support, query], pool)
+    made = UnrolledProblem(Adapter(policy, log_likelihood, SIZES), [support, query], pool, OUTER)
     gradient, _ = made.gradient(meta)
     theta = flatten(meta)
 
@@ -379,7 +324,7 @@ def test_gradient_and_products_of_a_categorical_policy_match_dense_derivatives(p
         fixed = {"logits": adapted_logits_value(made, meta, support, query)}
 
     def divergence(x):
-        return mean_kl(policy, {"logits": adapted_logits(x)}, replace(query, old=fixed)).mean()
+        return replace(query, old=fixed).kl(policy, {"logits": adapted_logits(x)}).mean()
 
     hessian = torch.autograd.functional.hessian(divergence, theta)
     v = torch.linspace(-1, 1, len(theta), dtype=torch.float64)
