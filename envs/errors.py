@@ -23,6 +23,10 @@ class UserError(ValueError):
         self.command = command or message
 
 
+class NonFiniteError(UserError):
+    """A sampled reward, observation or action, or an adapted parameter, is NaN or infinite."""
+
+
 def raised(error: BaseException) -> str:
     """Say what was raised and where, in the nearest file that is no library's."""
     if isinstance(error, UserError):

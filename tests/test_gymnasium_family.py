@@ -13,8 +13,9 @@ from metarl.algorithms.table import find_algorithm
 from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import GymnasiumFamily, Uniform, make_family
+from metarl.envs.errors import NonFiniteError
 from metarl.envs.families.classic_control import put_length
-from metarl.learning.inner_loop import InnerLoop, NonFiniteError
+from metarl.learning.inner_loop import InnerLoop
 from metarl.policies.building import make_adapter, make_policy
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import Collector, RandomKey

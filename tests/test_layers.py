@@ -1,4 +1,4 @@
-"""A module imports only what stands above it in the house."""
+"""A module imports only what stands above it in the documentation's list of modules."""
 
 from __future__ import annotations
 
@@ -10,22 +10,50 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
+TOP = "metarl"
+"""Room of the modules that are in no folder."""
 ROOMS = {
-    room: re.findall(r"^\| `(\w+)` \|", text, re.M)
+    room: re.findall(r"^\| `([\w.]*\w|(?:\w+\.)?\*)` \|", text, re.M)
     for room, text in re.findall(r"^### `(\w+)`\n(.*?)(?=^##)", PAGE, re.M | re.S)
 }
-"""Rooms in their order, and the modules of each in theirs, as the documentation lists them."""
+"""Rooms in their order, and the rows of each in theirs, as the documentation lists them."""
 
-ORDER = [f"{room}.{module}" for room, modules in ROOMS.items() for module in modules]
+ENTRY = {"metarl.__init__", "metarl.__main__", "envs.__init__"}
+"""Files that only name what others have."""
 
 
-def file_of(name: str) -> Path:
-    room, module = name.split(".")
-    return (ROOT / "envs" if room == "envs" else ROOT / "metarl" / room) / f"{module}.py"
+def name_of(path: Path) -> str:
+    """Return ROOM.MODULE or ROOM.FOLDER.MODULE of a file."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[1:] if parts[0] == "metarl" and len(parts) > 2 else parts)
+
+
+FILES = {name_of(p): p for top in ("envs", "metarl") for p in (ROOT / top).rglob("*.py")}
+PACKAGES = {name.removesuffix(".__init__") for name in FILES if name.endswith(".__init__")}
+MODULES = {name for name in FILES if not name.endswith("__init__")} - ENTRY
+
+
+def places() -> dict[str, int]:
+    """Return each module's place in the order; modules of one row with a star share a place."""
+    rows = [f"{room}.{row}" for room, names in ROOMS.items() for row in names]
+    found = {row: place for place, row in enumerate(rows) if not row.endswith("*")}
+    for place, row in enumerate(rows):
+        if row.endswith("*"):
+            folder = row.removesuffix("*")
+            inside = [name for name in MODULES if name.rpartition(".")[0] + "." == folder]
+            assert set(inside) - set(found), row
+            found |= {name: place for name in inside if name not in found}
+    return found
+
+
+PLACES = places()
 
 
 def imports(path: Path) -> set[str]:
-    """Modules a file imports, those for type checking alone left out."""
+    """Modules of the package that a file imports, those for type checking alone left out.
+
+    An import from a package itself counts as one of its `__init__`.
+    """
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
@@ -34,30 +62,61 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{name.name}" for name in node.names} | {node.module}
-    return found
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return {module_of(name) for name in found if name.partition(".")[0] == "metarl"}
+
+
+def module_of(name: str) -> str:
+    """Return the module, as in MODULES, or the `__init__` that has an imported name."""
+    name = name.removeprefix("metarl").removeprefix(".")
+    while name and name not in PACKAGES:
+        for module in (name, f"{TOP}.{name}"):
+            if module in MODULES:
+                return module
+        name = name.rpartition(".")[0]
+    return f"{name or TOP}.__init__"
+
+
+def last_of(package: str) -> int:
+    """Return the place of the last module of a package's room, which imports all before it."""
+    room = package.partition(".")[0]
+    return max(place for name, place in PLACES.items() if name.partition(".")[0] == room)
 
 
 def test_every_module_has_its_place():
-    assert list(ROOMS) == ["envs", "learning", "sampling", "running", "showing", "commands"]
-    folders = [ROOT / "envs", *(path for path in (ROOT / "metarl").iterdir() if path.is_dir())]
-    files = {
-        f"{path.parent.name}.{path.stem}" for folder in folders for path in folder.glob("*.py")
-    }
-    assert {name for name in files if not name.endswith("__init__")} == set(ORDER)
+    folders = {path.name for path in (ROOT / "metarl").iterdir() if list(path.glob("*.py"))}
+    assert set(ROOMS) == {"envs", TOP, *folders}
+    assert set(PLACES) == MODULES
 
 
-@pytest.mark.parametrize("module", ORDER)
+@pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_point_one_way(module):
-    names = [name.split(".") for name in imports(file_of(module))]
-    found = {".".join(name[1:3]) for name in names if name[0] == "metarl"}
-    below = found & set(ORDER[ORDER.index(module) :])
-    assert not below, f"{module} imports {below}, which stand below it"
+    own = PLACES[module]
+    for name in imports(FILES[module]):
+        package = name.removesuffix(".__init__")
+        if package == TOP:  # for the version
+            assert module.startswith("cli."), f"{module} imports the package as a whole"
+            continue
+        place = PLACES[name] if name in PLACES else last_of(package)
+        assert place < own, f"{module} imports {name}, which stands below it"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "envs").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("package", sorted(PACKAGES - {TOP, "envs"}))
+def test_a_package_imports_only_its_own_room_and_those_above(package):
+    for name in imports(FILES[f"{package}.__init__"]):
+        place = PLACES.get(name, last_of(name))
+        assert place <= last_of(package), f"{package} imports {name}, which stands below it"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "envs").rglob("*.py")), ids=lambda path: f"{path.parent.name}.{path.stem}"
+)
 def test_envs_import_neither_torch_nor_the_rest(path):
-    for name in imports(path):
-        assert name.split(".")[0] != "torch", name
-        assert name.split(".")[0] != "metarl" or name.startswith("metarl.envs"), name
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not {a.name.partition(".")[0] for a in node.names} & {"torch"}
+        elif isinstance(node, ast.ImportFrom):
+            assert str(node.module).partition(".")[0] != "torch"
+    assert {name.partition(".")[0] for name in imports(path)} <= {"envs"}

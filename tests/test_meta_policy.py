@@ -13,8 +13,8 @@ from test_evaluation import navigator
 
 import metarl
 from metarl.config.options import InnerConfig
+from metarl.envs.errors import NonFiniteError
 from metarl.envs.vector import SingleTaskEnv
-from metarl.learning.inner_loop import NonFiniteError
 from metarl.policies.loading import load, shipped
 from metarl.runs.checkpoints import CheckpointError
 

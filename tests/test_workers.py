@@ -26,10 +26,10 @@ from metarl.algorithms.table import find_algorithm
 from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import TaskFamily, make_family
-from metarl.envs.errors import UserError
+from metarl.envs.errors import NonFiniteError, UserError
 from metarl.envs.processes import pack, unpack
 from metarl.evaluation.benchmark import loop_seconds, raw_environment
-from metarl.learning.inner_loop import InnerLoop, NonFiniteError
+from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.trajectories import Rollout
 from metarl.models.networks import Params
 from metarl.models.policies import GaussianMLP

@@ -19,7 +19,7 @@ from metarl.config.resolve import reference_step_sizes
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.distributed.process_group import ALONE, ProcessGroup
 from metarl.domains.reinforcement import spaces_of
-from metarl.envs.errors import UserError, check_one_of, check_whole, kind_of
+from metarl.envs.errors import NonFiniteError, UserError, check_one_of, check_whole, kind_of
 from metarl.envs.family import Family, TaskFamily
 from metarl.envs.supervised.family import SupervisedFamily
 from metarl.envs.supervised.few_shot import FewShotFamily
@@ -28,7 +28,6 @@ from metarl.evaluation.results import REFERENCES, EvaluationResult
 from metarl.evaluation.scratch import LEARNING_RATE
 from metarl.evaluation.statistics import Floats
 from metarl.evaluation.supervised import SupervisedProtocol
-from metarl.learning.inner_loop import NonFiniteError
 from metarl.learning.settings import own_settings
 from metarl.policies.loading import load
 from metarl.policies.meta_policy import MetaPolicy, checked_step_sizes, random_meta_policy

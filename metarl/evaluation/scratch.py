@@ -16,11 +16,11 @@ from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.domains.reinforcement import PolicyOptions, make_policy, spaces_of
 from metarl.envs import TaskFamily
+from metarl.envs.errors import NonFiniteError
 from metarl.evaluation.results import Curve
 from metarl.evaluation.statistics import Floats
 from metarl.learning.advantages import to_batch
 from metarl.learning.baselines import LinearFeatures
-from metarl.learning.inner_loop import NonFiniteError
 from metarl.learning.losses import Batch, clipped_ratio
 from metarl.models.networks import Params, stack
 from metarl.models.policies import MLPPolicy

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.distributed.process_group import CHUNK
-from metarl.envs.errors import UserError
+from metarl.envs.errors import NonFiniteError
 from metarl.learning.inner_update import FACTOR, Adapter, StepSizes
 from metarl.models.networks import Params, stack
 from metarl.models.samples import Samples
@@ -28,10 +28,6 @@ on the parameters. After the last step, those of the query."""
 
 Check = Callable[[Params, Params, Samples], None]
 """(fast parameters, stacked; slow parameters; samples); raises UserError."""
-
-
-class NonFiniteError(UserError):
-    """A sampled reward, observation or action, or an adapted parameter, is NaN or infinite."""
 
 
 @dataclass

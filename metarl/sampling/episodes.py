@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from metarl.envs import guard
+from metarl.envs.errors import NonFiniteError
 from metarl.envs.gymnasium.observations import check_fits
 from metarl.envs.gymnasium.step_results import plain_reset, plain_step, success
 from metarl.envs.gymnasium.wrappers import refuse_running_statistics
 from metarl.envs.seeds import foreign_seed
 from metarl.envs.vector import SingleTaskEnv
-from metarl.learning.inner_loop import NonFiniteError
 from metarl.models.networks import Params
 from metarl.models.policies import MLPPolicy
 from metarl.sampling.rollouts import RandomKey, RolloutBuffer

@@ -25,9 +25,9 @@ from metarl.distributed.process_group import ALONE, ProcessGroup, device_of
 from metarl.domains.domain import TaskSamples
 from metarl.domains.lookup import domain_of
 from metarl.envs import guard
-from metarl.envs.errors import UserError, kind_of
+from metarl.envs.errors import NonFiniteError, UserError, kind_of
 from metarl.envs.registry import SUCH_AS, find_family
-from metarl.learning.inner_loop import Adapted, InnerLoop, NonFiniteError
+from metarl.learning.inner_loop import Adapted, InnerLoop
 from metarl.learning.inner_update import Adapter
 from metarl.learning.meta_gradients.problem import Objective, Sampled
 from metarl.learning.outer import OuterState
