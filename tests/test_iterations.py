@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_batch
+from conftest import random_batch, same_params, small, timeless
 from expecting import mentions, run
-from test_trainer import same_params, small, timeless
 
-from metarl import resolve, train
-from metarl.algorithms.table import ALGORITHMS, find_algorithm
+from metarl import train
+from metarl.algorithms import algorithms, find_algorithm
+from metarl.algorithms.e_maml import leave_one_out, sampling_credit
 from metarl.config.options import Config
-from metarl.learning.credit import leave_one_out, sampling_credit
-from metarl.learning.gradient_steps import Adam, NoUpdate
-from metarl.learning.inner_loop import Adapted
-from metarl.learning.losses import dice, likelihood_ratio, log_likelihood
-from metarl.learning.meta_gradients import ImplicitProblem, ReptileProblem, UnrolledProblem
-from metarl.learning.trust_region import TrustRegion
+from metarl.distributed.chunk_pool import ChunkPool
+from metarl.learning.gradient_steps import Adam, ClippedSurrogate
+from metarl.learning.losses import Batch, dice, likelihood_ratio, log_likelihood
+from metarl.learning.meta_gradients.implicit import ImplicitProblem
+from metarl.learning.meta_gradients.problem import Objective
+from metarl.learning.meta_gradients.reptile import ReptileProblem
+from metarl.learning.meta_gradients.unrolled import UnrolledProblem
+from metarl.learning.outer import NoUpdate, OuterOptimizer
+from metarl.learning.trust_region import TrustRegion, fisher_samples
 from metarl.models.policies import GaussianMLP
+from metarl.parts import fixed
+from metarl.sampling.seeding import stream
 from metarl.sampling.trajectories import Rollout
-from metarl.training.iterations import fisher_samples, minibatches, schedule, schedule_change
-from metarl.training.trainer import Trainer
+from metarl.training.trainer import Trainer, schedule_change
 
 # The table ----------------------------------------------------------------------------------------
 
@@ -53,7 +56,8 @@ class Row:
 
     problem: type = UnrolledProblem
     outer: type = TrustRegion
-    adam: dict[str, float] = dataclasses.field(default_factory=dict)
+    steps: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Options of the outer optimizer."""
     inner: Any = log_likelihood
     loss: Any = ratio_loss
     curvature: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
@@ -70,28 +74,30 @@ class Row:
     context: int = 0
 
 
-REINFORCE = {"learning_rate": 3e-3, "steps": 1, "minibatches": 1}
-FIVE_STEPS = {"learning_rate": 1e-3, "steps": 5, "minibatches": 1, "clip": 0.3}
+NO_CURVATURE = (0.0, 0.0, 0.0, 0.0)
+REINFORCE = {"learning_rate": 3e-3, "steps": 1}
+FIVE_STEPS = {"learning_rate": 1e-3, "steps": 5, "clip": 0.3}
 TABLE = {
     "maml-trpo": Row(),
-    "maml-reinforce": Row(outer=Adam, adam=REINFORCE),
-    "maml-ppo": Row(outer=Adam, adam=FIVE_STEPS, loss=clipped_loss),
-    "fomaml-trpo": Row(curvature=(0.0, 0.0, 0.0, 0.0)),
-    "fomaml-reinforce": Row(curvature=(0.0, 0.0, 0.0, 0.0), outer=Adam, adam=REINFORCE),
+    "maml-reinforce": Row(outer=Adam, steps=REINFORCE),
+    "maml-ppo": Row(outer=ClippedSurrogate, steps=FIVE_STEPS, loss=clipped_loss),
+    "fomaml-trpo": Row(curvature=NO_CURVATURE),
+    "fomaml-reinforce": Row(curvature=NO_CURVATURE, outer=Adam, steps=REINFORCE),
     "reptile": Row(
-        problem=ReptileProblem, outer=Adam, adam=REINFORCE, inner=likelihood_ratio, batches=4
+        problem=ReptileProblem, outer=Adam, steps=REINFORCE, inner=likelihood_ratio, batches=4
     ),
     "e-maml": Row(credit=True),
     "promp": Row(
-        outer=Adam, adam=FIVE_STEPS, inner=likelihood_ratio, loss=clipped_loss, inner_kl=5e-4
+        outer=ClippedSurrogate, steps=FIVE_STEPS, inner=likelihood_ratio, loss=clipped_loss,
+        inner_kl=5e-4,
     ),
     "dice-maml": Row(inner=partial(dice, decay=0.8)),
     "imaml": Row(
-        problem=ImplicitProblem, outer=Adam, adam=REINFORCE, inner=likelihood_ratio, updates=8,
+        problem=ImplicitProblem, outer=Adam, steps=REINFORCE, inner=likelihood_ratio, updates=8,
         proximal=10.0, step_sizes=(0.05,),
     ),
     "maml++": Row(
-        outer=Adam, adam=REINFORCE, batches=3, learned="layer", curvature=(0.0, 0.0, 1.0, 1.0),
+        outer=Adam, steps=REINFORCE, batches=3, learned="layer", curvature=(0.0, 0.0, 1.0, 1.0),
         step_sizes=(0.1, 0.1),
         # Over the first 30 iterations from equal parts to the last alone.
         weights=((0.5, 0.5), (0.25, 0.75), (0.0, 1.0), (0.0, 1.0)),
@@ -100,56 +106,66 @@ TABLE = {
     "meta-sgd": Row(learned="parameter"),
     "anil": Row(fast="head", step_sizes=(0.5,)),
     "cavia": Row(fast="context", step_sizes=(10.0,), context=8),
-    "pretrained": Row(batches=1),
-    "oracle": Row(batches=1, context=2),
-    "random": Row(outer=NoUpdate),
+    # No inner step is differentiated in these.
+    "pretrained": Row(batches=1, curvature=NO_CURVATURE),
+    "oracle": Row(batches=1, context=2, curvature=NO_CURVATURE),
+    "random": Row(outer=NoUpdate, curvature=NO_CURVATURE),
 }  # fmt: skip
 
 
-class Recorder:
-    """Takes the place of an outer optimizer, and keeps what it was to solve."""
+@dataclass(frozen=True, kw_only=True)
+class Recorder(OuterOptimizer):
+    """Takes the place of another outer optimizer, and keeps what it was to solve."""
+
+    name: ClassVar[str] = "recorder"
+
+    of: OuterOptimizer = fixed(TrustRegion())
+    seen: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={"option": False})
+
+    def loss(self, loss):
+        return self.of.loss(loss)
+
+    def rate(self, progress):
+        return self.of.rate(progress)
+
+    def init(self, meta):
+        return {}
 
     def step(self, problem, meta, state, rate=1.0):
-        self.problem, self.meta, self.rate = problem, meta, rate
+        self.seen.update(problem=problem, meta=meta, rate=rate)
         return meta, state, {"finite": True}
 
 
-def built(config: Config, iteration: int) -> tuple[Recorder, list[Rollout]]:
+def built(config: Config, iteration: int) -> tuple[dict[str, Any], list[Rollout]]:
     """What the trainer hands to the outer optimizer in an iteration."""
-    recorder, rollouts = Recorder(), []
+    recorder, rollouts = Recorder(of=config.outer), []
     with Trainer(config) as trainer:
         trainer.state.iteration = iteration
-        trainer.outer = recorder
+        trainer.algorithm = dataclasses.replace(config.algorithm, outer=recorder)
         trainer.iterate(rollouts.extend)
-    return recorder, rollouts
+    return recorder.seen, rollouts
 
 
 def table_config(name: str, **changes) -> Config:
-    base = resolve(None, "navigation-2d", name)
-    values = {"family_options": {"horizon": 12}, "tasks": 8, "episodes": 30, "threads": 1}
-    policy = dataclasses.replace(base.policy, hidden=(8,))
-    return dataclasses.replace(base, iterations=ITERATIONS, policy=policy, **{**values, **changes})
+    values = {"iterations": ITERATIONS, "tasks": 8, "episodes": 30, "threads": 1}
+    return small(name, **(values | changes))
 
 
-@pytest.mark.parametrize("name", [n for n, row in ALGORITHMS.items() if row.head == "meta"])
+@pytest.mark.parametrize("name", [n for n, row in algorithms().items() if row.head == "meta"])
 def test_the_outer_problem_is_the_one_of_the_algorithm(name):
     row, config = TABLE[name], table_config(name)
-    trainer = Trainer(config)
-    trainer.close()
-    assert type(trainer.outer) is row.outer
-    if row.outer is Adam:
-        assert {key: getattr(trainer.outer.config, key) for key in row.adam} == row.adam
-        assert trainer.outer.config is config.adam
-    if row.outer is TrustRegion:
-        assert trainer.outer.config is config.trust_region
+    assert type(config.outer) is row.outer
+    assert {key: getattr(config.outer, key) for key in row.steps} == row.steps
+    with Trainer(config) as trainer:
+        assert trainer.algorithm.outer is config.outer
     for i, iteration in enumerate(MOMENTS):
         found, rollouts = built(config, iteration)
-        problem = found.problem
+        problem = found["problem"]
         assert type(problem) is row.problem
-        assert found.rate == pytest.approx(row.rate[i], abs=1e-12)
+        assert found["rate"] == pytest.approx(row.rate[i], abs=1e-12)
         assert len(problem.batches) == row.batches
         check_adapter(row, problem)
-        assert problem.sampled_with is found.meta
+        assert problem.sampled_with is found["meta"]
         assert len(problem.iterates) == row.batches - (row.problem is not ReptileProblem)
         if row.problem is ReptileProblem:
             continue
@@ -158,21 +174,37 @@ def test_the_outer_problem_is_the_one_of_the_algorithm(name):
             continue
         assert problem.curvature == row.curvature[i]
         assert problem.objective.step_weights == pytest.approx(row.weights[i])
-        assert problem.objective.inner_kl == row.inner_kl
-        assert (problem.objective.credit is not None) == row.credit
-        if row.credit:
-            earned = rollouts[-1].mean_returns()
-            beyond = earned - leave_one_out(rollouts[-1].tasks, earned)
-            assert torch.equal(problem.objective.credit > 0, beyond > 0)
-        assert not problem.minibatches
-        # Of 360 samples 200, or episodes of 12 with as many that are valid.
-        shapes = [samples.shape for samples in problem.fisher_samples]
-        if name == "dice-maml":
-            assert all(
-                tasks == 8 and 17 <= few < 30 and steps == 12 for tasks, few, steps in shapes
-            )
-        else:
-            assert shapes == ([(8, 200)] * row.batches if row.outer is TrustRegion else [])
+        check_support_terms(row, problem, rollouts)
+        if row.outer is TrustRegion:
+            # Of 360 samples 200, or episodes of 12 with as many that are valid.
+            chosen = fisher_samples(problem, config.outer.fisher_fraction)
+            shapes = [samples.shape for samples in chosen]
+            if name == "dice-maml":
+                assert all(
+                    tasks == 8 and 17 <= few < 30 and steps == 12 for tasks, few, steps in shapes
+                )
+            else:
+                assert shapes == [(8, 200)] * row.batches
+
+
+def check_support_terms(row: Row, problem, rollouts: list[Rollout]) -> None:
+    """What is added to the query loss for the support samples: ProMP's KL, E-MAML's credit."""
+    terms = problem.objective.support_terms
+    assert len(terms) == (row.inner_kl > 0.0) + row.credit
+    if not terms:
+        return
+    policy, batch = problem.adapter.model, problem.batches[0]
+    moved = {name: x + 0.3 for name, x in batch.old.items()}
+    found = terms[0](policy, moved, batch, slice(0, 8))
+    if row.inner_kl:
+        kl = (batch.weight * policy.kl(batch.old, moved)).sum(1)
+        torch.testing.assert_close(found, row.inner_kl / (row.batches - 1) * kl)
+    if row.credit:
+        ratio = policy.log_prob(moved, batch.action) - batch.old_log_prob
+        credit = -found / torch.where(batch.weight > 0, ratio, 0.0).sum(1)
+        earned = rollouts[-1].mean_returns()
+        beyond = earned - leave_one_out(rollouts[-1].tasks, earned)
+        assert torch.equal(credit > 0, beyond > 0)
 
 
 def check_adapter(row: Row, problem) -> None:
@@ -218,22 +250,8 @@ def check_loss(row: Row, problem) -> None:
 
 
 def test_a_given_clip_reaches_the_objective():
-    config = table_config("maml-ppo")
-    config = dataclasses.replace(config, adam=dataclasses.replace(config.adam, clip=0.1))
-    found, _ = built(config, 0)
-    check_loss(Row(loss=partial(clipped_loss, clip=0.1)), found.problem)
-
-
-def test_minibatches_partition_the_samples():
-    config = table_config("maml-ppo")
-    config = dataclasses.replace(config, adam=dataclasses.replace(config.adam, minibatches=7))
-    found, _ = built(config, 3)
-    parts = found.problem.minibatches
-    assert [len(part) for part in parts] == [52] * 3 + [51] * 4
-    assert torch.cat(list(parts)).sort().values.tolist() == list(range(360))
-    again = minibatches(config, 3, found.problem.batches)
-    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
-    assert not torch.equal(parts[0], minibatches(config, 4, found.problem.batches)[0])
+    found, _ = built(table_config("maml-ppo", **{"outer.clip": 0.1}), 0)
+    check_loss(Row(loss=partial(clipped_loss, clip=0.1)), found["problem"])
 
 
 # Fisher samples -----------------------------------------------------------------------------------
@@ -252,6 +270,18 @@ def ragged(lengths: list[int]):
     )
 
 
+def chosen_samples(name: str, fraction: float, *batches: Batch):
+    """The Fisher samples of an algorithm's first iteration."""
+
+    def permutation(n):
+        return torch.from_numpy(stream(0, 0, "fisher").permutation(n))
+
+    adapter = find_algorithm(name).inner.adapter(POLICY, log_likelihood)
+    objective = Objective(likelihood_ratio)
+    problem = UnrolledProblem(adapter, batches, ChunkPool(), objective, permutation=permutation)
+    return fisher_samples(problem, fraction)
+
+
 @pytest.mark.parametrize(
     ("name", "lengths", "least"),
     [
@@ -262,8 +292,8 @@ def ragged(lengths: list[int]):
     ],
 )
 def test_fisher_samples_are_counted_where_they_are_valid(name, lengths, least):
-    config, batch = table_config(name, episodes=EPISODES), ragged(lengths)
-    (some,) = fisher_samples(find_algorithm(name), config, 0, [batch])
+    batch = ragged(lengths)
+    (some,) = chosen_samples(name, 0.1, batch)
     chosen = batch.select(some)
     assert (chosen.weight > 0).sum(dim=1).tolist() == least
     for indices in some.flatten(1):
@@ -276,41 +306,27 @@ def test_fisher_samples_are_counted_where_they_are_valid(name, lengths, least):
 
 
 def test_fisher_samples_take_diverged_episodes_last():
-    row, config = find_algorithm("dice-maml"), table_config("dice-maml", episodes=EPISODES)
     batch = ragged([50, 50])
     valid = torch.ones(2, EPISODES, HORIZON, dtype=torch.float64)
     valid[0, ::2] = 0.0
     flat = valid.flatten(1)
     batch = dataclasses.replace(batch, weight=flat / flat.sum(1, keepdim=True))
-    (some,) = fisher_samples(row, config, 0, [batch])
+    (some,) = chosen_samples("dice-maml", 0.1, batch)
     assert some.shape == (2, 4, HORIZON)
     assert (batch.select(some).weight > 0).all()
 
 
 def test_a_fraction_of_fisher_samples_is_one_of_valid_samples():
-    base = table_config("maml-trpo", episodes=EPISODES)
-    config = dataclasses.replace(
-        base, trust_region=dataclasses.replace(base.trust_region, fisher_fraction=0.6)
-    )
-    row = find_algorithm("maml-trpo")
     support, query = ragged([25, 20]), ragged([50, 30])
-    some = fisher_samples(row, config, 0, [support, query])
+    some = chosen_samples("maml-trpo", 0.6, support, query)
     counts = [
         (batch.select(samples).weight > 0).sum(dim=1).tolist()
         for batch, samples in zip((support, query), some, strict=True)
     ]
     # Rows are as long as the longest needs; the others are filled with further valid samples.
     assert counts == [[300, 300], [600, 600]]
-    assert fisher_samples(row, config, 0, [ragged([3, 50])])[0].shape == (2, 600)
-    whole = fisher_samples(
-        row,
-        dataclasses.replace(
-            base, trust_region=dataclasses.replace(base.trust_region, fisher_fraction=1.0)
-        ),
-        0,
-        [ragged([50, 3])],
-    )
-    assert whole == [None]
+    assert chosen_samples("maml-trpo", 0.6, ragged([3, 50]))[0].shape == (2, 600)
+    assert chosen_samples("maml-trpo", 1.0, ragged([50, 3])) == [None]
 
 
 # Credit -------------------------------------------------------------------------------------------
@@ -363,8 +379,7 @@ def credited(returns, lengths, diverged=(), scale=2.0) -> torch.Tensor:
     )  # fmt: skip
     batch = random_batch(POLICY, tasks, 12, 0)
     scales = torch.tensor(scale, dtype=torch.float64).expand(tasks)
-    both = {"rollouts": [after, after], "advantage_scales": [scales, scales]}
-    return sampling_credit(Adapted([], {}, {}, batches=[batch], **both))
+    return sampling_credit(dataclasses.replace(batch, rollout=after, advantage_scale=scales))
 
 
 def test_credit_is_the_surplus_in_units_of_the_query_loss():
@@ -395,58 +410,51 @@ def test_a_diverged_task_is_credited_nothing_and_changes_no_others_credit():
 
 
 def test_a_schedule_spans_the_whole_run():
-    row = find_algorithm("maml++")
+    config = table_config("maml++")
     for total in (10, 100, 501):
-        config = dataclasses.replace(table_config("maml++"), iterations=total)
-        rates = [schedule(row, config, i).rate for i in range(total)]
+        rates = [config.outer.rate(i / total) for i in range(total)]
         assert rates[0] == 1.0
         assert all(a > b > 0.0 for a, b in itertools.pairwise(rates))
-        assert schedule(row, config, total).rate == 0.0
+        assert config.outer.rate(1.0) == 0.0
         assert rates[total // 2] == pytest.approx(0.5, abs=1.6 / total)
-        curvatures = [schedule(row, config, i).curvature for i in range(total)]
+        curvatures = [config.meta.curvature(i / total) for i in range(total)]
         assert curvatures.count(0.0) == math.ceil(0.3 * total)
         assert curvatures == sorted(curvatures)
 
 
 @pytest.mark.parametrize("name", ["maml-trpo", "meta-sgd", "promp", "maml++"])
 def test_an_exact_meta_gradient_may_have_a_share_of_the_curvature(name):
-    meta = dataclasses.replace(table_config(name).meta, curvature=0.5)
-    config = table_config(name, meta=meta)
-    found = [built(config, i)[0].problem.curvature for i in MOMENTS]
+    config = table_config(name, **{"meta.second_order": 0.5})
+    found = [built(config, i)[0]["problem"].curvature for i in MOMENTS]
     assert found == [share / 2 for share in TABLE[name].curvature]
 
 
 def test_without_curvature_maml_is_first_order_maml(tmp_path):
-    def params(name, share):
-        base = table_config(name, episodes=4)
-        meta = dataclasses.replace(base.meta, curvature=share)
-        config = dataclasses.replace(base, iterations=2, meta=meta)
-        return train(config, tmp_path / f"{name}-{share}")
+    def params(name, **options):
+        config = table_config(name, episodes=4, iterations=2, **options)
+        return train(config, tmp_path / f"{name}-{options}")
 
-    first_order = params("fomaml-trpo", 1.0)
-    assert same_params(params("maml-trpo", 0.0), first_order)
-    assert not same_params(params("maml-trpo", 0.5), first_order)
+    first_order = params("fomaml-trpo")
+    assert same_params(params("maml-trpo", **{"meta.second_order": 0.0}), first_order)
+    assert not same_params(params("maml-trpo", **{"meta.second_order": 0.5}), first_order)
 
 
 def test_resuming_with_more_iterations_reports_the_changed_schedules(tmp_path, capsys):
     def config(iterations, name="maml++"):
-        base, shared = resolve(None, "navigation-2d", name), small(threads=1)
-        values = {f: getattr(shared, f) for f in ("family_options", "tasks", "episodes", "policy")}
-        return dataclasses.replace(base, iterations=iterations, **values)
+        return small(name, iterations=iterations, threads=1)
 
-    row = find_algorithm("maml++")
-    assert schedule_change(row, config(200), 200, 100) is None
-    said = schedule_change(row, config(200), 100, 100)
+    assert schedule_change(config(200), 200, 100) is None
+    said = schedule_change(config(200), 100, 100)
     assert said is not None
-    assert mentions(said, 200, 100, "outer.learning_rate", "0.50", "0.00")
+    assert mentions(said, 200, 100, "outer.schedule", "0.50", "0.00")
     assert mentions(said, 60, 30)  # where the annealing ends
-    assert schedule_change(find_algorithm("maml-trpo"), config(200, "maml-trpo"), 100, 9) is None
+    assert schedule_change(config(200, "maml-trpo"), 100, 9) is None
 
     train(config(2), tmp_path / "run")
     seen: list[str] = []
     train(config(4), tmp_path / "run", resume=True, notice=seen.append)
     assert len(seen) == 1
-    assert mentions(seen[0], 4, 2, "outer.learning_rate", "0.50")
+    assert mentions(seen[0], 4, 2, "outer.schedule", "0.50")
     # To the same end it says nothing, and is the run that was never interrupted.
     rows: list[dict] = []
     whole = train(config(4), tmp_path / "whole")
@@ -459,21 +467,5 @@ def test_resuming_with_more_iterations_reports_the_changed_schedules(tmp_path, c
     capsys.readouterr()
     assert run("train", "--resume", str(tmp_path / "parts"), "--iterations", "5") == 0
     lines = capsys.readouterr().err.splitlines()
-    (line,) = [line for line in lines if mentions(line, "outer.learning_rate")]
+    (line,) = [line for line in lines if mentions(line, "outer.schedule")]
     assert mentions(line, 5, 4, "0.10")
-
-
-def test_keys_of_older_runs_are_read():
-    new = resolve(None, "navigation-2d", "maml++")
-    old = json.loads(json.dumps(new.to_json()))
-    old["meta"] = {"credit": 0.0, "inner_kl": 0.0, "anneal": 30, "decay": 500}
-    old["adam"]["epochs"] = old["adam"].pop("steps")
-    old["advantage"]["bootstrap"] = False
-    assert Config.from_json(old) == new
-    plain = resolve(None, "navigation-2d", "promp")
-    old = json.loads(json.dumps(plain.to_json()))
-    old["meta"] = {"inner_kl": 5e-4, "anneal": 0, "decay": 0}
-    old["adam"] = {**old["adam"], "minibatches": 5}
-    found = Config.from_json(old)
-    assert found.meta == plain.meta
-    assert found.adam == dataclasses.replace(plain.adam, minibatches=5)

@@ -56,8 +56,8 @@ class OuterOptimizer(Part, ABC):
         if before == now:
             return ""
         return (
-            f"the outer step continues at {now:.2f} of its size, not {before:.2f}, and is zero at"
-            f" iteration {total}"
+            f"{self.key('schedule')} {self.schedule}: the outer step continues at {now:.2f} of its"
+            f" size, not {before:.2f}, and is zero at iteration {total}"
         )
 
     def loss(self, loss: Loss) -> Loss:
