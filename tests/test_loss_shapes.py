@@ -9,18 +9,21 @@ import torch
 from expecting import refused
 
 import metarl
-from metarl.algorithms.table import ALGORITHMS, Algorithm
-from metarl.learning.losses import (
-    clipped_ratio,
-    likelihood_ratio,
-    log_likelihood,
-    squared_error,
-)
-from metarl.models.predictors import Regressor
+from metarl.algorithms import Algorithm
+from metarl.learning.inner_update import GradientUpdate
+from metarl.learning.losses import clipped_ratio, dice, likelihood_ratio, log_likelihood
+from metarl.learning.meta_gradients.reptile import Reptile
+from metarl.learning.meta_gradients.unrolled import Unrolled
+from metarl.models.predictors import Regressor, squared_error
 from metarl.training.trainer import Trainer
 
 SMALL = {"tasks": 5, "episodes": 2, "threads": 1}
-ROW = {"name": "mine", "description": "", "source": ""}
+
+
+def mine(loss=None, meta=None):
+    return Algorithm(
+        name="mine", inner=GradientUpdate(loss=loss), meta=meta or Unrolled(), outer="adam"
+    )
 
 
 def mean_of_tasks(model, output, samples):
@@ -48,10 +51,9 @@ class CallableLoss:
         return log_likelihood(model, output, samples).sum()
 
 
-def _iterate(monkeypatch, row, family="navigation-2d", **options):
-    monkeypatch.setitem(ALGORITHMS, "mine", row)
+def _iterate(algorithm, family="navigation-2d", **options):
     sizes = {} if family == "sinusoid" else SMALL
-    with Trainer(metarl.resolve(None, family, "mine", {**sizes, **options})) as trainer:
+    with Trainer(metarl.resolve(None, family, algorithm, {**sizes, **options})) as trainer:
         return trainer.iterate()
 
 
@@ -66,12 +68,11 @@ def _iterate(monkeypatch, row, family="navigation-2d", **options):
         (CallableLoss(), ["CallableLoss"]),
     ],
 )
-@pytest.mark.parametrize("gradient", ["unrolled", "displacement"])
-def test_an_inner_loss_of_another_shape_is_refused_by_name(monkeypatch, loss, names, gradient):
-    row = Algorithm(**ROW, inner_loss=loss, gradient=gradient, outer="adam")
+@pytest.mark.parametrize("meta", [Unrolled(), Reptile()])
+def test_an_inner_loss_of_another_shape_is_refused_by_name(loss, names, meta):
     named = [name for name in names if name.isidentifier()]
     with refused(*named) as caught:
-        _iterate(monkeypatch, row)
+        _iterate(mine(loss, meta))
     assert names[-1] in str(caught.value)
 
 
@@ -85,12 +86,23 @@ def test_a_models_loss_of_another_shape_is_refused_by_name(monkeypatch, algorith
         trainer.iterate()
 
 
-def test_one_task_is_no_exception(monkeypatch):
+@pytest.mark.parametrize("family", ["navigation-2d", "sinusoid"])
+def test_an_outer_loss_of_another_shape_is_refused_by_name(family):
+    def averaged_query(model, output, samples):
+        usual = squared_error if family == "sinusoid" else likelihood_ratio
+        return usual(model, output, samples).mean()
+
+    with refused("averaged_query"):
+        _iterate(Algorithm(name="mine", outer_loss=averaged_query), family)
+
+
+def test_one_task_is_no_exception():
+    algorithm = Algorithm(name="mine", inner=GradientUpdate(loss=mean_of_tasks))
     with refused("mean_of_tasks"):
-        _iterate(monkeypatch, Algorithm(**ROW, inner_loss=mean_of_tasks), tasks=1)
+        _iterate(algorithm, tasks=1)
 
 
-def test_a_supervised_family_uses_the_algorithms_own_inner_loss(monkeypatch):
+def test_a_supervised_family_uses_the_algorithms_own_inner_loss():
     calls = []
 
     def huber(model, output, examples):
@@ -99,31 +111,33 @@ def test_a_supervised_family_uses_the_algorithms_own_inner_loss(monkeypatch):
         return (examples.weight * torch.nn.functional.huber_loss(
             gap, torch.zeros_like(gap), reduction="none")).sum(1)  # fmt: skip
 
-    own = _iterate(monkeypatch, Algorithm(**ROW, inner_loss=huber, outer="adam"), "sinusoid")
-    usual = _iterate(monkeypatch, Algorithm(**ROW, outer="adam"), "sinusoid")
+    own, usual = (_iterate(mine(loss), "sinusoid") for loss in (huber, None))
     assert calls
     assert own["loss_pre"] == usual["loss_pre"]
     assert own["loss_post"] != usual["loss_post"]
 
 
-def test_a_loss_that_raises_is_heard_on_a_supervised_family(monkeypatch):
+def test_a_loss_that_raises_is_heard_on_a_supervised_family():
     def broken(model, output, examples):
         raise RuntimeError("called")
 
     with pytest.raises(RuntimeError):
-        _iterate(monkeypatch, Algorithm(**ROW, inner_loss=broken, outer="adam"), "sinusoid")
+        _iterate(mine(broken), "sinusoid")
 
 
-def test_a_policys_loss_is_refused_on_a_supervised_family(monkeypatch):
-    row = Algorithm(**ROW, inner_loss=partial(clipped_ratio, clip=0.2), outer="adam")
-    with refused("mine", "clipped_ratio"):
-        _iterate(monkeypatch, row, "sinusoid")
+@pytest.mark.parametrize("loss", [partial(clipped_ratio, clip=0.2), dice])
+def test_a_policys_loss_is_refused_on_a_supervised_family(loss):
+    name = "dice" if loss is dice else "clipped_ratio"
+    with refused("mine", name):
+        _iterate(mine(loss), "sinusoid")
+    with refused("mine", name):
+        _iterate(Algorithm(name="mine", outer_loss=loss), "sinusoid")
 
 
 @pytest.mark.parametrize("loss", [log_likelihood, likelihood_ratio])
-def test_the_usual_inner_losses_give_way_to_the_models(monkeypatch, loss):
-    rows = [
-        _iterate(monkeypatch, Algorithm(**ROW, inner_loss=used, outer="adam"), "sinusoid")
-        for used in (loss, squared_error)
-    ]
-    assert rows[0]["loss_post"] == rows[1]["loss_post"]
+def test_the_usual_losses_give_way_to_the_models(loss):
+    usual = _iterate(mine(), "sinusoid")["loss_post"]
+    assert _iterate(mine(loss), "sinusoid")["loss_post"] == usual
+    assert _iterate(mine(squared_error), "sinusoid")["loss_post"] == usual
+    algorithm = Algorithm(name="mine", outer_loss=loss, outer="adam")
+    assert _iterate(algorithm, "sinusoid")["loss_post"] == usual

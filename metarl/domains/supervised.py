@@ -28,7 +28,14 @@ from metarl.envs.family import Family
 from metarl.envs.supervised.family import Data, SupervisedFamily
 from metarl.learning.inner_loop import check_finite
 from metarl.learning.inner_update import Adapter
-from metarl.learning.losses import Loss, task_losses, trait
+from metarl.learning.losses import (
+    Loss,
+    likelihood_ratio,
+    log_likelihood,
+    name_of,
+    task_losses,
+    trait,
+)
 from metarl.learning.trust_region import TrustRegion
 from metarl.models.encoders import FourBlocks
 from metarl.models.networks import Model, Params
@@ -54,6 +61,14 @@ class PredictorOptions(NetworkOptions):
         self.require_at_least(1, "filters")
 
 
+_USUAL = (log_likelihood, likelihood_ratio)
+"""Losses of policies that the model's own loss replaces."""
+
+
+def _needs_policies(loss: Loss | None) -> bool:
+    return loss is not None and loss not in _USUAL and trait(loss, "of_policies")
+
+
 class Supervised(Domain):
     """Regressors and classifiers that adapt to labelled examples."""
 
@@ -62,15 +77,19 @@ class Supervised(Domain):
     unit: ClassVar[str] = "examples"
 
     def algorithm(self, algorithm: Algorithm, family: str) -> Algorithm:
-        """Return an algorithm without what only policies have; Adam replaces a trust region."""
-        inner, loss = algorithm.inner, algorithm.inner.loss
+        """Return an algorithm without what only policies have.
+
+        Adam replaces a trust region, and the model's loss the usual ones of policies.
+        """
+        inner, loss, last = algorithm.inner, algorithm.inner.loss, algorithm.outer_loss
         outer = algorithm.outer
         if isinstance(outer, TrustRegion):
             outer = find_outer("adam")
         reasons = {
             "the likelihood ratios of its clipped objective": outer.needs_policy,
             "its meta-gradient": algorithm.meta.needs_policy,
-            "its inner loss": loss is not None and trait(loss, "whole_episodes"),
+            f"its inner loss {loss and name_of(loss)}": _needs_policies(loss),
+            f"its outer loss {last and name_of(last)}": _needs_policies(last),
             "its task weights": algorithm.task_weights is not None,
         }
         for reason, needed in reasons.items():
@@ -79,13 +98,14 @@ class Supervised(Domain):
                     f"{algorithm.name} needs a policy, for {reason}; the tasks of {family} are"
                     " supervised ones: take another algorithm, such as maml-trpo"
                 )
-        if loss is not None and trait(loss, "of_policies"):
+        if loss in _USUAL:
             inner = dataclasses.replace(inner, policies=False, loss=None)
         return dataclasses.replace(
             algorithm,
             inner=inner.without_policies(),
             meta=algorithm.meta.without_policies(),
             outer=outer.without_policies(),
+            outer_loss=None if last in _USUAL else last,
             advantage=None,
             baseline=None,
         )
