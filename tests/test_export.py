@@ -13,12 +13,12 @@ import torch
 from conftest import SPACES
 from expecting import mentions, refused, run
 
-from metarl.config.options import Config, PolicyConfig
+from metarl.algorithms import find_algorithm
+from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool
+from metarl.domains.reinforcement import PolicyOptions, make_policy
 from metarl.envs import make_family
-from metarl.learning.inner_loop import InnerLoop
 from metarl.models.encoders import NatureCNN
-from metarl.policies.building import make_policy
 from metarl.policies.export import export
 from metarl.policies.loading import load, load_policy
 from metarl.policies.meta_policy import MetaPolicy
@@ -34,8 +34,9 @@ RECORD = {"task": None, "steps": 0, "episodes": 0, "seed": 0}
 
 
 def made(space, shape=(3,), context=0, **options) -> Policy:
-    config = Config(policy=PolicyConfig(hidden=(6, 5), **options))
-    policy = make_policy(config, shape, space, context)
+    config = Config(policy=PolicyOptions(hidden=(6, 5), **options))
+    assert isinstance(config.policy, PolicyOptions)
+    policy = make_policy(config.policy, shape, space, context)
     rng = np.random.default_rng(0)
     params = {
         name: torch.from_numpy(rng.standard_normal(size).astype(np.float32))
@@ -164,8 +165,9 @@ def test_actions_of_the_environment_are_mapped_back_to_the_policy(mode):
 
 def test_transitions_adapt_as_episodes_do():
     # Ragged episodes, two steps: what the adapter makes of them is what `adapt` makes.
-    config = Config(family="conftest:counting_family", policy=PolicyConfig(hidden=(5,)))
-    policy = make_policy(config, (1,), gym.spaces.Box(-1.0, 1.0, (1,)))
+    options = PolicyOptions(hidden=(5,))
+    config = Config(family="conftest:counting_family", policy=options)
+    policy = make_policy(options, (1,), gym.spaces.Box(-1.0, 1.0, (1,)))
     meta = MetaPolicy(policy.init(np.random.default_rng(0)), config)
     expected = meta.adapt([4.0], steps=2, episodes=3, seed=5)
     adapter = meta.adapter(gym.spaces.Box(-9.0, 9.0, (1,)))  # it is given actions before clipping
@@ -199,13 +201,13 @@ def test_transitions_adapt_as_episodes_do():
 def learned(monkeypatch):
     """The rollouts that inner steps are taken on, in order."""
     rollouts = []
-    prepare = InnerLoop.prepare
+    batch = MetaPolicy.batch
 
     def note(self, rollout, *arguments, **options):
         rollouts.append(rollout)
-        return prepare(self, rollout, *arguments, **options)
+        return batch(self, rollout, *arguments, **options)
 
-    monkeypatch.setattr(InnerLoop, "prepare", note)
+    monkeypatch.setattr(MetaPolicy, "batch", note)
     return rollouts
 
 
@@ -281,6 +283,7 @@ def test_the_adapter_learns_from_actions_as_drawn_and_refuses_invalid_transition
     assert policy_action(1, steps, "clip") == policy_action([1], steps, "clip") == [2]
     assert policy_action([2, 3], pair, "clip").tolist() == [2, 3]
     assert policy_action([7.0, 0.0], box, "clip").tolist() == [7, 0]  # as if it had been cut
-    oracle = dataclasses.replace(meta, config=dataclasses.replace(meta.config, algorithm="oracle"))
+    conditioned = dataclasses.replace(meta.config, algorithm=find_algorithm("oracle"))
+    oracle = dataclasses.replace(meta, config=conditioned)
     with refused("oracle"):
         oracle.adapter(env.action_space)

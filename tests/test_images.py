@@ -17,15 +17,15 @@ from image_envs import PixelCorridor, corridor
 from torch import nn
 
 import metarl
-from metarl.config.options import Config, PolicyConfig
+from metarl.config.options import Config
 from metarl.config.resolve import resolve
 from metarl.distributed.chunk_pool import ChunkPool
-from metarl.learning.advantages import seen
+from metarl.domains.reinforcement import PolicyOptions, spaces_of
 from metarl.envs.policy_spaces import image_size
+from metarl.learning.baselines import seen
 from metarl.models.encoders import NatureCNN, SmallImpala, make_encoder
 from metarl.models.networks import stack
 from metarl.models.policies import CategoricalMLP
-from metarl.policies.building import spaces_of
 from metarl.sampling.rollouts import Collector, RandomKey
 from metarl.sampling.spaces import as_observation, check_spaces
 from metarl.training.trainer import Trainer
@@ -209,7 +209,7 @@ def test_the_size_of_images_chooses_their_network():
         make_encoder("mlp", (8, 8, 3))
     with refused("policy.normalize"):
         network(SmallImpala((8, 8, 3)), normalize=True)
-    config = Config(family="navigation-2d", policy=PolicyConfig(network="nature"))
+    config = Config(family="navigation-2d", policy=PolicyOptions(network="nature"))
     with refused("policy.network", "nature", 2):
         Trainer(config)
 
@@ -235,11 +235,10 @@ def test_a_run_on_images_saves_loads_and_acts(algorithm, tmp_path, monkeypatch):
 def test_adaptation_on_images_raises_the_return(tmp_path):
     # Only what it earns tells the task: before the step both sides pay 0 on average, the best is 6.
     config = resolve(None, "image_envs:corridor")
-    inner = dataclasses.replace(config.inner, step_sizes=(0.5,))
-    policy = PolicyConfig(hidden=(16,), activation="relu")
-    config = dataclasses.replace(
-        config, tasks=4, episodes=10, iterations=12, inner=inner, policy=policy
-    )
+    config = config.with_options({
+        "tasks": 4, "episodes": 10, "iterations": 12, "inner.step_sizes": (0.5,),
+        "policy.hidden": (16,), "policy.activation": "relu",
+    })  # fmt: skip
     meta = metarl.train(config, tmp_path / "run")
     gain, low, _ = metarl.evaluate(meta, tasks=10, episodes=10, steps=1).curve.gain()
     assert low > 2.0, gain

@@ -10,12 +10,13 @@ import pytest
 import torch
 from expecting import mentions, refused, run
 
-from metarl.domains.memory import Need, available, check_memory, need
+from metarl.domains import memory
+from metarl.domains.memory import Need, check_memory, need
+from metarl.envs.memory import available
 from metarl.learning.advantages import discounted_sum
 from metarl.models.encoders import NatureCNN
 from metarl.models.policies import GaussianMLP
 from metarl.sampling.rollouts import RolloutBuffer
-from metarl.training import memory
 
 POLICY = GaussianMLP(observation_dim=3, action_dim=2, hidden=(5,))
 
@@ -89,7 +90,7 @@ def test_file_cache_in_a_container_counts_as_free(monkeypatch):
         "/sys/fs/cgroup/memory.current": "3500000000\n",
         "/sys/fs/cgroup/memory.stat": "anon 400000000\ninactive_file 3000000000\nactive_file 5\n",
     }
-    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding=None: files[str(path)])
     assert available() == 3_500_000_000
     files["/sys/fs/cgroup/memory.max"] = "max\n"
     assert available() == 9_216_000_000

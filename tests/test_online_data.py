@@ -12,12 +12,13 @@ import torch
 from expecting import refused
 
 import metarl
-from metarl.algorithms.table import ALGORITHMS
-from metarl.config.options import Config, PolicyConfig
+from metarl.algorithms import Algorithm, find_algorithm
+from metarl.config.options import Config
+from metarl.domains.reinforcement import PolicyOptions, make_policy
+from metarl.learning.inner_update import GradientUpdate
 from metarl.learning.losses import likelihood_ratio
 from metarl.learning.plausibility import FALSE_ALARM, Plausibility
 from metarl.models.policies import GaussianMLP
-from metarl.policies.building import make_policy
 from metarl.policies.loading import load, load_policy
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.sampling.spaces import drawn_between, env_action, policy_action, uniform_log_prob
@@ -47,9 +48,9 @@ def _meta(space, mode="clip", std=1.0, algorithm="maml-trpo", seed=0):
     box = isinstance(space, Box)
     options = {"action": mode, "initial_std": std} if box else {}
     family = "navigation-2d" if box else "cartpole-length"
-    policy = PolicyConfig(hidden=(8,), **options)
-    config = Config(family=family, algorithm=algorithm, policy=policy)
-    network = make_policy(config, (2 if box else 4,), space)
+    policy = PolicyOptions(hidden=(8,), **options)
+    config = Config(family=family, algorithm=find_algorithm(algorithm), policy=policy)
+    network = make_policy(policy, (2 if box else 4,), space)
     return MetaPolicy(network.init(np.random.default_rng(seed)), config)
 
 
@@ -303,20 +304,15 @@ def test_a_density_that_the_inner_loss_has_no_use_for_is_refused():
         adapter.add(np.zeros(2), [0.5], 0.0, log_prob=-1.0)
 
 
-def test_losses_of_ones_own_see_the_density(monkeypatch):
+def test_losses_of_ones_own_see_the_density():
     seen = []
 
     def own(model, output, batch):
         seen.append(batch.old_log_prob)
         return likelihood_ratio(model, output, batch)
 
-    row = ALGORITHMS["maml-trpo"]
-    monkeypatch.setitem(
-        ALGORITHMS,
-        "maml-trpo",
-        type(row)(name="maml-trpo", description="", source="", inner_loss=own),
-    )
-    adapter = _meta(UNIT).adapter(UNIT)
+    algorithm = Algorithm(name="mine", inner=GradientUpdate(loss=own))
+    adapter = _meta(UNIT, algorithm=algorithm).adapter(UNIT)
     adapter.add(np.zeros(2), [0.5], 1.0, log_prob=-1.25)
     adapter.add(np.zeros(2), adapter.act(np.zeros(2)), 0.0)
     adapter.adapted()

@@ -13,12 +13,11 @@ import torch
 from conftest import SPACES, CountingEnv, code_family, counting_family
 from expecting import refused
 
-from metarl.config.options import Config, PolicyConfig
 from metarl.distributed.chunk_pool import ChunkPool, slices
+from metarl.domains.reinforcement import PolicyOptions, make_policy
 from metarl.envs import make_family
 from metarl.models.networks import stack
 from metarl.models.policies import CategoricalMLP, GaussianMLP
-from metarl.policies.building import make_policy
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import Collector, RandomKey
 from metarl.sampling.seeding import episode_seeds, stream
@@ -199,10 +198,10 @@ def test_unbounded_actions_are_not_scaled():
 
 @pytest.mark.parametrize("limit", [np.inf, np.finfo(np.float32).max])
 def test_scaling_is_refused_if_every_action_is_unbounded(limit):
-    config = Config(policy=PolicyConfig(action="scale"))
-    make_policy(config, (2,), gym.spaces.Box(np.float32([-1, -limit]), np.float32([1, limit])))
+    options = PolicyOptions(action="scale")
+    make_policy(options, (2,), gym.spaces.Box(np.float32([-1, -limit]), np.float32([1, limit])))
     with refused("policy.action", "scale"):
-        make_policy(config, (2,), gym.spaces.Box(-limit, limit, (2,)))
+        make_policy(options, (2,), gym.spaces.Box(-limit, limit, (2,)))
 
 
 def test_integer_actions_are_rounded():

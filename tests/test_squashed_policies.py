@@ -12,7 +12,8 @@ import pytest
 import torch
 from expecting import refused
 
-from metarl.config.options import Config, PolicyConfig
+from metarl.config.options import Config
+from metarl.domains.reinforcement import PolicyOptions
 from metarl.models.policies import CategoricalMLP, GaussianMLP
 from metarl.policies.export import export
 from metarl.policies.policy import Policy
@@ -57,7 +58,7 @@ class Unlikeliest(CategoricalMLP):
 
 
 def _made(kind, space=BOX, action="clip", **options):
-    config = Config(family="navigation-2d", policy=PolicyConfig(action=action))
+    config = Config(family="navigation-2d", policy=PolicyOptions(action=action))
     if issubclass(kind, GaussianMLP):
         options.setdefault("action_dim", 2)
     network = kind(observation_dim=3, hidden=(8,), **options)

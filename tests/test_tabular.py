@@ -11,9 +11,8 @@ from expecting import mentions, refused
 from gymnasium.vector import AutoresetMode
 
 from metarl import evaluate, resolve
-from metarl.algorithms.table import find_algorithm
+from metarl.domains.lookup import domain_of
 from metarl.envs import make_family
-from metarl.policies.building import policy_for
 from metarl.policies.meta_policy import MetaPolicy
 
 DISABLED = AutoresetMode.DISABLED
@@ -150,10 +149,8 @@ def test_bad_actions_and_sizes_are_refused():
 def test_evaluation_reports_the_optimum():
     config = resolve(None, "bandit")
     family = make_family("bandit")
-    meta = MetaPolicy(
-        policy_for(find_algorithm(config.algorithm), config, family).init(np.random.default_rng(0)),
-        config,
-    )
+    policy = domain_of(family).model(config.algorithm, config.policy, family)
+    meta = MetaPolicy(policy.init(np.random.default_rng(0)), config)
     found = evaluate(meta, tasks=8, episodes=2, steps=1, threads=1)
     arms = np.array(found.setting["tasks"])
     assert found.setting["optimal_returns"] == pytest.approx(arms.max(1) * family.horizon)

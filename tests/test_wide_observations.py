@@ -9,27 +9,29 @@ import torch
 from expecting import refused, run
 
 from metarl.distributed.chunk_pool import ChunkPool
+from metarl.domains import memory
+from metarl.domains.memory import need
 from metarl.envs import GymnasiumFamily, Uniform
 from metarl.envs import memory as copies
 from metarl.envs.errors import UserError
 from metarl.envs.memory import Copies, resident, share_with
-from metarl.learning import advantages
-from metarl.learning.advantages import (
+from metarl.learning import baselines
+from metarl.learning.advantages import Advantages, estimate
+from metarl.learning.baselines import (
     DUAL,
-    AdvantageConfig,
-    baseline_bytes,
-    estimate,
+    LinearFeatures,
+    ZeroBaseline,
     factor_gram,
     feature_count,
+    features,
     fit_dual,
     fit_linear,
     is_dual,
+    seen,
 )
-from metarl.learning.trajectories import Rollout
 from metarl.models.encoders import NatureCNN
 from metarl.models.policies import GaussianMLP
-from metarl.training import memory
-from metarl.training.memory import need
+from metarl.sampling.trajectories import Rollout
 
 
 def _rollout(tasks, episodes, horizon, size, *, ragged=False):
@@ -72,11 +74,11 @@ def test_both_forms_of_the_baseline_are_the_same_regression(samples, size):
 @pytest.mark.parametrize("ragged", [False, True])
 def test_advantages_do_not_depend_on_the_form(monkeypatch, targets, ragged):
     rollout = _rollout(3, 4, 5, 600, ragged=ragged)
-    config = AdvantageConfig(targets=targets, trace=0.9, ridge=1e-3)
-    found, scale = estimate(rollout, config, ChunkPool(1))
+    options, baseline = Advantages(targets=targets, gae_lambda=0.9), LinearFeatures(ridge=1e-3)
+    found, scale = estimate(rollout, options, baseline, {}, ChunkPool(1))
     assert is_dual(20, feature_count((600,)))
-    monkeypatch.setattr(advantages, "is_dual", lambda samples, size: False)
-    expected, expected_scale = estimate(rollout, config, ChunkPool(1))
+    monkeypatch.setattr(baselines, "is_dual", lambda samples, size: False)
+    expected, expected_scale = estimate(rollout, options, baseline, {}, ChunkPool(1))
     np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(scale.numpy(), expected_scale.numpy(), rtol=1e-5)
 
@@ -91,23 +93,24 @@ def test_features_are_counted_as_they_are_made():
     shapes = [(3,), (40, 36, 3), (3, 36, 40), (5, 4)]
     for shape in shapes:
         kind = torch.uint8 if len(shape) > 1 else torch.float32
-        seen = advantages.seen(torch.zeros((2, *shape), dtype=kind), len(shape))
-        made = advantages.features(seen, torch.arange(2)).shape[-1]
+        coarse = seen(torch.zeros((2, *shape), dtype=kind), len(shape))
+        made = features(coarse, torch.arange(2)).shape[-1]
         assert feature_count(shape) == made
 
 
 def test_the_smaller_matrix_is_counted():
     matrix = 8 * (2 * 3000 + 4) ** 2
-    assert baseline_bytes(32, (3000,), 4, 2) < 0.1 * matrix
-    assert baseline_bytes(8000, (3000,), 4, 1) > 3 * 2 * matrix  # of two tasks at a time
-    assert baseline_bytes(8000, (3000,), 1, 8) < 6 * matrix  # no more tasks than there are
+    baseline_bytes = LinearFeatures().peak_bytes
+    assert baseline_bytes(32, (3000,), 4) < 0.1 * matrix
+    assert baseline_bytes(8000, (3000,), 2) > 3 * 2 * matrix  # of two tasks at a time
+    few = _need(3000, 500, 16, tasks=1, threads=8).baseline  # no more tasks than there are
+    assert few == baseline_bytes(8000, (3000,), 1) < 6 * matrix
 
 
 def _need(size, episodes, horizon, **options):
     policy = GaussianMLP(observation_dim=size, action_dim=1, hidden=(5,))
-    return need(
-        policy, tasks=4, episodes=episodes, horizon=horizon, rollouts=2, threads=2, **options
-    )
+    usual = {"tasks": 4, "rollouts": 2, "threads": 2, "baseline": LinearFeatures()}
+    return need(policy, episodes=episodes, horizon=horizon, **{**usual, **options})
 
 
 def test_the_baseline_and_the_parameters_are_a_part_of_the_need():
@@ -118,8 +121,9 @@ def test_the_baseline_and_the_parameters_are_a_part_of_the_need():
     parameters = 4 * 4 * 3000 * 5
     assert _need(3000, 1, 1).update > 3 * parameters
     images = GaussianMLP(observation_dim=64, action_dim=2, encoder=NatureCNN((36, 36, 3)))
-    small = need(images, tasks=4, episodes=2, horizon=5, rollouts=2)
-    assert small.baseline < 10**6
+    of = {"tasks": 4, "episodes": 2, "horizon": 5, "rollouts": 2}
+    assert 0 < need(images, **of, baseline=LinearFeatures()).baseline < 10**6
+    assert need(images, **of, baseline=ZeroBaseline()).baseline == 0
 
 
 def test_a_baseline_that_cannot_fit_is_refused_with_its_numbers(monkeypatch):
