@@ -14,9 +14,8 @@ from conftest import random_batch
 from expecting import mentions, refused
 
 from metarl import evaluate
-from metarl.algorithms.table import find_algorithm
 from metarl.cli.policy_commands import results_folder
-from metarl.config.options import Config, InnerConfig, PolicyConfig
+from metarl.config.options import Config
 from metarl.config.resolve import reference_step_sizes, resolve
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import family_names, make_family
@@ -28,27 +27,25 @@ from metarl.evaluation.scratch import ScratchTrainer
 from metarl.models.networks import stack
 from metarl.models.policies import GaussianMLP
 from metarl.plots.figures import plot_evaluation
-from metarl.policies.building import policy_for
 from metarl.policies.meta_policy import MetaPolicy, random_meta_policy
 from metarl.runs.folder import short_name
 from metarl.sampling.rollouts import Collector, RandomKey
 
 
-def navigator(**changes) -> MetaPolicy:
-    config = Config(
-        **{
-            "family": "navigation-2d",
-            "family_options": {"horizon": 15},
-            "policy": PolicyConfig(hidden=(8,)),
-            "inner": InnerConfig(step_sizes=(0.5,), test_step_sizes=(0.5, 0.25)),
-            **changes,
-        }
-    )
+def navigator(algorithm: str = "maml-trpo", **changes) -> MetaPolicy:
+    values = {
+        "policy.hidden": (8,), "inner.step_sizes": (0.5,), "inner.test_step_sizes": (0.5, 0.25),
+    }  # fmt: skip
+    config = Config.of("navigation-2d", algorithm, {"horizon": 15})
+    config = config.with_options({**values, **changes})
+    return MetaPolicy(initial(config, seed=3), config)
+
+
+def initial(config: Config, seed: int) -> dict[str, torch.Tensor]:
+    """Parameters of a config's network before training."""
     family = make_family(config.family, **config.family_options)
-    return MetaPolicy(
-        policy_for(find_algorithm(config.algorithm), config, family).init(np.random.default_rng(3)),
-        config,
-    )
+    model = config.domain.model(config.algorithm, config.policy, family)
+    return model.init(np.random.default_rng(seed))
 
 
 def result(per_task: list[list[float]]) -> EvaluationResult:
@@ -329,15 +326,9 @@ def test_the_interquartile_mean_leaves_out_a_diverged_task():
     assert told["iqm_ci95"][0][0] < told["iqm"][0] < told["iqm_ci95"][0][1]
 
 
-def saved(folder, name: str, **changes) -> str:
-    config = dataclasses.replace(navigator().config, **changes)
-    inner = dataclasses.replace(config.inner, steps=0)
-    if config.algorithm in ("oracle", "pretrained"):
-        config = dataclasses.replace(config, inner=inner)
-    params = policy_for(find_algorithm(config.algorithm), config, navigator().family).init(
-        np.random.default_rng(config.seed)
-    )
-    MetaPolicy(params, config).save(folder / f"{name}.safetensors")
+def saved(folder, name: str, algorithm: str = "maml-trpo", **changes) -> str:
+    config = navigator(algorithm, **changes).config
+    MetaPolicy(initial(config, config.seed), config).save(folder / f"{name}.safetensors")
     return str(folder / f"{name}.safetensors")
 
 
@@ -364,8 +355,7 @@ def test_names_of_the_evaluations_own_rows_are_refused(name):
         evaluate(navigator(), name=name, **few)
     with refused(name):
         evaluate(navigator(), references={name: navigator()}, **few)
-    random = random_meta_policy(navigator(), 0)
-    row = dataclasses.replace(random, config=dataclasses.replace(random.config, algorithm="random"))
+    row = navigator("random")
     assert evaluate(navigator(), references={"random": row}, **few).rows.keys() >= {"random"}
 
 
@@ -387,9 +377,8 @@ def test_the_name_of_a_checkpoint_includes_its_run(tmp_path, monkeypatch):
 
 
 def test_the_random_policy_takes_steps_of_the_fitted_size():
-    config = dataclasses.replace(
-        navigator().config, inner=InnerConfig(step_sizes=(0.1, 0.05), kl=0.5)
-    )
+    values = {"inner.step_sizes": (0.1, 0.05), "inner.test_step_sizes": (), "inner.min_kl": 0.5}
+    config = navigator(**values).config
     made = random_meta_policy(MetaPolicy({}, config), 1)
     fitted = dataclasses.replace(made, params=made.params | {"step_factor": torch.tensor([7.0])})
     assert random_meta_policy(fitted).training_step_sizes == pytest.approx((0.7, 0.35))
@@ -443,8 +432,7 @@ def test_an_oracle_takes_no_step_and_is_sampled_afresh(tmp_path):
 
 def test_references_have_the_step_sizes_of_their_preset():
     def sizes(algorithm, family="half-cheetah-dir", **changes):
-        config = resolve("icml2017", family, algorithm)
-        return reference_step_sizes(dataclasses.replace(config, **changes), algorithm)
+        return reference_step_sizes(resolve("icml2017", family, algorithm, changes), algorithm)
 
     assert sizes("pretrained") == (0.2, 0.1)
     assert sizes("random") == (1.0, 0.5)
@@ -457,8 +445,7 @@ def test_references_have_the_step_sizes_of_their_preset():
     assert sizes("oracle") == ()
     assert sizes("pretrained", "navigation-2d") == ()  # the authors' are 0.5 for all rows
     assert sizes("random", "walker2d-dir") == ()  # no task of theirs
-    own = InnerConfig(steps=0, test_step_sizes=(0.7,))
-    assert sizes("pretrained", inner=own) == ()
+    assert sizes("pretrained", **{"inner.test_step_sizes": (0.7,)}) == ()
 
 
 def test_step_sizes_are_tuned_on_validation_tasks_by_one_procedure():
@@ -628,7 +615,8 @@ def test_ppo_of_stable_baselines3_is_a_row_if_it_is_installed():
 def test_ppo_learns_on_each_task(mode):
     pytest.importorskip("stable_baselines3")
     family = make_family("navigation-2d", horizon=15)
-    config = Config(family="navigation-2d", policy=PolicyConfig(hidden=(16,), action=mode))
+    values = {"policy.hidden": (16,), "policy.action": mode}
+    config = Config.of("navigation-2d", "maml-trpo").with_options(values)
     goals = np.array([[0.4, 0.4], [-0.4, 0.4]])
     returns = stable_baselines.train_by_ppo(
         family, goals, config, episodes=40, updates=8, measured={0, 8}, address=RandomKey(0)

@@ -12,7 +12,6 @@ from expecting import mentions, refused, run
 from test_evaluation import navigator
 
 import metarl
-from metarl.config.options import InnerConfig
 from metarl.envs.errors import NonFiniteError
 from metarl.envs.vector import SingleTaskEnv
 from metarl.policies.loading import load, shipped
@@ -33,7 +32,7 @@ def test_adapting_by_hand_and_by_the_method_agree():
         env, meta.policy, meta.params, episodes=6, horizon=15, address=RandomKey(4, split="test")
     )
     with ChunkPool(1) as pool:
-        advantage, _ = estimate(rollout, meta.config.advantage, pool)
+        advantage, _ = estimate(rollout, meta.config.advantage, meta.config.baseline, {}, pool)
     theta = {name: p.clone().requires_grad_() for name, p in meta.params.items()}
     dist = meta.policy.distribution(theta, rollout.observation[0].flatten(0, 1))
     log_prob = meta.policy.log_prob(dist, rollout.action[0].flatten(0, 1))
@@ -97,8 +96,7 @@ def test_an_oracle_takes_no_step(tmp_path, capsys, monkeypatch):
     from metarl.cli.policy_commands import film
     from metarl.plots import video as videos
 
-    inner = InnerConfig(steps=0, step_sizes=(0.5,))
-    oracle = navigator(algorithm="oracle", inner=inner)
+    oracle = navigator("oracle")
     policy = oracle.adapt([0.3, 0.2], steps=2)
     assert policy.provenance["steps"] == 0
     assert policy.params["context"].tolist() == pytest.approx([0.6, 0.4])  # of [-1, 1]

@@ -124,8 +124,7 @@ def test_returns_and_achieved_values_are_drawn_against_goals(name, tmp_path, dra
 
 
 def run_folder(folder, seed: int, rows: list[tuple[float, float | None, float]], **changes):
-    config = dataclasses.replace(navigator(**changes).config, seed=seed)
-    create_run(folder, config)
+    create_run(folder, navigator(**changes, seed=seed).config)
     lines = [
         {
             "iteration": i + 1,

@@ -106,8 +106,8 @@ def test_the_diagnosis_of_adaptation_is_shown_only_for_runs_that_adapt_in_traini
     row["return_post"] = -2.9
     rows = [{"iteration": i, **row} for i in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    started = {"config": {"inner": {"steps": steps}}, "versions": {}}
-    write_report(folder, folder / "report.html", "a run", run=started)
+    config = navigator("maml-trpo" if steps else "pretrained").config
+    write_report(folder, folder / "report.html", "a run", config=config)
     text = Page((folder / "report.html").read_text()).text
     said = findings(rows)
     assert said

@@ -1,4 +1,4 @@
-"""Supervised tasks: every row's gradient against closed forms or finite differences; families."""
+"""Supervised tasks: gradients against closed forms or finite differences; families."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import pytest
 import torch
 from expecting import refused
 
-from metarl.algorithms.table import ALGORITHMS
+from metarl.algorithms import find_algorithm
 from metarl.config.resolve import resolve
 from metarl.distributed.chunk_pool import ChunkPool
+from metarl.domains.lookup import domain_of
 from metarl.envs import FewShotFamily, FunctionFamily, Uniform
 from metarl.envs.registry import find_family, make_family
 from metarl.envs.supervised.characters import draw_characters
 from metarl.learning.inner_loop import Adapted
 from metarl.learning.inner_update import Adapter
+from metarl.learning.meta_gradients.problem import Objective, Sampled
 from metarl.models.encoders import FourBlocks, normalize_batch
 from metarl.models.networks import flatten, stack, unflatten
 from metarl.models.predictors import (
@@ -28,15 +30,9 @@ from metarl.models.predictors import (
     squared_error,
 )
 from metarl.models.samples import Examples
-from metarl.policies.building import row_for
-from metarl.training.iterations import make_problem
 
 D = torch.float64
 TASKS, SHOTS, DIM = 3, 6, 4
-SUPERVISED = [
-    name for name, row in ALGORITHMS.items() if not row.needs_policy and not row.reference
-]
-PLAIN = [name for name in SUPERVISED if ALGORITHMS[name].head == "meta"]
 
 
 def numbers(*shape, seed=0):
@@ -69,7 +65,7 @@ def class_examples(seed, classes=3, each=2, shape=(DIM,), missing=False):
 # Linear regression --------------------------------------------------------------------------------
 #
 # With the loss |X w + b - y|^2 / N the slope is H w' - g in w' = (w, b), where X' has a column of
-# ones, H = 2 X'X' / N and g = 2 X'y / N. K steps of size a are affine in w'; the rows' gradients
+# ones, H = 2 X'X' / N and g = 2 X'y / N. K steps of size a are affine in w'; the gradients
 # are products of (I - aH) and the query's slope.
 
 
@@ -83,19 +79,17 @@ LINEAR = Regressor(hidden=(), inputs=(DIM,), outputs=1)
 SIZE = 0.07
 
 
-def gradient_of(name, model, batches, meta, *, steps, loss, order=None, **said):
-    """The gradient that the trainer's own problem gives, [P]."""
-    row = ALGORITHMS[name].with_adam()
-    config = resolve(None, "sinusoid", name, {"inner.steps": steps, "iterations": 4, **said})
-    adapter = Adapter(
-        model, loss, config.inner.step_sizes, fast=row.fast, learned=row.learned_steps,
-        updates=config.inner.updates, proximal=config.inner.proximal,
-    )  # fmt: skip
+def gradient_of(name, model, batches, meta, *, steps, loss, progress=0.75, **said):
+    """The gradient of the algorithm's own problem, [P]; late in a run, where annealing is over."""
+    algorithm = resolve(None, "sinusoid", name, {"inner.steps": steps, **said}).algorithm
+    adapter = algorithm.inner.adapter(model, loss)
     meta = adapter.init(meta) if meta.keys() != adapter.shapes().keys() else meta
     with ChunkPool(1) as pool:
         adapted = Adapted([], {}, meta, batches=list(batches))
-        iteration = 3 if order is None else order  # the last, where annealed rows are exact
-        problem = make_problem(row, config, iteration, adapted, meta, adapter, pool)
+        objective = Objective(algorithm.outer.loss(algorithm.outer_loss or loss))
+        problem = algorithm.meta.problem(
+            Sampled(adapter, adapted, pool, objective, progress=progress)
+        )
         gradient, stats = problem.gradient(meta)
     return gradient, stats, meta, adapter, problem
 
@@ -226,7 +220,7 @@ def test_every_step_of_maml_plus_plus_is_judged_by_the_query():
     batches = [support, support, query]
     said = {"inner.step_sizes": (0.3, 0.2), "meta.anneal_fraction": 1.0}
     _, stats, meta, adapter, problem = gradient_of(
-        "maml++", model, batches, doubled(model), steps=2, loss=squared_error, order=0, **said
+        "maml++", model, batches, doubled(model), steps=2, loss=squared_error, progress=0.0, **said
     )
     assert problem.objective.step_weights == (0.5, 0.5)
     assert stats["loss"] == pytest.approx(objective(adapter, batches, (0.5, 0.5))(meta), rel=1e-9)
@@ -251,7 +245,7 @@ def test_gradients_through_a_generated_last_layer_equal_finite_differences(name,
     ]
 
 
-# The rows that classification has -----------------------------------------------------------------
+# Algorithms of classification ----------------------------------------------------------------------
 
 
 def test_protomamls_first_logits_are_the_prototypical_networks_distances():
@@ -487,17 +481,24 @@ def test_pixels_that_are_not_finite_are_refused():
         FewShotFamily(images, labels, 3, 2, queries=3, test_queries=3)
 
 
+def used_on(family: str, name: str):
+    """An algorithm as it is used on a family."""
+    found = find_family(family)
+    return domain_of(found).algorithm(find_algorithm(name), found.name)
+
+
 @pytest.mark.parametrize("name", ["e-maml", "promp", "dice-maml", "maml-ppo"])
-def test_rows_that_need_a_policy_are_refused(name):
+def test_algorithms_that_need_a_policy_are_refused(name):
     with refused(name, "sinusoid", "maml-trpo"):
-        row_for(ALGORITHMS[name], find_family("sinusoid"))
+        used_on("sinusoid", name)
 
 
-def test_rows_of_classification_are_refused_elsewhere():
+def test_algorithms_of_classification_are_refused_elsewhere():
+    config = resolve(None, "sinusoid", "protomaml")
     with refused("protomaml", "sinusoid"):
-        row_for(ALGORITHMS["protomaml"], find_family("sinusoid"))
+        config.domain.model(config.algorithm, config.policy, find_family("sinusoid"))
     with refused("leopard", "navigation-2d"):
-        row_for(ALGORITHMS["leopard"], find_family("navigation-2d"))
+        used_on("navigation-2d", "leopard")
 
 
 def test_supervised_families_are_refused_as_environments():
@@ -508,9 +509,8 @@ def test_supervised_families_are_refused_as_environments():
 
 
 def test_supervised_tasks_replace_a_trust_region_by_adam():
-    row = row_for(ALGORITHMS["maml-trpo"], find_family("sinusoid"))
-    assert row.outer == "adam"
-    assert row_for(ALGORITHMS["maml-trpo"], find_family("navigation-2d")).outer == "trust-region"
+    assert used_on("sinusoid", "maml-trpo").outer.name == "adam"
+    assert used_on("navigation-2d", "maml-trpo").outer.name == "trust-region"
 
 
 def test_characters_are_a_function_of_the_seed_and_differ():

@@ -16,12 +16,11 @@ from PIL import Image, ImageDraw
 from test_evaluation import navigator
 
 import metarl
-from metarl.algorithms.table import find_algorithm
-from metarl.config.options import Config, PolicyConfig
+from metarl.config.options import Config
 from metarl.envs import GymnasiumFamily, Uniform, make_family
 from metarl.envs.errors import UserError
+from metarl.models.policies import MLPPolicy
 from metarl.plots import video as videos
-from metarl.policies.building import policy_for
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.policies.policy import Policy
 from metarl.runs.checkpoints import CheckpointError
@@ -203,7 +202,7 @@ def test_an_adapted_policy_is_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize("algorithm", ["cavia", "oracle"])
 def test_adapted_policies_that_see_a_context_keep_it(algorithm, tmp_path):
     steps = {"oracle": 0, "cavia": 1}[algorithm]
-    meta = navigator(algorithm=algorithm)
+    meta = navigator(algorithm)
     policy = meta.adapt(GOAL, steps=steps, episodes=3)
     policy.save(tmp_path / "adapted")
     again = metarl.load_policy(tmp_path / "adapted")
@@ -238,8 +237,9 @@ class Draws(gym.Env):
 def family_and_policy(env: type[Draws]) -> tuple[GymnasiumFamily, Policy]:
     tasks = Uniform({"x": (0.0, 1.0)})
     family = GymnasiumFamily(name="draws", env=env, tasks=tasks, horizon=3)
-    config = Config(policy=PolicyConfig(hidden=(4,)))
-    network = policy_for(find_algorithm(config.algorithm), config, family)
+    config = Config().with_options({"policy.hidden": (4,)})
+    network = config.domain.model(config.algorithm, config.policy, family)
+    assert isinstance(network, MLPPolicy)
     params = network.init(np.random.default_rng(0))
     record = {"task": None, "steps": 0, "episodes": 0, "seed": 0}
     return family, Policy(network, params, Draws.action_space, 3, config, record)

@@ -19,14 +19,18 @@ __all__ = ["Algorithm", "algorithms", "find_algorithm"]
 
 @cache
 def algorithms() -> dict[str, Algorithm]:
-    """Return the algorithms of this package by name, references last."""
+    """Return the algorithms of this package by name, references last, and the oracle after them."""
     found: dict[str, Algorithm] = {}
     for module in pkgutil.iter_modules(__path__):
         for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
             if isinstance(value, Algorithm):
                 found[value.name] = dataclasses.replace(value, source=value.name)
 
-    return dict(sorted(found.items(), key=lambda item: (item[1].reference, item[0])))
+    def place(item: tuple[str, Algorithm]) -> tuple[bool, bool, str]:
+        name, algorithm = item
+        return algorithm.reference, algorithm.task_conditioned, name
+
+    return dict(sorted(found.items(), key=place))
 
 
 def find_algorithm(what: str | Algorithm) -> Algorithm:

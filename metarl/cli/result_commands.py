@@ -233,7 +233,8 @@ def report(command: Report) -> int:
         raise UserError("name a run folder, a policy file or a shipped policy to report on")
     check_file("--out", command.out, (".html", ".htm"))
     what = command.what[0]
-    digest = load(what).digest
+    policy = load(what)
+    digest = policy.digest
     folder = results_folder(what)
     named = {"tasks": command.tasks, "episodes": command.episodes, "steps": command.steps}
     asked: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
@@ -269,6 +270,7 @@ def report(command: Report) -> int:
     config = folder / "config.json"
     run = json.loads(config.read_text("utf-8")) if config.exists() else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_report(folder, out, f"metarl: {short_name(what)}", run=run, no_video=why)
+    title = f"metarl: {short_name(what)}"
+    write_report(folder, out, title, config=policy.config, run=run, no_video=why)
     say("\n".join([*notes, str(out)]))
     return 0

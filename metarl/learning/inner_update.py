@@ -7,9 +7,9 @@ so the gradient of the sum is each task's own gradient.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -317,6 +317,8 @@ class InnerUpdate(Part):
     """Size of each inner step; steps beyond those given repeat the last."""
     test_step_sizes: tuple[float, ...] = ()
     """Size of each inner step in evaluation; by default those learned, else those of training."""
+    halve_in_evaluation: bool = False
+    """Halve the steps after the first in evaluation, unless test_step_sizes are given."""
     loss: Loss | None = fixed(None)
     """Inner loss; None: the model's own, for policies the log-likelihood."""
     adapts: Fast = fixed("all")
@@ -350,7 +352,9 @@ class InnerUpdate(Part):
     @property
     def sizes_in_evaluation(self) -> tuple[float, ...]:
         """Size of each inner step in evaluation; empty: as in training."""
-        return self.test_step_sizes
+        halved = self.halve_in_evaluation and len(self.sizes_in_training) == 1
+        first = self.sizes_in_training[0]
+        return self.test_step_sizes or ((first, first / 2) if halved else ())
 
     def adapter(self, model: Model, loss: Loss) -> Adapter:
         """Return how a model adapts.
@@ -371,8 +375,6 @@ class GradientUpdate(InnerUpdate):
     min_kl: float = of_policies(0.0)
     """Lower bound on the mean KL of the first inner step: if step_sizes move policies less,
     training scales them all up to it, and the policy keeps the factor; 0: off."""
-    halve_in_evaluation: bool = False
-    """Halve the steps after the first in evaluation, unless test_step_sizes are given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -386,12 +388,6 @@ class GradientUpdate(InnerUpdate):
                 " and no lower bound on a fixed sample"
             )
 
-    @property
-    def sizes_in_evaluation(self) -> tuple[float, ...]:
-        halved = self.halve_in_evaluation and len(self.step_sizes) == 1
-        first = self.step_sizes[0]
-        return self.test_step_sizes or ((first, first / 2) if halved else ())
-
     def adapter(self, model: Model, loss: Loss) -> Adapter:
         fitted = self.policies and self.min_kl > 0.0
         adapter = super().adapter(model, loss)
@@ -404,6 +400,7 @@ class LearnedStepSizes(InnerUpdate):
 
     per: Literal["layer", "parameter"] = fixed("layer")
     """One size for each layer and step, or for each scalar parameter."""
+    halve_in_evaluation: bool = fixed(False)
 
     @property
     def learns_step_sizes(self) -> bool:
@@ -432,14 +429,26 @@ class ProximalUpdate(InnerUpdate):
     updates: int = 8
     """Gradient steps on each batch."""
     proximal: float = 10.0
-    """Strength of the pull towards the initialization (lambda)."""
+    """Strength of the pull towards the initialization (lambda); with other step_sizes given, by
+    default half of the inverse of the first."""
     backtrack: bool = False
     """Take no update that raises a task's inner objective, and halve its later ones."""
 
     def __post_init__(self) -> None:
         self.require_positive("proximal")
         self.require_at_least(1, "updates")
-        dataclasses.replace(_PLAIN, steps=self.steps, step_sizes=self.sizes_in_training)
+        dataclasses.replace(
+            _PLAIN,
+            steps=self.steps,
+            step_sizes=self.sizes_in_training,
+            test_step_sizes=self.test_step_sizes,
+        )
+
+    def with_options(self, values: Mapping[str, Any]) -> Self:
+        part = super().with_options(values)
+        if part.step_sizes and part.step_sizes != self.step_sizes and "proximal" not in values:
+            return dataclasses.replace(part, proximal=0.5 / part.step_sizes[0])
+        return part
 
     @property
     def sizes_in_training(self) -> tuple[float, ...]:

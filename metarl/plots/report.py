@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from metarl.config.options import Config
 from metarl.evaluation.tables import counted, tables
 from metarl.plain_json import json_text
 from metarl.plots.video import to_webm
@@ -50,6 +51,7 @@ def write_report(
     out: Path,
     title: str,
     *,
+    config: Config | None = None,
     run: Mapping[str, Any] | None = None,
     no_video: str = "",
 ) -> None:
@@ -59,6 +61,7 @@ def write_report(
         folder: holds `evaluation.json`, and pictures and a video where they were made.
         out: the file to write.
         title: of the page.
+        config: of the training, if it is known.
         run: content of the run's `config.json`; none for a policy that is no run.
         no_video: why there is none.
     """
@@ -66,9 +69,8 @@ def write_report(
     parts = [f"<h1>{html.escape(title)}</h1>", _setting(evaluation)]
     parts.append(f'<p class="verdict">{html.escape(evaluation["verdict"])}</p>')
     parts.append(_tables(evaluation))
-    options = {} if run is None else run["config"]["options"]
-    stratified = options.get("stratified", False)
-    adapts = run is None or options.get("inner.steps", 0) > 0  # in training
+    stratified = config is not None and config.stratified
+    adapts = config is None or config.inner.steps > 0  # in training
     if adapts and (said := findings(read_metrics(folder), stratified=stratified)):
         parts.append("<h2>Is it adapting?</h2>")
         parts += [f"<p>{html.escape(sentence)}</p>" for sentence in said]
