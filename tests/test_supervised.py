@@ -245,7 +245,7 @@ def test_gradients_through_a_generated_last_layer_equal_finite_differences(name,
     ]
 
 
-# Algorithms of classification ----------------------------------------------------------------------
+# Algorithms of classification ---------------------------------------------------------------------
 
 
 def test_protomamls_first_logits_are_the_prototypical_networks_distances():
