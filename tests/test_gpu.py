@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from test_trainer import small
+from conftest import small
 
-from metarl.algorithms.table import ALGORITHMS
+from metarl.algorithms import algorithms, find_algorithm
 from metarl.config.options import Config
-from metarl.config.resolve import resolve
 from metarl.distributed.chunk_pool import ChunkPool
-from metarl.learning.meta_gradients import Problem, UnrolledProblem
+from metarl.learning.meta_gradients.problem import Objective, Problem, Sampled
+from metarl.learning.meta_gradients.unrolled import UnrolledProblem
+from metarl.learning.trust_region import TrustRegion
 from metarl.models.networks import Params, flatten
 from metarl.runs.metrics import read_metrics
 from metarl.sampling.rollouts import RandomKey
-from metarl.training.iterations import make_problem
 from metarl.training.trainer import Trainer, train
 
 GPU = "cuda"
@@ -26,32 +25,32 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 ROWS = [
     name
-    for name, row in ALGORITHMS.items()
+    for name, row in algorithms().items()
     if not row.reference and name not in ("protomaml", "leopard")  # of classification
 ]
 
 
 def config_of(algorithm: str, **values: Any) -> Config:
     """Return a small run of an algorithm, with its own options."""
-    base, own = small(), resolve(None, "navigation-2d", algorithm)
-    return dataclasses.replace(
-        own, tasks=base.tasks, episodes=base.episodes, policy=base.policy, threads=1,
-        family_options=base.family_options, **values,
-    )  # fmt: skip
+    return small(algorithm, threads=1, **values)
 
 
 def problems(algorithm: str) -> tuple[Params, Problem, Problem]:
     """Return meta-parameters and one iteration's problem, on the processor and on the GPU."""
-    config, row = config_of(algorithm), ALGORITHMS[algorithm]
+    config = config_of(algorithm)
+    meta = config.algorithm.meta
     with Trainer(config) as trainer:
         adapted = trainer.inner_loop.run(
-            trainer.source.open(RandomKey(config.seed)).sample, trainer.state.params, config.tasks,
-            steps=config.inner.steps, query="none" if row.gradient == "displacement" else "batch",
+            trainer.source.open(RandomKey(config.seed), trainer.state.baseline).sample,
+            trainer.state.params, config.tasks, steps=config.inner.steps, query=meta.needs_query,
         )  # fmt: skip
+        loss = config.outer.loss(trainer.domain.outer_loss(trainer.model))
         here, there = (
-            make_problem(
-                row, dataclasses.replace(config, device=device), 0, adapted, adapted.meta,
-                trainer.inner_loop.adapter, ChunkPool(),
+            meta.problem(
+                Sampled(
+                    trainer.inner_loop.adapter, adapted, ChunkPool(), Objective(loss),
+                    chunk=trainer.source.chunk(adapted.batches, device), device=device,
+                )
             )
             for device in ("cpu", GPU)
         )  # fmt: skip
@@ -65,7 +64,7 @@ def test_gradients_and_fisher_products_agree_with_the_cpu(algorithm):
     gradient, _ = there.gradient(meta)
     assert gradient.device.type == "cpu"
     assert (gradient - expected).norm() < 1e-4 * expected.norm()
-    if ALGORITHMS[algorithm].outer == "trust-region":
+    if isinstance(find_algorithm(algorithm).outer, TrustRegion):
         assert isinstance(here, UnrolledProblem)
         assert isinstance(there, UnrolledProblem)
         v = torch.randn(flatten(meta).shape, generator=torch.Generator().manual_seed(0))

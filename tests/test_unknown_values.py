@@ -13,15 +13,22 @@ from expecting import refused, run
 from gymnasium.vector import AutoresetMode
 
 import metarl
-from metarl.algorithms.table import ALGORITHMS, Algorithm
+from metarl.algorithms import Algorithm, find_algorithm
 from metarl.envs import Finite, TaskFamily, Uniform, make_family
 from metarl.envs.checks.checker import Finding
 from metarl.envs.families.tabular import TabularFamily
 from metarl.envs.registry import find_family
 from metarl.envs.supervised.family import FunctionFamily
 from metarl.envs.supervised.few_shot import FewShotFamily
-from metarl.learning.inner_update import Adapter
+from metarl.learning.inner_update import (
+    Adapter,
+    GradientUpdate,
+    LearnedStepSizes,
+    ProximalUpdate,
+)
 from metarl.learning.losses import log_likelihood
+from metarl.learning.meta_gradients.implicit import Implicit
+from metarl.learning.meta_gradients.reptile import Reptile
 from metarl.models.policies import GaussianMLP
 from metarl.models.predictors import Classifier
 from metarl.plots.figures import plot_learning
@@ -36,64 +43,68 @@ from metarl.sampling.spaces import (
     space_from_json,
     space_to_json,
 )
-from metarl.training.checks import check_device
-from metarl.training.iterations import make_outer
+from metarl.training.trainer import check_device
 
 POLICY = GaussianMLP(observation_dim=3, action_dim=2, hidden=(5,))
 BOX = gym.spaces.Box(-1.0, 1.0, (2,))
-ROW = {"name": "mine", "description": "", "source": ""}
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("gradient", "unroled"),
-        ("outer", "AdamW"),
-        ("outer", "Adam"),
+        ("inner", "gradient"),
+        ("inner", GradientUpdate),
+        ("inner", None),
+        ("meta", "unroled"),
+        ("meta", None),
+        ("outer", "adamq"),
         ("outer", None),
         ("outer", ["adam"]),
-        ("fast", "body"),
-        ("learned_steps", "yes"),
-        ("learned_steps", True),
+        ("advantage", "gae"),
+        ("baseline", True),
+        ("outer_loss", "likelihood-ratio"),
+        ("task_weights", 1.0),
+        ("regularizer", "l2"),
         ("head", "last"),
-        ("inner_loss", "log-likelihood"),
-        ("first_order", "no"),
-        ("whole_episodes", 1),
-        ("annealed", "true"),
-        ("observes_task", None),
+        ("task_conditioned", None),
         ("reference", "False"),
     ],
 )
 def test_every_field_of_an_algorithm_is_checked(field, value):
-    with refused("mine", field):
-        Algorithm(**ROW, **{field: value})
-    with refused("maml-trpo", field):
-        dataclasses.replace(ALGORITHMS["maml-trpo"], **{field: value})
+    with refused(field):
+        Algorithm(name="mine", **{field: value})
+    with refused(field):
+        dataclasses.replace(find_algorithm("maml-trpo"), **{field: value})
+
+
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_an_algorithm_has_a_name(name):
+    with refused("name"):
+        Algorithm(name=name)
 
 
 @pytest.mark.parametrize(
-    ("outer", "gradient"),
+    ("outer", "meta"),
     [
-        ("trust-region", "displacement"),
-        ("trust-region", "implicit"),
-        ("clipped", "displacement"),
+        ("trust-region", Reptile()),
+        ("trust-region", Implicit()),
+        ("clipped", Reptile()),
     ],
 )
-def test_an_outer_step_that_cannot_use_the_gradient_is_refused(outer, gradient):
-    with refused("mine", outer, gradient):
-        Algorithm(**ROW, outer=outer, gradient=gradient)
+def test_an_outer_optimizer_that_cannot_use_the_meta_gradient_is_refused(outer, meta):
+    with refused("mine", "outer", type(meta).__name__):
+        Algorithm(name="mine", meta=meta, outer=outer)
 
 
-def test_an_inner_loss_by_name_is_checked():
-    with refused("inner.loss", "likelihood"):
-        ALGORITHMS["promp"].with_inner_loss("likelihood")
-
-
-def test_an_outer_step_that_slipped_through_is_not_trained_with_adam():
-    row = dataclasses.replace(ALGORITHMS["maml-trpo"])
-    object.__setattr__(row, "outer", "AdamW")
-    with refused("outer", "AdamW"):
-        make_outer(row, metarl.resolve(None, "navigation-2d"))
+@pytest.mark.parametrize("kind", [GradientUpdate, LearnedStepSizes, ProximalUpdate])
+def test_every_field_of_an_inner_update_is_checked(kind):
+    for field, value in {
+        "loss": "likelihood", "adapts": "body", "steps": -1, "step_sizes": (-0.1,),
+        "test_step_sizes": (0.1, 0.0),
+    }.items():  # fmt: skip
+        said = value[-1] if isinstance(value, tuple) else value
+        with refused(f"inner.{field}", said):
+            kind(**{field: value})
 
 
 def _classifier(**options):
@@ -137,6 +148,7 @@ CALLS = {
     "Adapter.learned": (
         lambda: Adapter(POLICY, log_likelihood, (0.1,), learned="all"), "learned", "all",
     ),
+    "inner.per": (lambda: LearnedStepSizes(per="all"), "inner.per", "all"),
     "policy.activation": (
         lambda: dataclasses.replace(POLICY, activation="gelu"), "activation", "gelu",
     ),
@@ -243,6 +255,8 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
         ("--policy.activation", "gelu"),
         ("--policy.network", "conv4"),
         ("--inner.loss", "dice"),
+        ("--outer", "adamq"),
+        ("--outer.schedule", "linear"),
         ("--device", "cudnn"),
         ("--advantage.targets", "td"),
     ],

@@ -85,6 +85,12 @@ class Algorithm:
                 f"{self.name}: a trust region needs an unrolled meta-gradient, got"
                 f" {type(self.meta).__name__}: take another outer optimizer, such as adam"
             )
+        if self.outer.needs_policy and not self.meta.needs_query:
+            raise UserError(
+                f"{self.name}: outer {self.outer.name} needs samples of the adapted policies, and"
+                f" {type(self.meta).__name__} draws none: take another outer optimizer, such as"
+                " adam"
+            )
         if self.outer_loss is not None and self.outer.loss(self.outer_loss) is not self.outer_loss:
             raise UserError(f"{self.name}: outer {self.outer.name} has an outer loss of its own")
         if not self.meta.needs_query and self.outer.policies:

@@ -327,10 +327,16 @@ class InnerUpdate(Part):
     def __post_init__(self) -> None:
         self.require_at_least(0, "steps")
         check_one_of(self.key("adapts"), self.adapts, get_args(Fast))
-        if not self.step_sizes:
+        if self.loss is not None and not callable(self.loss):
+            raise UserError(
+                f"{self.key('loss')} must be a function (model, output, samples) -> [tasks], got"
+                f" {self.loss!r}"
+            )
+        training, evaluation = self.sizes_in_training, self.test_step_sizes
+        if not training:
             raise UserError(f"{self.key('step_sizes')} must not be empty")
-        for name in ("step_sizes", "test_step_sizes"):
-            for size in getattr(self, name):
+        for name, sizes in (("step_sizes", training), ("test_step_sizes", evaluation)):
+            for size in sizes:
                 if not 0.0 < size < float("inf"):
                     raise UserError(f"{self.key(name)} must be positive, got {size}")
 
@@ -402,6 +408,10 @@ class LearnedStepSizes(InnerUpdate):
     """One size for each layer and step, or for each scalar parameter."""
     halve_in_evaluation: bool = fixed(False)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of(self.key("per"), self.per, ("layer", "parameter"))
+
     @property
     def learns_step_sizes(self) -> bool:
         return True
@@ -436,13 +446,8 @@ class ProximalUpdate(InnerUpdate):
 
     def __post_init__(self) -> None:
         self.require_positive("proximal")
+        super().__post_init__()
         self.require_at_least(1, "updates")
-        dataclasses.replace(
-            _PLAIN,
-            steps=self.steps,
-            step_sizes=self.sizes_in_training,
-            test_step_sizes=self.test_step_sizes,
-        )
 
     def with_options(self, values: Mapping[str, Any]) -> Self:
         part = super().with_options(values)
@@ -468,6 +473,3 @@ class EvaluationUpdate(GradientUpdate):
     """No inner step in training; gradient steps in evaluation."""
 
     steps: int = fixed(0)
-
-
-_PLAIN = InnerUpdate()
