@@ -50,28 +50,6 @@ __all__ = [
     "register",
 ]
 
-GYMNASIUM_IDS = {
-    "metarl/AntDir-v0": "ant-dir",
-    "metarl/AntGoal-v0": "ant-goal",
-    "metarl/AntVel-v0": "ant-vel",
-    "metarl/Bandit-v0": "bandit",
-    "metarl/CartPoleLength-v0": "cartpole-length",
-    "metarl/HalfCheetahDir-v0": "half-cheetah-dir",
-    "metarl/HalfCheetahVel-v0": "half-cheetah-vel",
-    "metarl/HopperParams-v0": "hopper-params",
-    "metarl/HumanoidDir-v0": "humanoid-dir",
-    "metarl/MetaWorldML1-v0": "metaworld-ml1",
-    "metarl/MetaWorldML10-v0": "metaworld-ml10",
-    "metarl/MetaWorldML45-v0": "metaworld-ml45",
-    "metarl/Navigation2D-v0": "navigation-2d",
-    "metarl/PendulumGravity-v0": "pendulum-gravity",
-    "metarl/SwimmerVel-v0": "swimmer-vel",
-    "metarl/TabularMDP-v0": "tabular-mdp",
-    "metarl/Walker2dDir-v0": "walker2d-dir",
-    "metarl/Walker2dParams-v0": "walker2d-params",
-    "metarl/Walker2dVel-v0": "walker2d-vel",
-}
-
 
 def make_env(family: str, render_mode: str | None = None, **keywords: Any) -> gym.Env:
     """Entry point of `gym.make`: one environment of a family."""
@@ -137,12 +115,3 @@ def _column(name: str, value: Any, count: int) -> np.ndarray:
 for _package in (families, supervised):  # importing a module registers its families
     for _module in pkgutil.iter_modules(_package.__path__):
         importlib.import_module(f"{_package.__name__}.{_module.name}")
-
-for _id, _family in GYMNASIUM_IDS.items():
-    if _id not in gym.registry:
-        gym.register(
-            id=_id,
-            entry_point="metarl.envs:make_env",
-            vector_entry_point="metarl.envs:make_vec_env",
-            kwargs={"family": _family},
-        )

@@ -14,7 +14,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, overload
+
+import gymnasium as gym
 
 from metarl.envs import guard
 from metarl.envs.errors import UserError, check_name, did_you_mean
@@ -30,14 +32,38 @@ _kinds: dict[tuple[int, str], tuple[Any, tuple[str, Mapping[str, Any]]]] = {}
 _MORE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def register(factory: Factory) -> Factory:
+@overload
+def register(factory: Factory) -> Factory: ...
+
+
+@overload
+def register(*, gymnasium_id: str) -> Callable[[Factory], Factory]: ...
+
+
+def register(factory: Factory | None = None, *, gymnasium_id: str = "") -> Any:
     """Offer a function that returns a family under its own name, '_' read as '-' (decorator).
+
+    Args:
+        factory: the function.
+        gymnasium_id: also register the family with Gymnasium, for `gym.make` and `gym.make_vec`.
 
     Raises:
         UserError: another function has that name already.
     """
-    _factories[_free_name(factory)] = factory
-    return factory
+
+    def add(factory: Factory) -> Factory:
+        name = _free_name(factory)
+        _factories[name] = factory
+        if gymnasium_id and gymnasium_id not in gym.registry:
+            gym.register(
+                id=gymnasium_id,
+                entry_point="metarl.envs:make_env",
+                vector_entry_point="metarl.envs:make_vec_env",
+                kwargs={"family": name},
+            )
+        return factory
+
+    return add if factory is None else add(factory)
 
 
 def _free_name(factory: Any) -> str:

@@ -1,27 +1,31 @@
-"""An algorithm of your own is a row of a table; here one row is added and trained for seconds.
+"""An algorithm of your own: MAML with another inner loss, trained for a few seconds.
 
 MAML takes one policy-gradient step on each batch of episodes. Clipped like PPO's, the inner loss
-can take several.
+can take several. From a shell:
+
+    metarl train navigation-2d --algorithm examples.my_algorithm:maml_clipped --iterations 3
 """
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 
 import metarl
-from metarl.algorithms.table import ALGORITHMS, Algorithm
+from metarl.algorithms import find_algorithm
+from metarl.learning.inner_update import GradientUpdate
 from metarl.learning.losses import clipped_ratio
 
-ALGORITHMS["maml-clipped"] = Algorithm(
+maml_clipped = dataclasses.replace(
+    find_algorithm("maml-trpo"),
     name="maml-clipped",
-    description="as maml-trpo, the inner loss clipped",
-    source="Finn et al. 2017; Schulman et al. 2017",
-    inner_loss=partial(clipped_ratio, clip=0.2),
-    defaults={"inner": {"updates": 3}},
+    summary="as maml-trpo, the inner loss clipped",
+    citation="Finn et al. 2017; Schulman et al. 2017",
+    inner=GradientUpdate(loss=partial(clipped_ratio, clip=0.2), updates=3),
 )
 
-config = metarl.resolve(
-    "icml2017", "navigation-2d", "maml-clipped", overrides={"iterations": 3, "tasks": 10}
-)
-folder = Path("runs/example-maml-clipped")
-meta_policy = metarl.train(config, folder, resume=folder.exists())
-print(metarl.evaluate(meta_policy, tasks=10, episodes=10, steps=1).table())
+if __name__ == "__main__":
+    config = metarl.resolve(
+        "icml2017", "navigation-2d", "my_algorithm:maml_clipped", {"iterations": 3, "tasks": 10}
+    )
+    meta_policy = metarl.train(config, Path("runs/example-maml-clipped"), resume="auto")
+    print(metarl.evaluate(meta_policy, tasks=10, episodes=10, steps=1).table())

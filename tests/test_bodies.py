@@ -13,7 +13,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 from metarl.config.options import Config, PolicyConfig
-from metarl.envs import GYMNASIUM_IDS, MujocoFamily, Uniform, make_family
+from metarl.envs import MujocoFamily, Uniform, make_family
 from metarl.envs.mujoco.bodies import BODIES
 from metarl.envs.mujoco.parameters import scaled_parameters
 from metarl.envs.mujoco.rewards import costs_and_bonus
@@ -423,7 +423,7 @@ def test_unknown_fields_and_files_that_a_family_uses_are_refused():
 )
 @pytest.mark.filterwarnings("ignore:.*A Box observation space m.*imum value is .*infinity")
 def test_gymnasium_ids_make_single_and_vector_environments(id, task):
-    assert id in GYMNASIUM_IDS
+    assert id in gym.registry
     env = gym.make(id, **task)
     check_env(env.unwrapped, skip_render_check=True)
     vector = gym.make_vec(id, num_envs=2, **task)

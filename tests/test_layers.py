@@ -111,7 +111,9 @@ def test_a_package_imports_only_its_own_room_and_those_above(package):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "envs").rglob("*.py")), ids=lambda path: f"{path.parent.name}.{path.stem}"
+    "path",
+    sorted((ROOT / "envs").rglob("*.py")),
+    ids=lambda path: f"{path.parent.name}.{path.stem}",
 )
 def test_envs_import_neither_torch_nor_the_rest(path):
     for node in ast.walk(ast.parse(path.read_text())):

@@ -157,7 +157,7 @@ def _variant(name: str) -> Scale:
     return VARIANTS[name]
 
 
-@register
+@register(gymnasium_id="metarl/AntDir-v0")
 def ant_dir(
     variant: str = "stock",
     horizon: int | None = None,
@@ -181,7 +181,7 @@ def ant_dir(
     )
 
 
-@register
+@register(gymnasium_id="metarl/AntVel-v0")
 def ant_vel(
     variant: str = "stock",
     low: float = 0.0,
@@ -202,7 +202,7 @@ def ant_vel(
     )
 
 
-@register
+@register(gymnasium_id="metarl/AntGoal-v0")
 def ant_goal(
     variant: str = "stock",
     reach: float = 3.0,

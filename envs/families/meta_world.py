@@ -280,7 +280,7 @@ def _family(
     )
 
 
-@register
+@register(gymnasium_id="metarl/MetaWorldML1-v0")
 def metaworld_ml1(
     task: str = "reach-v3", seed: int = 0, horizon: int = MAX_HORIZON
 ) -> MetaWorldFamily:
@@ -294,13 +294,13 @@ def metaworld_ml1(
     return _family("ML1", job, f"a robot arm does {job} at a place it is not told", horizon, seed)
 
 
-@register
+@register(gymnasium_id="metarl/MetaWorldML10-v0")
 def metaworld_ml10(seed: int = 0, horizon: int = MAX_HORIZON) -> MetaWorldFamily:
     """ML10: ten jobs to train and five others to test on, 50 places each, which `seed` draws."""
     return _family("ML10", None, "a robot arm does one of ten jobs; five to test", horizon, seed)
 
 
-@register
+@register(gymnasium_id="metarl/MetaWorldML45-v0")
 def metaworld_ml45(seed: int = 0, horizon: int = MAX_HORIZON) -> MetaWorldFamily:
     """ML45: 45 jobs to train and five others to test on, 50 places each, which `seed` draws."""
     return _family("ML45", None, "a robot arm does one of 45 jobs; five to test", horizon, seed)

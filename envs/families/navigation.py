@@ -121,7 +121,7 @@ def _draw(goal: Floats, trail: Sequence[Floats]) -> NDArray[np.uint8]:
     return frame
 
 
-@register
+@register(gymnasium_id="metarl/Navigation2D-v0")
 def navigation_2d(
     actions: Literal["scaled", "clipped"] = "scaled",
     horizon: int = 100,

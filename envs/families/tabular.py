@@ -180,7 +180,7 @@ class TabularVectorEnv(TaskVectorEnv):
         return np.eye(self.family.states, dtype=np.float32)[self._state]
 
 
-@register
+@register(gymnasium_id="metarl/TabularMDP-v0")
 def tabular_mdp(states: int = 10, actions: int = 5, horizon: int = 10) -> TabularFamily:
     """Random MDPs as in RL^2 (Duan et al. 2016, arXiv:1611.02779)."""
     if states < 2 or actions < 2:
@@ -196,7 +196,7 @@ def tabular_mdp(states: int = 10, actions: int = 5, horizon: int = 10) -> Tabula
     )
 
 
-@register
+@register(gymnasium_id="metarl/Bandit-v0")
 def bandit(arms: int = 5, horizon: int = 10) -> TabularFamily:
     """Bernoulli bandits, arms paying 1 with p ~ U[0, 1] (Duan et al. 2016); one pull a step."""
     if arms < 2:
