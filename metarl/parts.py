@@ -41,6 +41,8 @@ class Part:
 
     policies: bool = fixed(True)
     """Whether policies draw the samples."""
+    source: str = dataclasses.field(default="", compare=False, metadata={"option": False})
+    """Name that the part was chosen by, such as `module:attribute`; empty for its own name."""
 
     def without_policies(self) -> Self:
         """Return the part as it is used on examples of a data set."""

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from metarl.algorithms.outer_optimizers import find_outer
+from metarl.algorithms.named_parts import find_baseline, find_outer
 from metarl.envs.errors import UserError, check_one_of
 from metarl.learning.advantages import Advantages
 from metarl.learning.baselines import Baseline, LinearFeatures
@@ -65,6 +65,8 @@ class Algorithm:
         if not isinstance(self.name, str) or not self.name:
             raise UserError(f"an algorithm's name must be a text, got {self.name!r}")
         object.__setattr__(self, "outer", find_outer(self.outer))
+        if self.baseline is not None:
+            object.__setattr__(self, "baseline", find_baseline(self.baseline))
         kinds = {
             "inner": InnerUpdate, "meta": MetaGradient, "outer": OuterOptimizer,
             "advantage": Advantages | None, "baseline": Baseline | None,

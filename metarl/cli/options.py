@@ -33,7 +33,7 @@ def with_options(kind: type, config: Config) -> type:
         if section in CHOICES:
             text = f"{section.capitalize()} optimizer, by name or module:attribute."
             annotation = Annotated[str, tyro.conf.arg(name=section, help=text)]
-            fields.append(_field(section, annotation, part.name))  # type: ignore[attr-defined]
+            fields.append(_field(section, annotation, part.source or part.name))  # type: ignore[attr-defined]
         hints = typing.get_type_hints(type(part))
         for name in part.option_fields():
             key = part.key(name)

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from metarl.algorithms import Algorithm, find_algorithm
-from metarl.algorithms.outer_optimizers import find_outer
+from metarl.algorithms.named_parts import find_baseline, find_outer
 from metarl.distributed.process_group import local_ranks
 from metarl.domains.domain import Domain, NetworkOptions
 from metarl.domains.lookup import DOMAINS, domain_named
@@ -26,7 +26,7 @@ from metarl.parts import Part, converted
 from metarl.plain_json import plain
 from metarl.sampling.spaces import ActionMode
 
-CHOICES = {"outer": find_outer}
+CHOICES = {"outer": find_outer, "baseline": find_baseline}
 """Parts that are options themselves, by name."""
 
 
@@ -139,7 +139,7 @@ class Config:
         values = {k: getattr(self, k) for k in self.own if k not in self.hidden_options}
         for name, part in self.sections().items():
             if name in CHOICES:
-                values[name] = part.name  # type: ignore[attr-defined]
+                values[name] = part.source or part.name  # type: ignore[attr-defined]
             values |= {part.key(option): value for option, value in part.options().items()}
         return values
 
@@ -154,7 +154,7 @@ class Config:
         """
         config = self
         for name, find in CHOICES.items():  # a part first, then its options
-            if name in values and values[name] != getattr(config, name).name:
+            if name in values and values[name] != config.options().get(name):
                 part = find(values[name])
                 algorithm = dataclasses.replace(config.algorithm, **{name: part})
                 algorithm = domain_named(config.family, config.family_options).algorithm(

@@ -276,7 +276,10 @@ class EpisodeSamples(TaskSamples):
         algorithm = self.source.algorithm
         assert algorithm.advantage is not None
         assert algorithm.baseline is not None
-        return algorithm.baseline.update(self.baseline, self.rollouts, algorithm.advantage.discount)
+        return algorithm.baseline.update(
+            self.baseline, self.rollouts, algorithm.advantage.discount,
+            self.source.pool.process_group,
+        )  # fmt: skip
 
     def observed(self, params: Params) -> Params:
         source = self.source

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metarl.algorithms import Algorithm
-from metarl.algorithms.outer_optimizers import find_outer
+from metarl.algorithms.named_parts import find_outer
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.domains.domain import (
     Domain,

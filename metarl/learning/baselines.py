@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarl.distributed.process_group import ALONE, ProcessGroup
 from metarl.models.networks import Params
 from metarl.parts import Part
 from metarl.sampling.trajectories import Rollout
@@ -55,8 +56,19 @@ class Baseline(Part, ABC):
             valid: [T, E, H] bool; steps that are not valid hold zeros.
         """
 
-    def update(self, state: Params, rollouts: Sequence[Rollout], discount: float) -> Params:
-        """Return the state after an iteration's rollouts; by default unchanged."""
+    def update(
+        self,
+        state: Params,
+        rollouts: Sequence[Rollout],
+        discount: float,
+        process_group: ProcessGroup = ALONE,
+    ) -> Params:
+        """Return the state after an iteration's rollouts; by default unchanged.
+
+        Args:
+            rollouts: of this process's tasks, support first.
+            process_group: has the other tasks; the state must be the same in all processes.
+        """
         return state
 
 

@@ -52,7 +52,7 @@ class GradientSteps(OuterOptimizer):
     def init(self, meta: Params) -> OuterState:
         """Return the state before the first step: zeros of the shapes that it will have."""
         leaves = [torch.zeros_like(p) for p in meta.values()]
-        _, state = self._advance(leaves, list(meta), leaves, {}, self.learning_rate)
+        _, state = self.advance(leaves, list(meta), leaves, {}, self.learning_rate)
         return {name: torch.zeros_like(x) for name, x in state.items()}
 
     def step(
@@ -86,7 +86,7 @@ class GradientSteps(OuterOptimizer):
                 gradient = gradient * (self.max_norm / norm)
                 stats["bounded_gradients"] += 1
             slopes = list(unflatten(gradient, meta).values())
-            leaves, moments = self._advance(
+            leaves, moments = self.advance(
                 list(new.values()), list(meta), slopes, moments, rate * self.learning_rate
             )
             new = dict(zip(meta, leaves, strict=True))
@@ -100,7 +100,7 @@ class GradientSteps(OuterOptimizer):
             stats["seconds_evaluate"] = watch.lap()
         return new, moments, stats
 
-    def _advance(
+    def advance(
         self,
         values: list[Tensor],
         names: list[str],
