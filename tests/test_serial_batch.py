@@ -144,10 +144,10 @@ def test_contact_forces_from_the_whole_data_of_a_persistent_batch():
     assert np.array_equal(found[:60], found[60:])
 
 
-@pytest.mark.parametrize("scale", ["stock", "icml2017"])
-def test_a_family_gives_the_same_on_either_batch(monkeypatch, scale):
+@pytest.mark.parametrize("variant", ["stock", "icml2017"])
+def test_a_family_gives_the_same_on_either_batch(monkeypatch, variant):
     def episode() -> list[np.ndarray]:
-        family = make_family("half-cheetah-vel", scale=scale)
+        family = make_family("half-cheetah-vel", variant=variant)
         vector = family.make_vec(2, 2, autoreset_mode="Disabled")
         vector.set_tasks(family.tasks.grid(2))
         rng = np.random.default_rng(1)

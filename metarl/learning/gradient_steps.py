@@ -120,14 +120,21 @@ class GradientSteps(OuterOptimizer):
             if state.get(_STARTED):
                 for entry in _entries(state, name):
                     optimizer.state[leaf][entry] = state[f"{name}/{entry}"].clone()
-        optimizer.step()
-        new = {
-            f"{name}/{entry}": value
-            for leaf, name in zip(leaves, names, strict=True)
-            for entry, value in optimizer.state[leaf].items()
-            if isinstance(value, Tensor)
-        }
-        return leaves, {**new, _STARTED: torch.ones(())}
+        try:
+            optimizer.step()
+        except (TypeError, RuntimeError) as error:  # it needs a closure, or sparse gradients
+            raise UserError(f"outer {self.name} cannot take a plain step: {error}") from error
+        new = {_STARTED: torch.ones(())}
+        for leaf, name in zip(leaves, names, strict=True):
+            for entry, value in optimizer.state[leaf].items():
+                if isinstance(value, Tensor):
+                    new[f"{name}/{entry}"] = value
+                elif value is not None:
+                    raise UserError(
+                        f"outer {self.name} keeps {entry} as {type(value).__name__}: only tensors"
+                        " are kept from step to step"
+                    )
+        return leaves, new
 
 
 def _entries(state: OuterState, name: str) -> list[str]:
@@ -161,10 +168,10 @@ def optimizer_part(optimizer: type[torch.optim.Optimizer]) -> type[GradientSteps
     """Return the part for a class of optimizers: its arguments are options of the part."""
     options: list[tuple[str, Any, Any]] = []
     for name, parameter in inspect.signature(optimizer).parameters.items():
-        plain = isinstance(parameter.default, bool | int | float | tuple)
-        if plain and name not in _NOT_OPTIONS:
-            field = dataclasses.field(default=parameter.default)
-            options.append((name, type(parameter.default), field))
+        default = _plain_default(parameter)
+        if default is not None and name not in _NOT_OPTIONS:
+            kind = tuple[float, ...] if isinstance(default, tuple) else type(default)
+            options.append((name, kind, dataclasses.field(default=default)))
     return dataclasses.make_dataclass(
         optimizer.__name__,
         options,
@@ -179,6 +186,18 @@ def optimizer_part(optimizer: type[torch.optim.Optimizer]) -> type[GradientSteps
             "arguments": tuple(name for name, _, _ in options),
         },
     )
+
+
+def _plain_default(parameter: inspect.Parameter) -> Any:
+    """Return the default of an argument that is a number, a switch or numbers; else None."""
+    default, annotation = parameter.default, parameter.annotation
+    if isinstance(default, tuple):
+        return default if all(isinstance(x, int | float) for x in default) else None
+    if isinstance(default, int) and not isinstance(default, bool):
+        # torch writes `momentum: float = 0`, others `momentum=0`.
+        unknown = annotation is inspect.Parameter.empty and default == 0
+        return float(default) if unknown or "float" in str(annotation) else default
+    return default if isinstance(default, bool | float) else None
 
 
 def optimizer_named(name: str) -> type[torch.optim.Optimizer] | None:

@@ -120,6 +120,14 @@ class Adapter:
             sizes = torch.cat(learned, dim=1).mean(dim=1).tolist()
         return [size_at(sizes, k) for k in range(steps)]
 
+    def without_gradient(self, meta: Params) -> Params:
+        """Return the entries that no gradient moves: the fitted factor, and running statistics."""
+        return {
+            name: p
+            for name, p in meta.items()
+            if name == FACTOR or not (name.startswith(_STEP) or self.model.adapts(name, "all"))
+        }
+
     def _is_fast(self, name: str) -> bool:
         return self.fast != "context" and self.model.adapts(name, self.fast)
 

@@ -154,6 +154,8 @@ class Trainer:
             problem = algorithm.meta.problem(self._sampled(adapted, samples))
             rate = algorithm.outer.rate(self.progress)
             params, outer, stats = algorithm.outer.step(problem, params, outer, rate)
+            # Weight decay would move them, too.
+            params = {**params, **self.inner_loop.adapter.without_gradient(adapted.meta)}
         except NonFiniteError as error:
             stats["skipped"] = str(error)
         count = self.process_group.total(samples.count)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.distributed.process_group import ALONE, CHUNK, ProcessGroup
+from metarl.envs.errors import UserError
 from metarl.learning.inner_loop import Adapted
 from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import Loss, task_losses
@@ -126,8 +127,13 @@ class Problem(ABC):
             return gradient, loss
         theta = {name: p.detach().requires_grad_() for name, p in meta.items()}
         value = self.objective.regularizer(theta)
+        if not (isinstance(value, Tensor) and value.shape == () and value.requires_grad):
+            raise UserError(
+                "the regularizer must return one number, a tensor that depends on the"
+                f" meta-parameters, got {value!r}"
+            )
         own = flat_gradient(value, theta)
-        return gradient + own, None if loss is None else loss + float(value)
+        return gradient + own, None if loss is None else loss + float(value.detach())
 
 
 @dataclass
