@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import metarl
+from metarl.algorithms import algorithms
 from metarl.config.options import Config
+from metarl.envs.errors import UserError
 from metarl.runs.folder import run_config
 from metarl.runs.metrics import read_metrics
 
@@ -134,14 +137,31 @@ def test_hyper_parameters_and_config_are_in_tensorboard(tmp_path):
     assert told["algorithm"].string_value == "maml-trpo"
 
 
-def test_every_config_field_is_a_documented_flag(capsys):
-    assert run("train", "--help") == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for key, value in Config().to_json().items():
-        if key in ("family", "family_options"):
-            continue
-        for flag in [f"{key}.{name}" for name in value] if isinstance(value, dict) else [key]:
-            assert f"--{flag.replace('_', '-')}" in text
+@pytest.mark.parametrize("family", ["navigation-2d", "sinusoid"])
+@pytest.mark.parametrize("algorithm", sorted(algorithms()))
+def test_every_option_is_a_documented_flag(algorithm, family, capsys):
+    try:
+        config = Config.of(family, algorithm)
+    except UserError:
+        pytest.skip(f"{algorithm} is not for {family}")
+    assert run("train", family, "--algorithm", algorithm, "--preset", "None", "--help") == 0
+    flags = documented(capsys.readouterr().out)
+    for key in ["preset", "algorithm", "family_options", *config.options()]:
+        assert flags.get(f"--{key.replace('_', '-')}"), key
+
+
+def documented(text: str) -> dict[str, str]:
+    """The flags of a help page with what it says of them, without the defaults."""
+    words = re.sub(r"[│╭╮╰╯─]", " ", text).split()
+    found: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--") and word.strip("-"):
+            name = word.rstrip(",")
+            found[name] = []
+        elif name and word.isalpha() and word.islower():
+            found[name].append(word)
+    return {flag: " ".join(said) for flag, said in found.items()}
 
 
 def test_a_help_text_is_one_paragraph(capsys, monkeypatch):
@@ -168,12 +188,12 @@ def test_presets_fill_in_options_that_are_not_given(tmp_path):
     assert config.family_options == {"variant": "icml2017"}
     assert config.policy.hidden == (100, 100)
     assert config.policy.activation == "relu"
-    assert config.inner.test_step_sizes == (0.1, 0.05)
+    assert config.inner.sizes_in_evaluation == (0.1, 0.05)
     assert config.preset == "icml2017"
 
 
 @pytest.mark.parametrize(
-    ("words", "preset", "scale", "fitted"),
+    ("words", "preset", "variant", "fitted"),
     [
         (["half-cheetah-dir"], "metarl2026", "icml2017", 0.5),
         (["--threads", "1", "half-cheetah-dir"], "metarl2026", "icml2017", 0.5),
@@ -184,11 +204,13 @@ def test_presets_fill_in_options_that_are_not_given(tmp_path):
         (["bandit"], None, None, 0.0),
     ],
 )
-def test_a_family_with_a_recorded_preset_uses_it_by_default(words, preset, scale, fitted, tmp_path):
+def test_a_family_with_a_recorded_preset_uses_it_by_default(
+    words, preset, variant, fitted, tmp_path
+):
     small = ["--iterations", "1", "--tasks", "2", "--episodes", "1", "--policy.hidden", "8"]
     assert run("train", *words, *small, "--out", "run") == 0
     config = run_config(tmp_path / "run")
-    assert (config.preset, config.family_options.get("scale")) == (preset, scale)
+    assert (config.preset, config.family_options.get("variant")) == (preset, variant)
     assert config.inner.min_kl == fitted
 
 

@@ -48,7 +48,7 @@ def test_a_supervised_run_records_its_config_and_metrics(tmp_path, capsys):
     out = tmp_path / "run"
     assert run("train", "sinusoid", "--shots", "5", *SMALL, "--out", str(out)) == 0
     said = capsys.readouterr()
-    assert mentions(said.err, "Adam")  # instead of a trust region
+    assert mentions(said.err, "adam")  # instead of a trust region
     assert mentions(said.out, 4, 360, "metarl evaluate")  # examples: 4 x 6 x (5 + 10)
     assert json.loads((out / "config.json").read_text())["config"]["family_options"]["shots"] == 5
     rows = read_metrics(out)
@@ -82,7 +82,7 @@ def test_threads_do_not_change_a_run(algorithm):
     ["maml-trpo", "fomaml-trpo", "maml++", "meta-sgd", "anil", "cavia", "reptile", "imaml",
      "protomaml", "leopard", "pretrained"],
 )  # fmt: skip
-def test_every_row_runs_on_characters(algorithm):
+def test_every_algorithm_runs_on_characters(algorithm):
     with Trainer(small(algorithm)) as trainer:
         before = {name: p.clone() for name, p in trainer.state.params.items()}
         row = trainer.iterate()
@@ -99,7 +99,7 @@ def test_every_row_runs_on_characters(algorithm):
     ["maml-trpo", "fomaml-trpo", "maml++", "meta-sgd", "anil", "cavia", "reptile", "imaml",
      "pretrained", "oracle"],
 )  # fmt: skip
-def test_every_row_learns_sinusoids(algorithm):
+def test_every_algorithm_learns_sinusoids(algorithm):
     config = dataclasses.replace(resolve(None, "sinusoid", algorithm), threads=1)
     with Trainer(config) as trainer:
         rows = [trainer.iterate() for _ in range(60)]
@@ -254,7 +254,7 @@ def test_one_component_is_trained_and_drawn(tmp_path, capsys):
         run("train", family, *SMALL, "--family-options", "interval=(-2, 2)", "--out", str(out)) == 0
     )
     said = capsys.readouterr()
-    assert mentions(said.err, "Adam")
+    assert mentions(said.err, "adam")
     assert mentions(said.out, 480)
     assert run("evaluate", str(out), "--tasks", "4", "--steps", "1") == 0
     assert (out / "evaluation-tasks.png").exists()
@@ -352,12 +352,11 @@ def test_step_sizes_are_chosen_by_the_error(sinusoids):
         (["characters", "--algorithm", "oracle"], ["oracle"]),
         (["sinusoid", "--preset", "icml2017"], ["preset", "icml2017", "sinusoid"]),
         (["navigation-2d", "--preset", "reptile2018"], ["preset", "reptile2018", "navigation-2d"]),
-        (["sinusoid", "--episodes", "7"], ["episodes", "sinusoid"]),
-        (["sinusoid", "--advantage.gae-lambda", "0.5"], ["advantage", "sinusoid"]),
-        (["sinusoid", "--outer.max-kl", "0.1"], ["trust_region", "maml-trpo", "adam"]),
+        (["sinusoid", "--episodes", "7"], ["episodes"]),
+        (["sinusoid", "--advantage.gae-lambda", "0.5"], ["advantage.gae_lambda"]),
+        (["sinusoid", "--outer.max-kl", "0.1"], ["outer.max_kl"]),
         (["sinusoid", "--policy.filters", "8"], ["policy.filters", "conv4"]),
-        (["sinusoid", "--inner.loss", "log-likelihood"], ["inner.loss", "sinusoid"]),
-        (["sinusoid", "--inner.min-kl", "0.3"], ["inner.min_kl", "sinusoid"]),
+        (["sinusoid", "--inner.min-kl", "0.3"], ["inner.min_kl"]),
         (["characters", "--ways", "90"], ["characters", "ways", 90, 80, 400]),
         (["characters", "--shots", "19"], ["characters", "shots", "queries", 19, 20, 34]),
         (["characters", "--policy.network", "impala"], ["policy.network", "impala", "conv4"]),
@@ -366,7 +365,7 @@ def test_step_sizes_are_chosen_by_the_error(sinusoids):
         (["omniglot"], ["omniglot", "--family-options", "folder"]),
         (["characters", "--algorithm", "protomaml", "--inner.steps", "0"],
          ["protomaml", "inner.steps", 1]),
-        (["sinusoid", "--policy.normalize"], ["policy.normalize", "sinusoid"]),
+        (["sinusoid", "--policy.normalize"], ["policy.normalize"]),
     ],
 )  # fmt: skip
 def test_faults_are_named_in_one_line(words, names, tmp_path, capsys):

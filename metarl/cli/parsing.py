@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tyro
 
+from metarl.cli.streams import results
 from metarl.envs.errors import UserError, did_you_mean
 
 
@@ -77,7 +78,25 @@ def parse(kind: type, arguments: Sequence[str], *, prog: str, description: str) 
             words = _checked(words, flags_of(kind), _names(kind))
         except UserError as error:
             raise UserError(f"{error} ({prog} --help lists the options)") from error
-    return tyro.cli(kind, args=words, prog=prog, description=description)
+    with contextlib.redirect_stdout(results()):
+        return tyro.cli(kind, args=words, prog=prog, description=description)
+
+
+def first_name(words: Sequence[str], switches: Collection[str]) -> str:
+    """Return the first word that is neither a flag nor a flag's value; "" if there is none.
+
+    Args:
+        switches: the flags without a value. All others take one, or several numbers or name=value.
+    """
+    after_flag = False
+    for word in words:
+        if word.startswith("--"):
+            after_flag = "=" not in word and word not in switches
+        elif after_flag:
+            after_flag = False
+        elif word != "-h" and "=" not in word and not _is_number(word):
+            return word
+    return ""
 
 
 def flags_of(kind: type) -> dict[str, Flag]:
@@ -183,12 +202,14 @@ def _fits(flag: Flag, word: str) -> bool:
     """Return whether a word is one more value of a flag that takes several, and not a name."""
     if flag.kind is str and not flag.choices:
         return "=" in word
-    if flag.kind in (int, float):
-        with contextlib.suppress(ValueError):
-            float(word)
-            return True
-        return False
-    return True
+    return flag.kind not in (int, float) or _is_number(word)
+
+
+def _is_number(word: str) -> bool:
+    with contextlib.suppress(ValueError):
+        float(word)
+        return True
+    return False
 
 
 def _example(flag: Flag) -> str:

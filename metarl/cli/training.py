@@ -13,7 +13,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from metarl.algorithms import Algorithm, find_algorithm
 from metarl.cli.arguments import peek
+from metarl.cli.options import with_options
+from metarl.cli.parsing import first_name, flags_of
 from metarl.cli.streams import note, say
 from metarl.config.options import CHOICES, Config, default_workers
 from metarl.config.resolve import resolve, usual_preset
@@ -64,6 +67,7 @@ class Train:
         """Return the config that follows from the options that were given."""
         if peek(arguments, "--resume") in (None, _AUTO):
             return _resolved(config, said)
+        _check_same(config, said)
         options = {**config.family_options, **said.get("family_options", {})}
         config = dataclasses.replace(config, family_options=options)
         values = {k: v for k, v in said.items() if k in config.options()}
@@ -84,8 +88,9 @@ class Benchmark:
     @staticmethod
     def starting(arguments: Sequence[str]) -> Config:
         """Return the config that the flags change: a preset's."""
-        if arguments and arguments[0] in data_names():
-            make_family(arguments[0])  # raises: there is no simulation to measure
+        family = _family_named(arguments)
+        if family in data_names():
+            make_family(family)  # raises: there is no simulation to measure
         return _starting_config(arguments, family="half-cheetah-dir", preset="pearl2019")
 
     @staticmethod
@@ -103,7 +108,7 @@ def _family_flags(arguments: Sequence[str]) -> list[str]:
 
     Of a family of supervised tasks; a flag of the command itself is the command's.
     """
-    family = next((a for a in arguments[:1] if not a.startswith("-")), "")
+    family = _family_named(arguments)
     options = option_defaults(family) if family in data_names() else {}
     names = {f"--{name.replace('_', '-')}" for name in options} - {"--family-options"}
     words, found = [], []
@@ -127,13 +132,44 @@ def _family_flags(arguments: Sequence[str]) -> list[str]:
     return [*words, "--family-options", *found]
 
 
+def _check_same(config: Config, said: Mapping[str, Any]) -> None:
+    """Raise UserError if the words name another family, preset or algorithm than a run's."""
+    own = {
+        "family": config.family, "preset": config.preset, "algorithm": config.algorithm.source,
+    }  # fmt: skip
+    for key, value in own.items():
+        if said.get(key, value) != value:
+            raise UserError(
+                f"the run to resume has the {key} {value}, not {said[key]}: leave that out, or"
+                " start a new run"
+            )
+
+
+def _family_named(arguments: Sequence[str]) -> str:
+    """Return the family that a command line names, wherever it stands; "" for none."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0]
+    algorithm = dataclasses.replace(_algorithm_named(arguments), **_chosen(arguments))
+    flags = flags_of(with_options(Train, Config(algorithm=algorithm))) | flags_of(Benchmark)
+    return first_name(arguments, [name for name, flag in flags.items() if flag.kind is bool])
+
+
+def _algorithm_named(arguments: Sequence[str]) -> Algorithm:
+    return find_algorithm(peek(arguments, "--algorithm") or "maml-trpo")
+
+
+def _chosen(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the parts that a command line chooses, by the option that does."""
+    words = {name: peek(arguments, f"--{name}") for name in CHOICES}
+    return {name: word for name, word in words.items() if word is not None}
+
+
 def _starting_config(arguments: Sequence[str], *, family: str, preset: str = "") -> Config:
-    family = next((a for a in arguments[:1] if not a.startswith("-")), family)
-    algorithm = peek(arguments, "--algorithm") or "maml-trpo"
+    family = _family_named(arguments) or family
+    algorithm = _algorithm_named(arguments)
     named = peek(arguments, "--preset") or preset or usual_preset(family)
-    chosen = {name: peek(arguments, f"--{name}") for name in CHOICES}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    config = resolve(None if named == "None" else named, family, algorithm, chosen)
+    values = _chosen(arguments)
+    config = resolve(None if named == "None" else named, family, algorithm, values)
     return dataclasses.replace(config, workers=default_workers())
 
 
@@ -170,7 +206,6 @@ def _train(
 ) -> int:
     from tqdm import tqdm
 
-    from metarl.algorithms import find_algorithm
     from metarl.training import trainer
 
     config = command.config

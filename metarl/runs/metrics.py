@@ -179,8 +179,9 @@ class Events:
         from torch.utils.tensorboard import summary
 
         self.add(summary.text("config", f"```json\n{text}\n```"), 0)
-        flat = {}
-        for key, value in (json.loads(text) if text else {}).items():
+        config = json.loads(text) if text else {}
+        flat = config.pop("options", {})
+        for key, value in config.items():
             parts = value if isinstance(value, dict) else {"": value}
             flat |= {f"{key}.{name}".rstrip("."): part for name, part in parts.items()}
         plain = {
