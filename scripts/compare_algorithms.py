@@ -25,7 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import metarl
-from metarl.algorithms.table import ALGORITHMS, find_algorithm
+from metarl.algorithms import algorithms
 from metarl.cli.errors import exit_code
 from metarl.config.options import Config
 from metarl.distributed.process_group import ProcessGroup, joined
@@ -34,7 +34,7 @@ from metarl.runs.metrics import read_metrics
 
 Run = dict[str, Any]
 Results = dict[str, dict[int, Run]]  # by algorithm and seed
-OF_POLICIES = [row.name for row in ALGORITHMS.values() if row.head == "meta"]
+OF_POLICIES = [name for name, found in algorithms().items() if found.head == "meta"]
 """Other algorithms are for few-shot classification alone."""
 
 
@@ -65,13 +65,13 @@ def run_config(arguments: Arguments, name: str, seed: int) -> Config:
     said["family_options"] = parse_options(arguments.family_options)
     if arguments.tasks is not None:
         said["tasks"] = arguments.tasks
-    said["meta.second_order"] = 1.0  # as the papers have it; a preset's share is no algorithm's
     base = metarl.resolve(arguments.preset, arguments.family, name, said)
-    row = find_algorithm(name)
-    rollouts = base.inner.steps + (row.gradient != "displacement")
+    # As in the papers, not as in a preset.
+    base = base.with_options({"meta.second_order": 1.0}, known_only=True)
+    rollouts = base.inner.steps + base.meta.needs_query
     horizon = metarl.MetaPolicy({}, base).family.horizon
     iterations = max(1, arguments.env_steps // (rollouts * base.tasks * base.episodes * horizon))
-    if row.outer == "none":
+    if not base.outer.updates:
         iterations = 1  # nothing changes
     return dataclasses.replace(base, iterations=iterations, checkpoint_every=iterations)
 
@@ -160,7 +160,7 @@ def main(arguments: Arguments, process_group: ProcessGroup) -> int:
         folder = arguments.out / f"{name}-{seed}"
         config = run_config(arguments, name, seed)
         metarl.train(config, folder, resume="auto", process_group=process_group)
-        found = measured(folder, 0 if find_algorithm(name).task_conditioned else 1, process_group)
+        found = measured(folder, 0 if algorithms()[name].task_conditioned else 1, process_group)
         results.setdefault(name, {})[seed] = found
         if not process_group.is_main:
             return

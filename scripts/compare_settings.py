@@ -34,7 +34,7 @@ class Arguments:
     out: Path
     """Folder for the runs."""
     settings: tuple[str, ...]
-    """Such as `preset trust_region.growth_steps=3 tasks=40,episodes=10 stratified=False`."""
+    """Such as `preset outer.max_kl=0.02 tasks=40,episodes=10 stratified=False`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each setting."""
     iterations: int = 40

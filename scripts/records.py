@@ -27,11 +27,11 @@ class Row:
     """One row of the table: what is trained, for how long, and what it stands beside."""
 
     family: str
-    scale: str
+    variant: str
     env_steps: float
     """Budget of each seed."""
     published: Sequence[float | None] = (None, None, None)
-    """Returns after 1, 2 and 3 inner steps where the scale is not icml2017, see `published_of`."""
+    """Returns after 1, 2 and 3 inner steps if the variant is not icml2017, see `published_of`."""
     source: str = ""
     options: Sequence[str] = ()
     """Further options of the family."""
@@ -80,7 +80,7 @@ PUBLISHED = {
         "random": (-78.6, -62.8, -48.6, -35.6),
     },
 }
-"""Mean returns over 40 held-out tasks after 0, 1, 2 and 3 inner steps at the scale icml2017: the
+"""Mean returns over 40 held-out tasks after 0, 1, 2 and 3 inner steps, variant icml2017: the
 stored evaluation of the authors of arXiv:1703.03400. An oracle takes no step."""
 
 
@@ -89,7 +89,7 @@ ROWS = {
     "make-train": Row("half-cheetah-dir", "icml2017", 6.4e6, last=1),
     # Without a cosine a long run on direction falls again (docs/results.md).
     "half-cheetah-dir-icml2017": Row(
-        "half-cheetah-dir", "icml2017", 24e6, flags=("--outer.schedule cosine",)
+        "half-cheetah-dir", "icml2017", 24e6, flags=("--outer.schedule", "cosine")
     ),
     "half-cheetah-vel-icml2017": Row("half-cheetah-vel", "icml2017", 32e6),
     # Episodes that end early take fewer env steps than the budget; here 8M, less on the ants.
@@ -101,7 +101,7 @@ ROWS = {
     "half-cheetah-dir-promp2019": Row(
         "half-cheetah-dir", "promp2019", 9.6e6, (310.0, None, 405.0), f"{PROMP}; learn2learn"
     ),
-    # The published figure is of goals of up to 2 m/s; the scale's code has 3. A larger least step
+    # The published figure is of goals of up to 2 m/s; the authors' code has 3. A larger least step
     # goes farther there than the preset's (docs/results.md).
     "half-cheetah-vel-promp2019": Row(
         "half-cheetah-vel",
@@ -113,7 +113,7 @@ ROWS = {
         flags=("--inner.step-sizes", "0.05", "0.025"),
     ),
     "half-cheetah-dir-pearl2019": Row(
-        "half-cheetah-dir", "pearl2019", 40e6, flags=("--outer.schedule cosine",)
+        "half-cheetah-dir", "pearl2019", 40e6, flags=("--outer.schedule", "cosine")
     ),
     "half-cheetah-vel-pearl2019": Row("half-cheetah-vel", "pearl2019", 16e6),
     "ant-dir-icml2017": Row("ant-dir", "icml2017", 17.6e6, kept=36),
@@ -212,7 +212,7 @@ def returns_of_rows(records: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for one in records:
         row = ROWS[one["row"]]
-        paper = FINN if row.scale == "icml2017" else row.source
+        paper = FINN if row.variant == "icml2017" else row.source
         means = " | ".join(both_means(one["even"]))
         there = published_of(row, "MAML")[1:]
         published = " / ".join("none" if x is None else f"{x:g}" for x in there)
@@ -342,7 +342,7 @@ def both_means(found: Mapping[str, Any]) -> list[str]:
 
 def published_of(row: Row, policy: str) -> Sequence[float | None]:
     """Return a policy's published returns after 0, 1, 2 and 3 steps; None or less where unknown."""
-    if row.scale == "icml2017":
+    if row.variant == "icml2017":
         return PUBLISHED[row.family][policy]
     return (None, *row.published) if policy == "MAML" else ()
 

@@ -71,7 +71,7 @@ class Arguments:
 
 def flags_of(row: Row, arguments: Arguments, algorithm: str = "maml-trpo") -> list[str]:
     """Options of `metarl train` but for seed, threads and folder."""
-    options = [] if row.family == "navigation-2d" else [f"scale={row.scale}", *row.options]
+    options = [] if row.family == "navigation-2d" else [f"variant={row.variant}", *row.options]
     base = metarl.resolve(arguments.preset, row.family, algorithm)
     horizon = metarl.envs.make_family(row.family, **parse_options(options)).horizon
     batches = 1 if algorithm in REFERENCES else base.inner.steps + 1

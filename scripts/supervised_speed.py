@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from metarl import resolve
+from metarl.learning.meta_gradients.problem import Objective, Sampled
 from metarl.models.networks import Params, unflatten
 from metarl.models.samples import Examples
 from metarl.sampling.rollouts import RandomKey
-from metarl.training.iterations import make_problem
 from metarl.training.trainer import Trainer
 
 THREADS, SECONDS = 2, 10.0
@@ -105,22 +105,21 @@ def main() -> None:
         config = resolve(None, name, "maml-trpo", {"threads": THREADS, **values})
         sine, size = name == "sinusoid", config.inner.step_sizes[0]
         with Trainer(config) as trainer:
-            opened = trainer.source.open(RandomKey(0))
+            opened = trainer.source.open(RandomKey(0), {})
             meta, adapter = trainer.state.params, trainer.inner_loop.adapter
             adapted = trainer.inner_loop.draw(
-                opened.sample, meta, config.tasks, steps=1, query="batch"
+                opened.sample, meta, config.tasks, steps=1, query=True
             )
-            problem = make_problem(
-                trainer.algorithm, config, 0, adapted, meta, adapter, trainer.pool
-            )
+            objective = Objective(trainer.domain.outer_loss(trainer.model))
+            problem = config.meta.problem(Sampled(adapter, adapted, trainer.pool, objective))
             support, query = adapted.batches
             assert isinstance(support, Examples)
             assert isinstance(query, Examples)
             network = sine_network() if sine else Blocks(32, 32, 5)
             params = named_as_torch(meta, sine)
-            objective = plain(network, sine, size)
+            mean_loss = plain(network, sine, size)
 
-            def reference(params=params, objective=objective, s=support, q=query) -> Params:
+            def reference(params=params, objective=mean_loss, s=support, q=query) -> Params:
                 return grad(objective)(params, s, q)
 
             ours = named_as_torch(unflatten(problem.gradient(meta)[0], meta), sine)
