@@ -11,7 +11,7 @@ from conftest import double_params, random_batch, small
 from expecting import refused
 
 from metarl.algorithms import Algorithm, find_algorithm
-from metarl.algorithms.outer_optimizers import find_outer
+from metarl.algorithms.named_parts import find_outer
 from metarl.config.options import Config
 from metarl.learning.inner_update import Adapter, GradientUpdate
 from metarl.learning.losses import likelihood_ratio, log_likelihood
