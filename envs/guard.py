@@ -5,7 +5,7 @@ It finds its own value when it runs again, as in a program of its own, and metar
 Signal handlers are metarl's always, so that Ctrl-C keeps its meaning. Environment variables stay
 as they are set: libraries are configured by them.
 
-`metarl.learning` registers the settings of torch.
+`metarl.models` registers the settings of torch.
 """
 
 from __future__ import annotations
@@ -60,10 +60,14 @@ _running = False  # what user code calls is not guarded again
 
 
 def register(name: str, setting: Setting) -> None:
-    """Keep one more setting."""
-    SETTINGS[name] = setting
+    """Keep one more setting.
+
+    User code that runs keeps to those that it began with: it may be what imports them.
+    """
+    global SETTINGS, _quick
+    SETTINGS = {**SETTINGS, name: setting}
     if setting.each_step:
-        _quick[name] = setting
+        _quick = {**_quick, name: setting}
 
 
 def forget() -> None:

@@ -57,13 +57,11 @@ def end_of(folder: Path) -> str:
     return newest.name + json.dumps([held, rows])
 
 
-def one_kill(
-    folder: Path, process_group: int, iterations: int, rng: random.Random
-) -> tuple[float, float]:
+def one_kill(folder: Path, ranks: int, iterations: int, rng: random.Random) -> tuple[float, float]:
     """Return the seconds until the other ranks have ended, and until the next metrics."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-        str(process_group), "--max-restarts", "3", *TRAIN, str(iterations), "--out", str(folder),
+        str(ranks), "--max-restarts", "3", *TRAIN, str(iterations), "--out", str(folder),
     ]  # fmt: skip
     metrics = folder / "metrics.jsonl"
     at = rng.randrange(1, iterations - 5)
@@ -102,7 +100,7 @@ def main() -> None:
     expected, times = end_of(alone), []
     for i in range(options.kills):
         folder = options.out / f"kill-{i}"
-        times.append(one_kill(folder, options.process_group, options.iterations, rng))
+        times.append(one_kill(folder, options.ranks, options.iterations, rng))
         same = end_of(folder) == expected
         print(
             f"kill {i + 1}: the others ended after {times[-1][0]:.2f} s, the next iteration was"

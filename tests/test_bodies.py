@@ -12,7 +12,7 @@ from expecting import refused
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
-from metarl.config.options import Config, PolicyConfig
+from metarl.config.options import Config
 from metarl.envs import MujocoFamily, Uniform, make_family
 from metarl.envs.mujoco.bodies import BODIES
 from metarl.envs.mujoco.parameters import scaled_parameters
@@ -237,17 +237,17 @@ def test_the_ant_of_icml2017_equals_the_ant_of_rllab(name):
     assert touched > 0.0
 
 
-def test_scales_of_the_ant_set_horizon_and_bounds():
-    for scale, horizon, bound in (
+def test_variants_of_the_ant_set_horizon_and_bounds():
+    for variant, horizon, bound in (
         ("stock", 200, 1),
         ("promp2019", 100, 10),
         ("pearl2019", 200, 10),
     ):
-        family = make_family("ant-dir", scale=scale)
+        family = make_family("ant-dir", variant=variant)
         assert family.horizon == horizon
         assert family.make().action_space.high.tolist() == [bound] * 8
-    with refused("scale", "icml", "icml2017"):
-        make_family("ant-goal", scale="icml")
+    with refused("variant", "icml", "icml2017"):
+        make_family("ant-goal", variant="icml")
 
 
 # Bodies that vary ---------------------------------------------------------------------------------
@@ -441,10 +441,9 @@ def test_gymnasium_ids_make_single_and_vector_environments(id, task):
     ("name", "action"), [("ant-dir", "clip"), ("hopper-params", "clip"), ("humanoid-dir", "scale")]
 )
 def test_the_physics_ceiling_replays_the_states_of_the_rollout(name, action, monkeypatch):
-    config = Config(
-        family=name, family_options={"horizon": 40}, iterations=1, tasks=2, episodes=3, threads=2,
-        policy=PolicyConfig(hidden=(8,), action=action),
-    )  # fmt: skip
+    values = {"iterations": 1, "tasks": 2, "episodes": 3, "threads": 2}
+    network = {"policy.hidden": (8,), "policy.action": action}
+    config = Config.of(name, "maml-trpo", {"horizon": 40}).with_options(values | network)
     made = []
     with Trainer(config) as trainer:
         seen: list = []

@@ -99,8 +99,8 @@ def test_a_misspelt_name_or_option_is_refused_with_the_nearest_name():
         make_family("half-cheeta-vel")
     with refused("half-cheetah-vel", "hihg", "high"):
         make_family("half-cheetah-vel", hihg=3.0)
-    with refused("scale", "icml", "icml2017"):
-        make_family("half-cheetah-vel", scale="icml")
+    with refused("variant", "icml", "icml2017"):
+        make_family("half-cheetah-vel", variant="icml")
     with refused("tests_family_module", "grvity_family", "gravity_family"):
         make_family("tests_family_module:grvity_family")
     with refused("nowhere"):
@@ -229,7 +229,7 @@ def test_native_physics_equals_stock_half_cheetah_bit_for_bit(name, threads):
 
 
 @pytest.mark.parametrize(
-    ("scale", "horizon", "frame_skip", "size", "bound", "highest"),
+    ("variant", "horizon", "frame_skip", "size", "bound", "highest"),
     [
         ("icml2017", 200, 1, 20, 1.0, 2.0),
         ("promp2019", 100, 5, 17, 10.0, 3.0),
@@ -237,8 +237,10 @@ def test_native_physics_equals_stock_half_cheetah_bit_for_bit(name, threads):
         ("stock", 200, 5, 17, 1.0, 2.0),
     ],
 )
-def test_scales_set_horizon_frame_skip_and_bounds(scale, horizon, frame_skip, size, bound, highest):
-    family = make_family("half-cheetah-vel", scale=scale)
+def test_variants_set_horizon_frame_skip_and_bounds(
+    variant, horizon, frame_skip, size, bound, highest
+):
+    family = make_family("half-cheetah-vel", variant=variant)
     env = family.make()
     assert family.horizon == horizon
     assert family.frame_skip == frame_skip
@@ -648,7 +650,7 @@ def test_a_name_that_is_taken_is_refused():
     [
         (lambda: Uniform({"low": (1.0,)}), ["low", "(1.0,)"]),
         (lambda: Uniform({"low": (0.0, "x")}), ["low", 0.0, "x"]),
-        (lambda: make_family("half-cheetah-vel", scale=3), ["scale", 3, "icml2017"]),
+        (lambda: make_family("half-cheetah-vel", variant=3), ["variant", 3, "icml2017"]),
         (lambda: Finite("a", [[1.0]]), ["names", "('a',)"]),
         (lambda: Finite(("a",), [["x"]]), ["tasks", "x"]),
     ],

@@ -20,7 +20,7 @@ from expecting import mentions, refused, run
 import metarl
 from metarl.envs import check_task_family, guard
 from metarl.envs.errors import UserError
-from metarl.learning.settings import own_settings
+from metarl.models.settings import own_settings
 from metarl.runs.metrics import read_metrics
 
 TESTS = Path(__file__).parent
@@ -105,6 +105,11 @@ def settings() -> dict:
     logger = logging.getLogger("metarl.sampling.workers")
     logs = logger.isEnabledFor(logging.WARNING) and not logger.disabled
     return {**found, "logs": logs, "errors": foreign_envs.FILTER in warnings.filters}
+
+
+def test_user_code_may_be_the_first_to_import_what_has_settings():
+    script = "from metarl.envs import guard\nwith guard.user_code():\n    import metarl.models"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize("place", foreign_envs.PLACES[1:])

@@ -78,7 +78,8 @@ def faults(made: GymnasiumFamily) -> list[str]:
 def as_in(module, monkeypatch, made: GymnasiumFamily) -> Config:
     """Return a config that names the family."""
     monkeypatch.setattr(module, "present", made, raising=False)
-    return Config(family="test_observation_types:present", tasks=2, episodes=2, iterations=1)
+    values = {"tasks": 2, "episodes": 2, "iterations": 1}
+    return Config.of("test_observation_types:present", "maml-trpo").with_options(values)
 
 
 @pytest.fixture

@@ -56,9 +56,8 @@ def coin(kind: str = "bool") -> GymnasiumFamily:
 
 
 def policy(kind: str) -> MetaPolicy:
-    config = Config(
-        family="test_success:coin", family_options={"kind": kind}, tasks=2, episodes=2, iterations=1
-    )
+    values = {"tasks": 2, "episodes": 2, "iterations": 1}
+    config = Config.of("test_success:coin", "maml-trpo", {"kind": kind}).with_options(values)
     with Trainer(config) as trainer:
         return trainer.meta_policy()
 

@@ -34,9 +34,9 @@ from metarl.domains.reinforcement import Environments
 from metarl.envs import GymnasiumFamily, MujocoFamily, TaskFamily
 from metarl.envs.errors import UserError
 from metarl.envs.seeds import foreign_seed
-from metarl.learning.settings import own_settings
 from metarl.models.networks import Params, stack
 from metarl.models.policies import MLPPolicy
+from metarl.models.settings import own_settings
 from metarl.runs.checkpoints import machine, versions
 from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.spaces import env_action

@@ -28,7 +28,7 @@ from metarl.evaluation.results import REFERENCES, EvaluationResult
 from metarl.evaluation.scratch import LEARNING_RATE
 from metarl.evaluation.statistics import Floats
 from metarl.evaluation.supervised import SupervisedProtocol
-from metarl.learning.settings import own_settings
+from metarl.models.settings import own_settings
 from metarl.policies.loading import load
 from metarl.policies.meta_policy import MetaPolicy, checked_step_sizes, random_meta_policy
 from metarl.runs.fingerprint import changes

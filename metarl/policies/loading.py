@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from metarl.domains.reinforcement import spaces_of
-from metarl.learning.settings import own_settings
+from metarl.models.settings import own_settings
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.policies.policy import Policy
 from metarl.runs import checkpoints

@@ -33,10 +33,10 @@ from metarl.learning.advantages import to_batch
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.inner_update import FACTOR
 from metarl.learning.losses import Batch
-from metarl.learning.settings import own_settings
 from metarl.models.networks import Model, Params, copied
 from metarl.models.policies import MLPPolicy
 from metarl.models.predictors import Predictor
+from metarl.models.settings import own_settings
 from metarl.policies.adapted_predictor import AdaptedPredictor, as_examples
 from metarl.policies.online import OnlineAdapter
 from metarl.policies.policy import Policy

@@ -21,9 +21,9 @@ from metarl.envs.errors import UserError
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.losses import Batch, dice, likelihood_ratio, log_likelihood
 from metarl.learning.plausibility import Plausibility
-from metarl.learning.settings import own_settings
 from metarl.models.networks import Params, copied, stack
 from metarl.models.policies import MLPPolicy
+from metarl.models.settings import own_settings
 from metarl.policies.policy import Policy
 from metarl.runs.fingerprint import Fingerprint
 from metarl.sampling.rollouts import RolloutBuffer

@@ -31,10 +31,10 @@ from metarl.learning.inner_loop import Adapted, InnerLoop
 from metarl.learning.inner_update import Adapter
 from metarl.learning.meta_gradients.problem import Objective, Sampled
 from metarl.learning.outer import OuterState
-from metarl.learning.settings import own_settings
 from metarl.learning.signals import inner_gradient_cosine
 from metarl.models.networks import Params, copied
 from metarl.models.policies import MLPPolicy
+from metarl.models.settings import own_settings
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.runs.checkpoints import checkpoints_of, versions
 from metarl.runs.files import as_path
