@@ -12,13 +12,12 @@ import pytest
 from expecting import mentions, run
 
 import metarl
-from metarl.algorithms.table import find_algorithm
-from metarl.config.options import Config
+from metarl.algorithms import find_algorithm
+from metarl.domains.reinforcement import PolicyOptions, Reinforcement
 from metarl.envs import GymnasiumFamily, Uniform, make_family
 from metarl.envs.checks.checker import Finding, checks
 from metarl.envs.errors import UserError
 from metarl.envs.seeds import training_seeds
-from metarl.policies.building import policy_for
 from metarl.sampling.rollouts import RandomKey
 
 
@@ -158,7 +157,7 @@ def test_check_refuses_the_spaces_that_training_refuses(name):
 
     mine = family(Sampled)
     try:
-        policy_for(find_algorithm("maml-trpo"), Config(family="mine"), mine)
+        Reinforcement().model(find_algorithm("maml-trpo"), PolicyOptions(), mine)
         trains = True
     except UserError:
         trains = False

@@ -24,16 +24,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import same_params, small, timeless
 from expecting import mentions, refused, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_trainer import same_params, small, timeless
 
 from metarl import load, train
-from metarl.config.options import PolicyConfig
-from metarl.learning.first_order import Adam, AdamConfig
-from metarl.policies.loading import checkpoints_of, newest_checkpoint
+from metarl.learning.gradient_steps import Adam
+from metarl.policies.loading import newest_checkpoint
 from metarl.runs import checkpoints
-from metarl.runs.checkpoints import CheckpointError
+from metarl.runs.checkpoints import CheckpointError, checkpoints_of
 from metarl.runs.files import write_atomically
 from metarl.runs.folder import RunError
 from metarl.runs.metrics import read_metrics
@@ -43,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
 TINY = small(
-    family_options={"horizon": 3}, tasks=2, episodes=2, threads=1, policy=PolicyConfig(hidden=(4,))
+    family_options={"horizon": 3}, tasks=2, episodes=2, threads=1, **{"policy.hidden": (4,)}
 )
 FLAGS = [
     "--tasks", "2", "--episodes", "2", "--threads", "1", "--workers", "0", "--policy.hidden", "4",
@@ -624,12 +623,12 @@ class Given:
     """A problem whose gradients are given."""
 
     def __init__(self, gradients: list[torch.Tensor]) -> None:
-        self.gradients = gradients
+        self.gradients = iter(gradients)
 
     iterates = ()
 
-    def gradient(self, meta, step=0, iterates=()):
-        return self.gradients[step], {}
+    def gradient(self, meta, iterates=()):
+        return next(self.gradients), {}
 
 
 def test_one_huge_gradient_is_bounded_and_counted():
@@ -637,7 +636,7 @@ def test_one_huge_gradient_is_bounded_and_counted():
     meta = {"a": torch.zeros(2, dtype=torch.float64)}
 
     def moments(bound: float, factors: list[float]):
-        adam = Adam(AdamConfig(steps=len(factors), max_norm=bound))
+        adam = Adam(steps=len(factors), max_norm=bound, policies=False)
         problem = Given([healthy * f for f in factors])
         _, state, stats = adam.step(problem, meta, adam.init(meta))
         return state, stats

@@ -9,14 +9,16 @@ from expecting import refused
 from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.vector import AutoresetMode
 
-from metarl.algorithms.table import find_algorithm
-from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool
+from metarl.domains.reinforcement import PolicyOptions, make_policy
 from metarl.envs import GymnasiumFamily, Uniform, make_family
 from metarl.envs.errors import NonFiniteError
 from metarl.envs.families.classic_control import put_length
+from metarl.learning.advantages import Advantages, to_batch
+from metarl.learning.baselines import LinearFeatures
 from metarl.learning.inner_loop import InnerLoop
-from metarl.policies.building import make_adapter, make_policy
+from metarl.learning.inner_update import GradientUpdate
+from metarl.learning.losses import log_likelihood
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import Collector, RandomKey
 
@@ -224,17 +226,18 @@ def test_a_nan_observation_never_reaches_the_policy_and_is_reported_with_its_tas
         assert np.isfinite(reward).all()
         ends.append(truncated.tolist())
     assert ends == [[False, True]] * 3 + [[True, True]] * 3
-    config = Config()
-    policy = make_policy(config, (1,), env.single_action_space)
+    policy = make_policy(PolicyOptions(), (1,), env.single_action_space)
     params = policy.init(np.random.default_rng(0))
     with ChunkPool(1) as pool:
         collector = Collector(family, policy, 2, 1, pool)
-        adapter = make_adapter(find_algorithm(config.algorithm), config, policy)
+        adapter = GradientUpdate().adapter(policy, log_likelihood)
+
+        def sample(stacked, k):
+            rollout = collector.collect(stacked, np.full((2, 1), 9.0), RandomKey(0))
+            return to_batch(policy, rollout, Advantages(), LinearFeatures(), {}, pool)
+
         with refused("observation", 9.0, error=NonFiniteError):  # the task's component
-            InnerLoop(adapter, config.advantage, pool).run(
-                lambda stacked, k: collector.collect(stacked, np.full((2, 1), 9.0), RandomKey(0)),
-                params, 2, steps=1, query="none",
-            )  # fmt: skip
+            InnerLoop(adapter, pool).run(sample, params, 2, steps=1, query=False)
     with refused("observation", 3, error=NonFiniteError):  # the step
         collect_episodes(Blind(), policy, params, episodes=1, horizon=9, address=RandomKey(0))
 

@@ -22,19 +22,21 @@ from expecting import mentions, refused, run
 from worker_envs import FAULTY, walk, walk_by_lambda
 
 import metarl.sampling.workers
-from metarl.algorithms.table import find_algorithm
 from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import TaskFamily, make_family
 from metarl.envs.errors import NonFiniteError, UserError
 from metarl.envs.processes import pack, unpack
 from metarl.evaluation.benchmark import loop_seconds, raw_environment
+from metarl.learning.advantages import Advantages, to_batch
+from metarl.learning.baselines import LinearFeatures
 from metarl.learning.inner_loop import InnerLoop
-from metarl.learning.trajectories import Rollout
+from metarl.learning.inner_update import GradientUpdate
+from metarl.learning.losses import log_likelihood
 from metarl.models.networks import Params
 from metarl.models.policies import GaussianMLP
-from metarl.policies.building import make_adapter
 from metarl.sampling.rollouts import Collector, RandomKey
+from metarl.sampling.trajectories import Rollout
 from metarl.sampling.workers import WorkerCollector, WorkerError, make_collector
 from metarl.training.trainer import Trainer
 
@@ -112,7 +114,8 @@ def test_only_families_without_threads_and_with_workers_get_processes():
 
 
 def test_training_does_not_depend_on_workers():
-    config = Config(family="worker_envs:walk", tasks=4, episodes=3, threads=1)
+    values = {"tasks": 4, "episodes": 3, "threads": 1}
+    config = Config.of("worker_envs:walk", "maml-trpo").with_options(values)
     trained = []
     for workers in (0, 2):
         with Trainer(dataclasses.replace(config, workers=workers)) as trainer:
@@ -122,9 +125,9 @@ def test_training_does_not_depend_on_workers():
     for name, p in trained[0][0].items():
         assert torch.equal(p, trained[1][0][name])
     with refused("workers", -1):
-        Config(workers=-1)
+        config.with_options({"workers": -1})
     with refused("worker_timeout", 0.0):
-        Config(worker_timeout=0.0)
+        config.with_options({"worker_timeout": 0.0})
 
 
 # Families that workers can or cannot make -------------------------------------------------------
@@ -152,7 +155,7 @@ from metarl.envs import GymnasiumFamily, Uniform, make_family, register
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.models.networks import stack
 from metarl.models.policies import GaussianMLP
-from metarl.sampling.rollouts import Address, Collector
+from metarl.sampling.rollouts import Collector, RandomKey
 from metarl.sampling.workers import WorkerCollector
 from worker_envs import Walk
 
@@ -171,8 +174,8 @@ def run():
     collector = WorkerCollector(family, policy, 2, 2, workers=1)
     print(collector.pids, flush=True)
     here = Collector(family, policy, 2, 2, ChunkPool(1)) if not sys.argv[1] else collector
-    print((collector.collect(params, tasks, Address(0)).reward
-           == here.collect(params, tasks, Address(0)).reward).all().item())
+    print((collector.collect(params, tasks, RandomKey(0)).reward
+           == here.collect(params, tasks, RandomKey(0)).reward).all().item())
 """
 
 
@@ -288,19 +291,15 @@ def test_an_observation_of_a_wrong_shape_is_refused_here_and_in_workers(collecto
 def test_a_nan_observation_is_an_error_that_names_its_task(collector, faults, pool):
     sample(collector)
     faults.write_text("always nan step")
-    config = Config(family="worker_envs:walk")
-    loop = InnerLoop(
-        make_adapter(find_algorithm(config.algorithm), config, POLICY), config.advantage, pool
-    )
-    before = collector.pids
+    loop = InnerLoop(GradientUpdate().adapter(POLICY, log_likelihood), pool)
+
+    def again(params, k):
+        rollout = collector.collect(params, TASKS, RandomKey(0))
+        return to_batch(POLICY, rollout, Advantages(), LinearFeatures(), {}, pool)
+
+    before, params = collector.pids, POLICY.init(np.random.default_rng(0))
     with refused("observation", FAULTY, error=NonFiniteError):
-        loop.run(
-            lambda params, k: collector.collect(params, TASKS, RandomKey(0)),
-            POLICY.init(np.random.default_rng(0)),
-            4,
-            steps=1,
-            query="none",
-        )
+        loop.run(again, params, 4, steps=1, query=False)
     assert collector.pids == before
 
 
