@@ -157,7 +157,7 @@ def _checked(words: Sequence[str], flags: dict[str, Flag], names: int | None) ->
     """Return the words with the names first, once all are understood."""
     found: list[str] = []
     rest: list[str] = []
-    seen: set[str] = set()
+    given: dict[str, list[str]] = {}  # values by flag
     i = 0
     while i < len(words):
         word = words[i]
@@ -174,9 +174,6 @@ def _checked(words: Sequence[str], flags: dict[str, Flag], names: int | None) ->
             section, _, last = name.removeprefix("--no-").rpartition(".")
             near = f"--{section}.no-{last}" if name.startswith("--no-") and section else name
             raise UserError(f"unknown option {name!r}{did_you_mean(near, flags)}")
-        if flag.name in seen and flag.several:
-            raise UserError(f"{flag.name} is given twice: name all values after one {flag.name}")
-        seen.add(flag.name)
         values = [value] if equals else []
         if flag.kind is bool and not flag.choices:
             if equals:
@@ -188,6 +185,10 @@ def _checked(words: Sequence[str], flags: dict[str, Flag], names: int | None) ->
                 break
             values.append(words[i])
             i += 1
+        if flag.several and flag.name in given:
+            together = " ".join([flag.name, *given[flag.name], *values])
+            raise UserError(f"{flag.name} is given twice: name all values after one, {together}")
+        given[flag.name] = values
         if not values and not flag.several:
             raise UserError(f"{name} needs a value")
         if not values and flag.several and flag.kind is not int:
@@ -213,7 +214,9 @@ def _is_number(word: str) -> bool:
 
 
 def _example(flag: Flag) -> str:
-    return "0.1 0.05" if flag.kind is float else "name=value"
+    if flag.kind is float:
+        return "0.1 0.05"
+    return "goal_x=0.3" if flag.name == "--task" else "name=value"
 
 
 def _switch_hint(word: str, flags: dict[str, Flag]) -> str:
