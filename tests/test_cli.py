@@ -151,17 +151,18 @@ def test_every_option_is_a_documented_flag(algorithm, family, capsys):
 
 
 def documented(text: str) -> dict[str, str]:
-    """The flags of a help page with what it says of them, without the defaults."""
-    words = re.sub(r"[│╭╮╰╯─]", " ", text).split()
+    """The flags of a help page, with what it says of them in plain words."""
     found: dict[str, list[str]] = {}
-    name = ""
-    for word in words:
+    said: list[str] = []
+    again = False  # another name of the same flag follows
+    for word in re.sub(r"[│╭╮╰╯─]", " ", text).split():
         if word.startswith("--") and word.strip("-"):
-            name = word.rstrip(",")
-            found[name] = []
-        elif name and word.isalpha() and word.islower():
-            found[name].append(word)
-    return {flag: " ".join(said) for flag, said in found.items()}
+            said = said if again else []
+            found.setdefault(word.rstrip(","), said)
+            again = word.endswith(",")
+        elif word.isalpha() and not word.isupper():
+            said.append(word)
+    return {flag: " ".join(words) for flag, words in found.items()}
 
 
 def test_a_help_text_is_one_paragraph(capsys, monkeypatch):

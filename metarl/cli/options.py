@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -74,11 +75,13 @@ def _helps(kind: type) -> Mapping[str, str]:
 
     texts: dict[str, str] = {}
     for parent in reversed(kind.__mro__):
+        found = []
         if optimizer := parent.__dict__.get("optimizer"):
-            documented = parse(optimizer.__doc__ or "").params
-        elif dataclasses.is_dataclass(parent):
-            documented = parse_from_object(parent).params
-        else:
-            continue
-        texts |= {p.arg_name: " ".join((p.description or "").split()) for p in documented}
+            found += parse(optimizer.__doc__ or "").params
+        if dataclasses.is_dataclass(parent):
+            found += parse_from_object(parent).params
+        for entry in found:
+            # torch names the default too, and tyro adds it.
+            text = re.sub(r"\(default: .*\)$", "", " ".join((entry.description or "").split()))
+            texts[entry.arg_name] = text.strip()
     return texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from metarl.envs.registry import (
     data_names,
     make_family,
     option_defaults,
+    parse_options,
 )
 from metarl.plain_json import json_text
 from metarl.runs.stopping import Stop
@@ -164,11 +166,21 @@ def _chosen(arguments: Sequence[str]) -> dict[str, str]:
     return {name: word for name, word in words.items() if word is not None}
 
 
+def _family_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the options of the family that a command line gives; parsing refuses what is wrong."""
+    words = list(arguments)
+    if "--family-options" not in words:
+        return {}
+    rest = words[words.index("--family-options") + 1 :]
+    given = itertools.takewhile(lambda word: "=" in word and not word.startswith("--"), rest)
+    return parse_options(given)
+
+
 def _starting_config(arguments: Sequence[str], *, family: str, preset: str = "") -> Config:
     family = _family_named(arguments) or family
     algorithm = _algorithm_named(arguments)
     named = peek(arguments, "--preset") or preset or usual_preset(family)
-    values = _chosen(arguments)
+    values: dict[str, Any] = {**_chosen(arguments), "family_options": _family_options(arguments)}
     config = resolve(None if named == "None" else named, family, algorithm, values)
     return dataclasses.replace(config, workers=default_workers())
 

@@ -135,7 +135,7 @@ class Supervised(Domain):
         if network == "conv4" and len(shape) == 1:
             raise UserError(f"policy.network conv4 does not read inputs of {list(shape)}: take mlp")
         if network != "conv4" and options.filters != PredictorOptions.filters:
-            raise UserError(f"policy.filters has no effect with the network {network}")
+            raise UserError(f"policy.filters is of the network conv4, and this is {network}")
         if algorithm.head == "prototypes" and network == "mlp" and not options.hidden:
             raise UserError(
                 f"{name} makes the last layer from the support, and learns the layers below it:"
