@@ -1,4 +1,4 @@
-"""An algorithm of your own: MAML with another inner loss, trained for a few seconds.
+"""Algorithms of your own: MAML with other inner losses, trained for a few seconds.
 
 MAML takes one policy-gradient step on each batch of episodes. Clipped like PPO's, the inner loss
 can take several. From a shell:
@@ -13,7 +13,7 @@ from pathlib import Path
 import metarl
 from metarl.algorithms import find_algorithm
 from metarl.learning.inner_update import GradientUpdate
-from metarl.learning.losses import clipped_ratio
+from metarl.learning.losses import clipped_ratio, likelihood_ratio
 
 maml_clipped = dataclasses.replace(
     find_algorithm("maml-trpo"),
@@ -21,6 +21,15 @@ maml_clipped = dataclasses.replace(
     summary="as maml-trpo, the inner loss clipped",
     citation="Finn et al. 2017; Schulman et al. 2017",
     inner=GradientUpdate(loss=partial(clipped_ratio, clip=0.2), updates=3),
+)
+
+# The same first step, with the low-variance curvature of ProMP in the meta-gradient.
+maml_ratio = dataclasses.replace(
+    find_algorithm("maml-trpo"),
+    name="maml-ratio",
+    summary="as maml-trpo, the inner loss with likelihood ratios",
+    citation="Finn et al. 2017; Rothfuss et al. 2019",
+    inner=GradientUpdate(loss=likelihood_ratio),
 )
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train on navigation-2d for a few iterations and evaluate the result; takes half a minute.
 
-Run it again and nothing is trained anew: the run in `runs/` is complete. Give more iterations and
-training continues.
+If you run it again, nothing is trained: the run in `runs/` is complete. Give more iterations to
+continue.
 """
 
 from pathlib import Path
@@ -13,8 +13,9 @@ config = metarl.resolve(
     "navigation-2d",
     overrides={"iterations": 10, "tasks": 10, "inner.step_sizes": (0.4,), "seed": 1},
 )
-# Values that depend on others follow them: the preset halves the second step in evaluation.
-print(f"step sizes: {config.inner.step_sizes}; evaluated with {config.inner.test_step_sizes}")
+# The preset halves the second step in evaluation.
+sizes = config.inner.sizes_in_evaluation
+print(f"step sizes: {config.inner.step_sizes}; evaluated with {sizes}")
 
 
 def show(row):

@@ -11,9 +11,16 @@ from typing import Annotated, Any
 
 import tyro
 
+from metarl.algorithms.named_parts import BASELINES, OUTER
 from metarl.cli.arguments import said
 from metarl.config.options import CHOICES, Config
 from metarl.envs.registry import parse_options
+
+_CHOICE_TEXTS = {
+    "outer": f"Outer optimizer: {', '.join(OUTER)}, a class of torch.optim such as adamw, or"
+    " module:attribute.",
+    "baseline": f"Baseline: {', '.join(BASELINES)}, or module:attribute.",
+}
 
 
 def with_options(kind: type, config: Config) -> type:
@@ -32,8 +39,7 @@ def with_options(kind: type, config: Config) -> type:
             fields.append(_field(name, annotation, getattr(config, name)))
     for section, part in config.sections().items():
         if section in CHOICES:
-            text = f"{section.capitalize()} optimizer, by name or module:attribute."
-            annotation = Annotated[str, tyro.conf.arg(name=section, help=text)]
+            annotation = Annotated[str, tyro.conf.arg(name=section, help=_CHOICE_TEXTS[section])]
             fields.append(_field(section, annotation, part.source or part.name))  # type: ignore[attr-defined]
         hints = typing.get_type_hints(type(part))
         for name in part.option_fields():

@@ -197,7 +197,10 @@ class Config:
         if not source:
             return False
         found = Config.of(self.family, source, self.family_options)
-        return found.with_options(self.options()).algorithm == self.algorithm
+        try:
+            return found.with_options(self.options()).algorithm == self.algorithm
+        except UserError:  # another part was put into a named algorithm
+            return False
 
     @staticmethod
     def from_json(data: Mapping[str, Any], algorithm: Algorithm | None = None) -> Config:
