@@ -1,4 +1,4 @@
-"""Algorithms of your own: MAML with other inner losses, trained for a few seconds.
+"""Two new algorithms: MAML with other inner losses, trained for a few seconds.
 
 MAML takes one policy-gradient step on each batch of episodes. Clipped like PPO's, the inner loss
 can take several. From a shell:
