@@ -172,8 +172,7 @@ class Supervised(Domain):
         assert isinstance(family, SupervisedFamily)
         if pool.process_group.size > 1:
             raise UserError(
-                f"{family.name}: supervised tasks train in one process, got"
-                f" {pool.process_group.size}"
+                f"{family.name}: supervised tasks train on one rank, got {pool.process_group.size}"
             )
         return DataSource(family, algorithm, adapter, pool, **options)
 
