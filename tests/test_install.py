@@ -53,8 +53,12 @@ def test_the_wheel_holds_one_package(site):
     assert names == {"metarl"}
     packaged = {str(path.relative_to(site / "metarl")) for path in site.glob("metarl/**/*.py")}
     here = {str(path.relative_to(ROOT / "metarl")) for path in ROOT.glob("metarl/**/*.py")}
-    here |= {f"envs/{path.name}" for path in ROOT.glob("envs/*.py")}
+    here |= {str(path.relative_to(ROOT)) for path in ROOT.glob("envs/**/*.py")}
     assert packaged == here
+    recipes = "config/recipes/*.toml"
+    assert {p.name for p in (site / "metarl").glob(recipes)} == {
+        p.name for p in (ROOT / "metarl").glob(recipes)
+    }
     assert (site / "metarl" / "py.typed").exists()
 
 
