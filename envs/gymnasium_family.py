@@ -79,7 +79,7 @@ def _close(env: gym.Env, name: str) -> None:
     """Close an environment. If that fails, say so: what was played before is as good as ever."""
     try:
         env.close()
-    except Exception as error:  # the user's own
+    except (Exception, SystemExit) as error:  # the user's own
         text = f"{type(error).__name__}: {error}".removesuffix(": ")
         _warn_once(f"{name}: closing the environment failed, and the run continues: {text}")
 

@@ -31,7 +31,7 @@ from metarl.envs.global_generators import kept, watched
 from metarl.envs.registry import is_built_in
 from metarl.envs.seeds import training_seeds
 from metarl.envs.traces import close, play, play_beside
-from metarl.envs.vector import RESET, STEP
+from metarl.envs.vector import PHASES, RESET, STEP
 
 STEPS = 40
 """Of an episode, at most."""
@@ -67,16 +67,20 @@ def start_findings(family: TaskFamily, progress: MutableSequence[int] | None = N
     if family.source is not None and is_built_in(family.source[0]):
         return []
     found: list[str] = []
+    progress = progress or [0, 0, -1]
     with guard.user_code(), kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with contextlib.ExitStack() as closing:
             try:
-                for finding in _look(family, closing, progress or [0, 0, -1]):
+                for finding in _look(family, closing, progress):
                     found.append(finding)
             except UserError:
                 raise
             except Exception:  # the run meets it, and says in which task and worker
                 pass
+            except BaseException as error:  # sys.exit, for one
+                error.add_note(f"{family.name}: in {PHASES[progress[1]]}")
+                raise
         gc.collect()  # else what is left of a renderer may blacken the frames of later ones
     return found
 

@@ -122,7 +122,7 @@ BEHAVIOURS: dict[str, Behaviour] = {
 
 def close(env: gym.Env | VectorEnv) -> None:
     """Close an environment; a fault in that is told by a check of its own."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception, SystemExit):
         env.close()
 
 
