@@ -157,7 +157,7 @@ def _in_numpy(seed: int) -> None:
 def _in_torch(seed: int) -> None:
     """Enter a dispatch mode in this thread and in each that starts from now on."""
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
     move = mover(seed)
     noisy = {getattr(torch.ops.aten, name) for base in TORCH.split() for name in (base, f"{base}_")
@@ -189,3 +189,16 @@ def _in_torch(seed: int) -> None:
 
     threading.Thread._bootstrap_inner = start_with_noise  # type: ignore[attr-defined]
     Noise().__enter__()
+
+    def without_noise(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+
+        return run
+
+    # Files are written of a graph, which a dispatch mode would not leave as it is.
+    for holder, names in ((torch.jit, ("trace", "save", "load")), (torch.onnx, ("export",))):
+        for name in names:
+            setattr(holder, name, without_noise(getattr(holder, name)))
