@@ -32,7 +32,7 @@ def test_zero_steps_are_the_identity(small_policy):
     assert iterates[0] is params
 
 
-def test_steps_beyond_the_sizes_given_repeat_the_last():
+def test_steps_beyond_the_given_sizes_use_the_last_size():
     assert [size_at([0.3, 0.1], k) for k in range(4)] == [0.3, 0.1, 0.1, 0.1]
     assert float(size_at(torch.tensor([0.5]), 7)) == 0.5
 
@@ -80,7 +80,7 @@ def test_step_sizes_may_differ_by_layer_and_entry(small_policy):
     assert torch.equal(moved["layer0.weight"], params["layer0.weight"])
 
 
-def test_likelihood_ratios_are_one_before_any_update(small_policy):
+def test_likelihood_ratios_are_one_before_an_update(small_policy):
     params = stack(double_params(small_policy), 2)
     batch = random_batch(small_policy, 2, 30, 0)
     dist = small_policy.distribution(params, batch.observation)
@@ -112,7 +112,7 @@ def test_ratio_and_likelihood_have_the_same_gradient_at_the_old_policy(small_pol
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_samples_that_are_not_valid_do_not_count(small_policy):
+def test_invalid_samples_do_not_count(small_policy):
     params = stack(double_params(small_policy), 2)
     batch = random_batch(small_policy, 2, 16, 0)
     junk = torch.where(batch.weight > 0, 0.0, 1e3)
@@ -128,7 +128,7 @@ def test_samples_that_are_not_valid_do_not_count(small_policy):
         torch.testing.assert_close(of(params, batch), of(params, spoiled))
 
 
-def test_selected_samples_are_weighted_to_one_again(small_policy):
+def test_weights_of_selected_samples_sum_to_one(small_policy):
     batch = random_batch(small_policy, 2, 16, 0)
     part = batch.select(torch.tensor([0, 3, 15]))
     torch.testing.assert_close(part.weight.sum(1), torch.ones(2, dtype=torch.float64))
@@ -162,7 +162,7 @@ def whole_rollout(policy, tasks, seed):
 
 
 @pytest.mark.parametrize("updates", [1, 2])
-def test_the_proximal_pull_is_towards_the_initialization_at_every_step(small_policy, pool, updates):
+def test_every_proximal_step_pulls_towards_the_initialization(small_policy, pool, updates):
     # The live inner loop, and the one that is differentiated, against plain gradient descent.
     adapter = Adapter(small_policy, likelihood_ratio, (0.3, 0.2), updates=updates, proximal=2.0)
     rollouts = [whole_rollout(small_policy, 5, seed) for seed in range(3)]

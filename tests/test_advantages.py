@@ -149,7 +149,7 @@ def test_discounted_sum_matches_its_definition():
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-13)
 
 
-def test_gae_with_trace_one_is_the_return_less_the_value():
+def test_gae_with_lambda_one_is_the_return_minus_the_value():
     rng = np.random.default_rng(1)
     reward, value = (torch.from_numpy(rng.standard_normal((5, H))) for _ in range(2))
     found = gae(reward, value, 0.9, 1.0)
@@ -168,7 +168,7 @@ def test_baseline_is_the_ridge_solution_of_each_task():
         np.testing.assert_allclose(found[task], expected, rtol=1e-10)
 
 
-def test_baseline_raises_the_ridge_where_it_cannot_solve():
+def test_baseline_raises_the_ridge_until_the_system_is_solvable():
     # Large collinear columns: the Gram matrix plus 1e-5 is not positive definite in float64.
     column = 1e5 * torch.linspace(1, 2, 30, dtype=torch.float64)
     hard = torch.stack([column, column * (1 + 1e-15), column], dim=1)
@@ -184,13 +184,13 @@ def test_baseline_raises_the_ridge_where_it_cannot_solve():
     torch.testing.assert_close(fit, y, rtol=1e-4, atol=0.0)
 
 
-def test_baseline_is_zero_where_nothing_can_be_fitted():
+def test_baseline_is_zero_if_nothing_can_be_fitted():
     x = torch.full((1, 4, 2), torch.nan, dtype=torch.float64)
     weights = fit_linear(x, torch.ones(1, 4, dtype=torch.float64), factor_gram(x))
     assert torch.equal(weights, torch.zeros(1, 2, dtype=torch.float64))
 
 
-def test_features_of_a_step():
+def test_features_of_a_step_match_their_definition():
     row = features(torch.tensor([[3.0, -40.0]]), torch.tensor([50]))[0]
     expected = torch.tensor([3.0, -10.0, 9.0, 100.0, 0.5, 0.25, 0.125, 1.0], dtype=torch.float64)
     torch.testing.assert_close(row, expected)
@@ -210,7 +210,7 @@ def test_normalize_divides_by_the_standard_deviation():
         assert float(scale[task]) == pytest.approx(float(before.std(correction=0)), rel=1e-6)
 
 
-def test_with_trace_one_lambda_returns_are_the_returns(pool):
+def test_lambda_returns_with_lambda_one_are_the_returns(pool):
     rollout = make_rollout(np.full((T, E), H))
     usual, other = (
         estimate(rollout, AdvantageConfig(targets=targets), pool)[0]
@@ -219,7 +219,7 @@ def test_with_trace_one_lambda_returns_are_the_returns(pool):
     np.testing.assert_allclose(other.numpy(), usual.numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_task_of_no_valid_steps_has_no_advantages(pool):
+def test_a_task_without_valid_steps_has_no_advantages(pool):
     lengths = np.full((T, E), H)
     lengths[1] = 0
     found, _ = estimate(make_rollout(lengths), AdvantageConfig(), pool)

@@ -122,7 +122,7 @@ def test_reptiles_gradient_is_the_displacement(pool):
         torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_iterates_are_those_of_the_first_of_several_outer_steps(pool):
+def test_iterates_are_kept_for_the_first_of_several_outer_steps(pool):
     # Told what the inner loop found, Adam's first gradient takes it, and its second finds it anew.
     adapter = Adapter(Point(), quadratic, (0.2,))
     wrong = [{"x": 5.0 + moved(1)}]
@@ -166,7 +166,7 @@ def proximal_objective(x, t):
 
 
 @pytest.mark.parametrize("size", [0.1, 3.0, 1e200])
-def test_backtracking_is_a_loop_that_halves_after_a_rise_for_each_task_alone(size):
+def test_backtracking_halves_the_step_of_a_task_whose_objective_rises(size):
     # Few updates, so that each rise and fall is clear; the last size leads beyond all numbers.
     updates = 8
     found = backtracked(size, updates)
@@ -211,7 +211,7 @@ def test_imaml_reports_an_unfinished_inner_problem_and_solve(pool):
     assert stats["implicit_residual"] > 0.01
 
 
-def test_imaml_leaves_out_tasks_whose_inner_problem_is_not_solved(pool):
+def test_imaml_ignores_tasks_with_an_unsolved_inner_problem(pool):
     # One update of size 1 / (4 strength) leaves pull and slope apart by three times the pull.
     solved, wild = ((0.1, 4000, 3.0), (1.0 / 12.0, 1, 3.0))
     gradients = {}
@@ -225,7 +225,7 @@ def test_imaml_leaves_out_tasks_whose_inner_problem_is_not_solved(pool):
 
 
 @pytest.mark.parametrize("curvature", [-5.0 * A, (-0.9 * EYE).expand_as(A)])
-def test_imaml_detects_curvature_that_is_not_positive_or_hardly(pool, curvature):
+def test_imaml_detects_curvature_that_is_not_clearly_positive(pool, curvature):
     hollow = task_batch(GOAL, curvature)
     adapter = Adapter(Point(), quadratic, (1e-3,), updates=1, proximal=1.0)
     problem = ImplicitProblem(adapter, [hollow, QUERY], pool, OBJECTIVE, worst_residual=math.inf)
@@ -235,7 +235,7 @@ def test_imaml_detects_curvature_that_is_not_positive_or_hardly(pool, curvature)
     torch.testing.assert_close(gradient, times(B, slope).mean(0), rtol=1e-12, atol=1e-14)
 
 
-def test_every_tasks_own_system_is_solved():
+def test_conjugate_gradient_solves_each_tasks_system():
     b = draw(TASKS, DIM, seed=9)
     x, residual, curved = conjugate_gradient_each(lambda v: times(A, v), b, 10)
     torch.testing.assert_close(x, torch.linalg.solve(A, b), rtol=1e-8, atol=1e-9)
@@ -281,7 +281,7 @@ def test_multi_step_loss_weighs_every_iterate(pool, curvature):
     assert stats["loss"] == pytest.approx(loss, rel=1e-12)
 
 
-def test_several_updates_on_a_batch_unroll(pool):
+def test_several_updates_on_a_batch_are_unrolled(pool):
     adapter = Adapter(Point(), quadratic, (0.2,), updates=3)
     gradient, _ = UnrolledProblem(adapter, [SUPPORT, QUERY], pool, OBJECTIVE).gradient(THETA)
     outer = times(B, moved(3) - QUERY_GOAL)
@@ -289,7 +289,7 @@ def test_several_updates_on_a_batch_unroll(pool):
     torch.testing.assert_close(gradient, times(jacobian, outer).mean(0), rtol=1e-12, atol=1e-14)
 
 
-def test_annealing():
+def test_annealed_weights_and_cosine_match_their_formulas():
     assert annealed_weights(2, 0.0) == pytest.approx((0.5, 0.5))
     assert annealed_weights(3, 0.5) == pytest.approx((1 / 6, 1 / 6, 2 / 3))
     assert annealed_weights(3, 1.0) == annealed_weights(3, 7.0) == (0.0, 0.0, 1.0)
@@ -394,7 +394,7 @@ def joined(batches):
     return Batch(**tensors, old=old, episodes=batches[0].episodes)
 
 
-def test_e_mamls_estimator_is_the_gradient_of_what_adaptation_earns(pool):
+def test_e_mamls_estimator_is_the_gradient_of_the_return_after_adaptation(pool):
     # grad E over support of J(theta'(support)), every support set and query of two tasks listed;
     # the credit, its baseline and its units are those that the trainer's problem has.
     size, scales = 0.4, (1.0, -1.5)
@@ -499,13 +499,13 @@ def test_dices_hessian_is_unbiased():
     torch.testing.assert_close(mean_hessian(dice), TRUE_HESSIAN, rtol=1e-10, atol=1e-12)
 
 
-def test_decayed_dice_keeps_a_part_of_the_products_across_steps():
+def test_decayed_dice_keeps_a_share_of_the_products_across_steps():
     expected = TRUE_HESSIAN - 0.7 * mean_outer_products(False, True)
     found = mean_hessian(partial(dice, decay=0.3))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_the_plain_hessian_misses_exactly_the_products_of_scores():
+def test_the_plain_hessian_lacks_exactly_the_products_of_scores():
     missing = mean_outer_products(True, True)
     assert missing.abs().max() > 0.1
     torch.testing.assert_close(mean_hessian(log_likelihood) + missing, TRUE_HESSIAN)
@@ -555,7 +555,7 @@ def test_dice_matches_its_recursion_step_by_step(decay):
 
 
 @pytest.mark.parametrize("loss", [log_likelihood, likelihood_ratio, dice, partial(dice, decay=0.3)])
-def test_every_inner_losss_gradient_is_the_policy_gradient(loss):
+def test_the_gradient_of_every_inner_loss_is_the_policy_gradient(loss):
     total = torch.zeros(2, 2, dtype=D)
     for path in PATHS:
         logits = LOGITS["logits"].clone().requires_grad_()
@@ -568,7 +568,7 @@ def test_every_inner_losss_gradient_is_the_policy_gradient(loss):
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-13)
 
 
-def test_dice_leaves_out_steps_after_an_episodes_end():
+def test_dice_ignores_steps_after_the_end_of_an_episode():
     whole = path_batch(PATHS[:3], [1.0] * 3)
     weight = whole.weight.clone()
     weight[0, 1] = 0.0  # the first episode ends after one step
@@ -580,7 +580,7 @@ def test_dice_leaves_out_steps_after_an_episodes_end():
     torch.testing.assert_close(dice_hessian(ended), dice_hessian(other))
 
 
-def test_whole_episodes_that_are_selected_stay_episodes():
+def test_dice_accepts_a_selection_of_whole_episodes():
     chosen = [PATHS[2], PATHS[0]]
     part = path_batch(PATHS[:3], [1.0] * 3).select(torch.tensor([[[4, 5], [0, 1]]]))
 
@@ -590,7 +590,7 @@ def test_whole_episodes_that_are_selected_stay_episodes():
     torch.testing.assert_close(dice_hessian(part) * alone.weight.sum(), dice_hessian(alone))
 
 
-def test_dice_refuses_samples_whose_order_is_lost():
+def test_dice_refuses_samples_without_their_order():
     loose = path_batch(PATHS[:3], [1.0] * 3).select(torch.tensor([0, 3, 4, 5]))
     with refused("DiCE", error=ValueError):
         dice_hessian(loose)
@@ -618,7 +618,7 @@ def test_the_clipped_objective_matches_a_scalar_reference(small_policy):
     assert cuts > 10
 
 
-def test_inner_kl_is_that_of_the_pre_update_policies(small_policy, pool):
+def test_inner_kl_is_measured_from_the_policies_before_the_update(small_policy, pool):
     meta = double_params(small_policy)
     batches = [random_batch(small_policy, 3, 20, seed) for seed in range(3)]
     adapter = Adapter(small_policy, likelihood_ratio, (0.1,))
@@ -667,7 +667,7 @@ def test_adam_follows_its_formula():
     assert stats["finite"]
 
 
-def test_steps_end_at_a_kl_beyond_its_bound():
+def test_outer_steps_stop_beyond_the_kl_bound():
     class Moving(Slope):
         def gradient(self, meta, step=0, iterates=()):
             return torch.ones(DIM, dtype=D), {"loss": 0.0, "kl": 0.03 * step}
@@ -698,7 +698,7 @@ def test_a_step_beyond_the_kl_bound_is_shortened(curvature):
     assert whole == 1.0
 
 
-def test_a_step_whose_kl_is_never_a_number_is_given_up():
+def test_a_step_whose_kl_is_always_nan_is_abandoned():
     class Void:
         def evaluate(self, at):
             return Evaluation(1.0, 0.0 if at is meta else math.nan)
@@ -709,7 +709,7 @@ def test_a_step_whose_kl_is_never_a_number_is_given_up():
     assert share == 0.0
 
 
-def test_adam_leaves_everything_at_a_gradient_that_is_not_finite():
+def test_a_gradient_that_is_not_finite_changes_nothing_in_adam():
     meta = {"x": draw(DIM, seed=1)}
     outer = Adam(AdamConfig())
     state = outer.init(meta)
@@ -820,7 +820,7 @@ def test_learned_step_sizes_are_used_in_evaluation(tmp_path):
     assert given.curve.step_sizes == [0.3]
 
 
-def test_an_oracle_sees_its_task(tmp_path):
+def test_an_oracle_observes_its_task(tmp_path):
     base = resolve(None, "navigation-2d", "oracle")
     config = dataclasses.replace(
         base, iterations=1, tasks=4, episodes=2, threads=1, family_options={"horizon": 12}
@@ -900,7 +900,7 @@ def test_the_inner_loss_can_be_chosen():
         ("e-maml", {"inner.steps": 0}, "meta.credit inner.steps 0"),
     ],
 )
-def test_what_does_not_combine_is_refused_by_name(name, changes, names):
+def test_incompatible_options_are_refused_by_name(name, changes, names):
     config = resolve(None, "navigation-2d", name)
     parts: dict[str, dict[str, object]] = {}
     for key, value in changes.items():
@@ -911,7 +911,7 @@ def test_what_does_not_combine_is_refused_by_name(name, changes, names):
         Trainer(dataclasses.replace(config, **changed))
 
 
-def test_an_algorithms_defaults_go_before_the_presets():
+def test_defaults_of_an_algorithm_override_the_preset():
     config = resolve("icml2017", "navigation-2d", "reptile")
     assert config.inner.steps == 4
     assert config.inner.step_sizes == (0.5,)
@@ -921,7 +921,7 @@ def test_an_algorithms_defaults_go_before_the_presets():
         assert resolve("icml2017", "navigation-2d", name).inner.test_step_sizes == ()
 
 
-def test_rows_name_their_paper_and_are_found():
+def test_algorithms_name_their_paper_and_are_found_by_name():
     for name, row in ALGORITHMS.items():
         assert find_algorithm(name) is row
         assert "20" in row.source

@@ -30,7 +30,7 @@ from metarl.sampling.rollouts import Address, Collector
 from metarl.sampling.spaces import as_observation, check_spaces
 
 
-def test_images_of_other_than_bytes_are_refused():
+def test_images_that_are_not_bytes_are_refused():
     policy = network(NatureCNN((36, 36, 3)))
     grey = np.random.default_rng(0).random((36, 36, 3))
     with refused("float64"):
@@ -231,7 +231,7 @@ def test_a_run_on_images_saves_loads_and_acts(algorithm, tmp_path, monkeypatch):
 
 
 @pytest.mark.learning
-def test_adaptation_on_images_gains(tmp_path):
+def test_adaptation_on_images_raises_the_return(tmp_path):
     # Only what it earns tells the task: before the step both sides pay 0 on average, the best is 6.
     config = resolve(None, "image_envs:corridor")
     inner = dataclasses.replace(config.inner, step_sizes=(0.5,))

@@ -132,7 +132,7 @@ def table_config(name: str, **changes) -> Config:
 
 
 @pytest.mark.parametrize("name", [n for n, row in ALGORITHMS.items() if row.head == "meta"])
-def test_an_iterations_problem_is_the_algorithms(name):
+def test_the_outer_problem_is_the_one_of_the_algorithm(name):
     row, config = TABLE[name], table_config(name)
     trainer = Trainer(config)
     trainer.close()
@@ -224,7 +224,7 @@ def test_a_given_clip_reaches_the_objective():
     check_loss(Row(loss=partial(clipped_loss, clip=0.1)), found.problem)
 
 
-def test_minibatches_share_out_the_samples():
+def test_minibatches_partition_the_samples():
     config = table_config("maml-ppo")
     config = dataclasses.replace(config, adam=dataclasses.replace(config.adam, minibatches=7))
     found, _ = built(config, 3)
@@ -275,7 +275,7 @@ def test_fisher_samples_are_counted_where_they_are_valid(name, lengths, least):
         assert not (first % HORIZON).any()
 
 
-def test_whole_episodes_that_diverged_are_chosen_last():
+def test_fisher_samples_take_diverged_episodes_last():
     row, config = find_algorithm("dice-maml"), table_config("dice-maml", episodes=EPISODES)
     batch = ragged([50, 50])
     valid = torch.ones(2, EPISODES, HORIZON, dtype=torch.float64)

@@ -73,7 +73,7 @@ def evaluated() -> EvaluationResult:
     return dataclasses.replace(found, references={**found.references, **others})
 
 
-def test_pictures_of_an_evaluation(tmp_path, drawn):
+def test_an_evaluation_is_drawn(tmp_path, drawn):
     found = evaluated()
     for draw in (plots.plot_evaluation, plots.plot_tasks, plots.plot_paths):
         files = draw(found, tmp_path / "picture.png")
@@ -140,7 +140,7 @@ def run_folder(folder, seed: int, rows: list[tuple[float, float | None, float]],
     return folder
 
 
-def test_learning_curves_of_seeds(tmp_path, drawn):
+def test_learning_curves_of_seeds_are_drawn_as_a_band(tmp_path, drawn):
     runs = [
         run_folder(tmp_path / "run-0", 0, [(-4.0, -2.0, 60.0), (-4.0, -1.0, 60.0)]),
         run_folder(tmp_path / "run-1", 1, [(-2.0, 0.0, 30.0), (-2.0, 3.0, 30.0)]),

@@ -96,7 +96,7 @@ def test_stacked_parameters_give_what_each_task_gives_alone(activation):
         torch.testing.assert_close(together["log_std"][t], p["log_std"].expand(6, 2))
 
 
-def test_context_is_further_inputs(small_policy):
+def test_context_adds_inputs(small_policy):
     wide = GaussianMLP(observation_dim=2, action_dim=2, hidden=(5, 4), context_dim=1)
     params = double_params(wide)
     observation, context = torch.ones(6, 2, dtype=torch.float64), torch.tensor([0.7]).double()
@@ -226,7 +226,7 @@ def test_no_gradient_moves_the_statistics():
     assert all((p.grad is None) == n.startswith(("norm", "log")) for n, p in params.items())
 
 
-def test_the_last_layer_starts_scaled():
+def test_output_scale_scales_the_initial_last_layer():
     policy = GaussianMLP(observation_dim=3, action_dim=2, hidden=(4,))
     full = policy.init(np.random.default_rng(0))
     small = dataclasses.replace(policy, output_scale=0.1).init(np.random.default_rng(0))

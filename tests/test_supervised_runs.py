@@ -44,7 +44,7 @@ def sinusoids(tmp_path_factory):
     return folder
 
 
-def test_training_is_recorded(tmp_path, capsys):
+def test_a_supervised_run_records_its_config_and_metrics(tmp_path, capsys):
     out = tmp_path / "run"
     assert run("train", "sinusoid", "--shots", "5", *SMALL, "--out", str(out)) == 0
     said = capsys.readouterr()
@@ -140,7 +140,7 @@ def test_an_evaluation_reports_the_error_after_each_step(sinusoids, capsys, monk
     assert found["gain"]["mean"] == pytest.approx(found["returns"][0] - found["returns"][1])
 
 
-def test_pictures_and_the_page(sinusoids, tmp_path, capsys):
+def test_a_supervised_run_has_pictures_and_a_report(sinusoids, tmp_path, capsys):
     folder = str(sinusoids / "maml-trpo")
     assert run("plot", folder, "--out", str(tmp_path / "p.png")) == 0
     assert (tmp_path / "p.png").exists()
@@ -394,7 +394,7 @@ def picture(path: Path, value: int, size: int = 20) -> None:
     Image.fromarray(np.full((size, size, 3), value, np.uint8)).save(path)
 
 
-def test_omniglot_folders(tmp_path):
+def test_omniglot_folders_are_read(tmp_path):
     for place, alphabets in (("images_background", 2), ("images_evaluation", 1)):
         for a in range(alphabets):
             for c in range(9):
@@ -415,7 +415,7 @@ def test_omniglot_folders(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["folders", "tables"])
-def test_mini_imagenet_folders(tmp_path, layout):
+def test_mini_imagenet_folders_are_read(tmp_path, layout):
     for part, count in (("train", 5), ("val", 3), ("test", 3)):
         lines = ["filename,label"]
         for c in range(count):

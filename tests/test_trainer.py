@@ -94,7 +94,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["navigation-2d", "half-cheetah-vel"])
-def test_the_same_run_at_any_number_of_threads(tmp_path, name):
+def test_a_run_is_the_same_at_any_number_of_threads(tmp_path, name):
     runs = []
     for threads in (1, 2, 3):
         config = small(family=name, threads=threads, iterations=2, inner=InnerConfig(steps=2))
@@ -136,7 +136,7 @@ def test_a_step_that_reaches_the_kl_is_not_rescaled(tmp_path):
     assert [row["return_post"] for row in fitted] == [row["return_post"] for row in given]
 
 
-def test_stop_ends_after_an_iteration_that_is_saved(tmp_path):
+def test_a_stopped_run_has_saved_its_last_iteration(tmp_path):
     rows: list[dict] = []
     meta = train(small(), tmp_path / "run", progress=rows.append, stop=lambda: len(rows) == 2)
     assert meta.provenance["iteration"] == 2

@@ -39,7 +39,7 @@ def test_conjugate_gradient_minimizes_over_the_krylov_space():
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1e6])
-def test_conjugate_gradient_knows_no_scale(factor):
+def test_conjugate_gradient_does_not_depend_on_scale(factor):
     A, b = spd(8), torch.linspace(-1, 2, 8, dtype=torch.float64)
     usual = conjugate_gradient(lambda v: A @ v, b, iterations=5)[0]
     scaled = conjugate_gradient(lambda v: A @ v, factor * b, iterations=5)[0]
@@ -153,7 +153,7 @@ def test_a_step_grows_no_further_than_the_surrogate_improves():
     assert stats["step_scale"] < 1.0
 
 
-def test_without_any_improvement_the_parameters_stay():
+def test_without_improvement_the_parameters_do_not_change():
     made = Quadratic(GRADIENT, 1e9 * torch.eye(4, dtype=torch.float64), torch.eye(4).double())
     new, _, stats = TrustRegion(TrustRegionConfig(max_kl=0.5)).step(made, ZERO, {})
     assert new is ZERO
