@@ -192,7 +192,7 @@ def test_a_family_is_the_stock_body_with_the_reward_of_its_task(
 
 
 @pytest.mark.parametrize("name", ["ant-dir", "ant-vel", "ant-goal"])
-def test_the_ant_of_icml2017_is_rllabs(name):
+def test_the_ant_of_icml2017_equals_the_ant_of_rllab(name):
     # A loop over MjData, as rllab's: one step, then all of mj_forward at the new state.
     family = make_family(name, scale="icml2017")
     model = family.model
@@ -237,7 +237,7 @@ def test_the_ant_of_icml2017_is_rllabs(name):
     assert touched > 0.0
 
 
-def test_ant_scales():
+def test_scales_of_the_ant_set_horizon_and_bounds():
     for scale, horizon, bound in (
         ("stock", 200, 1),
         ("promp2019", 100, 10),
@@ -288,7 +288,7 @@ def test_varied_bodies_equal_stock_bodies_edited_by_hand(name, env):
         assert np.array_equal(before == after, before == 0.0)
 
 
-def test_a_body_changes_at_its_own_reset_and_leaves_the_others():
+def test_a_body_changes_at_its_own_reset_only():
     family = make_family("hopper-params")
     vector = family.make_vec(2, 1, autoreset_mode=DISABLED)
     first, second = family.tasks.sample(np.random.default_rng(0), 2)
@@ -314,7 +314,7 @@ def test_a_varied_body_does_not_depend_on_the_other_tasks():
             assert np.array_equal(values[0], together[field][i])
 
 
-def test_tasks_of_many_components_are_covered_along_each():
+def test_tasks_cover_the_range_of_each_of_many_components():
     tasks = make_family("walker2d-params").tasks
     grid = tasks.grid(12)
     assert grid.shape == (12, tasks.dim)
@@ -422,7 +422,7 @@ def test_unknown_fields_and_files_that_a_family_uses_are_refused():
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*A Box observation space m.*imum value is .*infinity")
-def test_gymnasium_ids(id, task):
+def test_gymnasium_ids_make_single_and_vector_environments(id, task):
     assert id in GYMNASIUM_IDS
     env = gym.make(id, **task)
     check_env(env.unwrapped, skip_render_check=True)

@@ -54,7 +54,7 @@ def test_a_callback_that_raises_leaves_its_iteration_saved(tmp_path):
     assert load(tmp_path / "run").provenance["iteration"] == 1
 
 
-def test_a_callback_changes_nothing_of_a_run(tmp_path):
+def test_a_callback_does_not_change_a_run(tmp_path):
     for name, options in (("with", {"progress": lambda row: None}), ("without", {})):
         train(small(), tmp_path / name, **options)
     one, other = (
@@ -64,7 +64,7 @@ def test_a_callback_changes_nothing_of_a_run(tmp_path):
     assert one == other
 
 
-def test_a_display_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+def test_a_row_is_displayed_before_the_disk_is_written(tmp_path, monkeypatch):
     shown = threading.Event()
     save = recording.save_checkpoint
 
@@ -77,7 +77,7 @@ def test_a_display_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     assert load(tmp_path / "run").provenance["iteration"] == 1
 
 
-def test_the_command_draws_its_bar(tmp_path, capsys):
+def test_the_command_shows_a_progress_bar(tmp_path, capsys):
     flags = "--family-options horizon=8 --tasks 3 --episodes 3 --iterations 2 --threads 1"
     assert run("train", "navigation-2d", *flags.split(), "--out", str(tmp_path / "run")) == 0
     assert "2/2" in capsys.readouterr().err

@@ -23,14 +23,14 @@ def path(tmp_path):
     return tmp_path / "x.safetensors"
 
 
-def test_what_was_saved_is_loaded(path):
+def test_saved_tensors_and_metadata_are_loaded_unchanged(path):
     tensors, metadata = checkpoints.load(path)
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
     assert metadata == {"iteration": 3, "text": "ü", "format": checkpoints.FORMAT}
     assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
 
 
-def test_a_flip_of_any_byte_is_refused(path):
+def test_a_file_with_any_flipped_byte_is_refused(path):
     data = path.read_bytes()
     for i in range(len(data)):
         for bit in (1, 128):
@@ -59,7 +59,7 @@ def test_other_files_are_refused_and_never_run(path, tmp_path):
         checkpoints.load(tmp_path / "missing")
 
 
-def test_a_later_format_asks_for_an_update(path, monkeypatch):
+def test_a_file_of_a_later_format_asks_for_an_update(path, monkeypatch):
     monkeypatch.setattr(checkpoints, "FORMAT", 99)
     checkpoints.save(path, TENSORS, {})
     monkeypatch.undo()
@@ -83,13 +83,13 @@ def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
 
 
-def test_shapes_of_another_network_are_named(path):
+def test_loading_into_another_network_names_the_shapes(path):
     with refused(path, "a", "(2, 3)", "(4, 3)", error=CheckpointError):
         checkpoints.in_shapes(path, TENSORS, {"a": (4, 3), "b": (1,)})
     assert list(checkpoints.in_shapes(path, TENSORS, {"b": (1,), "a": (2, 3)})) == ["b", "a"]
 
 
-def test_versions_and_machine_are_json():
+def test_recorded_versions_and_machine_are_json():
     found = json.loads(json.dumps([checkpoints.versions(), checkpoints.machine()]))
     assert found[0]["torch"].startswith(torch.__version__.split("+")[0])
     assert found[1]["cores"] >= 1

@@ -155,13 +155,13 @@ def test_a_help_text_is_one_paragraph(capsys, monkeypatch):
     ("command", "operand"),
     [("train", "[FAMILY]"), ("check", "[FAMILY]"), ("evaluate", "POLICY ..."), ("plot", "RUN ...")],
 )
-def test_help_names_what_a_command_works_on(command, operand, capsys):
+def test_help_names_the_arguments_of_each_command(command, operand, capsys):
     assert run(command, "--help") == 0
     usage = capsys.readouterr().out.partition("\n\n")[0]
     assert mentions(usage, operand)
 
 
-def test_presets_fill_in_what_is_not_given(tmp_path):
+def test_presets_fill_in_options_that_are_not_given(tmp_path):
     arguments = ["--preset", "icml2017", "--iterations", "1", "--tasks", "1", "--episodes", "1"]
     assert run("train", "half-cheetah-vel", *arguments, "--out", "run") == 0
     config = run_config(tmp_path / "run")
@@ -192,7 +192,7 @@ def test_a_family_with_a_recorded_preset_uses_it_by_default(words, preset, scale
     assert config.inner.kl == fitted
 
 
-def test_listings(capsys):
+def test_families_algorithms_help_and_version_are_printed(capsys):
     assert run("families") == 0
     out = capsys.readouterr().out
     assert mentions(out, "half-cheetah-vel", "velocity", "[0, 2]", "scale=stock", "direction")

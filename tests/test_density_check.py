@@ -99,7 +99,7 @@ def test_a_categorical_density_of_something_else_is_refused(monkeypatch):
         ("sinusoid", "maml-trpo", {}),
     ],
 )
-def test_ordinary_runs_pass(family, algorithm, options):
+def test_ordinary_runs_pass_the_density_check(family, algorithm, options):
     if family == "sinusoid":
         options = {"iterations": 1}
         config = metarl.resolve(None, family, algorithm, options)

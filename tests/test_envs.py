@@ -244,7 +244,7 @@ def test_native_physics_equals_stock_half_cheetah_bit_for_bit(name, threads):
         ("stock", 200, 5, 17, 1.0, 2.0),
     ],
 )
-def test_scales(scale, horizon, frame_skip, size, bound, highest):
+def test_scales_set_horizon_frame_skip_and_bounds(scale, horizon, frame_skip, size, bound, highest):
     family = make_family("half-cheetah-vel", scale=scale)
     env = family.make()
     assert family.horizon == horizon
@@ -287,7 +287,7 @@ def test_icml2017_velocity_and_observation_are_of_the_centre_of_mass():
             assert forward == pytest.approx((observation[i, 17] - before[i]) / 0.01, abs=0.3)
 
 
-def test_icml2017_reset_noise():
+def test_reset_noise_of_icml2017_has_its_standard_deviations():
     vector = make_family("half-cheetah-dir", scale="icml2017").make_vec(1, 2000)
     vector.reset(seed=0)
     assert vector.sim.qpos.std() == pytest.approx(0.01, rel=0.03)
@@ -468,7 +468,7 @@ def test_misuse_of_a_vector_environment_is_refused():
 )
 @pytest.mark.filterwarnings("ignore:.*A Box observation space m.*imum value is .*infinity")
 @pytest.mark.filterwarnings("ignore:.*we recommend using a symmetric and normalized space")
-def test_gymnasium_ids(id, task):
+def test_gymnasium_ids_make_single_and_vector_environments(id, task):
     env = gym.make(id, **task)
     check_env(env.unwrapped, skip_render_check=True)
     vector = gym.make_vec(id, num_envs=3, **task)
@@ -590,7 +590,7 @@ def test_a_single_environment_is_given_its_task_before_every_reset():
     assert drawing.unwrapped.g == gravities[2]
 
 
-def test_a_discrete_space_passes_through():
+def test_a_discrete_action_space_is_kept():
     env = pendulum(env="CartPole-v1", name="cart").make_bare()
     assert env.action_space == gym.spaces.Discrete(2)
     env.close()

@@ -207,7 +207,7 @@ def test_bad_numbers_are_refused(options, names):
         evaluate(navigator(), **options)
 
 
-def test_json_and_plot(tmp_path):
+def test_an_evaluation_is_json_and_a_plot(tmp_path):
     found = evaluate(navigator(), tasks=4, episodes=2, steps=2, threads=1)
     data = json.loads(json.dumps(found.to_json(), allow_nan=False))
     settings = {"family", "preset", "tasks", "episodes", "step_sizes"}

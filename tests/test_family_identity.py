@@ -128,7 +128,7 @@ def test_every_difference_is_named(folder, changed):
         train(config(iterations=3), folder, resume=True)
 
 
-def test_the_command_refuses_with_a_line(folder, changed, capsys):
+def test_the_command_refuses_a_changed_family_in_one_line(folder, changed, capsys):
     changed({"horizon": 25})
     assert run("train", "--resume", str(folder), "--iterations", "3") == 2
     assert mentions(capsys.readouterr().err, "horizon", 10, 25)
@@ -200,7 +200,7 @@ def test_a_policy_is_used_on_other_tasks_and_horizons_with_a_notice(
     assert "\n" not in message
 
 
-def test_an_unchanged_family_is_not_spoken_of(whole, caplog):
+def test_an_unchanged_family_is_not_mentioned(whole, caplog):
     for use in uses(whole).values():
         use()
     load_policy(whole.parent / "adapted.safetensors")
@@ -236,7 +236,7 @@ def test_seeds_and_references_of_a_changed_family_are_told(tmp_path, whole, chan
     assert mentions(caplog.messages[0], "horizon", 10, 25)
 
 
-def test_commands_refuse_with_a_line(whole, changed, capsys):
+def test_commands_refuse_a_changed_family_in_one_line(whole, changed, capsys):
     changed({"names": ("target",)})
     assert run("evaluate", str(whole), "--tasks", "2", "--out", str(whole.parent / "results")) == 2
     assert run("adapt", str(whole), "--task", "target=0") == 2

@@ -76,6 +76,6 @@ def test_gradients_and_fisher_products_agree_with_the_cpu(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ROWS)
-def test_a_run_on_a_gpu_goes_to_its_end(tmp_path, algorithm):
+def test_a_run_on_a_gpu_finishes(tmp_path, algorithm):
     train(config_of(algorithm, device=GPU, iterations=2), tmp_path / "run")
     assert [row["skipped_updates"] for row in read_metrics(tmp_path / "run")] == [0, 0]

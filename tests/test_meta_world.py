@@ -140,7 +140,7 @@ def test_the_goal_decides_reward_and_success_but_shows_in_no_observation():
 
 @needs_metaworld
 @pytest.mark.filterwarnings("ignore:.*A Box observation space m")  # its hidden goal is always 0
-def test_gymnasium_ids():
+def test_gymnasium_ids_make_single_and_vector_environments():
     options = {"task": "push", "horizon": 9}
     env = gym.make("metarl/MetaWorldML1-v0", **options)
     check_env(env.unwrapped, skip_render_check=True)

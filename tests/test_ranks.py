@@ -174,7 +174,7 @@ def test_any_number_of_ranks_agrees_bit_for_bit(ranks, tmp_path):
         assert_same(tmp_path / "one" / name, tmp_path / "some" / name)
 
 
-def test_ranks_agree_on_what_fails(tmp_path):
+def test_an_error_on_one_rank_is_raised_on_all(tmp_path):
     run(2, str(HERE / "rank_faults.py"), str(tmp_path))
     assert {path.name for path in tmp_path.glob("fine-*")} == {"fine-0", "fine-1"}
 

@@ -59,7 +59,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_everything_is_in_the_page(folder):
+def test_a_report_is_one_page_with_all_parts(folder):
     frames = np.random.default_rng(0).integers(255, size=(6, 32, 64, 3)).astype(np.uint8)
     Video(frames, 20.0).save(folder / "video.mp4")
     started = {

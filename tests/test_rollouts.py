@@ -241,7 +241,7 @@ def test_streams_of_an_episode_do_not_depend_on_the_number_of_episodes():
     assert np.array_equal(few, more[:3])
 
 
-def test_chunks_cover_all_and_come_back_in_order():
+def test_results_of_chunks_come_back_in_order():
     assert slices(5, 2) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     with ChunkPool(3) as pool:
         assert pool.map(lambda x: x * x, range(20)) == [x * x for x in range(20)]

@@ -109,7 +109,7 @@ def test_a_value_moves_by_one_unit_in_the_last_place(floats, integers):
 
 
 @pytest.mark.parametrize("floats", ["float32", "float64"])
-def test_what_no_processor_rounds_stays(floats):
+def test_values_that_no_processor_rounds_do_not_move(floats):
     limits = np.finfo(floats)
     special = [0.0, -0.0, np.inf, -np.inf, np.nan, limits.max, limits.smallest_subnormal]
     for values in (np.array(special, floats), np.arange(9), np.array([True, False])):

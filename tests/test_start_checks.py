@@ -89,7 +89,7 @@ WARNED = {
 
 
 @pytest.mark.parametrize("name", WARNED)
-def test_train_warns_in_one_line(name, tmp_path, caplog, fresh):
+def test_train_warns_of_shared_state_in_one_line(name, tmp_path, caplog, fresh):
     assert trained(name, tmp_path / "run", "--workers", "0") == 0
     (line,) = warned(caplog)
     assert "\n" not in line

@@ -46,7 +46,7 @@ def test_tables_hold_every_figure_that_is_known():
     assert gaps.rows == [["mine", "0.10 ± 0.10", "0.50 ± 0.10"]]  # an oracle's is 1 by definition
 
 
-def test_text_keeps_columns_in_line():
+def test_text_tables_are_aligned():
     lines = as_text(tables(EVALUATION)).splitlines()
     head = tables(EVALUATION)[0].heads[2]
     assert len({line.index(head) for line in lines if head in line}) == 1

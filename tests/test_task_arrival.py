@@ -161,7 +161,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_task_arrives_by(way):
+def test_a_task_arrives_by_each_way_of_setting_it(way):
     env, changes = WAYS[way]
     for found in ends(family(env, **changes)):
         assert found == pytest.approx([-0.4, 0.3], abs=1e-5)

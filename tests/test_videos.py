@@ -35,7 +35,7 @@ def film(**options) -> videos.Video:
     return videos.record(policies, meta.family, GOAL, **options)
 
 
-def test_before_and_after_stand_side_by_side():
+def test_episodes_before_and_after_adaptation_are_side_by_side():
     video = film(seed=3)
     time, height, width, colours = video.frames.shape
     # 15 steps and the start, then half a second of the end, at the family's 20 frames a second.
@@ -105,7 +105,7 @@ def test_the_point_and_its_goal_are_where_they_should_be():
         make_family("navigation-2d").make(render_mode="human")
 
 
-def test_files_hold_the_frames(tmp_path):
+def test_video_files_contain_the_frames(tmp_path):
     video = film()
     video = videos.Video(video.frames[:, ::4, ::4], video.fps)
     video.save(tmp_path / "video.mp4")
