@@ -209,6 +209,7 @@ def _faults(trace: Trace, space: gym.Space, horizon: int) -> Iterator[str]:
 
 def conversion(seen: NDArray, space: gym.Space) -> str | None:
     """Say that observations are converted to the type of their space; None if they are not."""
+    assert space.dtype is not None
     if np.can_cast(seen.dtype, space.dtype):
         return None
     return (

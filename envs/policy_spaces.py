@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gymnasium as gym
-import numpy as np
 
 from metarl.envs.errors import UserError
 from metarl.envs.observations import is_image
@@ -64,16 +63,17 @@ def check_policy_spaces(name: str, observation: gym.Space, action: gym.Space) ->
         raise UserError(
             f"{name}: observations must be a flat Box or one uint8 image, got {observation}"
         )
-    if not np.prod(observation.shape):
+    shape = observation.shape or ()
+    if 0 in shape:
         raise UserError(f"{name}: observations have no component: {observation}")
-    if not flat and min(image_size(observation.shape)[1:]) < LEAST_IMAGE:
+    if not flat and min(image_size(shape)[1:]) < LEAST_IMAGE:
         raise UserError(
-            f"{name}: images must have {LEAST_IMAGE} pixels each way, got {observation.shape};"
+            f"{name}: images must have {LEAST_IMAGE} pixels each way, got {shape};"
             " enlarge them, or flatten them (gym.wrappers.FlattenObservation)"
         )
     try:
         counts = categories(action)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
-    if counts == () or not np.prod(action.shape):
+    if counts == () or 0 in (action.shape or ()):
         raise UserError(f"{name}: actions have no component: {action}")

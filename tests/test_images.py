@@ -17,8 +17,9 @@ from image_envs import PixelCorridor, corridor
 from torch import nn
 
 import metarl
+from metarl.envs.policy_spaces import image_size
 from metarl.learning.advantages import seen
-from metarl.learning.encoders import NatureCNN, SmallImpala, image_size, make_encoder
+from metarl.learning.encoders import NatureCNN, SmallImpala, make_encoder
 from metarl.learning.networks import stack
 from metarl.learning.parallel import ChunkPool
 from metarl.learning.policies import CategoricalMLP

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from metarl.envs import TaskFamily
 from metarl.envs.errors import check_one_of
-from metarl.learning.encoders import NatureCNN, image_size
+from metarl.envs.policy_spaces import image_size
+from metarl.learning.encoders import NatureCNN
 from metarl.running.config import Config
 from metarl.running.statistics import Floats
 from metarl.sampling.episodes import episode
