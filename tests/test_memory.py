@@ -89,7 +89,7 @@ def test_file_cache_in_a_container_counts_as_free(monkeypatch):
         "/sys/fs/cgroup/memory.current": "3500000000\n",
         "/sys/fs/cgroup/memory.stat": "anon 400000000\ninactive_file 3000000000\nactive_file 5\n",
     }
-    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: files[str(path)])
     assert available() == 3_500_000_000
     files["/sys/fs/cgroup/memory.max"] = "max\n"
     assert available() == 9_216_000_000

@@ -147,7 +147,7 @@ def test_floats_in_whole_numbers_are_refused_in_training_and_adaptation(named):
     wrong = sees(WHOLE, lambda self: np.array([self.x]))
     with refused("int64"):
         meta.adapt(wrong(), episodes=2)
-    with Trainer(named(family(wrong))) as trainer, refused("int64"):
+    with refused("int64"), Trainer(named(family(wrong))) as trainer:
         trainer.iterate()
 
 
@@ -241,7 +241,7 @@ def test_a_step_of_other_types_is_refused_everywhere(kind, named):
         with refused("point", name):
             env.step(np.zeros(env.action_space.shape, np.float32))
     assert faults(made)
-    with Trainer(named(made)) as trainer, refused("point", name):
+    with refused("point", name), Trainer(named(made)) as trainer:
         trainer.iterate()
     with Trainer(named(family())) as trainer:
         meta = trainer.meta_policy()
