@@ -138,7 +138,7 @@ def test_ragged_episodes_are_masked_and_zero_after_their_ends(pool):
     for name in ("observation", "action", "reward"):
         values = getattr(rollout, name)
         assert not values[~rollout.valid].any()
-    assert rollout.returns()[:, 0].tolist() == [1.0, 10.0, 21.0]
+    assert rollout.returns()[:, 0].tolist() == pytest.approx([1.0, 10.0, 21.0])
     assert rollout.last_observation[:, 0, 0].tolist() == [1.0, 4.0, 6.0]
     assert rollout.env_steps == 2 * 11
 
@@ -332,11 +332,11 @@ def test_success_at_any_step_of_an_episode_counts(pool):
         )
         assert rollout.success is not None
         assert rollout.success.tolist() == [[done, done]]
-        assert rollout.success_rates().tolist() == [float(done)]
+        assert rollout.success_rates().tolist() == pytest.approx([float(done)])
     mixed = dataclasses.replace(
         rollout,
         success=torch.tensor([[True, False, True], [False, False, False]]),
         diverged=torch.tensor([[False, False, True], [True, True, True]]),
     )
-    assert mixed.success_rates()[0] == 0.5
+    assert float(mixed.success_rates()[0]) == pytest.approx(0.5)
     assert mixed.success_rates()[1].isnan()
