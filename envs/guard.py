@@ -32,6 +32,10 @@ X = TypeVar("X")
 _log = logging.getLogger(__name__)
 
 
+class ExitError(UserError):
+    """User code would have ended the process, by `sys.exit` for one."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One thing about the process that user code may change."""
@@ -135,7 +139,7 @@ def _mark(error: BaseException) -> None:
         error.of_user_code = True  # type: ignore[union-attr]
         return
     notes = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
-    raise UserError(
+    raise ExitError(
         f"{notes}user code must not end the process, but raised {raised(error)}"
     ) from error
 

@@ -61,6 +61,8 @@ def offend(place: str) -> None:
             raise ArithmeticError("mine")
         case "missing":
             open("no such file", encoding="utf-8")  # noqa: SIM115
+        case "pipe":
+            raise BrokenPipeError("mine")
         case "exit":
             sys.exit(0)
         case "interrupt":

@@ -195,7 +195,7 @@ def error_of(capsys) -> str:
     return line
 
 
-@pytest.mark.parametrize("how", ["raise", "missing", "exit", "base", "interrupt"])
+@pytest.mark.parametrize("how", ["raise", "missing", "pipe", "exit", "base", "interrupt"])
 def test_whatever_a_step_raises_is_one_line_and_the_run_can_be_resumed(
     fresh, monkeypatch, capsys, how
 ):
@@ -208,11 +208,13 @@ def test_whatever_a_step_raises_is_one_line_and_the_run_can_be_resumed(
     assert run("train", "--resume", "run", "--iterations", "3") == 0
 
 
-@pytest.mark.parametrize("how", ["raise", "exit", "interrupt", "leave"])
+@pytest.mark.parametrize("how", ["raise", "pipe", "exit", "interrupt", "leave"])
 def test_whatever_a_workers_step_does_is_told(fresh, monkeypatch, capsys, how):
     monkeypatch.setenv("OFFEND", f"{how} step")
     assert train("step", "2") == 2
-    assert mentions(error_of(capsys), "put_in", "step")
+    said = capsys.readouterr().err
+    assert sum(line.startswith("error: ") for line in said.splitlines()) == 1
+    assert mentions(said, "put_in", "step", *(["foreign_envs.py"] if how != "leave" else []))
     assert not Path("run").exists()
 
 

@@ -91,13 +91,20 @@ def work(share: Share, channel: Connection, dump: Connection, with_parent: bool)
                     )  # fmt: skip
                 channel.send(Reply("done"))
         channel.send(Reply("done"))
-    except (EOFError, BrokenPipeError):
-        pass  # the parent is gone
+    except (EOFError, BrokenPipeError) as error:
+        if guard.is_of_user_code(error):  # a simulator's own pipe; else the parent is gone
+            channel.send(_raised(error))
+    except guard.ExitError as error:  # it may not do so again
+        channel.send(_raised(error))
     except UserError as error:
         channel.send(Reply("refused", str(error)))
     except BaseException as error:  # an environment may even call sys.exit
-        text = f"{type(error).__name__}: {error}".removesuffix(": ")
-        channel.send(Reply("raised", text, traceback.format_exc()))
+        channel.send(_raised(error))
+
+
+def _raised(error: BaseException) -> Reply:
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return Reply("raised", text, traceback.format_exc())
 
 
 @contextlib.contextmanager
