@@ -73,7 +73,12 @@ def outcome(place: str, workers: str, capsys) -> tuple:
     return numbers(Path("run")), returns, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("place", foreign_envs.PLACES)
+def mostly_slow(values, *quick):
+    """Return parameters of which all but a few run with the slow tests."""
+    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
+@pytest.mark.parametrize("place", mostly_slow(foreign_envs.PLACES, "step"))
 def test_commands_do_the_same_wherever_user_code_changes_the_process(
     fresh, monkeypatch, capsys, place
 ):
@@ -112,7 +117,7 @@ def test_user_code_may_be_the_first_to_import_what_has_settings():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.parametrize("place", foreign_envs.PLACES[1:])
+@pytest.mark.parametrize("place", mostly_slow(foreign_envs.PLACES[1:], "step"))
 def test_a_script_finds_the_process_as_it_left_it(tmp_path, monkeypatch, place):
     env = foreign_envs.paid.make([0.5])
     before = settings()
@@ -224,7 +229,9 @@ def test_whatever_a_workers_step_does_is_told(fresh, monkeypatch, capsys, how):
 
 
 @pytest.mark.parametrize("how", ["raise", "missing", "exit"])
-@pytest.mark.parametrize("place", ["import", "make", "set_task", "reset", "reward"])
+@pytest.mark.parametrize(
+    "place", mostly_slow(("import", "make", "set_task", "reset", "reward"), "import", "reset")
+)
 def test_an_error_anywhere_in_user_code_names_its_file(fresh, monkeypatch, capsys, place, how):
     monkeypatch.setenv("OFFEND", f"{how} {place}")
     assert train(place) == 2

@@ -11,7 +11,7 @@ import pkgutil
 from functools import cache
 
 from metarl.algorithms.algorithm import Algorithm
-from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.errors import UserError, check_name, did_you_mean
 from metarl.envs.registry import import_attribute
 
 __all__ = ["Algorithm", "algorithms", "find_algorithm"]
@@ -46,6 +46,7 @@ def find_algorithm(what: str | Algorithm) -> Algorithm:
         if not isinstance(found, Algorithm):
             raise UserError(f"{what} must be a metarl.Algorithm, got {type(found).__name__}")
         return dataclasses.replace(found, source=what)
+    check_name("an algorithm", what, "such as 'maml-trpo'")
     known = algorithms()
     if what not in known:
         raise UserError(
