@@ -1,4 +1,4 @@
-"""Outer optimizers and baselines by name: those of this package, or a user's own."""
+"""Outer optimizers and baselines by name, built in or from `module:attribute`."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ P = TypeVar("P", bound=Part)
 
 
 def _made(found: Any, kind: type[P], what: Any) -> P | None:
-    """Return a part, or that of a class, with the name it was chosen by; None if it is none."""
+    """Return a part, made if it is a class, with its chosen name; None for other objects."""
     if isinstance(found, type) and issubclass(found, kind):
         found = found()
     if not isinstance(found, kind):

@@ -1,4 +1,4 @@
-"""The config of a run: its own options, and those of the parts that it is made of."""
+"""The config of a run: its own options and the options of its parts."""
 
 from __future__ import annotations
 

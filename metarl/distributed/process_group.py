@@ -1,9 +1,9 @@
-"""The ranks of one run: processes, each with tasks of its own, that take every step together.
+"""The process group of one run: each process has its own tasks, and all take every step together.
 
-`Ranks` is what one process needs, and so the identity. `TorchRanks` is the same for the processes
-that torchrun starts, on torch.distributed's gloo. What they do together has the same bits at any
-number of ranks: tasks are dealt out in contiguous blocks of whole chunks, and sums over chunks are
-added in the order of the tasks.
+`ProcessGroup` is a group of one process. `TorchProcessGroup` is a group of the processes that
+torchrun starts, on torch.distributed's gloo. Results have the same bits for any number of ranks:
+tasks are split into contiguous blocks of whole chunks, and sums over chunks are added in the order
+of the tasks.
 
 No rank waits for one that failed: each collective begins with a short message of every rank to
 every other, which says what it is about to do or that it has an error. In the second case all raise

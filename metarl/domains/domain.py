@@ -1,4 +1,4 @@
-"""What reinforcement and supervised learning have in common: models, losses, samples, metrics."""
+"""The interface of reinforcement and supervised learning: models, losses, samples, metrics."""
 
 from __future__ import annotations
 
@@ -160,9 +160,9 @@ class Domain(ABC):
 
     name: ClassVar[str]
     measure: ClassVar[str]
-    """What adaptation is measured by: return, or loss."""
+    """Measure of adaptation: return, or loss."""
     unit: ClassVar[str]
-    """What is counted: env steps, or examples."""
+    """Unit of samples: env steps, or examples."""
 
     @abstractmethod
     def algorithm(self, algorithm: Algorithm, family: str) -> Algorithm:
@@ -186,11 +186,11 @@ class Domain(ABC):
 
     @abstractmethod
     def inner_loss(self, model: Model) -> Loss:
-        """Return the inner loss of an algorithm that has none of its own."""
+        """Return the inner loss for algorithms that do not define one."""
 
     @abstractmethod
     def outer_loss(self, model: Model) -> Loss:
-        """Return the outer loss of an algorithm that has none of its own."""
+        """Return the outer loss for algorithms that do not define one."""
 
     def adapter(self, algorithm: Algorithm, model: Model) -> Adapter:
         """Return how tasks adapt."""

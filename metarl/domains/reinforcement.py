@@ -126,7 +126,7 @@ def make_policy(
 ) -> MLPPolicy:
     """Return the network for an environment's observations and action space.
 
-    Observations that are no vectors are images.
+    Observations with more than one axis are images.
 
     Raises:
         UserError: no policy acts in such a space, or options have no effect in it.

@@ -370,7 +370,7 @@ def train(
         start: with `resume`, the checkpoint's iteration; by default the newest.
         notice: is given a line where a resumed run's new length changes its schedules.
         started: is called once nothing is wrong with the config, the family and the folder.
-        ranks: that share the tasks. Rank 0 alone reads and writes the folder.
+        process_group: processes that share the tasks. Only rank 0 reads and writes the folder.
 
     Raises:
         RunError: the folder exists, is in use, is not a run or was moved; or ten updates in a row
