@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.registry import import_attribute
 
 
 def fixed(default: Any) -> Any:
@@ -109,6 +111,52 @@ class Part:
         """Raise UserError unless these options are at least a number."""
         for name in names:
             self.require(name, getattr(self, name) >= least, f"at least {least}")
+
+
+P = TypeVar("P", bound=Part)
+
+
+def find_part(
+    what: Any,
+    base: type[P],
+    label: str,
+    known: Callable[[str], Any],
+    adapt: Callable[[Any], Any] = lambda found: found,
+) -> P | None:
+    """Return a part, made if it is a class, with the name that it was chosen by.
+
+    Args:
+        what: a name, `module:attribute`, or the part itself.
+        base: class of the part.
+        label: what it is, for messages.
+        known: returns what a name without a module stands for.
+        adapt: makes a part of other objects.
+
+    Returns:
+        None for something else.
+
+    Raises:
+        UserError: the module cannot be imported.
+    """
+    if isinstance(what, str):
+        source = what if ":" in what else ""
+        found = import_attribute(what, f"the {label}") if source else known(what)
+    else:
+        source, found = importable_name(what), what
+    found = adapt(found)
+    if isinstance(found, type) and issubclass(found, base):
+        found = found()
+    if not isinstance(found, base):
+        return None
+    return dataclasses.replace(found, source=source) if source else found
+
+
+def importable_name(what: Any) -> str:
+    """Return `module:attribute` of a user's class or function, "" if it has no such name."""
+    module, name = getattr(what, "__module__", None), getattr(what, "__qualname__", "")
+    if module in (None, "__main__") or module.split(".")[0] in ("metarl", "torch"):
+        return ""
+    return f"{module}:{name}" if getattr(sys.modules.get(module), name, None) is what else ""
 
 
 _KINDS: Mapping[type, tuple[str, tuple[type, ...]]] = {

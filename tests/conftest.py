@@ -16,10 +16,13 @@ import metarl  # noqa: F401  (before the first matrix product)
 from metarl.algorithms import Algorithm
 from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool
+from metarl.domains.reinforcement import PolicyOptions
 from metarl.envs import GymnasiumFamily, Uniform
 from metarl.learning.losses import Batch
-from metarl.models.networks import Params
-from metarl.models.policies import GaussianMLP
+from metarl.models.distributions import Categorical, Distribution, Gaussian
+from metarl.models.encoders import Encoder
+from metarl.models.networks import MLP, Params
+from metarl.models.policies import PolicyModel
 from metarl.runs.metrics import measured_time, read_metrics
 
 STRICT = ("rollouts", "serial_batch", "meta_gradients", "policies")
@@ -63,9 +66,58 @@ def pool() -> Iterator[ChunkPool]:
         yield made
 
 
+def gaussian_policy(
+    *,
+    observation_dim: int,
+    action_dim: int,
+    distribution: type[Distribution] = Gaussian,
+    normalize: bool = False,
+    encoder: Encoder | None = None,
+    context_dim: int = 0,
+    hidden: tuple[int, ...] = (64, 64),
+    activation: Any = "tanh",
+    output_scale: float = 1.0,
+    **options: Any,
+) -> PolicyModel:
+    """Return a Gaussian policy on an MLP; `options` are those of the distribution."""
+    actions = gym.spaces.Box(-1.0, 1.0, (action_dim,))
+    over = distribution(**options).over(actions)
+    network = MLP(
+        inputs=(observation_dim,) if encoder is None else encoder.shape,
+        outputs=over.size(actions), hidden=hidden, activation=activation, context_dim=context_dim,
+        encoder=encoder, images=encoder is not None, output_scale=output_scale,
+    )  # fmt: skip
+    return PolicyModel(network=network, distribution=over, normalize=normalize)
+
+
+def categorical_policy(
+    *, observation_dim: int, categories: tuple[int, ...], encoder: Encoder | None = None,
+    normalize: bool = False, **options: Any,
+) -> PolicyModel:  # fmt: skip
+    """Return a policy of categorical actions on an MLP; `options` are those of the network."""
+    over = Categorical().over(gym.spaces.MultiDiscrete(categories))
+    network = MLP(
+        inputs=(observation_dim,) if encoder is None else encoder.shape,
+        outputs=sum(categories), encoder=encoder, images=encoder is not None, **options,
+    )  # fmt: skip
+    return PolicyModel(network=network, distribution=over, normalize=normalize)
+
+
+def policy_options(**options: Any) -> PolicyOptions:
+    """Return the options of a policy, `hidden` for policy.hidden."""
+    config = Config().with_options({f"policy.{name}": x for name, x in options.items()})
+    assert isinstance(config.policy, PolicyOptions)
+    return config.policy
+
+
+def reals(*shape: int) -> gym.spaces.Box:
+    """Return the space of all arrays of a shape."""
+    return gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+
+
 @pytest.fixture
-def small_policy() -> GaussianMLP:
-    return GaussianMLP(observation_dim=3, action_dim=2, hidden=(5, 4))
+def small_policy() -> PolicyModel:
+    return gaussian_policy(observation_dim=3, action_dim=2, hidden=(5, 4))
 
 
 def small(
@@ -102,7 +154,7 @@ def same_params(a, b) -> bool:
     return all(torch.equal(a.params[name], b.params[name]) for name in a.params)
 
 
-def double_params(policy: GaussianMLP, seed: int = 0) -> Params:
+def double_params(policy: PolicyModel, seed: int = 0) -> Params:
     """Parameters in float64 with every entry, biases and log_std too, drawn at random."""
     rng = np.random.default_rng(seed)
     return {
@@ -112,7 +164,7 @@ def double_params(policy: GaussianMLP, seed: int = 0) -> Params:
 
 
 def random_batch(
-    policy: GaussianMLP, tasks: int, samples: int, seed: int, ragged: bool = True
+    policy: PolicyModel, tasks: int, samples: int, seed: int, ragged: bool = True
 ) -> Batch:
     """A float64 batch as some other policy would have drawn it, a part of it not valid."""
     rng = np.random.default_rng(seed)
@@ -120,15 +172,15 @@ def random_batch(
     def draw(*shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.standard_normal(shape))
 
-    shape = (tasks, samples, policy.action_dim)
-    old = {"mean": draw(*shape), "log_std": 0.3 * draw(tasks, 1, policy.action_dim).expand(shape)}
+    shape = (tasks, samples, policy.action_size)
+    old = {"mean": draw(*shape), "log_std": 0.3 * draw(tasks, 1, policy.action_size).expand(shape)}
     action = policy.sample(old, draw(*shape))
     valid = torch.ones(tasks, samples, dtype=torch.float64)
     if ragged:
         valid[:, samples - samples // 4 :] = 0.0
         valid[0, samples // 2 :] = 0.0
     return Batch(
-        observation=draw(tasks, samples, policy.observation_dim),
+        observation=draw(tasks, samples, policy.observation_shape[0]),
         action=action,
         advantage=draw(tasks, samples) * valid,
         weight=valid / valid.sum(dim=1, keepdim=True),

@@ -22,7 +22,7 @@ def constant_step_sizes(params, sizes):
 
 
 def losses(policy, loss=log_likelihood):
-    return lambda params, batch: loss(policy, policy.distribution(params, batch.observation), batch)
+    return lambda params, batch: loss(policy, policy.dist(params, batch.observation), batch)
 
 
 def test_zero_steps_are_the_identity(small_policy):
@@ -50,7 +50,7 @@ def test_each_task_takes_its_own_gradient_step_on_each_batch(small_policy, curva
         theta = {name: p.clone().requires_grad_() for name, p in params.items()}
         for k, batch in enumerate(batches):
             n = batch.weight[t] > 0
-            dist = small_policy.distribution(theta, batch.observation[t][n])
+            dist = small_policy.dist(theta, batch.observation[t][n])
             density = Independent(Normal(dist["mean"], dist["log_std"].exp()), 1)
             # The mean over this task's valid steps, never over tasks.
             value = -(density.log_prob(batch.action[t][n]) * batch.advantage[t][n]).mean()
@@ -84,7 +84,7 @@ def test_step_sizes_may_differ_by_layer_and_entry(small_policy):
 def test_likelihood_ratios_are_one_before_an_update(small_policy):
     params = stack(double_params(small_policy), 2)
     batch = random_batch(small_policy, 2, 30, 0)
-    dist = small_policy.distribution(params, batch.observation)
+    dist = small_policy.dist(params, batch.observation)
     fresh = {**vars(batch), "old": dist, "old_log_prob": small_policy.log_prob(dist, batch.action)}
     batch = type(batch)(**fresh)
     ratio = (small_policy.log_prob(dist, batch.action) - batch.old_log_prob).exp()
@@ -98,7 +98,7 @@ def test_likelihood_ratios_are_one_before_an_update(small_policy):
 def test_ratio_and_likelihood_have_the_same_gradient_at_the_old_policy(small_policy):
     theta = {n: p.requires_grad_() for n, p in double_params(small_policy).items()}
     batch = random_batch(small_policy, 2, 30, 0)
-    dist = small_policy.distribution(stack(theta, 2), batch.observation)
+    dist = small_policy.dist(stack(theta, 2), batch.observation)
     old = {n: x.detach() for n, x in dist.items()}
     batch = type(batch)(
         **{**vars(batch), "old": old, "old_log_prob": small_policy.log_prob(old, batch.action)}

@@ -319,12 +319,12 @@ class Table(Model):
         return {"logits": torch.zeros(2, 2)}
 
     def output(self, params, samples):
-        return self.distribution(params, samples.observation)
+        return self.dist(params, samples.observation)
 
     def adapts(self, name, part):
         return True
 
-    def distribution(self, params, observation):
+    def dist(self, params, observation):
         return {"logits": (observation.to(D) @ params["logits"]).log_softmax(-1)}
 
     def log_prob(self, dist, action):
@@ -335,6 +335,13 @@ class Table(Model):
 
 
 TABLE = Table()
+
+
+def with_context(policy, size):
+    network = dataclasses.replace(policy.network, context_dim=size)
+    return dataclasses.replace(policy, network=network)
+
+
 LOGITS = {"logits": draw(2, 2, seed=11)}
 
 
@@ -347,7 +354,7 @@ def path_batch(paths, weight):
     to_come = [[r0 + r1, r1] for r0, r1 in rewards]
     observation = torch.nn.functional.one_hot(torch.tensor(states).flatten(), 2).to(D)[None]
     action = torch.tensor(acts).flatten()[None, :, None]
-    old = TABLE.distribution(stack(LOGITS, 1), observation)
+    old = TABLE.dist(stack(LOGITS, 1), observation)
     weights = torch.as_tensor(weight, dtype=D).repeat_interleave(STEPS)[None]
     return Batch(
         observation, action, torch.tensor(to_come, dtype=D).flatten()[None], weights,
@@ -422,7 +429,7 @@ def test_e_mamls_estimator_is_the_gradient_of_the_return_after_adaptation(pool, 
         support[c, path] = dataclasses.replace(one, advantage=c * one.advantage)
         # The query's own expectation is exact: every path, as likely as it is.
         every = path_batch(PATHS, [1.0 / STEPS] * len(PATHS))
-        dist = TABLE.distribution(stack(final, 1), every.observation)
+        dist = TABLE.dist(stack(final, 1), every.observation)
         weight = torch.stack(list(likely[c, path].values())).repeat_interleave(STEPS)[None]
         query[c, path] = dataclasses.replace(
             every, advantage=c * every.advantage, old=dist, weight=weight / STEPS,
@@ -459,7 +466,7 @@ def mean_hessian(loss):
         batch = path_batch([path], [1.0])
 
         def value(flat, batch=batch):
-            dist = TABLE.distribution({"logits": flat.view(1, 2, 2)}, batch.observation)
+            dist = TABLE.dist({"logits": flat.view(1, 2, 2)}, batch.observation)
             return -loss(TABLE, dist, batch).sum()
 
         chance = path_log_prob(LOGITS["logits"], path).exp()
@@ -524,7 +531,7 @@ def dice_hessian(batch, decay=1.0):
     """Hessian of one sample's DiCE loss at the old parameters."""
 
     def value(flat):
-        dist = TABLE.distribution({"logits": flat.view(1, 2, 2)}, batch.observation)
+        dist = TABLE.dist({"logits": flat.view(1, 2, 2)}, batch.observation)
         return dice(TABLE, dist, batch, decay=decay).sum()
 
     return torch.autograd.functional.hessian(value, LOGITS["logits"].flatten())
@@ -539,7 +546,7 @@ def test_dice_matches_its_recursion_step_by_step(decay):
         return torch.exp(w - w.detach())
 
     def recursion(flat):
-        dist = TABLE.distribution({"logits": flat.view(1, 2, 2)}, batch.observation)
+        dist = TABLE.dist({"logits": flat.view(1, 2, 2)}, batch.observation)
         log_prob = TABLE.log_prob(dist, batch.action)[0]
         loss = through = torch.zeros((), dtype=D)
         for i, log in enumerate(log_prob):
@@ -559,7 +566,7 @@ def test_the_gradient_of_every_inner_loss_is_the_policy_gradient(loss):
     for path in PATHS:
         logits = LOGITS["logits"].clone().requires_grad_()
         batch = path_batch([path], [1.0])
-        dist = TABLE.distribution({"logits": logits[None]}, batch.observation)
+        dist = TABLE.dist({"logits": logits[None]}, batch.observation)
         (slope,) = torch.autograd.grad(-loss(TABLE, dist, batch).sum(), logits)
         total += path_log_prob(LOGITS["logits"], path).exp() * slope
     logits = LOGITS["logits"].clone().requires_grad_()
@@ -601,7 +608,7 @@ def test_dice_refuses_samples_without_their_order():
 def test_the_clipped_objective_matches_a_scalar_reference(small_policy):
     params = stack(double_params(small_policy, 3), 2)
     batch = random_batch(small_policy, 2, 40, 0)
-    dist = small_policy.distribution(params, batch.observation)
+    dist = small_policy.dist(params, batch.observation)
     log_prob = small_policy.log_prob(dist, batch.action)
     found = clipped_ratio(small_policy, dist, batch, clip=0.2)
     cuts = 0
@@ -631,7 +638,7 @@ def test_inner_kl_is_measured_from_the_policies_before_the_update(small_policy, 
     fast, slow, sizes = adapter.split(meta)
     iterates = adapter.adapt(stack(fast, 3), slow, sizes, batches[:2])
     kls = [
-        batch.kl(small_policy, small_policy.distribution(iterate, batch.observation))
+        batch.kl(small_policy, small_policy.dist(iterate, batch.observation))
         for iterate, batch in zip(iterates, batches[:2], strict=False)
     ]
     expected = 0.7 * float(torch.stack(kls).mean())
@@ -741,7 +748,7 @@ def test_only_the_fast_parameters_adapt(small_policy):
         new = adapter.adapt(stack(start, 2), slow, sizes, [batch])[-1]
         assert set(new) == names
         assert all((new[name] - start[name]).abs().max() > 0 for name in names)
-    told = dataclasses.replace(small_policy, context_dim=3)
+    told = with_context(small_policy, 3)
     adapter = Adapter(told, log_likelihood, (0.1,), fast="context")
     start, slow, sizes = adapter.split(double_params(told))
     assert set(start) == {"context"}
@@ -752,7 +759,7 @@ def test_only_the_fast_parameters_adapt(small_policy):
 
 
 def test_cavias_gradient_matches_central_differences(small_policy, pool):
-    told = dataclasses.replace(small_policy, context_dim=2)
+    told = with_context(small_policy, 2)
     adapter = Adapter(told, log_likelihood, (0.5,), fast="context")
     meta = double_params(told)
     batches = [random_batch(told, 2, 20, seed) for seed in range(2)]

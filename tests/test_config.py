@@ -353,7 +353,7 @@ def test_an_algorithm_without_a_name_trains_and_is_refused_when_it_is_loaded(tmp
         run_config(tmp_path / "run")
     assert run("evaluate", str(tmp_path / "run")) == 2
     assert run("train", "--resume", str(tmp_path / "run")) == 2
-    assert Config.from_json(config.to_json(), own) == config
+    assert Config.from_json(config.to_json(), config) == config
 
 
 def test_a_changed_algorithm_is_not_taken_for_the_named_one(tmp_path):

@@ -9,11 +9,12 @@ from expecting import refused, run
 
 import metarl
 from metarl.envs.errors import UserError
-from metarl.models.policies import CategoricalMLP, GaussianMLP, MLPPolicy
+from metarl.models.distributions import Categorical, Gaussian
+from metarl.models.networks import MLP
 from metarl.training.trainer import Trainer
 
 SMALL = {"tasks": 5, "episodes": 5, "iterations": 2, "threads": 1}
-FEATURES, SAMPLE, LOG_PROB = MLPPolicy.features, GaussianMLP.sample, GaussianMLP.log_prob
+EMBED, SAMPLE, LOG_PROB = MLP.embed, Gaussian.sample, Gaussian.log_prob
 
 
 def _iterate(family, algorithm="maml-trpo", iterations=1, **options):
@@ -23,32 +24,32 @@ def _iterate(family, algorithm="maml-trpo", iterations=1, **options):
 
 
 def _dropout(self, params, x, weight=None):
-    x = FEATURES(self, params, x, weight)
+    x = EMBED(self, params, x, weight)
     return torch.nn.functional.dropout(x, 0.1, training=True)
 
 
 def _batch_normalized(self, params, x, weight=None):
-    x = FEATURES(self, params, x, weight)
+    x = EMBED(self, params, x, weight)
     return (x - x.mean(-2, keepdim=True)) / (x.std(-2, keepdim=True) + 1e-5)
 
 
 @pytest.mark.parametrize("features", [_dropout, _batch_normalized])
 @pytest.mark.parametrize("algorithm", ["maml-trpo", "promp", "reptile", "pretrained"])
 def test_a_network_whose_passes_differ_is_refused(monkeypatch, features, algorithm):
-    monkeypatch.setattr(MLPPolicy, "features", features)
+    monkeypatch.setattr(MLP, "embed", features)
     with refused("dropout", "batch normalization"):
         _iterate("navigation-2d", algorithm)
 
 
 def test_categorical_policies_are_checked_too(monkeypatch):
-    monkeypatch.setattr(MLPPolicy, "features", _dropout)
+    monkeypatch.setattr(MLP, "embed", _dropout)
     with refused("dropout"):
         _iterate("bandit")
 
 
 def test_workers_whose_policy_is_another_are_found(monkeypatch):
     # Workers import the package afresh: they know nothing of what was put into this process.
-    monkeypatch.setattr(MLPPolicy, "features", _batch_normalized)
+    monkeypatch.setattr(MLP, "embed", _batch_normalized)
     with refused("batch normalization"):
         _iterate("cartpole-length", workers=2)
 
@@ -70,15 +71,15 @@ def test_workers_whose_policy_is_another_are_found(monkeypatch):
     ],
 )
 def test_a_density_of_something_else_is_refused(monkeypatch, name, wrong):
-    monkeypatch.setattr(GaussianMLP, name, wrong)
+    monkeypatch.setattr(Gaussian, name, wrong)
     with refused("log_prob", "sample"):
         _iterate("navigation-2d", **{"policy.initial_std": 0.5})
 
 
 def test_a_categorical_density_of_something_else_is_refused(monkeypatch):
-    sample = CategoricalMLP.sample
+    sample = Categorical.sample
     hot = lambda self, dist, noise: sample(self, dist, 0.2 * noise)  # noqa: E731
-    monkeypatch.setattr(CategoricalMLP, "sample", hot)
+    monkeypatch.setattr(Categorical, "sample", hot)
     with refused("log_prob", "sample"):
         _iterate("tabular-mdp", "maml-trpo", tasks=20, episodes=20)
 
@@ -111,16 +112,16 @@ def test_ordinary_runs_pass_the_density_check(family, algorithm, options):
 
 
 def test_large_observations_and_small_deviations_are_rounding(monkeypatch):
-    far = lambda self, params, x, weight=None: FEATURES(  # noqa: E731
+    far = lambda self, params, x, weight=None: EMBED(  # noqa: E731
         self, params, 1e4 + 1e3 * x, weight
     )
-    monkeypatch.setattr(MLPPolicy, "features", far)
+    monkeypatch.setattr(MLP, "embed", far)
     _iterate("navigation-2d", **{"policy.initial_std": 1e-2, "policy.activation": "relu"})
 
 
 def test_the_command_refuses_in_one_line_and_leaves_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(MLPPolicy, "features", _dropout)
+    monkeypatch.setattr(MLP, "embed", _dropout)
     options = ("--preset", "None", "--tasks", "4", "--episodes", "4", "--out", "run")
     assert run("train", "navigation-2d", *options) == 2
     assert "Traceback" not in capsys.readouterr().err
@@ -130,7 +131,7 @@ def test_the_command_refuses_in_one_line_and_leaves_no_run(tmp_path, monkeypatch
 def test_a_resumed_run_is_checked_again(tmp_path, monkeypatch):
     config = metarl.resolve(None, "navigation-2d", overrides=SMALL | {"iterations": 1})
     metarl.train(config, tmp_path / "run")
-    monkeypatch.setattr(MLPPolicy, "features", _dropout)
+    monkeypatch.setattr(MLP, "embed", _dropout)
     longer = metarl.resolve(None, "navigation-2d", overrides=SMALL | {"iterations": 2})
     with pytest.raises(UserError):
         metarl.train(longer, tmp_path / "run", resume=True)

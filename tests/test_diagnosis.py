@@ -8,17 +8,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import random_batch
+from conftest import gaussian_policy, random_batch
 from expecting import mentions
 
 from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import Batch, dice, log_likelihood
 from metarl.learning.signals import inner_gradient_cosine
-from metarl.models.policies import GaussianMLP
 from metarl.sampling.spaces import beyond_bounds
 from metarl.training.diagnosis import findings
 
-POLICY = GaussianMLP(observation_dim=3, action_dim=2, hidden=(4,))
+POLICY = gaussian_policy(observation_dim=3, action_dim=2, hidden=(4,))
 
 
 def episodes_of(count: int, seed: int = 0) -> Batch:
@@ -46,7 +45,7 @@ def test_inner_gradient_cosine_is_the_cosine_of_two_halves(loss):
             total = torch.zeros((), dtype=torch.float64)
             leaves = {n: p.clone().requires_grad_() for n, p in theta.items()}
             for s in range(6 * first, 6 * (first + 2)):
-                dist = POLICY.distribution(leaves, batch.observation[task, s : s + 1])
+                dist = POLICY.dist(leaves, batch.observation[task, s : s + 1])
                 score = POLICY.log_prob(dist, batch.action[task, s : s + 1]).sum()
                 total = total + (batch.weight[task, s] > 0) * batch.advantage[task, s] * score
             slope = torch.autograd.grad(total, [*leaves.values()])

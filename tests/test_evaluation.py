@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import random_batch
+from conftest import gaussian_policy, random_batch
 from expecting import mentions, refused
 
 from metarl import evaluate
@@ -25,7 +25,6 @@ from metarl.evaluation.evaluate import FACTORS, grouped
 from metarl.evaluation.results import SQUARED_ERROR, Curve, EvaluationResult
 from metarl.evaluation.scratch import ScratchTrainer
 from metarl.models.networks import stack
-from metarl.models.policies import GaussianMLP
 from metarl.plots.figures import plot_evaluation
 from metarl.policies.meta_policy import MetaPolicy, random_meta_policy
 from metarl.runs.folder import short_name
@@ -546,7 +545,7 @@ def test_the_verdict_says_what_meta_training_earned():
 
 def test_training_from_scratch_is_adam_on_the_clipped_ratio_of_each_task_alone():
     # Three tasks train together as each alone does, by torch's Adam on the same batch.
-    policy = GaussianMLP(observation_dim=3, action_dim=2, hidden=(4,))
+    policy = gaussian_policy(observation_dim=3, action_dim=2, hidden=(4,))
     batch = random_batch(policy, 5, 30, seed=1).map(lambda x: x.float())
     trainer = ScratchTrainer(policy, 5, seed=3, learning_rate=0.01)
     start = trainer.params
@@ -557,7 +556,7 @@ def test_training_from_scratch_is_adam_on_the_clipped_ratio_of_each_task_alone()
         adam = torch.optim.Adam(leaves.values(), 0.01)
         one = batch.map(lambda x, t=t: x[t])
         for _ in range(10):
-            dist = policy.distribution(leaves, one.observation)
+            dist = policy.dist(leaves, one.observation)
             ratio = (policy.log_prob(dist, one.action) - one.old_log_prob).exp()
             a = one.advantage
             loss = -(one.weight * torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)).sum()

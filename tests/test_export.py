@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SPACES
+from conftest import SPACES, policy_options, reals
 from expecting import mentions, refused, run
 
 from metarl.algorithms import find_algorithm
@@ -34,9 +34,11 @@ RECORD = {"task": None, "steps": 0, "episodes": 0, "seed": 0}
 
 
 def made(space, shape=(3,), context=0, **options) -> Policy:
-    config = Config(policy=PolicyOptions(hidden=(6, 5), **options))
+    config = Config(policy=policy_options(hidden=(6, 5), **options))
     assert isinstance(config.policy, PolicyOptions)
-    policy = make_policy(config.policy, shape, space, context)
+    images = len(shape) > 1
+    observations = gym.spaces.Box(0, 255, shape, np.uint8) if images else reals(*shape)
+    policy = make_policy(config.policy, observations, space, context)
     rng = np.random.default_rng(0)
     params = {
         name: torch.from_numpy(rng.standard_normal(size).astype(np.float32))
@@ -73,7 +75,7 @@ def test_a_module_acts_as_its_policy(case):
     rng = np.random.default_rng(1)
     shape = policy.policy.observation_shape
     seen = 3.0 * rng.standard_normal((50, *shape))
-    if policy.policy.encoder is not None:
+    if policy.policy.images:
         seen = rng.integers(0, 256, (50, *shape))
     seen = seen.astype(policy.policy.observation_dtype)
     expected = policy.act(seen, deterministic=True)
@@ -82,7 +84,7 @@ def test_a_module_acts_as_its_policy(case):
     assert found.shape == expected.shape
     assert found == pytest.approx(expected, abs=1e-4)
     assert len(np.unique(expected, axis=0)) > 1
-    assert isinstance(CASES["large images"].policy.encoder, NatureCNN)
+    assert isinstance(CASES["large images"].policy.network.encoder, NatureCNN)
 
 
 @pytest.mark.parametrize("kind", ["torchscript", "onnx"])
@@ -93,7 +95,7 @@ def test_files_act_as_the_policy(kind, case, tmp_path):
     policy = CASES[case]
     shape = policy.policy.observation_shape
     space = gym.spaces.Box(-np.inf, np.inf, shape)
-    if policy.policy.encoder is not None:
+    if policy.policy.images:
         space = gym.spaces.Box(0, 255, shape, np.uint8)
     assert export(policy, tmp_path / "policy", kind, space) < 1e-4
     if kind == "torchscript":
@@ -165,9 +167,9 @@ def test_actions_of_the_environment_are_mapped_back_to_the_policy(mode):
 
 def test_transitions_adapt_as_episodes_do():
     # Ragged episodes, two steps: what the adapter makes of them is what `adapt` makes.
-    options = PolicyOptions(hidden=(5,))
+    options = policy_options(hidden=(5,))
     config = Config(family="conftest:counting_family", policy=options)
-    policy = make_policy(options, (1,), gym.spaces.Box(-1.0, 1.0, (1,)))
+    policy = make_policy(options, reals(1), gym.spaces.Box(-1.0, 1.0, (1,)))
     meta = MetaPolicy(policy.init(np.random.default_rng(0)), config)
     expected = meta.adapt([4.0], steps=2, episodes=3, seed=5)
     adapter = meta.adapter(gym.spaces.Box(-9.0, 9.0, (1,)))  # it is given actions before clipping

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 import pytest
+from conftest import reals
 from expecting import refused
 from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.vector import AutoresetMode
@@ -226,7 +227,7 @@ def test_a_nan_observation_never_reaches_the_policy_and_is_reported_with_its_tas
         assert np.isfinite(reward).all()
         ends.append(truncated.tolist())
     assert ends == [[False, True]] * 3 + [[True, True]] * 3
-    policy = make_policy(PolicyOptions(), (1,), env.single_action_space)
+    policy = make_policy(PolicyOptions(), reals(1), env.single_action_space)
     params = policy.init(np.random.default_rng(0))
     with ChunkPool(1) as pool:
         collector = Collector(family, policy, 2, 1, pool)

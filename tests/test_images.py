@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import double_params
+from conftest import categorical_policy, double_params, policy_options
 from expecting import refused
 from image_envs import PixelCorridor, corridor
 from torch import nn
@@ -20,12 +20,13 @@ import metarl
 from metarl.config.options import Config
 from metarl.config.resolve import resolve
 from metarl.distributed.chunk_pool import ChunkPool
-from metarl.domains.reinforcement import PolicyOptions, spaces_of
+from metarl.domains.reinforcement import spaces_of
 from metarl.envs.policy_spaces import image_size
 from metarl.learning.baselines import seen
-from metarl.models.encoders import NatureCNN, SmallImpala, make_encoder
-from metarl.models.networks import stack
-from metarl.models.policies import CategoricalMLP
+from metarl.models.encoders import NatureCNN, SmallImpala
+from metarl.models.network_parts import POLICY_NETWORKS, find_network
+from metarl.models.networks import MLP, stack
+from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import Collector, RandomKey
 from metarl.sampling.spaces import as_observation, check_spaces
 from metarl.training.trainer import Trainer
@@ -53,8 +54,8 @@ def test_images_that_are_not_bytes_are_refused():
     check_spaces(env, policy, "mine")
 
 
-def network(encoder, normalize=False) -> CategoricalMLP:
-    return CategoricalMLP(
+def network(encoder, normalize=False) -> PolicyModel:
+    return categorical_policy(
         observation_dim=encoder.features,
         encoder=encoder,
         categories=(3,),
@@ -90,7 +91,7 @@ class Residual(nn.Module):
 
 def module_of(policy, params):
     """The same network, of torch's own modules, on [samples, C, H, W] in [0, 1]."""
-    if isinstance(policy.encoder, NatureCNN):
+    if isinstance(policy.network.encoder, NatureCNN):
         strides = enumerate((4, 2, 1))
         layers = [x for i, s in strides for x in (conv(params, f"conv{i}", s), nn.ReLU())]
     else:
@@ -118,17 +119,17 @@ def test_networks_equal_torch_modules_of_the_same_parameters(encoder, first):
     tasks = [double_params(policy, seed) for seed in range(2)]
     image = torch.from_numpy(rng.integers(0, 256, (2, 3, *encoder.shape)).astype(np.float64))
     stacked = {n: torch.stack([p[n] for p in tasks]).requires_grad_() for n in tasks[0]}
-    logits = policy.distribution(stacked, image)["logits"]
+    logits = policy.dist(stacked, image)["logits"]
     # Some leaves a task's own and others common, as where only the last layer adapts.
     common = {n: p for n, p in tasks[0].items() if not n.startswith("layer1")}
     mixed = {**common, **{n: p for n, p in stacked.items() if n.startswith("layer1")}}
-    logits_of_mixed = policy.distribution(mixed, image)["logits"]
+    logits_of_mixed = policy.dist(mixed, image)["logits"]
     gradient = torch.autograd.grad(logits.square().sum(), list(stacked.values()))
     for t, params in enumerate(tasks):
         module = module_of(policy, params)
         expected = module(first(image[t]) / 255.0)
         assert torch.allclose(logits[t], expected, rtol=1e-12, atol=1e-12)
-        alone = policy.distribution(params, image[t])["logits"]
+        alone = policy.dist(params, image[t])["logits"]
         assert torch.allclose(alone, expected, rtol=1e-12, atol=1e-12)
         # torch adds up the gradients of its modules; the norms of all leaves must agree.
         expected.square().sum().backward()
@@ -148,7 +149,7 @@ def test_second_derivatives_match_finite_differences():
     weight = params["stage1.weight"].clone().requires_grad_()
 
     def slope(w):
-        loss = policy.distribution({**params, "stage1.weight": w}, image)["logits"].square().sum()
+        loss = policy.dist({**params, "stage1.weight": w}, image)["logits"].square().sum()
         return torch.autograd.grad(loss, w, create_graph=True)[0]
 
     direction = torch.from_numpy(rng.standard_normal(weight.shape))
@@ -161,11 +162,11 @@ def test_second_derivatives_match_finite_differences():
 
 def test_image_bytes_are_stored_unchanged():
     family = corridor()
-    policy = CategoricalMLP(
+    policy = categorical_policy(
         observation_dim=256, encoder=SmallImpala((8, 14, 3)), categories=(2,), hidden=()
     )
-    assert policy.encoder is not None
-    assert policy.encoder.features == 256
+    assert policy.network.encoder is not None
+    assert policy.network.encoder.features == 256
     params = stack(policy.init(np.random.default_rng(0)), 2)
     tasks = family.tasks.grid(2)
     with ChunkPool(1) as pool:
@@ -177,7 +178,7 @@ def test_image_bytes_are_stored_unchanged():
     inside = (places[..., :-1] > 0) & (places[..., :-1] < 13)
     assert torch.equal((places[..., 1:] - places[..., :-1])[inside], moves[..., :-1][inside])
     # What was computed step by step is what the whole batch gives.
-    again = policy.distribution(params, rollout.observation.flatten(1, 2))["logits"]
+    again = policy.dist(params, rollout.observation.flatten(1, 2))["logits"]
     assert torch.allclose(again, rollout.behaviour["logits"].flatten(1, 2), atol=1e-5)
 
 
@@ -197,19 +198,23 @@ def test_the_baseline_sees_a_coarse_grey_image():
     assert seen(vector, 1) is vector
 
 
+def encoder_of(name, *shape):
+    network = find_network(name, POLICY_NETWORKS).make(gym.spaces.Box(0, 255, shape, np.uint8), 2)
+    assert isinstance(network, MLP)
+    return network.encoder
+
+
 def test_the_size_of_images_chooses_their_network():
-    assert make_encoder("auto", (36, 36, 3)) == NatureCNN((36, 36, 3))
-    assert make_encoder("auto", (35, 64, 3)) == SmallImpala((35, 64, 3))
+    assert encoder_of("auto", 36, 36, 3) == NatureCNN((36, 36, 3))
+    assert encoder_of("auto", 35, 64, 3) == SmallImpala((35, 64, 3))
     assert image_size((4, 84, 84)) == (4, 84, 84)
     assert image_size((84, 84, 3)) == (3, 84, 84)
     assert image_size((20, 30)) == (1, 20, 30)
     with refused("policy.network", "8, 8, 3", 36, "impala"):
-        make_encoder("nature", (8, 8, 3))
+        encoder_of("nature", 8, 8, 3)
     with refused("policy.network", "mlp", "8, 8, 3", "FlattenObservation"):
-        make_encoder("mlp", (8, 8, 3))
-    with refused("policy.normalize"):
-        network(SmallImpala((8, 8, 3)), normalize=True)
-    config = Config(family="navigation-2d", policy=PolicyOptions(network="nature"))
+        encoder_of("mlp", 8, 8, 3)
+    config = Config(family="navigation-2d", policy=policy_options(network="nature"))
     with refused("policy.network", "nature", 2):
         Trainer(config)
 

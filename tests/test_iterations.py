@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import random_batch, same_params, small, timeless
+from conftest import gaussian_policy, random_batch, same_params, small, timeless
 from expecting import mentions, run
 
 from metarl import train
@@ -29,7 +29,6 @@ from metarl.learning.meta_gradients.reptile import ReptileProblem
 from metarl.learning.meta_gradients.unrolled import UnrolledProblem
 from metarl.learning.outer import NoUpdate, OuterOptimizer
 from metarl.learning.trust_region import TrustRegion, fisher_samples
-from metarl.models.policies import GaussianMLP
 from metarl.parts import fixed
 from metarl.sampling.seeding import stream
 from metarl.sampling.trajectories import Rollout
@@ -256,7 +255,7 @@ def test_a_given_clip_reaches_the_objective():
 
 # Fisher samples -----------------------------------------------------------------------------------
 
-POLICY = GaussianMLP(observation_dim=2, action_dim=1, hidden=(3,))
+POLICY = gaussian_policy(observation_dim=2, action_dim=1, hidden=(3,))
 EPISODES, HORIZON = 20, 50
 
 

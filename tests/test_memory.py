@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import gaussian_policy
 from expecting import mentions, refused, run
 
 from metarl.domains import memory
@@ -15,10 +16,9 @@ from metarl.domains.memory import Need, check_memory, need
 from metarl.envs.memory import available
 from metarl.learning.advantages import discounted_sum
 from metarl.models.encoders import NatureCNN
-from metarl.models.policies import GaussianMLP
 from metarl.sampling.rollouts import RolloutBuffer
 
-POLICY = GaussianMLP(observation_dim=3, action_dim=2, hidden=(5,))
+POLICY = gaussian_policy(observation_dim=3, action_dim=2, hidden=(5,))
 
 
 def test_rollouts_are_counted_as_they_are_held():
@@ -33,7 +33,7 @@ def test_rollouts_are_counted_as_they_are_held():
     batch = 3 * 4 * 2 * 3 * 7
     assert two - one == held + batch
     assert shared - one == held
-    images = GaussianMLP(observation_dim=64, action_dim=2, encoder=NatureCNN((36, 36, 3)))
+    images = gaussian_policy(observation_dim=64, action_dim=2, encoder=NatureCNN((36, 36, 3)))
     more = [need(images, rollouts=k, **shape).rollouts for k in (1, 2)]
     assert 36 * 36 * 3 * 42 < more[1] - more[0] < 1.3 * 36 * 36 * 3 * 42  # a byte each
 
@@ -41,7 +41,7 @@ def test_rollouts_are_counted_as_they_are_held():
 def test_activations_of_a_forward_pass_are_counted():
     encoder = NatureCNN((36, 40, 3))
     sizes = []
-    policy = GaussianMLP(observation_dim=encoder.features, action_dim=2, encoder=encoder)
+    policy = gaussian_policy(observation_dim=encoder.features, action_dim=2, encoder=encoder)
     params = {n: torch.zeros(shape) for n, shape in policy.shapes().items()}
     image = torch.zeros(1, 36, 40, 3, dtype=torch.uint8)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import double_params, random_batch
+from conftest import categorical_policy, double_params, gaussian_policy, random_batch
 from expecting import refused
 
 from metarl.distributed.chunk_pool import ChunkPool
@@ -17,7 +17,6 @@ from metarl.learning.losses import Batch, likelihood_ratio, log_likelihood
 from metarl.learning.meta_gradients.problem import Objective, agreement
 from metarl.learning.meta_gradients.unrolled import UnrolledProblem
 from metarl.models.networks import flatten, stack, unflatten
-from metarl.models.policies import CategoricalMLP, GaussianMLP
 
 SIZES = (0.3, 0.2, 0.15)
 OUTER = Objective(likelihood_ratio)
@@ -30,11 +29,11 @@ def problem(policy, pool, steps, curvature, **options):
 
 
 def losses(policy, stacked, batch):
-    return log_likelihood(policy, policy.distribution(stacked, batch.observation), batch)
+    return log_likelihood(policy, policy.dist(stacked, batch.observation), batch)
 
 
 def ratios(policy, stacked, batch):
-    return likelihood_ratio(policy, policy.distribution(stacked, batch.observation), batch)
+    return likelihood_ratio(policy, policy.dist(stacked, batch.observation), batch)
 
 
 def adapted(made, theta, support, curvature=None):
@@ -139,7 +138,7 @@ def test_meta_gradient_of_a_quadratic_matches_its_closed_form(steps, curvature):
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_fisher_product_matches_the_dense_hessian_of_the_kl(pool, steps):
     # The Hessian of KL(adapted(theta0) || adapted(theta)) in theta at theta0 is J' F J.
-    policy = GaussianMLP(observation_dim=2, action_dim=2, hidden=(3,))
+    policy = gaussian_policy(observation_dim=2, action_dim=2, hidden=(3,))
     meta = double_params(policy)
     made = problem(policy, pool, steps, curvature=1.0, chunk=2)
     *support, query = made.batches
@@ -147,7 +146,7 @@ def test_fisher_product_matches_the_dense_hessian_of_the_kl(pool, steps):
 
     def distribution(theta):
         final = adapted(made, unflatten(theta, meta), support, curvature=1.0)
-        return policy.distribution(final, query.observation)
+        return policy.dist(final, query.observation)
 
     dist = distribution(theta)
     fixed = {name: x.detach() for name, x in dist.items()}
@@ -240,7 +239,7 @@ def test_evaluate_gives_the_loss_and_kl_after_adapting_again(small_policy, pool)
         float(post_adaptation_loss(made, theta, meta).detach()), rel=1e-12
     )
     *support, query = made.batches
-    dist = small_policy.distribution(adapted(made, elsewhere, support), query.observation)
+    dist = small_policy.dist(adapted(made, elsewhere, support), query.observation)
     expected = float(query.kl(small_policy, dist).mean())
     assert found.kl == pytest.approx(expected, rel=1e-12)
 
@@ -259,7 +258,7 @@ def test_after_one_step_the_gradient_is_linear_in_the_share_of_the_curvature(sma
 @pytest.mark.parametrize("curvature", [0.0, 0.3, 1.0])
 def test_fisher_products_use_the_share_of_the_curvature(pool, curvature):
     # Of one step J is I - c a H, with H the dense Hessian of a task's inner loss.
-    policy = GaussianMLP(observation_dim=2, action_dim=2, hidden=(3,))
+    policy = gaussian_policy(observation_dim=2, action_dim=2, hidden=(3,))
     meta = double_params(policy)
     made = problem(policy, pool, 1, curvature, chunk=2)
     theta, expected = flatten(meta), torch.zeros((), dtype=torch.float64)
@@ -275,10 +274,10 @@ def test_fisher_products_use_the_share_of_the_curvature(pool, curvature):
         slope = torch.autograd.functional.jacobian(inner, theta)
         hessian = torch.autograd.functional.hessian(inner, theta)
         moved = theta - SIZES[0] * slope
-        fixed = policy.distribution(stacked(moved), query.observation)
+        fixed = policy.dist(stacked(moved), query.observation)
 
         def kl(v, fixed=fixed, query=query):
-            new = policy.distribution(stacked(v), query.observation)
+            new = policy.dist(stacked(v), query.observation)
             return (query.weight * policy.kl(fixed, new)).sum()
 
         metric = torch.autograd.functional.hessian(kl, moved)
@@ -290,7 +289,7 @@ def test_fisher_products_use_the_share_of_the_curvature(pool, curvature):
 
 
 def test_gradient_and_products_of_a_categorical_policy_match_dense_derivatives(pool):
-    policy = CategoricalMLP(observation_dim=2, hidden=(3,), categories=(3, 2))
+    policy = categorical_policy(observation_dim=2, hidden=(3,), categories=(3, 2))
     rng = np.random.default_rng(0)
     meta = {n: torch.from_numpy(0.5 * rng.standard_normal(s)) for n, s in policy.shapes().items()}
 
@@ -313,7 +312,7 @@ def test_gradient_and_products_of_a_categorical_policy_match_dense_derivatives(p
         loss = losses(policy, params, support).sum()
         slope = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         new = {n: p - SIZES[0] * g for (n, p), g in zip(params.items(), slope, strict=True)}
-        return policy.distribution(new, query.observation)["logits"]
+        return policy.dist(new, query.observation)["logits"]
 
     def loss(x):
         return likelihood_ratio(policy, {"logits": adapted_logits(x)}, query).mean()
@@ -335,7 +334,7 @@ def test_gradient_and_products_of_a_categorical_policy_match_dense_derivatives(p
 def adapted_logits_value(made, meta, support, query):
     with torch.enable_grad():
         params = adapted(made, meta, [support])
-    return made.adapter.model.distribution(params, query.observation)["logits"].detach()
+    return made.adapter.model.dist(params, query.observation)["logits"].detach()
 
 
 def test_agreement_is_the_share_of_signal_in_a_mean_gradient():

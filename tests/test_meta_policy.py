@@ -34,7 +34,7 @@ def test_adapting_by_hand_and_by_the_method_agree():
     with ChunkPool(1) as pool:
         advantage, _ = estimate(rollout, meta.config.advantage, meta.config.baseline, {}, pool)
     theta = {name: p.clone().requires_grad_() for name, p in meta.params.items()}
-    dist = meta.policy.distribution(theta, rollout.observation[0].flatten(0, 1))
+    dist = meta.policy.dist(theta, rollout.observation[0].flatten(0, 1))
     log_prob = meta.policy.log_prob(dist, rollout.action[0].flatten(0, 1))
     valid = rollout.valid[0].flatten()
     loss = -(log_prob * advantage[0].flatten())[valid].mean()

@@ -9,16 +9,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import gaussian_policy, policy_options, reals
 from expecting import refused
 
 import metarl
 from metarl.algorithms import Algorithm, find_algorithm
 from metarl.config.options import Config
-from metarl.domains.reinforcement import PolicyOptions, make_policy
+from metarl.domains.reinforcement import make_policy
 from metarl.learning.inner_update import GradientUpdate
 from metarl.learning.losses import likelihood_ratio
 from metarl.learning.plausibility import FALSE_ALARM, Plausibility
-from metarl.models.policies import GaussianMLP
 from metarl.policies.loading import load, load_policy
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.sampling.spaces import drawn_between, env_action, policy_action, uniform_log_prob
@@ -48,9 +48,9 @@ def _meta(space, mode="clip", std=1.0, algorithm="maml-trpo", seed=0):
     box = isinstance(space, Box)
     options = {"action": mode, "initial_std": std} if box else {}
     family = "navigation-2d" if box else "cartpole-length"
-    policy = PolicyOptions(hidden=(8,), **options)
+    policy = policy_options(hidden=(8,), **options)
     config = Config(family=family, algorithm=find_algorithm(algorithm), policy=policy)
-    network = make_policy(policy, (2 if box else 4,), space)
+    network = make_policy(policy, reals(2 if box else 4), space)
     return MetaPolicy(network.init(np.random.default_rng(seed)), config)
 
 
@@ -110,7 +110,7 @@ def test_there_is_one_warning(recwarn):
 
 def test_false_alarms_are_as_rare_as_said():
     # 300 adapters of 30 actions each: two false alarms would be 60 times what is promised.
-    policy = GaussianMLP(observation_dim=1, action_dim=1, hidden=())
+    policy = gaussian_policy(observation_dim=1, action_dim=1, hidden=())
     dist = {"mean": torch.zeros(1, 1), "log_std": torch.zeros(1, 1)}
     alarms = 0
     for seed in range(300):
@@ -212,7 +212,7 @@ def _transitions(space, policy, count, seed=0):
 
 def _log_prob(network, params, seen, action, space, mode="clip"):
     raw = torch.from_numpy(policy_action(action, space, mode))[None]
-    dist = network.distribution(params, torch.from_numpy(seen)[None])
+    dist = network.dist(params, torch.from_numpy(seen)[None])
     return float(network.log_prob(dist, raw)[0])
 
 
@@ -262,7 +262,7 @@ def _step_by_hand(start, data, known, rewards, config):
     advantage = returns - value
     advantage = (advantage - advantage.mean()) / advantage.std()
     leaves = {name: p.clone().requires_grad_() for name, p in start.params.items()}
-    dist = start.policy.distribution(leaves, torch.from_numpy(seen.astype(np.float32)))
+    dist = start.policy.dist(leaves, torch.from_numpy(seen.astype(np.float32)))
     action = torch.from_numpy(np.stack([a for _, a, _ in data]))
     ratio = (start.policy.log_prob(dist, action) - torch.tensor(known)).exp()
     loss = -(ratio * torch.from_numpy(advantage.astype(np.float32))).mean()

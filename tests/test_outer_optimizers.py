@@ -194,7 +194,7 @@ def task_loss(policy, loss, theta, like, batch, t):
     """The loss of one task at flat parameters, without stacking of tasks."""
     params = {name: p[None] for name, p in unflatten(theta, like).items()}
     one = batch.map(lambda x: x[t : t + 1])
-    return loss(policy, policy.distribution(params, one.observation), one)[0]
+    return loss(policy, policy.dist(params, one.observation), one)[0]
 
 
 def one_step(policy, theta, like, batch, t, loss=log_likelihood):

@@ -7,11 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import double_params
+from conftest import categorical_policy, double_params, gaussian_policy
 from torch.distributions import Independent, Normal, kl_divergence
 
 from metarl.models.networks import affine, flatten, stack, tanh, unflatten
-from metarl.models.policies import CategoricalMLP, GaussianMLP
 
 
 def reference(dist):
@@ -24,7 +23,7 @@ def two_dists(small_policy):
         2, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     return [
-        small_policy.distribution(stack(double_params(small_policy, seed), 2), observation)
+        small_policy.dist(stack(double_params(small_policy, seed), 2), observation)
         for seed in (1, 2)
     ]
 
@@ -78,13 +77,13 @@ def test_fisher_is_the_hessian_of_the_kl(small_policy):
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 def test_stacked_parameters_give_what_each_task_gives_alone(activation):
-    policy = GaussianMLP(observation_dim=3, action_dim=2, hidden=(5, 4), activation=activation)
+    policy = gaussian_policy(observation_dim=3, action_dim=2, hidden=(5, 4), activation=activation)
     tasks = [double_params(policy, seed) for seed in range(3)]
     stacked = {name: torch.stack([p[name] for p in tasks]) for name in tasks[0]}
     observation = torch.randn(
         3, 6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
-    together = policy.distribution(stacked, observation)
+    together = policy.dist(stacked, observation)
     function = torch.tanh if activation == "tanh" else torch.relu
     for t, p in enumerate(tasks):
         x = observation[t]
@@ -92,17 +91,17 @@ def test_stacked_parameters_give_what_each_task_gives_alone(activation):
             x = function(x @ p[f"layer{i}.weight"] + p[f"layer{i}.bias"])
         x = x @ p["layer2.weight"] + p["layer2.bias"]
         torch.testing.assert_close(together["mean"][t], x, rtol=1e-13, atol=1e-14)
-        torch.testing.assert_close(policy.distribution(p, observation[t])["mean"], x)
+        torch.testing.assert_close(policy.dist(p, observation[t])["mean"], x)
         torch.testing.assert_close(together["log_std"][t], p["log_std"].expand(6, 2))
 
 
 def test_context_adds_inputs(small_policy):
-    wide = GaussianMLP(observation_dim=2, action_dim=2, hidden=(5, 4), context_dim=1)
+    wide = gaussian_policy(observation_dim=2, action_dim=2, hidden=(5, 4), context_dim=1)
     params = double_params(wide)
     observation, context = torch.ones(6, 2, dtype=torch.float64), torch.tensor([0.7]).double()
     joined = torch.cat([observation, context.expand(6, 1)], dim=1)
-    found = wide.distribution({**params, "context": context}, observation)["mean"]
-    torch.testing.assert_close(found, small_policy.distribution(params, joined)["mean"])
+    found = wide.dist({**params, "context": context}, observation)["mean"]
+    torch.testing.assert_close(found, small_policy.dist(params, joined)["mean"])
 
 
 def test_tanh_has_all_its_derivatives():
@@ -113,7 +112,7 @@ def test_tanh_has_all_its_derivatives():
 
 
 def test_initial_weights_are_xavier_and_biases_zero():
-    policy = GaussianMLP(observation_dim=300, action_dim=6, hidden=(200,), initial_std=0.5)
+    policy = gaussian_policy(observation_dim=300, action_dim=6, hidden=(200,), initial_std=0.5)
     params = policy.init(np.random.default_rng(0))
     bound = np.sqrt(6 / 500)
     weight = params["layer0.weight"]
@@ -124,17 +123,17 @@ def test_initial_weights_are_xavier_and_biases_zero():
 
 
 def test_standard_deviation_has_a_floor():
-    policy = GaussianMLP(observation_dim=1, action_dim=1, hidden=(), min_std=0.1)
+    policy = gaussian_policy(observation_dim=1, action_dim=1, hidden=(), min_std=0.1)
     params = policy.init(np.random.default_rng(0))
     params["log_std"] = torch.tensor([-50.0])
-    dist = policy.distribution(params, torch.zeros(1, 1))
+    dist = policy.dist(params, torch.zeros(1, 1))
     assert float(dist["log_std"].exp()) == pytest.approx(0.1)
     # From below its floor it cannot be moved; confined, it can, and gives the same policy.
     confined = policy.confined(params)
-    assert torch.equal(policy.distribution(confined, torch.zeros(1, 1))["log_std"], dist["log_std"])
+    assert torch.equal(policy.dist(confined, torch.zeros(1, 1))["log_std"], dist["log_std"])
     for held, slope in ((params, 0.0), (confined, -1.0)):
         leaf = held["log_std"].clone().requires_grad_()
-        dist = policy.distribution({**held, "log_std": leaf}, torch.zeros(1, 1))
+        dist = policy.dist({**held, "log_std": leaf}, torch.zeros(1, 1))
         density = policy.log_prob(dist, dist["mean"].detach()).sum()
         assert float(torch.autograd.grad(density, leaf)[0]) == slope
 
@@ -147,7 +146,7 @@ def test_flatten_and_unflatten_are_inverse(small_policy):
 
 # Categorical --------------------------------------------------------------------------------------
 
-CHOICES = CategoricalMLP(observation_dim=3, hidden=(5,), categories=(3, 2))
+CHOICES = categorical_policy(observation_dim=3, hidden=(5,), categories=(3, 2))
 
 
 def logits(*shape, seed=0):
@@ -200,7 +199,7 @@ def test_categorical_samples_have_their_probabilities():
 
 
 def test_running_statistics_are_those_of_all_observations_together():
-    policy = GaussianMLP(observation_dim=3, action_dim=2, hidden=(4,), normalize=True)
+    policy = gaussian_policy(observation_dim=3, action_dim=2, hidden=(4,), normalize=True)
     params = {n: p.double() for n, p in policy.init(np.random.default_rng(0)).items()}
     rng = np.random.default_rng(1)
     parts = [torch.from_numpy(5.0 + 3.0 * rng.standard_normal((n, 3))) for n in (7, 1, 30)]
@@ -213,22 +212,22 @@ def test_running_statistics_are_those_of_all_observations_together():
     plain = dataclasses.replace(policy, normalize=False)
     scaled = (together - together.mean(0)) / together.std(0, correction=0)
     torch.testing.assert_close(
-        policy.distribution(params, together)["mean"],
-        plain.distribution(params, scaled)["mean"],
+        policy.dist(params, together)["mean"],
+        plain.dist(params, scaled)["mean"],
         rtol=1e-6, atol=1e-6,
     )  # fmt: skip
 
 
 def test_no_gradient_moves_the_statistics():
-    policy = GaussianMLP(observation_dim=3, action_dim=2, hidden=(4,), normalize=True)
+    policy = gaussian_policy(observation_dim=3, action_dim=2, hidden=(4,), normalize=True)
     params = {n: p.requires_grad_() for n, p in policy.init(np.random.default_rng(0)).items()}
-    policy.distribution(params, torch.randn(5, 3))["mean"].sum().backward()
+    policy.dist(params, torch.randn(5, 3))["mean"].sum().backward()
     assert all((p.grad is None) == n.startswith(("norm", "log")) for n, p in params.items())
 
 
 def test_output_scale_scales_the_initial_last_layer():
-    policy = GaussianMLP(observation_dim=3, action_dim=2, hidden=(4,))
-    full = policy.init(np.random.default_rng(0))
-    small = dataclasses.replace(policy, output_scale=0.1).init(np.random.default_rng(0))
+    sizes = {"observation_dim": 3, "action_dim": 2, "hidden": (4,)}
+    full = gaussian_policy(**sizes).init(np.random.default_rng(0))
+    small = gaussian_policy(**sizes, output_scale=0.1).init(np.random.default_rng(0))
     assert torch.equal(full["layer0.weight"], small["layer0.weight"])
     assert torch.allclose(0.1 * full["layer1.weight"], small["layer1.weight"])

@@ -10,23 +10,31 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SPACES, CountingEnv, code_family, counting_family
+from conftest import (
+    SPACES,
+    CountingEnv,
+    categorical_policy,
+    code_family,
+    counting_family,
+    gaussian_policy,
+    reals,
+)
 from expecting import refused
 
 from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.domains.reinforcement import PolicyOptions, make_policy
 from metarl.envs import make_family
 from metarl.models.networks import stack
-from metarl.models.policies import CategoricalMLP, GaussianMLP
+from metarl.models.policies import PolicyModel
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import Collector, RandomKey
 from metarl.sampling.seeding import episode_seeds, stream
 from metarl.sampling.spaces import categories, env_action
 
-POLICY = GaussianMLP(observation_dim=17, action_dim=6, hidden=(8,))
+POLICY = gaussian_policy(observation_dim=17, action_dim=6, hidden=(8,))
 
 
-def per_task_params(policy: GaussianMLP, tasks: int):
+def per_task_params(policy: PolicyModel, tasks: int):
     each = [policy.init(np.random.default_rng(t)) for t in range(tasks)]
     return {name: torch.stack([p[name] for p in each]) for name in each[0]}
 
@@ -50,7 +58,7 @@ def test_collect_matches_a_plain_loop_over_single_environments(pool):
                     rollout.observation[t, e, h].numpy(), observation.astype(np.float32)
                 )
                 alone = {name: p[t] for name, p in params.items()}
-                dist = POLICY.distribution(alone, rollout.observation[t, e, h : h + 1])
+                dist = POLICY.dist(alone, rollout.observation[t, e, h : h + 1])
                 action = rollout.action[t, e, h].numpy()
                 np.testing.assert_allclose(
                     action, dist["mean"][0].numpy() + noise[e, h], rtol=0, atol=1e-6
@@ -74,7 +82,7 @@ def test_collect_matches_a_plain_loop_over_single_environments(pool):
 def test_results_are_bit_identical_at_any_number_of_threads(name):
     family = make_family(name, horizon=15)
     sizes = {"half-cheetah-dir": (17, 6), "navigation-2d": (2, 2)}[name]
-    policy = GaussianMLP(observation_dim=sizes[0], action_dim=sizes[1], hidden=(32, 32))
+    policy = gaussian_policy(observation_dim=sizes[0], action_dim=sizes[1], hidden=(32, 32))
     tasks = family.tasks.sample(np.random.default_rng(0), 7)
     results = []
     for threads in (1, 2, 3, 7):
@@ -99,7 +107,7 @@ class Homebound(CountingEnv):
 
 def test_python_environments_stay_in_the_thread_that_made_them(pool):
     family = dataclasses.replace(counting_family(), env=Homebound)
-    policy = GaussianMLP(observation_dim=1, action_dim=1, hidden=(4,))
+    policy = gaussian_policy(observation_dim=1, action_dim=1, hidden=(4,))
     collector = Collector(family, policy, 3, 2, pool)
     rollout = collector.collect(per_task_params(policy, 3), np.full((3, 1), 4.0), RandomKey(0))
     assert rollout.valid.sum(dim=2).tolist() == [[4, 4]] * 3
@@ -125,7 +133,7 @@ def test_a_single_environment_gives_the_episodes_of_the_vector(pool):
 def test_ragged_episodes_are_masked_and_zero_after_their_ends(pool):
     # Task g ends its episodes after g steps; reward t + 1 at step t.
     family = counting_family(horizon=6)
-    policy = GaussianMLP(observation_dim=1, action_dim=1, hidden=())
+    policy = gaussian_policy(observation_dim=1, action_dim=1, hidden=())
     params = stack(policy.init(np.random.default_rng(0)), 3)
     rollout = Collector(family, policy, 3, 2, pool).collect(
         params, np.array([[1.0], [4.0], [9.0]]), RandomKey(0)
@@ -172,7 +180,7 @@ def test_a_diverged_episode_is_left_out_whole(monkeypatch):
 
 def test_deterministic_actions_are_the_mean(pool):
     family = make_family("navigation-2d", horizon=5)
-    policy = GaussianMLP(observation_dim=2, action_dim=2, hidden=(4,))
+    policy = gaussian_policy(observation_dim=2, action_dim=2, hidden=(4,))
     params = stack(policy.init(np.random.default_rng(0)), 2)
     rollout = Collector(family, policy, 2, 2, pool).collect(
         params, family.tasks.grid(2), RandomKey(0), deterministic=True
@@ -199,9 +207,9 @@ def test_unbounded_actions_are_not_scaled():
 @pytest.mark.parametrize("limit", [np.inf, np.finfo(np.float32).max])
 def test_scaling_is_refused_if_every_action_is_unbounded(limit):
     options = PolicyOptions(action="scale")
-    make_policy(options, (2,), gym.spaces.Box(np.float32([-1, -limit]), np.float32([1, limit])))
+    make_policy(options, reals(2), gym.spaces.Box(np.float32([-1, -limit]), np.float32([1, limit])))
     with refused("policy.action", "scale"):
-        make_policy(options, (2,), gym.spaces.Box(-limit, limit, (2,)))
+        make_policy(options, reals(2), gym.spaces.Box(-limit, limit, (2,)))
 
 
 def test_integer_actions_are_rounded():
@@ -288,7 +296,7 @@ def test_discrete_actions_reach_the_environment_as_its_space_defines_them(kind):
     family = code_family(kind)
     found = categories(SPACES[kind])
     assert found == {"discrete": (3,), "shifted": (4,), "multi": (3, 2), "binary": (2,) * 4}[kind]
-    policy = CategoricalMLP(observation_dim=4, hidden=(5,), categories=found)
+    policy = categorical_policy(observation_dim=4, hidden=(5,), categories=found)
     params = stack(policy.init(np.random.default_rng(0)), 2)
     tasks = np.array([[0.5], [-0.5]])
     with ChunkPool(1) as pool:
@@ -303,7 +311,7 @@ def test_discrete_actions_reach_the_environment_as_its_space_defines_them(kind):
         :, None, None
     ]
     torch.testing.assert_close(rollout.reward, expected)
-    logits = policy.distribution(params, rollout.observation.flatten(1, 2))["logits"]
+    logits = policy.dist(params, rollout.observation.flatten(1, 2))["logits"]
     torch.testing.assert_close(rollout.behaviour["logits"].flatten(1, 2), logits)
 
 
@@ -321,7 +329,7 @@ class Announcing(CountingEnv):
 
 
 def test_success_at_any_step_of_an_episode_counts(pool):
-    policy = GaussianMLP(observation_dim=1, action_dim=1, hidden=(4,))
+    policy = gaussian_policy(observation_dim=1, action_dim=1, hidden=(4,))
     params = policy.init(np.random.default_rng(0))
     for length, done in ((1.0, False), (3.0, True)):
         env = Announcing()

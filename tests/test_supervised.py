@@ -20,7 +20,7 @@ from metarl.learning.inner_loop import Adapted
 from metarl.learning.inner_update import Adapter
 from metarl.learning.meta_gradients.problem import Objective, Sampled
 from metarl.models.encoders import FourBlocks, normalize_batch
-from metarl.models.networks import flatten, stack, unflatten
+from metarl.models.networks import MLP, flatten, stack, unflatten
 from metarl.models.predictors import (
     Classifier,
     Regressor,
@@ -75,7 +75,15 @@ def affine_form(examples):
     return 2 * x.transpose(1, 2) @ x / n, 2 * (x.transpose(1, 2) @ examples.targets)[..., 0] / n
 
 
-LINEAR = Regressor(hidden=(), inputs=(DIM,), outputs=1)
+def regressor(**options):
+    return Regressor(network=MLP(**options))
+
+
+def classifier(*, head="meta", **options):
+    return Classifier(network=MLP(**options), head=head)
+
+
+LINEAR = regressor(hidden=(), inputs=(DIM,), outputs=1)
 SIZE = 0.07
 
 
@@ -198,7 +206,7 @@ SMALL = {"hidden": (5,), "activation": "tanh", "inputs": (DIM,)}
 @pytest.mark.parametrize("name", ["maml-trpo", "maml++", "meta-sgd", "anil", "cavia"])
 def test_gradients_of_a_regressor_equal_finite_differences(name):
     context = 2 if name == "cavia" else 0
-    model = Regressor(outputs=1, context_dim=context, **SMALL)
+    model = regressor(outputs=1, context_dim=context, **SMALL)
     support, query = regression_examples(3), regression_examples(4, count=8)
     batches = [support, support, query]
     said = {"inner.step_sizes": (0.3, 0.2)}
@@ -215,7 +223,7 @@ def test_gradients_of_a_regressor_equal_finite_differences(name):
 
 def test_every_step_of_maml_plus_plus_is_judged_by_the_query():
     # At the start of annealing the losses of all iterates count alike, and the order is 1.
-    model = Regressor(outputs=1, **SMALL)
+    model = regressor(outputs=1, **SMALL)
     support, query = regression_examples(3), regression_examples(4, count=8)
     batches = [support, support, query]
     said = {"inner.step_sizes": (0.3, 0.2), "meta.anneal_fraction": 1.0}
@@ -229,7 +237,7 @@ def test_every_step_of_maml_plus_plus_is_judged_by_the_query():
 @pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize(("name", "head"), [("protomaml", "prototypes"), ("leopard", "generated")])
 def test_gradients_through_a_generated_last_layer_equal_finite_differences(name, head, missing):
-    model = Classifier(outputs=3, head=head, **{**SMALL, "hidden": (5, 4)})
+    model = classifier(outputs=3, head=head, **{**SMALL, "hidden": (5, 4)})
     support, query = (class_examples(seed, missing=missing) for seed in (5, 6))
     batches = [support, support, query]
     said = {"inner.step_sizes": (0.2, 0.1)}
@@ -249,12 +257,12 @@ def test_gradients_through_a_generated_last_layer_equal_finite_differences(name,
 
 
 def test_protomamls_first_logits_are_the_prototypical_networks_distances():
-    model = Classifier(outputs=3, head="prototypes", **SMALL)
+    model = classifier(outputs=3, head="prototypes", **SMALL)
     params = doubled(model)
     support, query = class_examples(5), class_examples(6)
     start = model.start(params, support)
     logits = model.output({**params, **start}, query)["logits"]
-    x, c = (model.embed(params, part.inputs) for part in (query, support))
+    x, c = (model.network.embed(params, part.inputs) for part in (query, support))
     for t in range(TASKS):
         for n in range(query.inputs.shape[1]):
             distances = []
@@ -266,7 +274,7 @@ def test_protomamls_first_logits_are_the_prototypical_networks_distances():
 
 
 def test_leopards_last_layer_is_the_mean_of_the_generated_ones():
-    model = Classifier(outputs=3, head="generated", **SMALL)
+    model = classifier(outputs=3, head="generated", **SMALL)
     params = doubled(model)
     support = class_examples(5)
     start = model.start(params, support)
@@ -274,7 +282,7 @@ def test_leopards_last_layer_is_the_mean_of_the_generated_ones():
     for t, k in ((0, 0), (2, 1)):
         made = []
         for n in (support.targets[t] == k).nonzero()[:, 0]:
-            e = model.embed(params, support.inputs[t, n : n + 1])
+            e = model.network.embed(params, support.inputs[t, n : n + 1])
             hidden = torch.tanh(e @ params["generator0.weight"] + params["generator0.bias"])
             made.append((hidden @ params["generator1.weight"] + params["generator1.bias"])[0])
         mean = torch.stack(made).mean(0)
@@ -283,7 +291,7 @@ def test_leopards_last_layer_is_the_mean_of_the_generated_ones():
 
 
 def test_leopards_lower_layers_and_generator_do_not_adapt():
-    model = Classifier(outputs=3, head="generated", **{**SMALL, "hidden": (5, 4)})
+    model = classifier(outputs=3, head="generated", **{**SMALL, "hidden": (5, 4)})
     adapter = Adapter(model, cross_entropy, (0.1,), fast="upper", learned="layer")
     fast, slow, sizes = adapter.split(adapter.init(doubled(model)))
     assert set(fast) == {"layer1.weight", "layer1.bias"}
@@ -292,7 +300,7 @@ def test_leopards_lower_layers_and_generator_do_not_adapt():
 
 
 def test_a_generated_last_layer_takes_any_number_of_classes():
-    model = Classifier(outputs=3, head="prototypes", **SMALL)
+    model = classifier(outputs=3, head="prototypes", **SMALL)
     params = doubled(model)
     support = dataclasses.replace(
         class_examples(5, classes=4), classes=torch.ones(TASKS, 4, dtype=torch.bool)
@@ -302,11 +310,11 @@ def test_a_generated_last_layer_takes_any_number_of_classes():
 
 
 def test_a_class_that_a_task_lacks_changes_nothing():
-    model = Classifier(outputs=3, **SMALL)
+    model = classifier(outputs=3, **SMALL)
     params = doubled(model)
     examples = class_examples(5, missing=True)
     loss = cross_entropy(model, model.output(params, examples), examples)
-    logits = model.forward(params, examples.inputs[0, :4])[:, :2]
+    logits = model.network.forward(params, examples.inputs[0, :4])[:, :2]
     alone = torch.nn.functional.cross_entropy(logits, examples.targets[0, :4])
     torch.testing.assert_close(loss[0], alone)
     assert torch.isfinite(loss).all()
@@ -345,7 +353,7 @@ def test_batch_normalization_equals_torch_and_leaves_out_examples_without_weight
 @pytest.mark.parametrize("shape", [(9, 12), (8, 32), (30, 12), (3, 16, 16), (12, 12, 3)])
 def test_four_blocks_equal_torchs_layers(shape):
     encoder = FourBlocks(shape, filters=4)
-    model = Classifier(outputs=3, encoder=encoder, hidden=(), inputs=shape)
+    model = classifier(outputs=3, encoder=encoder, hidden=(), inputs=shape)
     params = doubled(model)
     images = numbers(TASKS, 5, *shape, seed=4)
     found = encoder.encode(params, images)

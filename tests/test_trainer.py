@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from metarl import evaluate, load, resolve, train
 from metarl.envs import GymnasiumFamily, MujocoFamily, Uniform, make_family
 from metarl.envs.mujoco.family import MujocoVectorEnv
-from metarl.models.policies import GaussianMLP
+from metarl.models.distributions import Gaussian
 from metarl.policies.loading import newest_checkpoint
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.runs.checkpoints import CheckpointError
@@ -197,8 +197,8 @@ def test_a_deviation_never_stays_below_its_floor(tmp_path):
 
 @pytest.mark.parametrize("found", [-1e-9, 0.0])
 def test_a_kl_below_zero_by_rounding_leaves_the_step_size(monkeypatch, found):
-    kl = GaussianMLP.kl
-    monkeypatch.setattr(GaussianMLP, "kl", lambda *given: torch.full_like(kl(*given), found))
+    kl = Gaussian.kl
+    monkeypatch.setattr(Gaussian, "kl", lambda *given: torch.full_like(kl(*given), found))
     inner = {"inner.min_kl": 0.3, "inner.step_sizes": (0.4,)}
     with Trainer(small("random", **inner)) as trainer:
         assert trainer.iterate()["step_size"] == pytest.approx(0.4)

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import gaussian_policy
 from expecting import refused, run
 from gymnasium.vector import AutoresetMode
 
@@ -29,7 +30,7 @@ from metarl.learning.inner_update import (
 from metarl.learning.losses import log_likelihood
 from metarl.learning.meta_gradients.implicit import Implicit
 from metarl.learning.meta_gradients.reptile import Reptile
-from metarl.models.policies import GaussianMLP
+from metarl.models.networks import MLP
 from metarl.models.predictors import Classifier
 from metarl.plots.figures import plot_learning
 from metarl.plots.video import Video
@@ -45,7 +46,7 @@ from metarl.sampling.spaces import (
 )
 from metarl.training.trainer import check_device
 
-POLICY = GaussianMLP(observation_dim=3, action_dim=2, hidden=(5,))
+POLICY = gaussian_policy(observation_dim=3, action_dim=2, hidden=(5,))
 BOX = gym.spaces.Box(-1.0, 1.0, (2,))
 
 
@@ -107,8 +108,9 @@ def test_every_field_of_an_inner_update_is_checked(kind):
             kind(**{field: value})
 
 
-def _classifier(**options):
-    return Classifier(inputs=(4,), outputs=3, hidden=(), **options)
+def _classifier(activation="tanh", **options):
+    network = MLP(inputs=(4,), outputs=3, hidden=(), activation=activation)
+    return Classifier(network=network, **options)
 
 
 def _tabular(payoff):
@@ -150,7 +152,7 @@ CALLS = {
     ),
     "inner.per": (lambda: LearnedStepSizes(per="all"), "inner.per", "all"),
     "policy.activation": (
-        lambda: dataclasses.replace(POLICY, activation="gelu"), "activation", "gelu",
+        lambda: dataclasses.replace(POLICY.network, activation="gelu"), "activation", "gelu",
     ),
     "predictor.activation": (lambda: _classifier(activation="gelu"), "activation", "gelu"),
     "Classifier.head": (lambda: _classifier(head="last"), "head", "last"),

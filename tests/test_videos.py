@@ -19,7 +19,7 @@ import metarl
 from metarl.config.options import Config
 from metarl.envs import GymnasiumFamily, Uniform, make_family
 from metarl.envs.errors import UserError
-from metarl.models.policies import MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.plots import video as videos
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.policies.policy import Policy
@@ -239,7 +239,7 @@ def family_and_policy(env: type[Draws]) -> tuple[GymnasiumFamily, Policy]:
     family = GymnasiumFamily(name="draws", env=env, tasks=tasks, horizon=3)
     config = Config().with_options({"policy.hidden": (4,)})
     network = config.domain.model(config.algorithm, config.policy, family)
-    assert isinstance(network, MLPPolicy)
+    assert isinstance(network, PolicyModel)
     params = network.init(np.random.default_rng(0))
     record = {"task": None, "steps": 0, "episodes": 0, "seed": 0}
     return family, Policy(network, params, Draws.action_space, 3, config, record)

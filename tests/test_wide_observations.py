@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import gaussian_policy
 from expecting import refused, run
 
 from metarl.distributed.chunk_pool import ChunkPool
@@ -30,7 +31,6 @@ from metarl.learning.baselines import (
     seen,
 )
 from metarl.models.encoders import NatureCNN
-from metarl.models.policies import GaussianMLP
 from metarl.sampling.trajectories import Rollout
 
 
@@ -108,7 +108,7 @@ def test_the_smaller_matrix_is_counted():
 
 
 def _need(size, episodes, horizon, **options):
-    policy = GaussianMLP(observation_dim=size, action_dim=1, hidden=(5,))
+    policy = gaussian_policy(observation_dim=size, action_dim=1, hidden=(5,))
     usual = {"tasks": 4, "rollouts": 2, "threads": 2, "baseline": LinearFeatures()}
     return need(policy, episodes=episodes, horizon=horizon, **{**usual, **options})
 
@@ -120,7 +120,7 @@ def test_the_baseline_and_the_parameters_are_a_part_of_the_need():
     assert wide.total >= wide.rollouts + wide.update
     parameters = 4 * 4 * 3000 * 5
     assert _need(3000, 1, 1).update > 3 * parameters
-    images = GaussianMLP(observation_dim=64, action_dim=2, encoder=NatureCNN((36, 36, 3)))
+    images = gaussian_policy(observation_dim=64, action_dim=2, encoder=NatureCNN((36, 36, 3)))
     of = {"tasks": 4, "episodes": 2, "horizon": 5, "rollouts": 2}
     assert 0 < need(images, **of, baseline=LinearFeatures()).baseline < 10**6
     assert need(images, **of, baseline=ZeroBaseline()).baseline == 0

@@ -17,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import counting_family
+from conftest import counting_family, gaussian_policy
 from expecting import mentions, refused, run
 from worker_envs import FAULTY, walk, walk_by_lambda
 
@@ -34,24 +34,24 @@ from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.inner_update import GradientUpdate
 from metarl.learning.losses import log_likelihood
 from metarl.models.networks import Params
-from metarl.models.policies import GaussianMLP
+from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import Collector, RandomKey
 from metarl.sampling.trajectories import Rollout
 from metarl.sampling.workers import WorkerCollector, WorkerError, make_collector
 from metarl.training.trainer import Trainer
 
-POLICY = GaussianMLP(observation_dim=2, action_dim=1, hidden=(8,))
+POLICY = gaussian_policy(observation_dim=2, action_dim=1, hidden=(8,))
 TASKS = np.array([[0.0], [0.3], [0.5], [FAULTY]])
 TIMEOUT = 1.0
 
 
-def params_for(policy: GaussianMLP, tasks: int) -> Params:
+def params_for(policy: PolicyModel, tasks: int) -> Params:
     each = [policy.init(np.random.default_rng(t)) for t in range(tasks)]
     return {name: torch.stack([p[name] for p in each]) for name in each[0]}
 
 
 def in_process(
-    family: TaskFamily, tasks: np.ndarray, address: RandomKey, policy: GaussianMLP = POLICY
+    family: TaskFamily, tasks: np.ndarray, address: RandomKey, policy: PolicyModel = POLICY
 ) -> Rollout:
     collector = Collector(family, policy, len(tasks), 3, ChunkPool(1))
     return collector.collect(params_for(policy, len(tasks)), tasks, address)
@@ -105,7 +105,7 @@ def test_rollouts_are_bit_identical_for_any_number_of_workers(workers):
 
 
 def test_only_families_without_threads_and_with_workers_get_processes():
-    policy = GaussianMLP(observation_dim=2, action_dim=2)
+    policy = gaussian_policy(observation_dim=2, action_dim=2)
     with ChunkPool(1) as pool:
         navigation = make_collector(make_family("navigation-2d"), policy, 2, 1, pool, workers=2)
         here = make_collector(walk(), POLICY, 2, 1, pool)
@@ -143,18 +143,20 @@ def test_a_family_that_a_worker_cannot_make_again_is_refused_with_the_remedy():
 
 
 def test_a_policy_of_other_sizes_is_refused():
-    policy = GaussianMLP(observation_dim=3, action_dim=1)
+    policy = gaussian_policy(observation_dim=3, action_dim=1)
     with refused("walk", "(2,)", "(3,)"):
         WorkerCollector(walk(), policy, 1, 1, workers=1)
 
 
 SCRIPT = """
 import sys
+import gymnasium as gym
 import numpy as np
 from metarl.envs import GymnasiumFamily, Uniform, make_family, register
 from metarl.distributed.chunk_pool import ChunkPool
-from metarl.models.networks import stack
-from metarl.models.policies import GaussianMLP
+from metarl.models.distributions import Gaussian
+from metarl.models.networks import MLP, stack
+from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import Collector, RandomKey
 from metarl.sampling.workers import WorkerCollector
 from worker_envs import Walk
@@ -168,7 +170,10 @@ def mine():
     )
 
 def run():
-    policy = GaussianMLP(observation_dim=2, action_dim=1, hidden=(8,))
+    box = gym.spaces.Box(-1.0, 1.0, (1,))
+    distribution = Gaussian().over(box)
+    network = MLP(inputs=(2,), outputs=1, hidden=(8,))
+    policy = PolicyModel(network=network, distribution=distribution)
     family, tasks = make_family("mine"), np.array([[0.2], [0.8]])
     params = stack(policy.init(np.random.default_rng(0)), 2)
     collector = WorkerCollector(family, policy, 2, 2, workers=1)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from metarl.envs.errors import UserError, did_you_mean
-from metarl.envs.registry import import_attribute
 from metarl.learning.baselines import Baseline, LinearFeatures, ZeroBaseline
 from metarl.learning.critic import Critic
 from metarl.learning.gradient_steps import (
@@ -20,7 +17,7 @@ from metarl.learning.gradient_steps import (
 )
 from metarl.learning.outer import NoUpdate, OuterOptimizer
 from metarl.learning.trust_region import TrustRegion
-from metarl.parts import Part
+from metarl.parts import find_part
 
 OUTER: dict[str, type[OuterOptimizer]] = {
     kind.name: kind for kind in (TrustRegion, ClippedSurrogate, NoUpdate)
@@ -40,10 +37,15 @@ def find_outer(what: Any) -> OuterOptimizer:
     Raises:
         UserError: it is something else.
     """
-    found = _named("outer", what, lambda name: OUTER.get(name) or optimizer_named(name.lower()))
-    if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
-        found = optimizer_part(found)
-    made = _made(found, OuterOptimizer, what)
+
+    def adapt(found: Any) -> Any:
+        optimizer = isinstance(found, type) and issubclass(found, torch.optim.Optimizer)
+        return optimizer_part(found) if optimizer else found
+
+    def known(name: str) -> Any:
+        return OUTER.get(name) or optimizer_named(name.lower())
+
+    made = find_part(what, OuterOptimizer, "outer", known, adapt)
     if made is None:
         hint = did_you_mean(what, [*OUTER, *optimizer_names()])
         raise UserError(
@@ -62,27 +64,7 @@ def find_baseline(what: Any) -> Baseline:
     Raises:
         UserError: it is something else.
     """
-    made = _made(_named("baseline", what, BASELINES.get), Baseline, what)
+    made = find_part(what, Baseline, "baseline", BASELINES.get)
     if made is None:
         raise UserError(f"baseline must be a baseline, got {what!r}{did_you_mean(what, BASELINES)}")
     return made
-
-
-def _named(kind: str, what: Any, known: Callable[[str], Any]) -> Any:
-    """Return what a name stands for; anything else as it is."""
-    if not isinstance(what, str):
-        return what
-    return import_attribute(what, f"the {kind}") if ":" in what else known(what)
-
-
-P = TypeVar("P", bound=Part)
-
-
-def _made(found: Any, kind: type[P], what: Any) -> P | None:
-    """Return a part, made if it is a class, with its chosen name; None for other objects."""
-    if isinstance(found, type) and issubclass(found, kind):
-        found = found()
-    if not isinstance(found, kind):
-        return None
-    named = isinstance(what, str) and ":" in what
-    return dataclasses.replace(found, source=what) if named else found

@@ -15,12 +15,22 @@ from metarl.algorithms.named_parts import BASELINES, OUTER
 from metarl.cli.arguments import said
 from metarl.config.options import CHOICES, Config
 from metarl.envs.registry import parse_options
+from metarl.models.distributions import DISTRIBUTIONS
 
 _CHOICE_TEXTS = {
     "outer": f"Outer optimizer: {', '.join(OUTER)}, a class of torch.optim such as adamw, or"
     " module:attribute.",
     "baseline": f"Baseline: {', '.join(BASELINES)}, or module:attribute.",
+    "policy.distribution": "Distribution over actions: "
+    f"{', '.join(DISTRIBUTIONS)}, or module:attribute.",
 }
+
+
+def _choice_text(section: str, config: Config) -> str:
+    if section == "policy.network":
+        names = ", ".join(config.domain.networks)
+        return f"Network: {names}, or module:attribute of a torch.nn.Module."
+    return _CHOICE_TEXTS[section]
 
 
 def with_options(kind: type, config: Config) -> type:
@@ -39,8 +49,10 @@ def with_options(kind: type, config: Config) -> type:
             fields.append(_field(name, annotation, getattr(config, name)))
     for section, part in config.sections().items():
         if section in CHOICES:
-            annotation = Annotated[str, tyro.conf.arg(name=section, help=_CHOICE_TEXTS[section])]
-            fields.append(_field(section, annotation, part.source or part.name))  # type: ignore[attr-defined]
+            text = _choice_text(section, config)
+            annotation = Annotated[str, tyro.conf.arg(name=section, help=text)]
+            name = section.replace(".", "__")
+            fields.append(_field(name, annotation, part.source or part.name))  # type: ignore[attr-defined]
         hints = typing.get_type_hints(type(part))
         for name in part.option_fields():
             key = part.key(name)

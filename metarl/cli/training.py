@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -151,8 +152,11 @@ def _family_named(arguments: Sequence[str]) -> str:
     """Return the family that a command line names, wherever it stands; "" for none."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0]
-    algorithm = dataclasses.replace(_algorithm_named(arguments), **_chosen(arguments))
-    flags = flags_of(with_options(Train, Config(algorithm=algorithm))) | flags_of(Benchmark)
+    config = Config(algorithm=_algorithm_named(arguments))
+    for name, word in _chosen(arguments).items():
+        with contextlib.suppress(UserError):  # a network of data sets; parsing says what is wrong
+            config = config.with_options({name: word})
+    flags = flags_of(with_options(Train, config)) | flags_of(Benchmark)
     return first_name(arguments, [name for name, flag in flags.items() if flag.kind is bool])
 
 

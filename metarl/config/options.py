@@ -11,9 +11,10 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from metarl.algorithms import Algorithm, find_algorithm
+from metarl.algorithms.algorithm import SECTIONS
 from metarl.algorithms.named_parts import find_baseline, find_outer
 from metarl.distributed.process_group import local_ranks
-from metarl.domains.domain import Domain, NetworkOptions
+from metarl.domains.domain import Domain, ModelOptions
 from metarl.domains.lookup import DOMAINS, domain_named
 from metarl.domains.reinforcement import PolicyOptions
 from metarl.envs.errors import UserError, did_you_mean
@@ -22,12 +23,14 @@ from metarl.learning.baselines import Baseline
 from metarl.learning.inner_update import InnerUpdate
 from metarl.learning.meta_gradients.problem import MetaGradient
 from metarl.learning.outer import OuterOptimizer
+from metarl.models.distributions import find_distribution
+from metarl.models.network_parts import find_network
 from metarl.parts import Part, converted
 from metarl.plain_json import plain
 from metarl.sampling.spaces import ActionMode
 
-CHOICES = {"outer": find_outer, "baseline": find_baseline}
-"""Parts that are options themselves, by name."""
+CHOICES = ("outer", "baseline", "policy.network", "policy.distribution")
+"""Parts that are options themselves: a name, `module:attribute` or an object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class Config:
     algorithm: Algorithm = field(default_factory=lambda: find_algorithm("maml-trpo"))
     """Meta-learning algorithm: a name that `metarl algorithms` lists, or module:attribute of your
     own. Its parts have the options inner.*, meta.*, outer.*, advantage.* and baseline.*."""
-    policy: NetworkOptions = field(default_factory=PolicyOptions)
+    policy: ModelOptions = field(default_factory=PolicyOptions)
     iterations: int = 100
     """Meta-iterations in total, including those before a resume."""
     tasks: int = 40
@@ -131,8 +134,8 @@ class Config:
         return () if self.policy.policies else ("episodes", "workers", "worker_timeout")
 
     def sections(self) -> dict[str, Part]:
-        """Return the parts that have options, by the section of their keys."""
-        return {"policy": self.policy, **self.algorithm.sections()}
+        """Return the parts that have options: the policy and its parts, those of the algorithm."""
+        return {**self.policy.parts, "policy": self.policy, **self.algorithm.sections()}
 
     def options(self) -> dict[str, Any]:
         """Return every option's value by key, those of parts as "inner.steps"."""
@@ -153,28 +156,52 @@ class Config:
             UserError: an option is unknown, or a value is of another type or out of range.
         """
         config = self
-        for name, find in CHOICES.items():  # a part first, then its options
-            if name in values and values[name] != config.options().get(name):
-                part = find(values[name])
-                algorithm = dataclasses.replace(config.algorithm, **{name: part})
-                algorithm = domain_named(config.family, config.family_options).algorithm(
-                    algorithm, config.family
-                )
-                config = dataclasses.replace(config, algorithm=algorithm)
+        for name in CHOICES:  # a part first, then its options
+            if name in values and name in config.sections():
+                config = config._with_part(name, values[name])
         known = config.options()
+        owner = {
+            part.key(option): name
+            for name, part in config.sections().items()
+            for option in part.option_fields()
+        }
+        run: dict[str, Any] = {}
         changed: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
-            if key in CHOICES or (key not in known and known_only):
-                continue
             if key not in known:
+                if known_only:
+                    continue
                 raise UserError(f"unknown option {key!r}{did_you_mean(key, known)}")
-            section, _, name = key.rpartition(".")
-            changed.setdefault(section, {})[name] = value
-        run = {k: converted(k, v, known[k]) for k, v in changed.pop("", {}).items()}
-        policy = config.policy.with_options(changed.pop("policy", {}))
-        parts = {name: getattr(config, name).with_options(v) for name, v in changed.items()}
+            if key in owner:
+                changed.setdefault(owner[key], {})[key.rpartition(".")[2]] = value
+            elif key not in CHOICES:
+                run[key] = converted(key, value, known[key])
+        parts = {n: config.sections()[n].with_options(v) for n, v in changed.items()}
+        return dataclasses.replace(config._with_parts(parts), **run)
+
+    def _with_part(self, name: str, what: Any) -> Config:
+        """Return the config with another part; options that it shares with the old one stay."""
+        old = self.sections()[name]
+        if what == (old.source or old.name):  # type: ignore[attr-defined]
+            return self
+        if name == "policy.network":
+            part: Part = find_network(what, self.domain.networks)
+        elif name == "policy.distribution":
+            part = find_distribution(what)
+        else:
+            part = find_outer(what) if name == "outer" else find_baseline(what)
+            domain = domain_named(self.family, self.family_options)
+            algorithm = dataclasses.replace(self.algorithm, **{name: part})
+            return dataclasses.replace(self, algorithm=domain.algorithm(algorithm, self.family))
+        kept = {k: v for k, v in old.own_options().items() if k in part.option_fields()}
+        return self._with_parts({name: part.with_options(kept | part.own_options())})
+
+    def _with_parts(self, parts: Mapping[str, Part]) -> Config:
+        inside = {n.partition(".")[2]: p for n, p in parts.items() if n in self.policy.parts}
+        policy = dataclasses.replace(parts.get("policy", self.policy), **inside)
+        algorithm = {n: p for n, p in parts.items() if n in SECTIONS}
         return dataclasses.replace(
-            config, policy=policy, algorithm=dataclasses.replace(config.algorithm, **parts), **run
+            self, policy=policy, algorithm=dataclasses.replace(self.algorithm, **algorithm)
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -186,9 +213,24 @@ class Config:
                 "preset": self.preset,
                 "algorithm": self.algorithm.source if self.is_named else self.algorithm.name,
                 "named": self.is_named,
+                **({"unnamed_parts": unnamed} if (unnamed := self._unnamed_parts()) else {}),
                 "options": self.options(),
             }
         )
+
+    def _unnamed_parts(self) -> list[str]:
+        """Return the parts of the policy that are not found again by their names."""
+        unnamed = []
+        for name, part in self.policy.parts.items():
+            fresh = Config.of(self.family, "maml-trpo", self.family_options)
+            try:
+                found = fresh.with_options({name: self.options()[name]}).sections()[name]
+                same = found.with_options(part.options()) == part
+            except UserError:
+                same = False
+            if not same:
+                unnamed.append(name)
+        return unnamed
 
     @cached_property
     def is_named(self) -> bool:
@@ -203,11 +245,11 @@ class Config:
             return False
 
     @staticmethod
-    def from_json(data: Mapping[str, Any], algorithm: Algorithm | None = None) -> Config:
+    def from_json(data: Mapping[str, Any], given: Config | None = None) -> Config:
         """Return the config that `to_json` wrote.
 
         Args:
-            algorithm: the run's, if it has no name that can be imported.
+            given: has the algorithm and the parts that were given as objects.
 
         Raises:
             UserError: the algorithm or an option is unknown, or a value is not allowed.
@@ -215,18 +257,20 @@ class Config:
         for key in ("family", "algorithm", "options"):
             if key not in data:
                 raise UserError(f"the config has no {key!r}")
-        if algorithm is None and not data.get("named", True):
-            raise UserError(
-                f"the algorithm {data['algorithm']} was given as an object and cannot be imported:"
-                " pass it again, or train with --algorithm module:attribute"
-            )
+        algorithm, options = data["algorithm"], dict(data["options"])
+        if not data.get("named", True):
+            if given is None or given.algorithm.name != algorithm:
+                raise _given_as_object("the algorithm", algorithm, "--algorithm")
+            algorithm = given.algorithm
+        for name in data.get("unnamed_parts", ()):
+            label = options.pop(name)
+            if given is None or given.options().get(name) != label:
+                raise _given_as_object(name, label, f"--{name}")
+            options[name] = given.sections()[name]
         base = Config.of(
-            data["family"],
-            algorithm or data["algorithm"],
-            data.get("family_options", {}),
-            data.get("preset"),
+            data["family"], algorithm, data.get("family_options", {}), data.get("preset")
         )
-        return base.with_options(data["options"])
+        return base.with_options(options)
 
     @staticmethod
     def of(
@@ -242,8 +286,15 @@ class Config:
             family_options=family_options or {},
             preset=preset,
             algorithm=domain.algorithm(find_algorithm(algorithm), family),
-            policy=domain.network_options(),
+            policy=domain.model_options(),
         )
+
+
+def _given_as_object(what: str, name: str, option: str) -> UserError:
+    return UserError(
+        f"{what} {name} was given as an object and cannot be imported: pass it again, or train with"
+        f" {option} module:attribute"
+    )
 
 
 def available_threads() -> int:

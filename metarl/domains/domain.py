@@ -17,43 +17,30 @@ from torch import Tensor
 from metarl.algorithms import Algorithm
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import guard
-from metarl.envs.errors import check_one_of
 from metarl.envs.family import Family
 from metarl.envs.tasks import Tasks
 from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import Loss
-from metarl.models.networks import Activation, Model, Params
+from metarl.models.network_parts import NetworkPart
+from metarl.models.networks import Model, Params
 from metarl.models.samples import Samples
-from metarl.parts import Part
+from metarl.parts import Part, fixed
 from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.trajectories import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkOptions(Part):
-    """The network. Its fields are the options `policy.*`."""
+class ModelOptions(Part):
+    """What adapts: a network, and what a domain adds to it. Its options are `policy.*`."""
 
     section: ClassVar[str] = "policy"
 
-    network: str = "auto"
-    """Network before the hidden layers."""
-    hidden: tuple[int, ...] = (64, 64)
-    """Sizes of the hidden layers."""
-    activation: Activation = "tanh"
-    """Activation of the hidden layers."""
-    output_scale: float = 1.0
-    """Factor of the last layer's initial weights. With a small one, mean actions start near zero,
-    within the bounds, for every seed."""
+    network: NetworkPart = fixed(None)
 
-    networks: ClassVar[tuple[str, ...]]
-    """Names of networks."""
-
-    def __post_init__(self) -> None:
-        check_one_of(self.key("network"), self.network, self.networks)
-        check_one_of(self.key("activation"), self.activation, ("tanh", "relu"))
-        whole = all(isinstance(size, int) and size >= 1 for size in self.hidden)
-        self.require("hidden", whole, "whole numbers of at least 1")
-        self.require_positive("output_scale")
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The parts inside, by the option that names them."""
+        return {"policy.network": self.network}
 
 
 @dataclass
@@ -172,13 +159,18 @@ class Domain(ABC):
             UserError: it cannot be; the message names the family.
         """
 
+    @property
     @abstractmethod
-    def network_options(self) -> NetworkOptions:
-        """Return the options of the network."""
+    def networks(self) -> Mapping[str, type[NetworkPart]]:
+        """Networks by name."""
 
     @abstractmethod
-    def model(self, algorithm: Algorithm, options: NetworkOptions, family: Family) -> Model:
-        """Return the network for a family's tasks.
+    def model_options(self) -> ModelOptions:
+        """Return the options of the model."""
+
+    @abstractmethod
+    def model(self, algorithm: Algorithm, options: ModelOptions, family: Family) -> Model:
+        """Return the model for a family's tasks.
 
         Raises:
             UserError: it does not fit the family.

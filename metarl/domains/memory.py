@@ -17,7 +17,7 @@ from metarl.envs.errors import UserError
 from metarl.envs.memory import available
 from metarl.learning.advantages import CHUNK
 from metarl.learning.baselines import Baseline
-from metarl.models.policies import MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import RolloutBuffer
 
 GRAPH = 4.0
@@ -52,7 +52,7 @@ class Need:
 
 
 def need(
-    policy: MLPPolicy,
+    policy: PolicyModel,
     *,
     tasks: int,
     episodes: int,
@@ -87,9 +87,9 @@ def need(
     RolloutBuffer(policy, tasks, episodes, horizon, [str(i) for i in range(info_keys)], measure)
     one = sum(sizes)
     batch = 3 * 4 * steps  # advantage, weight, log density
-    beside = (4 * policy.output_dim + 4 * 8) * steps  # noise; returns, values … in float64
+    beside = (4 * policy.network.output_dim + 4 * 8) * steps  # noise; returns, values … in float64
     kept = rollouts * (one + batch) + (one if workers else 0) + beside
-    forward = 4 * policy.activations * episodes * horizon  # of one task
+    forward = 4 * policy.network.activations * episodes * horizon  # of one task
     graphs = min(4 * chunks, tasks) + fisher_fraction * tasks
     parameters = 4 * sum(math.prod(shape) for shape in policy.shapes().values())
     iterates = (rollouts + 1) * tasks * parameters  # one more for sampling

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import gymnasium as gym
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.distributed.process_group import ALONE, CHUNK, ProcessGroup, local_ranks
 from metarl.domains.domain import (
     Domain,
-    NetworkOptions,
+    ModelOptions,
     TaskSamples,
     TaskSource,
     context_dim,
@@ -28,15 +29,18 @@ from metarl.envs import TaskFamily, guard
 from metarl.envs.errors import UserError, check_one_of
 from metarl.envs.family import Family
 from metarl.envs.gymnasium.family import is_image
-from metarl.envs.policy_spaces import categories, check_policy_spaces
+from metarl.envs.policy_spaces import check_policy_spaces
 from metarl.learning.advantages import to_batch
 from metarl.learning.density import check_density
 from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import Batch, Loss, likelihood_ratio, log_likelihood
-from metarl.models.encoders import ENCODERS, make_encoder
+from metarl.models.distributions import AutoDistribution, Distribution
+from metarl.models.modules import check_normalized
+from metarl.models.network_parts import POLICY_NETWORKS, AutoPolicyNetwork, NetworkPart
 from metarl.models.networks import Model, Params
-from metarl.models.policies import CategoricalMLP, GaussianMLP, MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.models.samples import Samples
+from metarl.parts import Part, fixed
 from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.spaces import ActionMode, beyond_bounds, bounded
 from metarl.sampling.trajectories import Rollout
@@ -44,31 +48,23 @@ from metarl.sampling.workers import START_SECONDS, AnyCollector, make_collector
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyOptions(NetworkOptions):
-    """The policy: an MLP gives a Gaussian's mean, or the logits of Discrete actions."""
+class PolicyOptions(ModelOptions):
+    """The policy: a network and a distribution over actions."""
 
-    network: str = "auto"
-    """Network before the hidden layers. For image observations (uint8): nature, the Nature CNN, or
-    impala, a small residual network. auto: none for vectors, nature for images of at least 36 x 36
-    pixels, impala for smaller ones."""
-    initial_std: float = 1.0
-    """Standard deviation of the actions at the start."""
-    min_std: float = 1e-6
-    """Smallest standard deviation of the actions."""
+    network: NetworkPart = fixed(AutoPolicyNetwork())
+    distribution: Distribution = fixed(AutoDistribution())
     action: ActionMode = "clip"
     """How actions are fitted to the environment's bounds: clip cuts them off there; scale maps
     [-1, 1] onto the bounds first."""
     normalize: bool = False
     """Scale observations by their running mean and standard deviation."""
 
-    networks: ClassVar[tuple[str, ...]] = ("auto", "mlp", *ENCODERS)
-
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_one_of(self.key("action"), self.action, ("clip", "scale"))
-        self.require_positive("initial_std", "min_std")
-        below = self.min_std <= self.initial_std
-        self.require("min_std", below, f"at most {self.key('initial_std')}, {self.initial_std}")
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        return {**super().parts, "policy.distribution": self.distribution}
 
 
 class Reinforcement(Domain):
@@ -83,17 +79,22 @@ class Reinforcement(Domain):
             raise UserError(f"{algorithm.name} is for few-shot classification, not for {family}")
         return algorithm
 
-    def network_options(self) -> PolicyOptions:
+    @property
+    def networks(self) -> Mapping[str, type[NetworkPart]]:
+        return POLICY_NETWORKS
+
+    def model_options(self) -> PolicyOptions:
         return PolicyOptions()
 
-    def model(self, algorithm: Algorithm, options: NetworkOptions, family: Family) -> MLPPolicy:
+    def model(self, algorithm: Algorithm, options: ModelOptions, family: Family) -> PolicyModel:
         assert isinstance(family, TaskFamily)
         assert isinstance(options, PolicyOptions)
         observation, action = spaces_of(family)
         check_policy_spaces(family.name, observation, action)
-        assert observation.shape is not None
+        if options.network.structured:
+            observation = family.structured_observations()
         context = context_dim(algorithm, family.tasks.dim)
-        return make_policy(options, observation.shape, action, context)
+        return make_policy(options, observation, action, context)
 
     def inner_loss(self, model: Model) -> Loss:
         return log_likelihood
@@ -122,49 +123,48 @@ class Reinforcement(Domain):
 
 
 def make_policy(
-    options: PolicyOptions, observation_shape: tuple[int, ...], actions: gym.Space, context: int = 0
-) -> MLPPolicy:
-    """Return the network for an environment's observations and action space.
+    options: PolicyOptions, observations: gym.Space, actions: gym.Space, context: int = 0
+) -> PolicyModel:
+    """Return the policy for an environment's spaces.
 
-    Observations with more than one axis are images.
+    Args:
+        observations: flat or images, unless the network reads others.
+        actions: of the environment.
+        context: size of the network's context input.
 
     Raises:
-        UserError: no policy acts in such a space, or options have no effect in it.
+        UserError: the network or the distribution does not fit, or options have no effect.
     """
-    base = PolicyOptions()
-    encoder = None
-    size = observation_shape[0]
-    if len(observation_shape) > 1:
-        encoder = make_encoder(options.network, observation_shape)
-    elif options.network in ENCODERS:
+    distribution = options.distribution.over(actions)
+    size = distribution.size(actions)
+    network = options.network.make(observations, size, context)
+    images = network.input_dtype is np.uint8
+    if options.normalize and not images:  # images are scaled to [0, 1]
+        check_normalized(network)
+    if isinstance(actions, gym.spaces.Box):
+        _check_bounds(options.action, distribution, actions)
+    elif options.action != PolicyOptions.action:
+        raise UserError(f"policy.action has no effect on {actions} actions")
+    return PolicyModel(
+        network=network, distribution=distribution, normalize=options.normalize and not images
+    )
+
+
+def _check_bounds(mode: ActionMode, distribution: Distribution, actions: gym.spaces.Box) -> None:
+    """Raise UserError unless actions can be mapped onto the bounds of a Box as they are."""
+    if mode == "scale" and not bounded(actions).any():
+        raise UserError(f"policy.action scale has no effect on unbounded actions, {actions}")
+    if not distribution.scaled:
+        return
+    if not bounded(actions).all():
         raise UserError(
-            f"policy.network {options.network} reads images, and observations are"
-            f" {size} numbers: leave it out"
+            f"policy.distribution {distribution.label} needs bounded actions, got {actions}"
         )
-    common: dict[str, Any] = {
-        "context_dim": context,
-        "observation_dim": size if encoder is None else encoder.features,
-        "encoder": encoder,
-        "hidden": options.hidden,
-        "activation": options.activation,
-        "normalize": options.normalize and encoder is None,  # images are scaled to [0, 1]
-        "output_scale": options.output_scale,
-    }
-    found = categories(actions)
-    if found is None:
-        assert isinstance(actions, gym.spaces.Box)
-        if options.action == "scale" and not bounded(actions).any():
-            raise UserError(f"policy.action scale has no effect on unbounded actions, {actions}")
-        return GaussianMLP(
-            action_dim=actions.shape[0],
-            initial_std=options.initial_std,
-            min_std=options.min_std,
-            **common,
+    if mode != "scale" and not ((actions.low == -1.0).all() and (actions.high == 1.0).all()):
+        raise UserError(
+            f"policy.distribution {distribution.label} draws actions in [-1, 1], and the bounds are"
+            f" {actions}: add policy.action scale"
         )
-    for name in ("initial_std", "min_std", "action"):
-        if getattr(options, name) != getattr(base, name):
-            raise UserError(f"policy.{name} has no effect on {actions} actions")
-    return CategoricalMLP(categories=found, **common)
 
 
 def spaces_of(family: TaskFamily) -> tuple[gym.Space, gym.Space]:
@@ -206,7 +206,7 @@ class Environments(TaskSource):
                 f"rank_timeout must be above {START_SECONDS:g}, the seconds that workers may take"
                 f" to start, got {group.limit:g}"
             )
-        assert isinstance(adapter.model, MLPPolicy)
+        assert isinstance(adapter.model, PolicyModel)
         self.model, self.episodes, self.options = adapter.model, episodes, options
         self.spaces = spaces_of(family)
         self.action_space = self.spaces[1]
@@ -299,7 +299,7 @@ class EpisodeSamples(TaskSamples):
 
 def rollout_metrics(
     algorithm: Algorithm,
-    policy: MLPPolicy,
+    policy: PolicyModel,
     params: Params,
     space: gym.Space,
     mode: ActionMode,
@@ -326,9 +326,6 @@ def rollout_metrics(
     first, last = rollouts[0], rollouts[-1]
     entropy = policy.entropy(last.behaviour).double().where(last.valid, 0.0).sum(dim=(1, 2))
     steps = process_group.total(last.env_steps)
-    std = math.nan
-    if isinstance(policy, GaussianMLP):
-        std = float(policy.confined(params)["log_std"].exp().mean())
     return {
         "return_pre": returns[0],
         "return_post": returns[-1] if adapted_all else math.nan,
@@ -336,7 +333,7 @@ def rollout_metrics(
         "returns": [r if math.isfinite(r) else None for r in returns],
         "episode_length": steps / episodes,
         "diverged_episodes": process_group.total(sum(int(r.diverged.sum()) for r in rollouts)),
-        "policy_std": std,
+        "policy_std": policy.distribution.std(params),
         "clip_fraction": _clip_fraction(first, space, mode, process_group),
         "policy_entropy": float(process_group.gather(entropy).sum() / steps),
     }

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from metarl.algorithms.named_parts import find_outer
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.domains.domain import (
     Domain,
-    NetworkOptions,
+    ModelOptions,
     TaskSamples,
     TaskSource,
     context_dim,
@@ -37,28 +38,23 @@ from metarl.learning.losses import (
     trait,
 )
 from metarl.learning.trust_region import TrustRegion
-from metarl.models.encoders import FourBlocks
-from metarl.models.networks import Model, Params
+from metarl.models.network_parts import (
+    PREDICTOR_NETWORKS,
+    AutoPredictorNetwork,
+    NetworkPart,
+)
+from metarl.models.networks import MLP, Model, Params
 from metarl.models.predictors import Classifier, Predictor, Regressor
 from metarl.models.samples import Examples, Samples
+from metarl.parts import fixed
 from metarl.sampling.rollouts import RandomKey
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictorOptions(NetworkOptions):
-    """The network: an MLP, or the four blocks of few-shot classification before it."""
+class PredictorOptions(ModelOptions):
+    """The network of a regressor or classifier."""
 
-    network: str = "auto"
-    """Network before the hidden layers: conv4, the four blocks of few-shot classification, for
-    images, or mlp. auto: conv4 for images."""
-    filters: int = 64
-    """Filters in each block of conv4."""
-
-    networks: ClassVar[tuple[str, ...]] = ("auto", "mlp", "conv4")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_at_least(1, "filters")
+    network: NetworkPart = fixed(AutoPredictorNetwork())
 
 
 _USUAL = (log_likelihood, likelihood_ratio)
@@ -110,10 +106,14 @@ class Supervised(Domain):
             baseline=None,
         )
 
-    def network_options(self) -> PredictorOptions:
+    @property
+    def networks(self) -> Mapping[str, type[NetworkPart]]:
+        return PREDICTOR_NETWORKS
+
+    def model_options(self) -> PredictorOptions:
         return PredictorOptions(policies=False)
 
-    def model(self, algorithm: Algorithm, options: NetworkOptions, family: Family) -> Predictor:
+    def model(self, algorithm: Algorithm, options: ModelOptions, family: Family) -> Predictor:
         assert isinstance(family, SupervisedFamily)
         assert isinstance(options, PredictorOptions)
         classes = family.kind == "classification"
@@ -129,30 +129,18 @@ class Supervised(Domain):
             raise UserError(
                 f"{name} does not support classification: there is no task vector to condition on"
             )
-        network = options.network
-        if network == "auto":
-            network = "mlp" if len(shape) == 1 else "conv4"
-        if network == "conv4" and len(shape) == 1:
-            raise UserError(f"policy.network conv4 does not read inputs of {list(shape)}: take mlp")
-        if network != "conv4" and options.filters != PredictorOptions.filters:
-            raise UserError(f"policy.filters is of the network conv4, and this is {network}")
-        if algorithm.head == "prototypes" and network == "mlp" and not options.hidden:
+        inputs = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+        context = context_dim(algorithm, family.tasks.dim)
+        network = options.network.make(inputs, family.outputs, context)
+        if not classes:
+            return Regressor(network=network)
+        if algorithm.head != "meta" and not isinstance(network, MLP):
             raise UserError(
-                f"{name} makes the last layer from the support, and learns the layers below it:"
-                f" give policy.hidden, such as 64, for inputs of {list(shape)}"
+                f"{name} makes the last layer itself, and policy.network"
+                f" {options.network.source or options.network.name} has its own: take another"
+                " algorithm, such as maml-trpo"
             )
-        common: dict[str, Any] = {
-            "inputs": shape,
-            "outputs": family.outputs,
-            "context_dim": context_dim(algorithm, family.tasks.dim),
-            "encoder": FourBlocks(shape, options.filters) if network == "conv4" else None,
-            "hidden": options.hidden,
-            "activation": options.activation,
-            "output_scale": options.output_scale,
-        }
-        if classes:
-            return Classifier(head=algorithm.head, **common)
-        return Regressor(**common)
+        return Classifier(network=network, head=algorithm.head)
 
     def inner_loss(self, model: Model) -> Loss:
         assert isinstance(model, Predictor)
@@ -196,7 +184,7 @@ class DataSource(TaskSource):
         assert isinstance(model, Predictor)
         if device != "cpu":
             return self.count
-        each = max(batch.weight.shape[1] for batch in batches) * model.activations
+        each = max(batch.weight.shape[1] for batch in batches) * model.network.activations
         return min(max(_CACHED // each, 1), self.count)
 
 

@@ -35,7 +35,7 @@ from metarl.envs import GymnasiumFamily, MujocoFamily, TaskFamily
 from metarl.envs.errors import UserError
 from metarl.envs.seeds import foreign_seed
 from metarl.models.networks import Params, stack
-from metarl.models.policies import MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.models.settings import own_settings
 from metarl.runs.checkpoints import machine, versions
 from metarl.sampling.rollouts import RandomKey
@@ -224,7 +224,7 @@ def loop_seconds(
 def _step_all(
     env: gym.vector.VectorEnv,
     steps: int,
-    policy: MLPPolicy,
+    policy: PolicyModel,
     params: Params,
     tasks: int,
     config: Config,
@@ -238,7 +238,7 @@ def _step_all(
     with torch.inference_mode():
         for t in range(steps):
             batch = torch.from_numpy(np.asarray(observation, np.float32)).unflatten(0, (tasks, -1))
-            dist = policy.distribution(params, batch)
+            dist = policy.dist(params, batch)
             action = policy.sample(dist, noise[t])
             act = env_action(
                 action.flatten(0, 1).numpy(), env.single_action_space, config.action_mode

@@ -33,7 +33,7 @@ from metarl.evaluation.statistics import Floats
 from metarl.learning.inner_loop import check_finite
 from metarl.learning.losses import Batch
 from metarl.models.networks import Params
-from metarl.models.policies import MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.spaces import ActionMode
@@ -62,7 +62,7 @@ class PolicyProtocol:
     workers: int
     check: bool = True
     """Look at the environments first, once."""
-    collectors: dict[tuple[MLPPolicy, ActionMode], AnyCollector] = field(default_factory=dict)
+    collectors: dict[tuple[PolicyModel, ActionMode], AnyCollector] = field(default_factory=dict)
     """By what they are made for: policies of one kind share the environments."""
     told: list[bool] = field(default_factory=list)
     """For each curve, whether the environments said anything about success."""
@@ -93,7 +93,7 @@ class PolicyProtocol:
         for collector in self.collectors.values():
             collector.close()
 
-    def _collector(self, policy: MLPPolicy, config: Config) -> AnyCollector:
+    def _collector(self, policy: PolicyModel, config: Config) -> AnyCollector:
         key = policy, config.action_mode
         if key not in self.collectors:
             needed = need(

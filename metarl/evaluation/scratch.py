@@ -23,7 +23,7 @@ from metarl.learning.advantages import to_batch
 from metarl.learning.baselines import LinearFeatures
 from metarl.learning.losses import Batch, clipped_ratio
 from metarl.models.networks import Params, stack
-from metarl.models.policies import MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.seeding import stream
 from metarl.sampling.workers import AnyCollector
@@ -37,19 +37,20 @@ CLIP = 0.2
 _CHUNK = 4  # tasks
 
 
-def scratch_policy(config: Config, family: TaskFamily) -> MLPPolicy:
+def scratch_policy(config: Config, family: TaskFamily) -> PolicyModel:
     """Return the network that is trained: the config's, without what only meta-training sets."""
     assert isinstance(config.policy, PolicyOptions)
     options = dataclasses.replace(config.policy, normalize=False)
     observation, action = spaces_of(family)
-    assert observation.shape is not None
-    return make_policy(options, observation.shape, action)
+    if options.network.structured:
+        observation = family.structured_observations()
+    return make_policy(options, observation, action)
 
 
 class ScratchTrainer:
     """Trains one policy for each task, all at once and none knowing of the others."""
 
-    def __init__(self, policy: MLPPolicy, tasks: int, seed: int, learning_rate: float) -> None:
+    def __init__(self, policy: PolicyModel, tasks: int, seed: int, learning_rate: float) -> None:
         self.policy = policy
         start = stack(policy.init(stream(seed, 0, "init")), tasks)
         self._slices = slices(tasks, _CHUNK)
@@ -79,7 +80,7 @@ class ScratchTrainer:
             chunk, leaves = self._slices[index], self._leaves[index]
             part = batch.map(lambda x: x[chunk])
             for _ in range(EPOCHS):
-                dist = self.policy.distribution(leaves, part.observation)
+                dist = self.policy.dist(leaves, part.observation)
                 total = loss(self.policy, dist, part).sum()
                 gradient = torch.autograd.grad(total, list(leaves.values()))
                 for p, g in zip(leaves.values(), gradient, strict=True):

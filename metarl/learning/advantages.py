@@ -14,7 +14,7 @@ from metarl.learning.baselines import Baseline
 from metarl.learning.inner_loop import check_finite
 from metarl.learning.losses import Batch, make_batch
 from metarl.models.networks import Params
-from metarl.models.policies import MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.parts import Part
 from metarl.sampling.trajectories import Rollout
 
@@ -147,7 +147,7 @@ def normalize(advantage: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_batch(
-    policy: MLPPolicy,
+    policy: PolicyModel,
     rollout: Rollout,
     options: Advantages,
     baseline: Baseline,

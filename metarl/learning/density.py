@@ -17,8 +17,9 @@ from metarl.distributed.process_group import CHUNK
 from metarl.envs.errors import UserError
 from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import Batch
+from metarl.models.distributions import Gaussian
 from metarl.models.networks import Dist, Params
-from metarl.models.policies import GaussianMLP, MLPPolicy
+from metarl.models.policies import PolicyModel
 
 LARGEST = 1e-4
 """Mean |log-ratio| of a task at the parameters that sampled, besides rounding."""
@@ -76,7 +77,7 @@ def _compared(
 ) -> tuple[Tensor, Tensor, Sums]:
     """Return each task's mean |log-ratio| and what rounding explains of it, [T], and `Sums`."""
     policy = adapter.model
-    assert isinstance(policy, MLPPolicy)
+    assert isinstance(policy, PolicyModel)
     seen = batch.observation
     if seen.is_floating_point():
         seen = seen.detach().clone().requires_grad_()
@@ -99,16 +100,16 @@ def _compared(
     rounding = unit * (batch.weight * error).sum(1)
     scores = dict(zip(leaves, slopes, strict=True))
     valid = batch.weight > 0
-    if isinstance(policy, GaussianMLP):  # where an action's own rounding is no part of its draw
-        step = 1e3 * torch.finfo(log_prob.dtype).eps * leaves["mean"].detach().abs()
-        valid = valid & (leaves["log_std"].detach().exp() > step).all(-1)
+    exact = policy.distribution.exact({name: x.detach() for name, x in leaves.items()})
+    if exact is not None:
+        valid = valid & exact
     sums = _score_sums(policy, output, scores, valid)
-    if isinstance(policy, GaussianMLP):
+    if isinstance(policy.distribution, Gaussian):
         sums["mean of ratios"] = _ratio_sums(policy, output, scores["mean"], batch, valid)
     return gap, rounding, sums
 
 
-def _score_sums(policy: MLPPolicy, dist: Dist, scores: Dist, valid: Tensor) -> Sums:
+def _score_sums(policy: PolicyModel, dist: Dist, scores: Dist, valid: Tensor) -> Sums:
     """Return sums of scores, the derivatives of log-densities: E[grad log pi(a)] = 0.
 
     They are taken along each component, and along the parameter itself: the temperature of logits.
@@ -135,7 +136,7 @@ def _score_sums(policy: MLPPolicy, dist: Dist, scores: Dist, valid: Tensor) -> S
 
 
 def _ratio_sums(
-    policy: GaussianMLP, dist: Dist, score: Tensor, batch: Batch, valid: Tensor
+    policy: PolicyModel, dist: Dist, score: Tensor, batch: Batch, valid: Tensor
 ) -> Tensor:
     """Return sums of likelihood ratios to shifted means, less 1: E[pi'(a) / pi(a)] = 1, [2, size].
 

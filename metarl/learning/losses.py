@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metarl.envs.errors import UserError
 from metarl.models.networks import Dist
-from metarl.models.policies import MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.models.samples import Samples
 from metarl.sampling.trajectories import Rollout
 
@@ -59,7 +59,7 @@ class Batch(Samples):
 
 
 def make_batch(
-    policy: MLPPolicy, rollout: Rollout, advantage: Tensor, scale: Tensor | None = None
+    policy: PolicyModel, rollout: Rollout, advantage: Tensor, scale: Tensor | None = None
 ) -> Batch:
     """Return a rollout's samples flattened over episodes and time, [T, N, ...]."""
     valid = rollout.valid.flatten(1)
@@ -107,13 +107,13 @@ def task_losses(loss: Loss, model: Any, output: Dist, samples: Samples) -> Tenso
     return found
 
 
-def log_likelihood(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
+def log_likelihood(policy: PolicyModel, dist: Dist, batch: Batch) -> Tensor:
     """REINFORCE (Williams 1992): -E[log pi(a | s) A], [T]; the inner loss of Finn et al. 2017."""
     log_prob = policy.log_prob(dist, batch.action)
     return -(batch.weight * batch.advantage * log_prob).sum(dim=1)
 
 
-def likelihood_ratio(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
+def likelihood_ratio(policy: PolicyModel, dist: Dist, batch: Batch) -> Tensor:
     """Importance-weighted surrogate of TRPO: -E[pi(a | s) / pi_old(a | s) A], [T].
 
     Schulman et al. 2015, eq. 14 (arXiv:1502.05477). As an inner loss it has the low-variance
@@ -124,7 +124,7 @@ def likelihood_ratio(policy: MLPPolicy, dist: Dist, batch: Batch) -> Tensor:
     return -(batch.weight * batch.advantage * ratio).sum(dim=1)
 
 
-def clipped_ratio(policy: MLPPolicy, dist: Dist, batch: Batch, *, clip: float) -> Tensor:
+def clipped_ratio(policy: PolicyModel, dist: Dist, batch: Batch, *, clip: float) -> Tensor:
     """PPO's pessimistic surrogate, -E[min(r A, clip(r, 1 - c, 1 + c) A)], [T].
 
     Schulman et al. 2017, eq. 7 (arXiv:1707.06347).
@@ -134,7 +134,7 @@ def clipped_ratio(policy: MLPPolicy, dist: Dist, batch: Batch, *, clip: float) -
     return -(batch.weight * torch.minimum(ratio * batch.advantage, cut * batch.advantage)).sum(1)
 
 
-def dice(policy: MLPPolicy, dist: Dist, batch: Batch, *, decay: float = 1.0) -> Tensor:
+def dice(policy: PolicyModel, dist: Dist, batch: Batch, *, decay: float = 1.0) -> Tensor:
     """Loaded DiCE: -E[(box(w[t]) - box(d w[t - 1])) A[t]], w[t] = d w[t - 1] + log pi(a_t | s_t).
 
     box(w) = exp(w - stop(w)) is 1, and its derivatives of all orders carry the score. Foerster et

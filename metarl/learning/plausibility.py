@@ -12,8 +12,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from metarl.models.distributions import Categorical, Gaussian
 from metarl.models.networks import Dist
-from metarl.models.policies import CategoricalMLP, GaussianMLP, MLPPolicy
+from metarl.models.policies import PolicyModel
 
 FALSE_ALARM = 1e-4
 """Probability that actions of the policy itself are ever found implausible."""
@@ -30,7 +31,7 @@ class Plausibility:
     their own, as those of a constant action, and that actions are drawn uniformly from their space.
 
     Args:
-        policy: a `GaussianMLP` or `CategoricalMLP`.
+        policy: one whose distribution is `Gaussian` or `Categorical`.
         uniform: log-probability or log-density of each component under uniform actions, NaN for
             components that have none, [action_size].
         whole: whether actions are whole numbers, which uniform ones may be at the bounds.
@@ -39,14 +40,20 @@ class Plausibility:
 
     def __init__(
         self,
-        policy: MLPPolicy,
+        policy: PolicyModel,
         uniform: NDArray[np.float64],
         whole: bool,
         rng: np.random.Generator,
     ) -> None:
-        self._policy, self._uniform, self._whole, self._rng = policy, uniform, whole, rng
+        self._distribution, self._uniform, self._whole, self._rng = (
+            policy.distribution,
+            uniform,
+            whole,
+            rng,
+        )
         size = policy.action_size
-        sizes = policy.categories if isinstance(policy, CategoricalMLP) else (_BINS,) * size
+        own = policy.distribution
+        sizes = own.categories if isinstance(own, Categorical) else (_BINS,) * size
         self._counts = [np.full(n, _PRIOR) for n in sizes]
         self._by_frequency = np.zeros(size)  # log-ratios so far, of each component
         self._by_uniform = 0.0
@@ -54,15 +61,9 @@ class Plausibility:
         """Actions so far."""
 
     @staticmethod
-    def knows(policy: MLPPolicy) -> bool:
+    def knows(policy: PolicyModel) -> bool:
         """Whether a policy draws as one of the two that are known."""
-        kinds = (GaussianMLP, CategoricalMLP)
-        return any(
-            isinstance(policy, kind)
-            and type(policy).sample is kind.sample
-            and type(policy).log_prob is kind.log_prob
-            for kind in kinds
-        )
+        return type(policy.distribution) in (Gaussian, Categorical)
 
     @property
     def implausible(self) -> bool:
@@ -94,9 +95,9 @@ class Plausibility:
         self, dist: Dist, low: NDArray, high: NDArray
     ) -> tuple[NDArray[np.int64], NDArray, NDArray]:
         """Return for each component where it falls, its log-ratio, and the policy's log-density."""
-        if isinstance(self._policy, CategoricalMLP):
+        if isinstance(self._distribution, Categorical):
             bins = low.astype(np.int64)
-            logits = dist["logits"][0].double().split(self._policy.categories)
+            logits = dist["logits"][0].double().split(self._distribution.categories)
             parts = zip(logits, bins, strict=True)
             log_prob = np.array([float(part.log_softmax(-1)[i]) for part, i in parts])
             usual = log_prob

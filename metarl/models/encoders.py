@@ -277,24 +277,3 @@ def normalize_batch(
         var = (share * (x - mean).square()).sum(axes, keepdim=True)
     factor = (var + 1e-5).rsqrt() * scale[..., None, :, None, None]
     return (x - mean) * factor + shift[..., None, :, None, None]
-
-
-ENCODERS: dict[str, type[Encoder]] = {"nature": NatureCNN, "impala": SmallImpala}
-"""Networks for images, by name."""
-
-
-def make_encoder(network: str, shape: tuple[int, ...]) -> Encoder:
-    """Return the encoder of a name for images of a shape; `auto`: the Nature CNN where it fits.
-
-    Raises:
-        UserError: images are too small for it, or the network is none for images.
-    """
-    if network == "auto":
-        fits = min(image_size(shape)[1:]) >= NatureCNN.least
-        network = "nature" if fits else "impala"
-    if network not in ENCODERS:
-        raise UserError(
-            f"policy.network {network} reads vectors, and observations are images {list(shape)}:"
-            f" take {' or '.join(ENCODERS)}, or flatten them (gym.wrappers.FlattenObservation)"
-        )
-    return ENCODERS[network](shape)

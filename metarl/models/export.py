@@ -1,21 +1,24 @@
 """A policy as an ordinary `torch.nn.Module`, to be taken elsewhere.
 
 It acts by the most likely action. Normalization of observations and the mapping of actions onto the
-environment's are inside; it is made of torch's own layers, and knows nothing of this package.
+environment's are inside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from metarl.models.distributions import Gaussian
 from metarl.models.encoders import NATURE, Encoder, NatureCNN, channels_first
-from metarl.models.networks import Params
-from metarl.models.policies import CLIP, MLPPolicy
+from metarl.models.modules import Inputs, ModuleNetwork
+from metarl.models.networks import MLP, Params
+from metarl.models.policies import CLIP, PolicyModel
 
 
 class Pixels(nn.Module):
@@ -93,52 +96,78 @@ class Bounded(nn.Module):
 
 
 class Chosen(nn.Module):
-    """The likeliest category of each component, counted from `start`; [n], or [n, components]."""
+    """Categories as whole numbers, counted from `start`; [n], or [n, components]."""
 
-    def __init__(self, categories: Sequence[int], start: Sequence[int], flat: bool) -> None:
+    def __init__(self, start: Sequence[int], flat: bool) -> None:
         super().__init__()
-        self.categories, self.start, self.flat = list(categories), list(start), flat
+        self.start, self.flat = list(start), flat
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = torch.split(x, self.categories, dim=1)
-        chosen = [part.argmax(1) + first for part, first in zip(parts, self.start, strict=True)]
-        return chosen[0] if self.flat else torch.stack(chosen, dim=1)
+        chosen = x.long() + torch.tensor(self.start)
+        return chosen[:, 0] if self.flat else chosen
 
 
 class Mode(nn.Module):
-    """The most likely action of what the network gives, for a policy with a mode of its own."""
+    """The most likely action of a network's output."""
 
-    def __init__(self, policy: MLPPolicy, params: Params) -> None:
+    def __init__(self, policy: PolicyModel, params: Params) -> None:
         super().__init__()
-        self.policy = policy
-        self.params = {name: p.detach().clone() for name, p in params.items()}
+        self.distribution = policy.distribution
+        self.free = {name: params[name].detach().clone() for name in self.distribution.free()}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.policy.mode(self.policy.head(self.params, x))
+        return self.distribution.mode(self.distribution.parameters(x, self.free))
+
+
+class Components(nn.Module):
+    """Observations as a user's module reads them: the components of a Dict or Tuple."""
+
+    context: Tensor | None
+
+    def __init__(self, inputs: Inputs, context: Tensor | None) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.register_buffer("context", None if context is None else context.clone())
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inputs.split(x, self.context)
 
 
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
-def make_module(policy: MLPPolicy, params: Params, *last: nn.Module) -> nn.Sequential:
+def make_module(policy: PolicyModel, params: Params, *last: nn.Module) -> nn.Sequential:
     """Return a policy's network as a module, observations [n, *observation_shape] to actions.
 
     Args:
         params: not stacked.
-        last: make actions of what the network gives: `Bounded` or `Chosen`, after a `Mode`.
+        last: make actions of the network's output: `Bounded` or `Chosen`, after a `Mode`.
     """
     layers: list[nn.Module] = []
-    if policy.encoder is not None:
-        layers += [Pixels(policy.encoder.shape), *_encoder(policy.encoder, params), nn.Flatten()]
     if policy.normalize:
         layers.append(Scale(params["norm.mean"], params["norm.var"]))
-    if policy.context_dim:
-        layers.append(Told(params["context"]))
-    for i in range(policy.layers):
-        layers.append(_linear(params, f"layer{i}"))
-        if i < policy.layers - 1:
-            layers.append(_ACTIVATIONS[policy.activation]())
+    network = policy.network
+    if isinstance(network, ModuleNetwork):
+        layers += [Components(network.inputs, params.get("context")), network.module(params)]
+    else:
+        assert isinstance(network, MLP)
+        layers += _layers(network, params)
+    if type(policy.distribution) is not Gaussian:
+        layers.append(Mode(policy, params))
     return nn.Sequential(*layers, *last).eval()
+
+
+def _layers(network: MLP, params: Params) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    if network.encoder is not None:
+        layers += [Pixels(network.encoder.shape), *_encoder(network.encoder, params), nn.Flatten()]
+    if network.context_dim:
+        layers.append(Told(params["context"]))
+    for i in range(network.layers):
+        layers.append(_linear(params, f"layer{i}"))
+        if i < network.layers - 1:
+            layers.append(_ACTIVATIONS[network.activation]())
+    return layers
 
 
 def _encoder(encoder: Encoder, params: Params) -> list[nn.Module]:

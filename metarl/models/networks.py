@@ -1,8 +1,7 @@
-"""Models: outputs as pure functions of (parameters, samples); and the network inside them, an MLP.
+"""Networks as pure functions of (parameters, inputs); the interface of models; the MLP.
 
 Parameters are a dict of tensors. Stacked over tasks, each leaf has a leading task axis and inputs
-are [tasks, samples, ...]; without it, [samples, ...]. Nothing is ever swapped into a module to
-adapt it.
+are [tasks, samples, ...]; without it, [samples, ...]. Nothing is swapped into a module to adapt it.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from metarl.models.encoders import Encoder
 
 Params = dict[str, Tensor]
 Dist = dict[str, Tensor]
-"""What a model gives: parameters of a distribution, [..., samples, size] each."""
+"""Output of a model: parameters of a distribution, [..., samples, size] each."""
 
 Activation = Literal["tanh", "relu"]
 Part = Literal["head", "upper", "all"]
-"""Of a network: its last layer, the upper layers, all layers."""
+"""Part of a network: its last layer, the upper layers, all layers."""
 
 
 class _Tanh(torch.autograd.Function):
@@ -74,66 +73,149 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class Model(ABC):
     """What adapts: a pure function of parameters and samples."""
 
-    context_dim: int
-    """Size of an input beside the samples, the entry `context` of the parameters; 0: none."""
+    network: Network
+    """The network inside."""
+
+    @property
+    def context_dim(self) -> int:
+        """Size of the network's context input; 0: none."""
+        return self.network.context_dim
 
     @property
     def generated(self) -> tuple[str, ...]:
-        """Names of parameters that are no meta-parameters: `start` makes them of the support."""
+        """Names of parameters that `start` makes from the support: they are no meta-parameters."""
         return ()
 
-    @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each parameter, the generated ones left out."""
+        """Return the shape of each parameter, without the generated ones."""
+        return self.network.shapes()
 
-    @abstractmethod
     def init(self, rng: np.random.Generator) -> Params:
         """Draw parameters, float32."""
+        return self.network.init(rng)
 
     @abstractmethod
     def output(self, params: Params, samples: Any) -> Dist:
-        """Return what the model gives for the samples of T tasks, [T, N, size] each."""
+        """Return the model's output for the samples of T tasks, [T, N, size] each."""
 
     def confined(self, params: Params) -> Params:
-        """Return meta-parameters that give the same model, and from where gradients lead on."""
+        """Return meta-parameters of the same model from which gradients can lead on."""
         return params
 
     def start(self, params: Params, support: Any) -> Params:
         """Return the generated parameters, [T, ...] each, a differentiable function of `params`."""
         return {}
 
-    @abstractmethod
     def adapts(self, name: str, part: Part) -> bool:
         """Whether a parameter belongs to a part: the last layer, the upper layers, all layers."""
+        return self.network.adapts(name, part)
+
+    def in_context(self, params: Params, samples: Any) -> Params:
+        """Return the parameters with the context of task-conditioned samples."""
+        if not self.context_dim or "context" in params:
+            return params
+        assert samples.context is not None
+        return {**params, "context": samples.context}
 
 
-@dataclass(frozen=True, kw_only=True)
-class MLP(Model):
-    """An MLP of vectors, or of what an encoder makes of images.
+class Network(ABC):
+    """A network of one kind of inputs, such as observations: parameters and inputs to outputs.
 
-    With a `context_dim`, an entry `context` of the parameters, [context_dim] or
+    If `context_dim` is not 0, an entry `context` of the parameters, [context_dim] or
     [tasks, context_dim], is a further input at every sample.
     """
 
+    context_dim: int
+    """Size of the context input; 0: none."""
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, without the context."""
+
+    @property
+    def input_dtype(self) -> type[np.generic]:
+        """Type of inputs as they are kept: float32, or uint8 for images."""
+        return np.float32
+
+    @property
+    @abstractmethod
+    def output_dim(self) -> int:
+        """Size of one output."""
+
+    @property
+    @abstractmethod
+    def activations(self) -> int:
+        """Numbers that a forward pass keeps for one input."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each parameter."""
+
+    @abstractmethod
+    def init(self, rng: np.random.Generator) -> Params:
+        """Draw parameters, float32."""
+
+    @abstractmethod
+    def forward(self, params: Params, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the outputs, [..., samples, output_dim].
+
+        Args:
+            params: leaves [...] or [tasks, ...]; some may be stacked and others not.
+            x: [samples, *input_shape], or [tasks, samples, *input_shape].
+            weight: [..., samples]; an input of weight 0 counts in no statistics of a batch.
+        """
+
+    @abstractmethod
+    def adapts(self, name: str, part: Part) -> bool:
+        """Whether a parameter belongs to a part: the last layer, the upper layers, all layers.
+
+        Raises:
+            UserError: the network has no such part.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLP(Network):
+    """An MLP of vectors, or of the features that an encoder computes from images."""
+
+    inputs: tuple[int, ...]
+    """Shape of one input."""
+    outputs: int
+    """Size of one output."""
     hidden: tuple[int, ...] = (64, 64)
     activation: Activation = "tanh"
     context_dim: int = 0
     output_scale: float = 1.0
     """Factor of the last layer's initial weights."""
     encoder: Encoder | None = None
+    images: bool = False
+    """Whether inputs are kept as bytes."""
 
     def __post_init__(self) -> None:
         check_one_of("activation", self.activation, get_args(Activation))
 
     @property
-    @abstractmethod
-    def input_dim(self) -> int:
-        """Size of what the MLP reads: the encoder's features, where there is one."""
+    def input_shape(self) -> tuple[int, ...]:
+        return self.inputs
 
     @property
-    @abstractmethod
+    def input_dtype(self) -> type[np.generic]:
+        return np.uint8 if self.images else np.float32
+
+    @property
     def output_dim(self) -> int:
-        """Size of the network's output."""
+        return self.outputs
+
+    @property
+    def input_dim(self) -> int:
+        """Size of the MLP's input, without the context."""
+        return math.prod(self.inputs) if self.encoder is None else self.encoder.features
+
+    @property
+    def embedding(self) -> int:
+        """Size of the last layer's input."""
+        return self.hidden[-1] if self.hidden else self.input_dim + self.context_dim
 
     @property
     def layers(self) -> int:
@@ -141,13 +223,17 @@ class MLP(Model):
         return len(self.hidden) + 1
 
     @property
+    def last(self) -> tuple[str, str]:
+        """Names of the last layer's parameters."""
+        return f"layer{self.layers - 1}.weight", f"layer{self.layers - 1}.bias"
+
+    @property
     def activations(self) -> int:
-        """Numbers that a forward pass makes of one input."""
         images = 0 if self.encoder is None else self.encoder.activations
-        return images + self.input_dim + 2 * sum(self.hidden) + self.output_dim
+        return images + self.input_dim + 2 * sum(self.hidden) + self.outputs
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        sizes = (self.input_dim + self.context_dim, *self.hidden, self.output_dim)
+        sizes = (self.input_dim + self.context_dim, *self.hidden, self.outputs)
         shapes = {} if self.encoder is None else self.encoder.shapes()
         for i in range(self.layers):
             shapes[f"layer{i}.weight"] = (sizes[i], sizes[i + 1])
@@ -155,40 +241,15 @@ class MLP(Model):
         return shapes
 
     def init(self, rng: np.random.Generator) -> Params:
-        """Draw Xavier-uniform weights (Glorot & Bengio 2010, eq. 16), zero biases; float32.
-
-        Of a convolution's [out, in, k, k] each of the k x k places is an input and an output. Those
-        of the last layer are multiplied by `output_scale`.
-        """
-        last = f"layer{self.layers - 1}.weight"
-        params: Params = {}
-        for name, shape in self.shapes().items():
-            if name.endswith("weight"):
-                bound = math.sqrt(6.0 / (sum(shape[:2]) * math.prod(shape[2:])))
-                values = rng.uniform(-bound, bound, shape)
-                values *= self.output_scale if name == last else 1.0
-            else:
-                values = np.full(shape, self.initial(name))
-            params[name] = torch.from_numpy(values.astype(np.float32))
-        return params
-
-    def initial(self, name: str) -> float:
-        """Return what a parameter other than a weight starts from."""
-        return 1.0 if name.endswith(".scale") else 0.0
-
-    def features(self, params: Params, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return what the MLP reads of inputs, [..., samples, input_dim]."""
-        return x if self.encoder is None else self.encoder.encode(params, x, weight)
+        """Draw Xavier-uniform weights, zero biases; the last weights times `output_scale`."""
+        return initial(self.shapes(), rng, {self.last[0]: self.output_scale})
 
     def embed(self, params: Params, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return what the last layer reads of inputs, [..., samples, size].
-
-        Args:
-            params: leaves [...] or [tasks, ...]; some may be stacked and others not.
-            x: [samples, ...], or [tasks, samples, ...].
-            weight: [..., samples]; an input of weight 0 counts in no statistics of a batch.
-        """
-        x = self.features(params, x, weight)
+        """Return the last layer's inputs, [..., samples, embedding]; see `forward`."""
+        if self.encoder is not None:
+            x = self.encoder.encode(params, x, weight)
+        elif len(self.inputs) > 1:
+            x = x.flatten(-len(self.inputs))
         if self.context_dim:
             context = params["context"].unsqueeze(-2).expand(*x.shape[:-1], self.context_dim)
             x = torch.cat([x, context], dim=-1)
@@ -198,10 +259,8 @@ class MLP(Model):
         return x
 
     def forward(self, params: Params, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the network's output, [..., samples, output_dim]; see `embed`."""
-        last = f"layer{self.layers - 1}"
-        x = self.embed(params, x, weight)
-        return affine(x, params[f"{last}.weight"], params[f"{last}.bias"])
+        weights, bias = self.last
+        return affine(self.embed(params, x, weight), params[weights], params[bias])
 
     def adapts(self, name: str, part: Part) -> bool:
         check_one_of("part", part, get_args(Part))
@@ -212,6 +271,29 @@ class MLP(Model):
             return number == self.layers - 1
         lower = 0 if self.encoder is not None else (self.layers - 1) // 2
         return number >= lower
+
+
+def initial(
+    shapes: Mapping[str, tuple[int, ...]],
+    rng: np.random.Generator,
+    factors: Mapping[str, float] | None = None,
+) -> Params:
+    """Draw Xavier-uniform weights (Glorot & Bengio 2010, eq. 16); biases 0, scales 1; float32.
+
+    In a convolution's [out, in, k, k] each of the k x k places is an input and an output.
+
+    Args:
+        factors: of weights, by name.
+    """
+    params: Params = {}
+    for name, shape in shapes.items():
+        if name.endswith("weight"):
+            bound = math.sqrt(6.0 / (sum(shape[:2]) * math.prod(shape[2:])))
+            values = rng.uniform(-bound, bound, shape) * (factors or {}).get(name, 1.0)
+        else:
+            values = np.full(shape, 1.0 if name.endswith(".scale") else 0.0)
+        params[name] = torch.from_numpy(values.astype(np.float32))
+    return params
 
 
 def copied(params: Mapping[str, Tensor]) -> Params:

@@ -7,11 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from metarl.envs.errors import check_one_of
-from metarl.models.networks import MLP, Dist, Params, affine, tanh
+from metarl.envs.errors import UserError, check_one_of
+from metarl.models.networks import (
+    MLP,
+    Dist,
+    Model,
+    Network,
+    Params,
+    affine,
+    initial,
+    tanh,
+)
 from metarl.models.samples import Examples
 
 Head = Literal["meta", "prototypes", "generated"]
@@ -40,38 +50,15 @@ def accuracy(model: Any, output: Dist, examples: Examples) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predictor(MLP):
-    """What learns labelled examples; its loss comes with it."""
+class Predictor(Model):
+    """Base class of models that learn labelled examples; the loss comes with it."""
 
-    inputs: tuple[int, ...]
-    """Shape of one input."""
-    outputs: int
-
-    @property
-    def input_dim(self) -> int:
-        if self.encoder is not None:
-            return self.encoder.features
-        return int(torch.Size(self.inputs).numel())
-
-    @property
-    def output_dim(self) -> int:
-        return self.outputs
+    network: Network
 
     @property
     @abstractmethod
     def loss(self) -> Callable[[Any, Dist, Examples], Tensor]:
-        """What both inner and outer steps descend."""
-
-    def features(self, params: Params, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        if self.encoder is None and len(self.inputs) > 1:
-            x = x.flatten(-len(self.inputs))
-        return super().features(params, x, weight)
-
-    def _params(self, params: Params, examples: Examples) -> Params:
-        if self.context_dim and "context" not in params:
-            assert examples.context is not None
-            return {**params, "context": examples.context}
-        return params
+        """Loss of both inner and outer steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,58 +70,67 @@ class Regressor(Predictor):
         return squared_error
 
     def output(self, params: Params, samples: Examples) -> Dist:
-        found = self._params(params, samples)
-        return {"prediction": self.forward(found, samples.inputs, samples.weight)}
+        found = self.in_context(params, samples)
+        return {"prediction": self.network.forward(found, samples.inputs, samples.weight)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier(Predictor):
-    """Predicts one of `outputs` classes, of those that a task has; cross-entropy."""
+    """Predicts one class of those that a task has; cross-entropy."""
 
     head: Head = "meta"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_one_of("head", self.head, get_args(Head))
+        if self.head == "prototypes" and not (self._mlp.encoder or self._mlp.hidden):
+            raise UserError(
+                "prototypes make the last layer from the support, and the layers below it are"
+                f" learned: give policy.hidden, such as 64, for inputs of {list(self._mlp.inputs)}"
+            )
 
     @property
     def loss(self) -> Callable[[Any, Dist, Examples], Tensor]:
         return cross_entropy
 
     @property
-    def generated(self) -> tuple[str, ...]:
-        last = f"layer{self.layers - 1}"
-        return () if self.head == "meta" else (f"{last}.weight", f"{last}.bias")
+    def _mlp(self) -> MLP:
+        """The network, whose last layer `start` makes."""
+        assert isinstance(self.network, MLP)
+        return self.network
 
     @property
-    def embedding(self) -> int:
-        """Size of what the last layer reads."""
-        return self.hidden[-1] if self.hidden else self.input_dim + self.context_dim
+    def generated(self) -> tuple[str, ...]:
+        return () if self.head == "meta" else self._mlp.last
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = {n: shape for n, shape in super().shapes().items() if n not in self.generated}
         if self.head == "generated":
-            size = self.embedding
+            size = self._mlp.embedding
             shapes |= {"generator0.weight": (size, size), "generator0.bias": (size,)}
             shapes |= {"generator1.weight": (size, size + 1), "generator1.bias": (size + 1,)}
         return shapes
 
+    def init(self, rng: np.random.Generator) -> Params:
+        return super().init(rng) if self.head == "meta" else initial(self.shapes(), rng)
+
     def start(self, params: Params, support: Examples) -> Params:
-        """Return the last layer, weight [T, size, C] and bias [T, C], made of the support.
+        """Return the last layer, weight [T, size, C] and bias [T, C], made from the support.
 
         From prototypes c_k, the means of each class's embeddings: W_k = 2 c_k, b_k = -|c_k|^2, so
         that the logits are -|x - c_k|^2 + |x|^2 (ProtoMAML; Triantafillou et al. 2020, section 3,
-        arXiv:1903.03096). Generated: the mean over a class's examples of what a tanh network makes
-        of each embedding, (W_k, b_k) (LEOPARD; Bansal et al. 2020, section 3.1, arXiv:1911.03863).
+        arXiv:1903.03096). Generated: the mean over a class's examples of the output of a tanh
+        network for each embedding, (W_k, b_k) (LEOPARD; Bansal et al. 2020, section 3.1,
+        arXiv:1911.03863).
         """
         if self.head == "meta":
             return {}
-        x = self.embed(self._params(params, support), support.inputs, support.weight)
+        found = self.in_context(params, support)
+        x = self._mlp.embed(found, support.inputs, support.weight)
         if self.head == "generated":
             for i in range(2):
                 x = affine(x, params[f"generator{i}.weight"], params[f"generator{i}.bias"])
                 x = x if i else tanh(x)
-        classes = self.outputs if support.classes is None else support.classes.shape[1]
+        classes = self._mlp.outputs if support.classes is None else support.classes.shape[1]
         means = class_means(x, support, classes)
         if self.head == "prototypes":
             made = 2.0 * means.transpose(1, 2), -means.square().sum(-1)
@@ -143,7 +139,8 @@ class Classifier(Predictor):
         return dict(zip(self.generated, made, strict=True))
 
     def output(self, params: Params, samples: Examples) -> Dist:
-        logits = self.forward(self._params(params, samples), samples.inputs, samples.weight)
+        found = self.in_context(params, samples)
+        logits = self.network.forward(found, samples.inputs, samples.weight)
         if samples.classes is not None:
             logits = logits.masked_fill(~samples.classes.unsqueeze(1), -torch.inf)
         return {"logits": logits}

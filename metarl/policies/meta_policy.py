@@ -34,7 +34,7 @@ from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.inner_update import FACTOR
 from metarl.learning.losses import Batch
 from metarl.models.networks import Model, Params, copied
-from metarl.models.policies import MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.models.predictors import Predictor
 from metarl.models.settings import own_settings
 from metarl.policies.adapted_predictor import AdaptedPredictor, as_examples
@@ -153,24 +153,25 @@ class MetaPolicy:
     def model(self) -> Model:
         """What adapts: the policy, or the predictor of supervised tasks."""
         images = any(p.dim() == 4 for p in self.params.values())
-        if "log_std" not in self.params or images:
+        if not {"log_std", "layer0.weight"} <= self.params.keys() or images:
             return self.config.domain.model(self.algorithm, self.config.policy, self.source)
         # Parameters tell the sizes of a Gaussian that reads vectors: it needs no family.
         assert isinstance(self.config.policy, PolicyOptions)
         dim = self.family.tasks.dim if self.algorithm.task_conditioned else 0
         context = context_dim(self.algorithm, dim)
         observation = self.params["layer0.weight"].shape[0] - context
+        seen = gym.spaces.Box(-np.inf, np.inf, (observation,), np.float32)
         actions = gym.spaces.Box(-1.0, 1.0, self.params["log_std"].shape)
-        return make_policy(self.config.policy, (observation,), actions, context)
+        return make_policy(self.config.policy, seen, actions, context)
 
     @property
-    def policy(self) -> MLPPolicy:
+    def policy(self) -> PolicyModel:
         """The network of a policy.
 
         Raises:
             UserError: it was trained on supervised tasks.
         """
-        if not isinstance(self.model, MLPPolicy):
+        if not isinstance(self.model, PolicyModel):
             raise UserError(
                 f"{self.config.family} has supervised tasks, and this needs environments"
             )

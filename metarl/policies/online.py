@@ -22,7 +22,7 @@ from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.losses import Batch, dice, likelihood_ratio, log_likelihood
 from metarl.learning.plausibility import Plausibility
 from metarl.models.networks import Params, copied, stack
-from metarl.models.policies import MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.models.settings import own_settings
 from metarl.policies.policy import Policy
 from metarl.runs.fingerprint import Fingerprint
@@ -96,7 +96,7 @@ class OnlineAdapter:
             seed: of the actions.
             trained_on: what identifies the family as it was in training, if that is known.
         """
-        assert isinstance(loop.adapter.model, MLPPolicy)
+        assert isinstance(loop.adapter.model, PolicyModel)
         self._mode: ActionMode = config.action_mode
         self._loop, self._network, self._prepare = loop, loop.adapter.model, prepare
         self._space, self._horizon, self._config, self._seed = action_space, horizon, config, seed
@@ -236,7 +236,7 @@ class OnlineAdapter:
         if test is None or "implausible" in self._warned:
             return
         with torch.inference_mode():
-            dist = self._network.distribution(
+            dist = self._network.dist(
                 self._policy.params, torch.from_numpy(np.ascontiguousarray(seen[None]))
             )
         test.add(dist, *drawn_between(action, self._space, self._mode))
@@ -307,7 +307,7 @@ class OnlineAdapter:
             memory.truncated[0, e] = not episode.terminated
             with torch.inference_mode():
                 seen = torch.from_numpy(memory.observation[:, e, :steps])
-                dist = policy.distribution(params, seen)
-                memory.output[0, e, :steps] = dist[policy.parameter][0].numpy()
+                output = policy.network_output(params, seen)
+                memory.output[0, e, :steps] = output[0].numpy()
         detached = {name: p.detach() for name, p in params.items()}
         return memory.rollout(policy, detached, np.full((1, 0), np.nan))

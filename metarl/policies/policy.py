@@ -16,9 +16,9 @@ from torch import nn
 from metarl.config.options import Config
 from metarl.envs import guard
 from metarl.envs.errors import UserError
-from metarl.models.export import Bounded, Chosen, Mode, make_module
+from metarl.models.export import Bounded, Chosen, make_module
 from metarl.models.networks import Params, copied
-from metarl.models.policies import CategoricalMLP, GaussianMLP, MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.runs import checkpoints
 from metarl.runs.files import as_path
 from metarl.runs.fingerprint import Fingerprint
@@ -49,7 +49,7 @@ class Policy:
 
     def __init__(
         self,
-        policy: MLPPolicy,
+        policy: PolicyModel,
         params: Params,
         space: gym.Space,
         horizon: int,
@@ -108,7 +108,7 @@ class Policy:
             raise UserError(f"observations must be finite, got {seen[~np.isfinite(seen)][0]}")
         batch = torch.from_numpy(seen[None] if one else seen)
         with torch.inference_mode():
-            dist = self.policy.distribution(self.params, batch)
+            dist = self.policy.dist(self.params, batch)
             if deterministic:
                 action = self.policy.mode(dist)
             else:
@@ -159,30 +159,23 @@ class Policy:
         compared with the policy on random observations.
 
         Raises:
-            UserError: the policy acts otherwise, as one with a forward pass of its own does.
+            UserError: the policy acts otherwise, such as a subclass with its own forward pass.
         """
         module = make_module(self.policy, copied(self.params), *self._last())
         if self._agrees(module):
             return module
-        if isinstance(self.policy, GaussianMLP):  # its mode may be its own, as a squashed one's
-            mode = Mode(self.policy, self.params)
-            module = make_module(self.policy, copied(self.params), mode, *self._last())
-            if self._agrees(module):
-                return module
         raise UserError(
-            f"{type(self.policy).__name__} acts otherwise than its layers as a module: only its"
-            " mode may differ from that of the built-in policies, not its features, forward pass or"
-            " distribution"
+            f"{type(self.policy).__name__} acts otherwise than its network and distribution do as a"
+            " module: a forward pass or features of its own are not part of the module"
         )
 
     def _last(self) -> list[nn.Module]:
         """Return what makes the environment's actions of the most likely ones."""
         space = self._space
-        if isinstance(self.policy, CategoricalMLP):
+        if not isinstance(space, gym.spaces.Box):
             flat = isinstance(space, gym.spaces.Discrete)
-            start = np.broadcast_to(getattr(space, "start", 0), len(self.policy.categories))
-            return [Chosen(self.policy.categories, start.tolist(), flat)]
-        assert isinstance(space, gym.spaces.Box)
+            start = np.broadcast_to(getattr(space, "start", 0), self.policy.action_size)
+            return [Chosen(start.tolist(), flat)]
         scaling = middle_and_half(space) if self._mode == "scale" else ()
         return [Bounded(space.low, space.high, *scaling)]
 
@@ -200,11 +193,11 @@ class Policy:
                 seen = (mean + np.sqrt(var + 1e-8) * seen).astype(np.float32)
         with torch.inference_mode():
             observation = torch.from_numpy(seen)
-            mode = policy.mode(policy.distribution(self.params, observation)).numpy()
+            mode = policy.mode(policy.dist(self.params, observation)).numpy()
             acts = module(observation).numpy()
             raw = module[:-1](observation).numpy()
         expected = self.act(seen, deterministic=True)
-        same = isinstance(policy, CategoricalMLP) or _close(raw, mode)
+        same = not isinstance(self._space, gym.spaces.Box) or _close(raw, mode)
         if np.issubdtype(expected.dtype, np.integer):  # near ties may be broken either way
             return (
                 same and acts.shape == expected.shape and bool(np.mean(acts != expected) <= _TIES)

@@ -108,14 +108,17 @@ def newest_good(run: Path, before: int, use: Callable[[Path], Any]) -> int | Non
     return None
 
 
-def config_of(path: Path, metadata: Mapping[str, Any]) -> Config:
+def config_of(path: Path, metadata: Mapping[str, Any], given: Config | None = None) -> Config:
     """Return the config in a file's metadata.
+
+    Args:
+        given: see `Config.from_json`.
 
     Raises:
         CheckpointError: it is missing, or none that this version takes.
     """
     try:
-        return Config.from_json(metadata["config"])
+        return Config.from_json(metadata["config"], given)
     except KeyError as error:
         raise CheckpointError(f"{path} holds no config") from error
     except (TypeError, ValueError, AttributeError) as error:

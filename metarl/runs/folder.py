@@ -168,8 +168,11 @@ def plan(folder: Path, config: Config) -> None:
     write_atomically(path, json_text(data, indent=2).encode())
 
 
-def run_config(folder: Path) -> Config:
+def run_config(folder: Path, given: Config | None = None) -> Config:
     """Return the config of a run folder.
+
+    Args:
+        given: see `Config.from_json`.
 
     Raises:
         RunError: the folder is not a run.
@@ -179,7 +182,7 @@ def run_config(folder: Path) -> Config:
         data = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{folder} is not a run folder: it has no readable config.json") from error
-    return config_of(folder / "config.json", data if isinstance(data, dict) else {})
+    return config_of(folder / "config.json", data if isinstance(data, dict) else {}, given)
 
 
 def check_family(folder: Path, config: Config, family: Fingerprint) -> None:
@@ -278,7 +281,7 @@ def _load_state(
     tensors, metadata = checkpoints.load(path)
     if metadata.get("kind") != "checkpoint":
         raise CheckpointError(f"{path} is no checkpoint of a run but {metadata.get('kind')!r}")
-    stored = config_of(path, metadata)
+    stored = config_of(path, metadata, config)
     if replace(stored, **{k: getattr(config, k) for k in CHANGEABLE_ON_RESUME}) != config:
         other = differences(stored, config)[0]
         raise CheckpointError(f"{path} is of another run: {other}")

@@ -19,7 +19,7 @@ from metarl.envs.gymnasium.wrappers import refuse_running_statistics
 from metarl.envs.seeds import foreign_seed
 from metarl.envs.vector import SingleTaskEnv
 from metarl.models.networks import Params
-from metarl.models.policies import MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import RandomKey, RolloutBuffer
 from metarl.sampling.spaces import ActionMode, check_spaces, env_action
 from metarl.sampling.trajectories import Rollout
@@ -54,7 +54,7 @@ def episode(
 
 def collect_episodes(
     env: gym.Env,
-    policy: MLPPolicy,
+    policy: PolicyModel,
     params: Params,
     *,
     episodes: int,
@@ -92,10 +92,11 @@ def collect_episodes(
         if not np.isfinite(observation).all():
             raise NonFiniteError(f"observation is not finite at step {t} of episode {e}")
         seen = torch.from_numpy(buffer.observation[0, e, t : t + 1])
-        dist = policy.distribution(params, seen)
+        output = policy.network_output(params, seen)
+        dist = policy.head(params, output)
         action = policy.mode(dist) if deterministic else policy.sample(dist, noise[e, t])
         buffer.action[0, e, t] = action[0].numpy()
-        buffer.output[0, e, t] = dist[policy.parameter][0].numpy()
+        buffer.output[0, e, t] = output[0].numpy()
         return env_action(action[0].numpy(), env.action_space, mode)
 
     with guard.restored(), torch.inference_mode():

@@ -22,7 +22,7 @@ from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.envs import TaskFamily, TaskVectorEnv, guard
 from metarl.envs.errors import check_one_of
 from metarl.models.networks import Params
-from metarl.models.policies import MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.sampling.seeding import episode_seeds, stream
 from metarl.sampling.spaces import ActionMode, check_spaces, env_action
 from metarl.sampling.trajectories import Rollout
@@ -80,7 +80,7 @@ class RolloutBuffer:
 
     def __init__(
         self,
-        policy: MLPPolicy,
+        policy: PolicyModel,
         tasks: int,
         episodes: int,
         horizon: int,
@@ -95,7 +95,7 @@ class RolloutBuffer:
         self.observation = zeros(*grid, *seen[0], dtype=seen[1])
         self.last_observation = zeros(*grid[:2], *seen[0], dtype=seen[1])
         self.action = zeros(*grid, policy.action_size)
-        self.output = zeros(*grid, policy.output_dim)
+        self.output = zeros(*grid, policy.network.output_dim)
         self.reward = zeros(*grid)
         self.valid = zeros(*grid, dtype=np.bool_)
         self.terminated = zeros(*grid[:2], dtype=np.bool_)
@@ -110,7 +110,7 @@ class RolloutBuffer:
         own = {name: array for name, array in vars(self).items() if name != "info"}
         return {**own, **{f"info.{key}": array for key, array in self.info.items()}}
 
-    def rollout(self, policy: MLPPolicy, params: Params, tasks: NDArray) -> Rollout:
+    def rollout(self, policy: PolicyModel, params: Params, tasks: NDArray) -> Rollout:
         """Leave diverged episodes out and hand the buffer over."""
         for name in ("observation", "last_observation", "action", "output", "reward", "valid"):
             if self.diverged.any():
@@ -139,7 +139,7 @@ def collect_into(
     buffer: RolloutBuffer,
     where: slice,
     env: TaskVectorEnv,
-    policy: MLPPolicy,
+    policy: PolicyModel,
     params: Params,
     tasks: NDArray,
     address: RandomKey,
@@ -174,11 +174,12 @@ def collect_into(
         for t in range(horizon):
             seen = buffer.observation[where, :, t]
             np.copyto(seen, observation.reshape(seen.shape), casting="same_kind")
-            dist = policy.distribution(stacked, torch.from_numpy(seen))
+            output = policy.network_output(stacked, torch.from_numpy(seen))
+            dist = policy.head(stacked, output)
             action = policy.mode(dist) if deterministic else policy.sample(dist, noise[:, :, t])
             act = action.numpy()
             buffer.action[where, :, t] = act
-            buffer.output[where, :, t] = dist[policy.parameter].numpy()
+            buffer.output[where, :, t] = output.numpy()
             given = env_action(act.reshape(flat), space, mode)
             with guard.user_step() if guarded else contextlib.nullcontext():
                 observation, reward, terminated, truncated, info = env.step(given)
@@ -218,7 +219,7 @@ class Collector:
     def __init__(
         self,
         family: TaskFamily,
-        policy: MLPPolicy,
+        policy: PolicyModel,
         num_tasks: int,
         episodes: int,
         pool: ChunkPool,

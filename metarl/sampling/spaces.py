@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from metarl.envs import TaskVectorEnv
 from metarl.envs.errors import UserError, check_one_of
 from metarl.envs.policy_spaces import categories, no_actions
-from metarl.models.policies import CategoricalMLP, MLPPolicy
+from metarl.models.policies import PolicyModel
 
 ActionMode = Literal["clip", "scale"]
 _MODES = get_args(ActionMode)
@@ -21,7 +21,7 @@ _ROUNDING = 1e-6  # of a bound, in an action that another program computed
 _WRAP = "gymnasium.wrappers.FlattenObservation makes them one"
 
 
-def as_observation(observation: Any, policy: MLPPolicy) -> NDArray:
+def as_observation(observation: Any, policy: PolicyModel) -> NDArray:
     """Return observations as the array that a policy reads, of any shape.
 
     Raises:
@@ -36,7 +36,7 @@ def as_observation(observation: Any, policy: MLPPolicy) -> NDArray:
         raise UserError(f"observations must be an array, got a {kind}{wrap}") from error
     if seen.dtype.kind not in "biuf":
         raise UserError(f"observations must be real numbers, got {seen.dtype}")
-    if policy.encoder is not None and seen.dtype != np.uint8:
+    if policy.images and seen.dtype != np.uint8:
         if seen.dtype.kind not in "iu":
             raise UserError(f"images must be bytes of 0 to 255, got {seen.dtype}")
         if seen.size and not (seen.min() >= 0 and seen.max() <= 255):
@@ -194,31 +194,25 @@ def space_from_json(data: Mapping[str, Any]) -> gym.Space:
     return kind(**values, dtype=dtype.type)
 
 
-def check_spaces(env: TaskVectorEnv | gym.Env, policy: MLPPolicy, name: str) -> None:
+def check_spaces(env: TaskVectorEnv | gym.Env, policy: PolicyModel, name: str) -> None:
     """Raise UserError if an environment's spaces are not those of the policy."""
     vector = isinstance(env, TaskVectorEnv)
     observation = env.single_observation_space if vector else env.observation_space
     action = env.single_action_space if vector else env.action_space
     box = isinstance(observation, gym.spaces.Box)
-    bytes_ = policy.encoder is None or observation.dtype == np.uint8
+    bytes_ = not policy.images or observation.dtype == np.uint8
     if not box or not bytes_ or observation.shape != policy.observation_shape:
         wrap = "" if box else f": {_WRAP}"
-        made_for = "a Box" if policy.encoder is None else "a Box of bytes"
+        made_for = "a Box of bytes" if policy.images else "a Box"
         raise UserError(
             f"{name}: observations are {observation}, but the policy is made for {made_for} of"
             f" shape {policy.observation_shape}{wrap}"
         )
-    if isinstance(policy, CategoricalMLP):
-        if categories(action) != policy.categories:
-            raise UserError(
-                f"{name}: actions are {action}, but the policy is made for components of"
-                f" {policy.categories} categories"
-            )
-    elif categories(action) is not None or action.shape != (policy.action_size,):
-        raise UserError(
-            f"{name}: actions are {action}, but the policy is made for a Box of shape"
-            f" ({policy.action_size},)"
-        )
+    made = policy.distribution.space
+    assert made is not None
+    known = categories(made)
+    if categories(action) != known or (known is None and action.shape != made.shape):
+        raise UserError(f"{name}: actions are {action}, but the policy is made for {made}")
 
 
 def beyond_bounds(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray | None:

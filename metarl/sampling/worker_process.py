@@ -30,7 +30,7 @@ from metarl.envs.checks.start import start_findings
 from metarl.envs.errors import UserError
 from metarl.envs.memory import share_with
 from metarl.envs.processes import Parcel, unpack
-from metarl.models.policies import MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import RolloutBuffer, collect_into
 from metarl.sampling.spaces import ActionMode, check_spaces
 
@@ -41,7 +41,7 @@ class Share:
 
     index: int
     family: Parcel
-    policy: MLPPolicy
+    policy: PolicyModel
     tasks: int
     """Of all workers."""
     episodes: int

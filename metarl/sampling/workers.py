@@ -44,7 +44,7 @@ from metarl.envs.errors import UserError
 from metarl.envs.processes import pack
 from metarl.envs.vector import describe_progress
 from metarl.models.networks import Params
-from metarl.models.policies import MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import Collector, RandomKey, RolloutBuffer, clear_after_the_end
 from metarl.sampling.spaces import ActionMode
 from metarl.sampling.trajectories import Rollout
@@ -224,7 +224,7 @@ class WorkerCollector:
     def __init__(
         self,
         family: TaskFamily,
-        policy: MLPPolicy,
+        policy: PolicyModel,
         num_tasks: int,
         episodes: int,
         mode: ActionMode = "clip",
@@ -389,7 +389,7 @@ AnyCollector = Collector | WorkerCollector
 
 def make_collector(
     family: TaskFamily,
-    policy: MLPPolicy,
+    policy: PolicyModel,
     num_tasks: int,
     episodes: int,
     pool: ChunkPool,

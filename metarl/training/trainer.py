@@ -33,7 +33,7 @@ from metarl.learning.meta_gradients.problem import Objective, Sampled
 from metarl.learning.outer import OuterState
 from metarl.learning.signals import inner_gradient_cosine
 from metarl.models.networks import Params, copied
-from metarl.models.policies import MLPPolicy
+from metarl.models.policies import PolicyModel
 from metarl.models.settings import own_settings
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.runs.checkpoints import checkpoints_of, versions
@@ -103,7 +103,7 @@ class Trainer:
         params = adapter.init(self.model.init(stream(config.seed, 0, "init")))
         baseline: Params = {}
         if config.baseline is not None:
-            assert isinstance(self.model, MLPPolicy)
+            assert isinstance(self.model, PolicyModel)
             rng = stream(config.seed, 0, "baseline")
             baseline = config.baseline.init(self.model.observation_shape, rng)
         return State(params, config.outer.init(params), baseline)
@@ -428,7 +428,7 @@ def _check_folder(folder: Path, config: Config, resume: bool) -> None:
     """Raise RunError unless a run can begin there, or with `resume` go on."""
     if not resume:
         check_free(folder)
-    elif found := differences(run_config(folder), config):
+    elif found := differences(run_config(folder, config), config):
         raise RunError(
             f"{folder} was trained with other options: {found[0]}; leave that option out, or start"
             " a new run"
@@ -458,7 +458,7 @@ def _continued(
     """Hold the folder of a run that goes on, and give the trainer its state."""
     config = trainer.config
     with locked(folder) as check:
-        planned = run_config(folder).iterations
+        planned = run_config(folder, config).iterations
         check_family(folder, config, trainer.fingerprint)
         trainer.state = load_state(folder, config, trainer.state, start, trainer.fingerprint)
         iteration = trainer.state.iteration

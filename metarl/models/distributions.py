@@ -1,0 +1,495 @@
+"""Distributions over actions: pure functions of their parameters, a dict of tensors.
+
+A distribution is a part: its fields are options `policy.*`. `over(space)` fits it to an action
+space. Actions are vectors, [..., action_size] floats, before they are mapped to the environment's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Self
+
+import gymnasium as gym
+import numpy as np
+import scipy.special
+import torch
+from numpy.polynomial.hermite_e import hermegauss
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.policy_spaces import categories
+from metarl.models.networks import Dist, Params
+from metarl.parts import Part, find_part
+
+_EPS = float(torch.finfo(torch.float32).eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distribution(Part):
+    """Base class of distributions over actions.
+
+    A subclass defines `size`, `sample`, `mode`, `log_prob`, `entropy` and `kl`. The default `noise`
+    is uniform, and the default Fisher product the Hessian of `kl` by automatic differentiation.
+    """
+
+    section: ClassVar[str] = "policy"
+
+    name: ClassVar[str] = ""
+    scaled: ClassVar[bool] = False
+    """Whether actions are in [-1, 1], to be mapped onto the bounds of a Box."""
+
+    space: gym.Space | None = dataclasses.field(
+        default=None, hash=False, metadata={"option": False}
+    )
+    """The action space; None before `over`."""
+
+    def over(self, space: gym.Space) -> Self:
+        """Return the distribution for an action space.
+
+        Raises:
+            UserError: it has no actions there.
+        """
+        self.check(space)
+        return dataclasses.replace(self, space=space)
+
+    def check(self, space: gym.Space) -> None:
+        """Raise UserError unless the distribution fits an action space; by default a flat Box."""
+        self.require_box(space)
+
+    def require_box(self, space: gym.Space) -> None:
+        """Raise UserError unless a space is a Box."""
+        if categories(space) is not None:
+            raise UserError(f"policy.distribution {self.label} is for a Box, got actions {space}")
+
+    @property
+    def label(self) -> str:
+        """Name for messages."""
+        return self.source or self.name or type(self).__name__
+
+    @property
+    def action_size(self) -> int:
+        """Size of an action as a vector."""
+        assert self.space is not None
+        return int(np.prod(self.space.shape)) if self.space.shape else 1
+
+    @abstractmethod
+    def size(self, space: gym.Space) -> int:
+        """Return the size of the network's output for an action space."""
+
+    def free(self) -> dict[str, NDArray[np.float64]]:
+        """Return initial values of parameters that are learned and do not depend on observations.
+
+        They are meta-parameters, such as the log standard deviation of a Gaussian.
+        """
+        return {}
+
+    def confined(self, free: Params) -> Params:
+        """Return free parameters of the same distribution from which gradients can lead on."""
+        return free
+
+    def parameters(self, output: Tensor, free: Params) -> Dist:
+        """Return the distribution's parameters.
+
+        Args:
+            output: of the network, [..., samples, size].
+            free: see `free`; [...] each.
+
+        Returns:
+            by default {"output": output}.
+        """
+        return {"output": output}
+
+    def noise(self, rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
+        """Draw the noise that `sample` needs.
+
+        By default uniform in (0, 1), [*shape, action_size].
+        """
+        drawn = rng.random((*shape, self.action_size), dtype=np.float32)
+        return drawn.clip(0.5 * _EPS, 1.0 - 0.5 * _EPS)
+
+    @abstractmethod
+    def sample(self, dist: Dist, noise: Tensor) -> Tensor:
+        """Return the actions [..., action_size] of noise."""
+
+    @abstractmethod
+    def mode(self, dist: Dist) -> Tensor:
+        """Return the most likely actions, [..., action_size]."""
+
+    @abstractmethod
+    def log_prob(self, dist: Dist, action: Tensor) -> Tensor:
+        """Return the log-density of actions, summed over their components, [...]."""
+
+    @abstractmethod
+    def entropy(self, dist: Dist) -> Tensor:
+        """Return the entropy in nats, [...]."""
+
+    @abstractmethod
+    def kl(self, old: Dist, new: Dist) -> Tensor:
+        """Return KL(old || new), [...]."""
+
+    def fisher(self, dist: Dist, tangent: Dist) -> Dist:
+        """Return F t: the Fisher metric of the distribution's parameters, applied to a tangent.
+
+        F is the Hessian of KL(dist || .) at dist (Schulman et al. 2015, appendix C,
+        arXiv:1502.05477).
+        """
+        with torch.enable_grad():
+            old = {name: x.detach() for name, x in dist.items()}
+            new = {name: x.clone().requires_grad_() for name, x in old.items()}
+            leaves = list(new.values())
+            slope = torch.autograd.grad(self.kl(old, new).sum(), leaves, create_graph=True)
+            along = sum((g * tangent[n].detach()).sum() for g, n in zip(slope, new, strict=True))
+            assert isinstance(along, Tensor)
+            product = torch.autograd.grad(along, leaves, materialize_grads=True)
+        return dict(zip(new, product, strict=True))
+
+    def std(self, free: Params) -> float:
+        """Return the mean standard deviation of the actions, NaN if it depends on observations."""
+        return math.nan
+
+    def exact(self, dist: Dist) -> Tensor | None:
+        """Return where the rounding of actions does not matter to their density, [...]; None: all.
+
+        The check of densities at the start of a run leaves the others out.
+        """
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaussian(Distribution):
+    """Diagonal Gaussian: the network gives the mean, the log standard deviation is a free vector.
+
+    The policy of Finn et al. 2017, and of TRPO before it.
+    """
+
+    name: ClassVar[str] = "gaussian"
+
+    initial_std: float = 1.0
+    """Standard deviation of the actions at the start."""
+    min_std: float = 1e-6
+    """Smallest standard deviation of the actions."""
+
+    def __post_init__(self) -> None:
+        self.require_positive("initial_std", "min_std")
+        below = self.min_std <= self.initial_std
+        self.require("min_std", below, f"at most {self.key('initial_std')}, {self.initial_std}")
+
+    def size(self, space: gym.Space) -> int:
+        assert space.shape is not None
+        return space.shape[0]
+
+    def free(self) -> dict[str, NDArray[np.float64]]:
+        return {"log_std": np.full(self.action_size, math.log(self.initial_std))}
+
+    def confined(self, free: Params) -> Params:
+        # Below its floor the deviation has no gradient, and would stay there for good.
+        return {"log_std": self._log_std(free)}
+
+    def _log_std(self, free: Params) -> Tensor:
+        return free["log_std"].clamp(min=math.log(self.min_std))
+
+    def parameters(self, output: Tensor, free: Params) -> Dist:
+        return {"mean": output, "log_std": self._log_std(free).unsqueeze(-2).expand_as(output)}
+
+    def noise(self, rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
+        return rng.standard_normal((*shape, self.action_size), dtype=np.float32)
+
+    def sample(self, dist: Dist, noise: Tensor) -> Tensor:
+        return torch.addcmul(dist["mean"], dist["log_std"].exp(), noise)
+
+    def mode(self, dist: Dist) -> Tensor:
+        return dist["mean"]
+
+    def log_prob(self, dist: Dist, action: Tensor) -> Tensor:
+        log_std = dist["log_std"]
+        z = (action - dist["mean"]) * (-log_std).exp()
+        constant = 0.5 * math.log(2.0 * math.pi) * z.shape[-1]
+        return -0.5 * z.square().sum(-1) - log_std.sum(-1) - constant
+
+    def kl(self, old: Dist, new: Dist) -> Tensor:
+        precision = (-2.0 * new["log_std"]).exp()
+        second = (2.0 * old["log_std"]).exp() + (old["mean"] - new["mean"]).square()
+        each = new["log_std"] - old["log_std"] + 0.5 * (second * precision - 1.0)
+        return each.sum(-1)
+
+    def fisher(self, dist: Dist, tangent: Dist) -> Dist:
+        # 1 / std^2 for the mean, 2 for log_std.
+        return {
+            "mean": tangent["mean"] * (-2.0 * dist["log_std"]).exp(),
+            "log_std": 2.0 * tangent["log_std"],
+        }
+
+    def entropy(self, dist: Dist) -> Tensor:
+        constant = 0.5 * (1.0 + math.log(2.0 * math.pi)) * dist["log_std"].shape[-1]
+        return dist["log_std"].sum(-1) + constant
+
+    def std(self, free: Params) -> float:
+        return float(self._log_std(free).exp().mean())
+
+    def exact(self, dist: Dist) -> Tensor | None:
+        step = 1e3 * torch.finfo(dist["mean"].dtype).eps * dist["mean"].abs()
+        return (dist["log_std"].exp() > step).all(-1)
+
+
+_BOUND = 1.0 - 1e-6
+"""Largest magnitude of a squashed action: float32 rounds those of larger inputs to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquashedGaussian(Gaussian):
+    """tanh of a Gaussian (Haarnoja et al. 2018, appendix C, arXiv:1801.01290).
+
+    Actions are in (-1, 1), and `policy.action scale` maps them onto the bounds. The KL and the
+    Fisher metric are those of the Gaussian: they do not change under an invertible map.
+    """
+
+    name: ClassVar[str] = "squashed-gaussian"
+    scaled: ClassVar[bool] = True
+
+    def sample(self, dist: Dist, noise: Tensor) -> Tensor:
+        return super().sample(dist, noise).tanh().clamp(-_BOUND, _BOUND)
+
+    def mode(self, dist: Dist) -> Tensor:
+        """Return tanh of the mean, which is the median."""
+        return dist["mean"].tanh()
+
+    def log_prob(self, dist: Dist, action: Tensor) -> Tensor:
+        bounded = action.clamp(-_BOUND, _BOUND)
+        slope = torch.log1p(-bounded.square()).sum(-1)  # log |d tanh(u) / du|
+        return super().log_prob(dist, bounded.atanh()) - slope
+
+    def entropy(self, dist: Dist) -> Tensor:
+        """Return the Gaussian's entropy plus E[log(1 - tanh(u)^2)], by Gauss-Hermite quadrature."""
+        nodes, weights = _hermite(dist["mean"])
+        u = dist["mean"].unsqueeze(-1) + dist["log_std"].exp().unsqueeze(-1) * nodes
+        # log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)), which does not overflow.
+        slope = 2.0 * (math.log(2.0) - u - functional.softplus(-2.0 * u))
+        return super().entropy(dist) + (weights * slope).sum(-1).sum(-1)
+
+    def exact(self, dist: Dist) -> Tensor | None:
+        # Beyond 5, tanh in float32 has lost three digits of its argument.
+        return (dist["mean"].abs() + 4.0 * dist["log_std"].exp() < 5.0).all(-1)
+
+
+@cache
+def _nodes() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    nodes, weights = hermegauss(32)
+    return nodes, weights / weights.sum()
+
+
+def _hermite(like: Tensor) -> tuple[Tensor, Tensor]:
+    nodes, weights = _nodes()
+    return like.new_tensor(nodes), like.new_tensor(weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beta(Distribution):
+    """Beta distributions of the components (Chou et al. 2017), mapped from [0, 1] to [-1, 1].
+
+    Both concentrations are 1 + softplus of the network's outputs, so each has one maximum.
+    `policy.action scale` maps actions onto the bounds.
+    """
+
+    name: ClassVar[str] = "beta"
+    scaled: ClassVar[bool] = True
+
+    def size(self, space: gym.Space) -> int:
+        assert space.shape is not None
+        return 2 * space.shape[0]
+
+    def parameters(self, output: Tensor, free: Params) -> Dist:
+        first, second = (1.0 + functional.softplus(x) for x in output.chunk(2, dim=-1))
+        return {"alpha": first, "beta": second}
+
+    def sample(self, dist: Dist, noise: Tensor) -> Tensor:
+        """Return actions by the inverse of the distribution function."""
+        a, b, u = (x.detach().double().numpy() for x in (dist["alpha"], dist["beta"], noise))
+        drawn = scipy.special.betaincinv(a, b, u)
+        return torch.from_numpy(2.0 * drawn - 1.0).to(dist["alpha"].dtype).clamp(-_BOUND, _BOUND)
+
+    def mode(self, dist: Dist) -> Tensor:
+        a, b = dist["alpha"], dist["beta"]
+        return (a - b) / (a + b - 2.0)
+
+    def log_prob(self, dist: Dist, action: Tensor) -> Tensor:
+        a, b = dist["alpha"], dist["beta"]
+        x = 0.5 * (1.0 + action.clamp(-_BOUND, _BOUND))
+        each = (a - 1.0) * x.log() + (b - 1.0) * torch.log1p(-x) - _log_beta(a, b)
+        return (each - math.log(2.0)).sum(-1)  # of the map from [0, 1]
+
+    def entropy(self, dist: Dist) -> Tensor:
+        a, b = dist["alpha"], dist["beta"]
+        each = _log_beta(a, b) - (a - 1.0) * a.digamma() - (b - 1.0) * b.digamma()
+        each = each + (a + b - 2.0) * (a + b).digamma()
+        return (each + math.log(2.0)).sum(-1)
+
+    def kl(self, old: Dist, new: Dist) -> Tensor:
+        a, b, c, d = old["alpha"], old["beta"], new["alpha"], new["beta"]
+        each = _log_beta(c, d) - _log_beta(a, b)
+        each = each + (a - c) * a.digamma() + (b - d) * b.digamma()
+        return (each + (c - a + d - b) * (a + b).digamma()).sum(-1)
+
+
+def _log_beta(a: Tensor, b: Tensor) -> Tensor:
+    return a.lgamma() + b.lgamma() - (a + b).lgamma()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Categorical(Distribution):
+    """Independent categorical components, one for Discrete; the network gives the logits.
+
+    An action is a vector of indices, [..., components], held as floats.
+    """
+
+    name: ClassVar[str] = "categorical"
+
+    def check(self, space: gym.Space) -> None:
+        if categories(space) is None:
+            raise UserError(
+                f"policy.distribution {self.label} is for Discrete, MultiDiscrete and MultiBinary,"
+                f" got actions {space}"
+            )
+
+    @property
+    def categories(self) -> tuple[int, ...]:
+        """Number of categories of each component."""
+        assert self.space is not None
+        return categories(self.space) or ()
+
+    @property
+    def action_size(self) -> int:
+        return len(self.categories)
+
+    def size(self, space: gym.Space) -> int:
+        return sum(categories(space) or ())
+
+    def parameters(self, output: Tensor, free: Params) -> Dist:
+        return {"logits": output}
+
+    def noise(self, rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
+        return rng.gumbel(size=(*shape, sum(self.categories))).astype(np.float32)
+
+    def sample(self, dist: Dist, noise: Tensor) -> Tensor:
+        # The largest of logits with Gumbel noise falls on i with probability softmax(logits)[i].
+        return self.mode({"logits": dist["logits"] + noise})
+
+    def mode(self, dist: Dist) -> Tensor:
+        parts = self._parts(dist["logits"])
+        return torch.stack([part.argmax(-1) for part in parts], dim=-1).to(dist["logits"].dtype)
+
+    def log_prob(self, dist: Dist, action: Tensor) -> Tensor:
+        index = action.long().unsqueeze(-1).unbind(-2)
+        parts = self._parts(dist["logits"])
+        picked = [part.log_softmax(-1).gather(-1, i) for part, i in zip(parts, index, strict=True)]
+        return torch.cat(picked, dim=-1).sum(-1)
+
+    def kl(self, old: Dist, new: Dist) -> Tensor:
+        each = []
+        for a, b in zip(self._parts(old["logits"]), self._parts(new["logits"]), strict=True):
+            log_a = a.log_softmax(-1)
+            each.append((log_a.exp() * (log_a - b.log_softmax(-1))).sum(-1))
+        return torch.stack(each).sum(0)
+
+    def fisher(self, dist: Dist, tangent: Dist) -> Dist:
+        # diag(p) - p p' for each component.
+        parts = []
+        for x, t in zip(self._parts(dist["logits"]), self._parts(tangent["logits"]), strict=True):
+            p = x.softmax(-1)
+            parts.append(p * (t - (p * t).sum(-1, keepdim=True)))
+        return {"logits": torch.cat(parts, dim=-1)}
+
+    def entropy(self, dist: Dist) -> Tensor:
+        logs = [part.log_softmax(-1) for part in self._parts(dist["logits"])]
+        return torch.stack([-(x.exp() * x).sum(-1) for x in logs]).sum(0)
+
+    def _parts(self, x: Tensor) -> Sequence[Tensor]:
+        return x.split(self.categories, dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bernoulli(Distribution):
+    """Independent coins, for MultiBinary: the network gives the log-odds of 1."""
+
+    name: ClassVar[str] = "bernoulli"
+
+    def check(self, space: gym.Space) -> None:
+        if not isinstance(space, gym.spaces.MultiBinary) or len(space.shape) != 1:
+            raise UserError(
+                f"policy.distribution {self.label} is for a flat MultiBinary, got actions {space}"
+            )
+
+    def size(self, space: gym.Space) -> int:
+        assert space.shape is not None
+        return space.shape[0]
+
+    def parameters(self, output: Tensor, free: Params) -> Dist:
+        return {"logits": output}
+
+    def sample(self, dist: Dist, noise: Tensor) -> Tensor:
+        return (noise < dist["logits"].sigmoid()).to(dist["logits"].dtype)
+
+    def mode(self, dist: Dist) -> Tensor:
+        return (dist["logits"] > 0.0).to(dist["logits"].dtype)
+
+    def log_prob(self, dist: Dist, action: Tensor) -> Tensor:
+        sign = 2.0 * action - 1.0
+        return functional.logsigmoid(sign * dist["logits"]).sum(-1)
+
+    def entropy(self, dist: Dist) -> Tensor:
+        x = dist["logits"]
+        return (functional.softplus(x) - x * x.sigmoid()).sum(-1)
+
+    def kl(self, old: Dist, new: Dist) -> Tensor:
+        a, b = old["logits"], new["logits"]
+        each = a.sigmoid() * (a - b) + functional.softplus(b) - functional.softplus(a)
+        return each.sum(-1)
+
+    def fisher(self, dist: Dist, tangent: Dist) -> Dist:
+        p = dist["logits"].sigmoid()
+        return {"logits": p * (1.0 - p) * tangent["logits"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoDistribution(Gaussian):
+    """Gaussian for a Box, categorical for Discrete, MultiDiscrete and MultiBinary."""
+
+    name: ClassVar[str] = "auto"
+
+    def over(self, space: gym.Space) -> Distribution:  # type: ignore[override]
+        if categories(space) is None:
+            return Gaussian(initial_std=self.initial_std, min_std=self.min_std).over(space)
+        for name in self.own_options():
+            raise UserError(f"policy.{name} has no effect on {space} actions")
+        return Categorical().over(space)
+
+
+DISTRIBUTIONS: dict[str, type[Distribution]] = {
+    kind.name: kind
+    for kind in (AutoDistribution, Gaussian, SquashedGaussian, Beta, Categorical, Bernoulli)
+}
+"""Distributions by name."""
+
+
+def find_distribution(what: Any) -> Distribution:
+    """Return a distribution.
+
+    Args:
+        what: the distribution itself, its class, its name, or `module:attribute`.
+
+    Raises:
+        UserError: it is something else.
+    """
+    made = find_part(what, Distribution, "distribution", DISTRIBUTIONS.get)
+    if made is None:
+        raise UserError(
+            f"policy.distribution must be one of {', '.join(DISTRIBUTIONS)}, module:attribute or a"
+            f" metarl.Distribution, got {what!r}{did_you_mean(what, DISTRIBUTIONS)}"
+        )
+    return made
