@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 
 from metarl.envs.errors import UserError
-from metarl.envs.gymnasium.observations import is_image
+from metarl.envs.gymnasium.observations import components, has_pixels, is_image
 
 LEAST_IMAGE = 4
 """Pixels that an image must have each way, for the smallest network that reads images."""
@@ -49,6 +49,35 @@ def no_actions(space: gym.Space) -> UserError:
         "actions must be a flat Box, such as shape (1,), Discrete, a flat MultiDiscrete or"
         f" MultiBinary, got {space}{remedy}"
     )
+
+
+def check_pixels(name: str, space: gym.Space) -> None:
+    """Raise UserError if flattening a space would make an image raw numbers.
+
+    Args:
+        name: of the family.
+        space: of the observations before they are flattened.
+    """
+    if is_image(space):
+        return
+    for path, leaf in components(space):
+        if not has_pixels(leaf):
+            continue
+        shape = list(leaf.shape or ())
+        if not path:
+            raise UserError(
+                f"{name}: observations are {leaf.dtype} images of {shape}, which would become raw"
+                " numbers from 0 to 255: return uint8 of [height, width] or [height, width,"
+                " channels], or scale them (gym.wrappers.TransformObservation)"
+            )
+        raise UserError(
+            f"{name}: the component {'.'.join(path)!r} of the observation is an image of {shape},"
+            " which would become raw numbers from 0 to 255: read it by a network of your own"
+            " (--policy.network module:attribute), or name a function as env that gives the image"
+            f" alone (gym.wrappers.TransformObservation(env, lambda o: o[{path[0]!r}],"
+            f" env.observation_space[{path[0]!r}])), leaves it out"
+            " (gym.wrappers.FilterObservation), or scales it"
+        )
 
 
 def check_policy_spaces(name: str, observation: gym.Space, action: gym.Space) -> None:

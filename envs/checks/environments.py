@@ -24,9 +24,9 @@ from metarl.envs.checks.traces import (
 )
 from metarl.envs.errors import UserError
 from metarl.envs.family import TaskFamily
-from metarl.envs.gymnasium.observations import fits, misfit
+from metarl.envs.gymnasium.observations import fits, misfit, structure_of
 from metarl.envs.gymnasium.step_results import plain_step
-from metarl.envs.policy_spaces import check_policy_spaces
+from metarl.envs.policy_spaces import check_pixels, check_policy_spaces
 from metarl.envs.seeds import training_seeds
 
 LARGEST_VECTOR = 10_000
@@ -77,6 +77,12 @@ def check_spaces(family: TaskFamily) -> Iterator[str]:
         check_policy_spaces(family.name, observation, action)
     except UserError as error:
         yield str(error)
+    structure = structure_of(one)
+    try:
+        check_pixels(family.name, structure)
+    except UserError as error:
+        # A network of a user may read the components of a Dict or Tuple.
+        yield str(error) if isinstance(structure, gym.spaces.Box) else Doubt(error)
     size = observation.shape[0] if observation.shape and len(observation.shape) == 1 else 0
     if size > LARGEST_VECTOR:
         yield Doubt(

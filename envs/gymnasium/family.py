@@ -39,7 +39,6 @@ from metarl.envs.gymnasium.observations import (
     columns,
     components,
     fits,
-    has_pixels,
     is_image,
 )
 from metarl.envs.gymnasium.step_results import FLAGS, NUMBERS, plain_reset, plain_step, success
@@ -392,8 +391,6 @@ class GymnasiumFamily(TaskFamily):
         for path, leaf in components(space):
             if not isinstance(leaf, FLATTENABLE):
                 raise UserError(f"{self.name}: {self._cannot_flatten(path, leaf, space)}")
-            if has_pixels(leaf):
-                raise UserError(f"{self.name}: {self._pixels(path, leaf, space)}")
         return FlatObservation(env, self.name)
 
     def columns(self) -> list[tuple[str, int, int]]:
@@ -405,24 +402,6 @@ class GymnasiumFamily(TaskFamily):
         space = env.observation_space
         _close(env, self.name)
         return columns(space) if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple) else []
-
-    def _pixels(self, path: tuple[str, ...], leaf: gym.Space, space: gym.Space) -> str:
-        """Say which component is an image, and write the wrappers that take it out or leave it."""
-        shape = list(leaf.shape or ())
-        if not path:
-            return (
-                f"observations are {leaf.dtype} images of {shape}, which would become raw numbers"
-                " from 0 to 255: return uint8 of [height, width] or [height, width, channels], or"
-                " scale them (gym.wrappers.TransformObservation)"
-            )
-        name = path[0]
-        return (
-            f"the component {'.'.join(path)!r} of the observation is an image of {shape}, which"
-            " would become raw numbers from 0 to 255: name a function as env that gives the image"
-            f" alone (gym.wrappers.TransformObservation(env, lambda o: o[{name!r}],"
-            f" env.observation_space[{name!r}])), leaves it out"
-            " (gym.wrappers.FilterObservation), or scales it"
-        )
 
     def _cannot_flatten(self, path: tuple[str, ...], leaf: gym.Space, space: gym.Space) -> str:
         """Say which component is no number, and write the wrapper that leaves it out."""

@@ -117,3 +117,19 @@ class FlatObservation(gym.wrappers.FlattenObservation):
     def observation(self, observation: Any) -> NDArray:
         check_fits(observation, self.env.observation_space, self._name)
         return super().observation(observation)
+
+
+def structure_of(env: gym.Env) -> gym.Space:
+    """Return the space of an environment's observations before they are flattened."""
+    layer = env
+    while isinstance(layer, gym.Wrapper):
+        if isinstance(layer, FlatObservation):
+            return layer.env.observation_space
+        layer = layer.env
+    return env.observation_space
+
+
+def flattened(space: gym.Space) -> gym.Space:
+    """Return the space of one image or flat vector that policies read by default."""
+    flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    return space if flat or is_image(space) else gym.spaces.flatten_space(space)

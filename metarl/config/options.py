@@ -239,8 +239,9 @@ class Config:
         if not source:
             return False
         found = Config.of(self.family, source, self.family_options)
+        own = {k: v for k, v in self.options().items() if k.partition(".")[0] in SECTIONS}
         try:
-            return found.with_options(self.options()).algorithm == self.algorithm
+            return found.with_options(own).algorithm == self.algorithm
         except UserError:  # another part was put into a named algorithm
             return False
 

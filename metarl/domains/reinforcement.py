@@ -28,8 +28,8 @@ from metarl.domains.memory import check_memory, need
 from metarl.envs import TaskFamily, guard
 from metarl.envs.errors import UserError, check_one_of
 from metarl.envs.family import Family
-from metarl.envs.gymnasium.family import is_image
-from metarl.envs.policy_spaces import check_policy_spaces
+from metarl.envs.gymnasium.observations import flattened, is_image, structure_of
+from metarl.envs.policy_spaces import check_pixels, check_policy_spaces
 from metarl.learning.advantages import to_batch
 from metarl.learning.density import check_density
 from metarl.learning.inner_update import Adapter
@@ -89,10 +89,7 @@ class Reinforcement(Domain):
     def model(self, algorithm: Algorithm, options: ModelOptions, family: Family) -> PolicyModel:
         assert isinstance(family, TaskFamily)
         assert isinstance(options, PolicyOptions)
-        observation, action = spaces_of(family)
-        check_policy_spaces(family.name, observation, action)
-        if options.network.structured:
-            observation = family.structured_observations()
+        observation, action = policy_spaces(family, options.network)
         context = context_dim(algorithm, family.tasks.dim)
         return make_policy(options, observation, action, context)
 
@@ -167,10 +164,30 @@ def _check_bounds(mode: ActionMode, distribution: Distribution, actions: gym.spa
         )
 
 
-def spaces_of(family: TaskFamily) -> tuple[gym.Space, gym.Space]:
-    """Return the observation and the action space of a family's environments."""
+def policy_spaces(family: TaskFamily, network: NetworkPart) -> tuple[gym.Space, gym.Space]:
+    """Return the spaces of a family's environments as a network reads and acts in them.
+
+    Raises:
+        UserError: it cannot.
+    """
+    structure, action = spaces_of(family, structured=True)
+    observation = flattened(structure)
+    check_policy_spaces(family.name, observation, action)
+    if network.structured:
+        return structure, action
+    check_pixels(family.name, structure)
+    return observation, action
+
+
+def spaces_of(family: TaskFamily, *, structured: bool = False) -> tuple[gym.Space, gym.Space]:
+    """Return the observation and the action space of a family's environments.
+
+    Args:
+        structured: give a Dict or Tuple as such, not flattened.
+    """
     with guard.opened(family.make) as env:
-        observation, action = env.observation_space, env.action_space
+        observation = structure_of(env) if structured else env.observation_space
+        action = env.action_space
     if is_image(observation):
         # A closed renderer that Python takes apart later takes the OpenGL context of a living one
         # along, which gives black frames from then on.

@@ -14,7 +14,7 @@ import torch
 
 from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool, slices
-from metarl.domains.reinforcement import PolicyOptions, make_policy, spaces_of
+from metarl.domains.reinforcement import PolicyOptions, make_policy, policy_spaces
 from metarl.envs import TaskFamily
 from metarl.envs.errors import NonFiniteError
 from metarl.evaluation.results import Curve
@@ -41,10 +41,7 @@ def scratch_policy(config: Config, family: TaskFamily) -> PolicyModel:
     """Return the network that is trained: the config's, without what only meta-training sets."""
     assert isinstance(config.policy, PolicyOptions)
     options = dataclasses.replace(config.policy, normalize=False)
-    observation, action = spaces_of(family)
-    if options.network.structured:
-        observation = family.structured_observations()
-    return make_policy(options, observation, action)
+    return make_policy(options, *policy_spaces(family, options.network))
 
 
 class ScratchTrainer:

@@ -119,7 +119,8 @@ def _score_sums(policy: PolicyModel, dist: Dist, scores: Dist, valid: Tensor) ->
     fixed = {name: x.detach() for name, x in dist.items()}
     sums = {}
     for name, score in scores.items():
-        columns = []
+        columns: list[Tensor] = []
+        moved = curved = False
         for i in range(min(score.shape[-1], _COMPONENTS) + 1):
             along = torch.zeros_like(score)
             if i:
@@ -130,8 +131,15 @@ def _score_sums(policy: PolicyModel, dist: Dist, scores: Dist, valid: Tensor) ->
             expected = (policy.fisher(fixed, tangent)[name] * along).sum(-1)[valid].double().sum()
             found = (score * along).sum(-1)[valid].double()
             square = torch.maximum(found.square().sum(), expected)
+            moved, curved = moved or bool(found.any()), curved or bool(expected != 0.0)
             columns.append(torch.stack([found.sum(), square]))
         sums[name] = torch.stack(columns, dim=1)
+        if moved and not curved:
+            raise UserError(
+                f"policy.distribution {policy.distribution.label}: the Fisher product of {name} is"
+                " 0, and its log_prob is not constant: its kl has no second derivative there, so"
+                " define fisher"
+            )
     return sums
 
 

@@ -12,6 +12,19 @@ from metarl.envs import guard
 from metarl.envs.guard import Setting
 
 
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Compute attention by plain matrix products: the fused kernels have no second derivative."""
+    fused = torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.cuda.enable_flash_sdp(False)  # also the processor's
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_flash_sdp(fused[0])
+        torch.backends.mha.set_fastpath_enabled(fused[1])
+
+
 def _set_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
@@ -31,7 +44,7 @@ def own_settings() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
     _set_device(torch.device("cpu"))
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), plain_attention():
             yield
     finally:
         torch.set_num_threads(threads)

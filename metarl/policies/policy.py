@@ -17,6 +17,7 @@ from metarl.config.options import Config
 from metarl.envs import guard
 from metarl.envs.errors import UserError
 from metarl.models.export import Bounded, Chosen, make_module
+from metarl.models.modules import ModuleNetwork
 from metarl.models.networks import Params, copied
 from metarl.models.policies import PolicyModel
 from metarl.runs import checkpoints
@@ -80,7 +81,8 @@ class Policy:
         """Return the action for an observation, as the environment takes it.
 
         Args:
-            observation: one, [*observation_shape], or a batch [n, *observation_shape].
+            observation: one, [*observation_shape], or a batch [n, *observation_shape]; one Dict or
+                Tuple, if the network is a module of a user that reads it.
             deterministic: take the most likely action instead of a sampled one.
 
         Returns:
@@ -97,6 +99,9 @@ class Policy:
     ) -> tuple[NDArray, NDArray[np.float32]]:
         """Return what `act` does, and the action as the policy drew it, [..., action_size]."""
         shape = list(self.policy.observation_shape)
+        network = self.policy.network
+        if isinstance(observation, Mapping | tuple) and isinstance(network, ModuleNetwork):
+            observation = gym.spaces.flatten(network.space, observation)
         seen = as_observation(observation, self.policy)
         one = seen.ndim == len(shape)
         if seen.ndim - len(shape) not in (0, 1) or list(seen.shape[-len(shape) :]) != shape:

@@ -31,6 +31,7 @@ from metarl.envs.errors import UserError
 from metarl.envs.memory import share_with
 from metarl.envs.processes import Parcel, unpack
 from metarl.models.policies import PolicyModel
+from metarl.models.settings import plain_attention
 from metarl.sampling.rollouts import RolloutBuffer, collect_into
 from metarl.sampling.spaces import ActionMode, check_spaces
 
@@ -77,7 +78,7 @@ def work(share: Share, channel: Connection, dump: Connection, with_parent: bool)
     faulthandler.register(signal.SIGUSR1, dump.fileno(), all_threads=False)
     torch.set_num_threads(1)
     try:
-        with _restored(share, channel) as (env, memory):
+        with plain_attention(), _restored(share, channel) as (env, memory):
             channel.send(Reply("ready"))
             while (order := channel.recv()) is not None:
                 params, tasks, address, deterministic = order
