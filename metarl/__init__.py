@@ -22,9 +22,11 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 from metarl.envs import UserError, check_task_family  # also registers the families with Gymnasium
 
 if TYPE_CHECKING:
+    from metarl.algorithms import Algorithm
     from metarl.config.options import Config
     from metarl.config.resolve import resolve
     from metarl.evaluation.evaluate import evaluate
+    from metarl.models.distributions import Distribution
     from metarl.policies.loading import load, load_policy
     from metarl.policies.meta_policy import MetaPolicy
     from metarl.policies.policy import Policy
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
 
 # What needs torch is imported when it is first asked for (PEP 562).
 _LAZY = {
+    "Algorithm": "algorithms",
     "CheckpointError": "runs.checkpoints",
     "Config": "config.options",
+    "Distribution": "models.distributions",
     "MetaPolicy": "policies.meta_policy",
     "Policy": "policies.policy",
     "RunError": "runs.folder",
@@ -47,8 +51,10 @@ _LAZY = {
 }
 
 __all__ = [
+    "Algorithm",
     "CheckpointError",
     "Config",
+    "Distribution",
     "MetaPolicy",
     "Policy",
     "RunError",

@@ -100,7 +100,7 @@ def benchmark(
         "tasks": config.tasks,
         "episodes": config.episodes,
         "horizon": family.horizon,
-        "hidden": list(config.policy.hidden),
+        "hidden": list(config.options().get("policy.hidden", ())),
         "fisher_fraction": getattr(config.outer, "fisher_fraction", None),
         "repeats": repeats,
         "ceiling_env_steps_per_second": ceiling,

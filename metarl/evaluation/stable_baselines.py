@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from metarl.config.options import Config
 from metarl.envs import TaskFamily
-from metarl.envs.errors import check_one_of
+from metarl.envs.errors import UserError, check_one_of
 from metarl.envs.policy_spaces import image_size
 from metarl.evaluation.statistics import Floats
 from metarl.models.encoders import NatureCNN
@@ -50,6 +50,12 @@ def train_by_ppo(
     from stable_baselines3 import PPO  # pyright: ignore[reportMissingImports]  (an extra)
 
     assert config.advantage is not None
+    hidden = config.options().get("policy.hidden")
+    if hidden is None:
+        raise UserError(
+            "stable-baselines3 is compared with the built-in networks only, and policy.network is"
+            f" {config.options()['policy.network']}"
+        )
     returns = np.full((len(goals), updates + 1), np.nan)
     steps = max(episodes * family.horizon, 2)  # of an update, which normalizes advantages
     for i, goal in enumerate(goals):
@@ -63,7 +69,7 @@ def train_by_ppo(
                 batch_size=min(64, steps),
                 gamma=config.advantage.discount,
                 gae_lambda=config.advantage.gae_lambda,
-                policy_kwargs={"net_arch": list(config.policy.hidden)},
+                policy_kwargs={"net_arch": list(hidden)},
                 seed=address.episode_seeds(i, 1)[0],
                 device="cpu",
             )

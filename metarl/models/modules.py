@@ -287,10 +287,9 @@ class Inputs:
         space = copy.deepcopy(self.space)
         space.seed(0)
         drawn = [space.sample() for _ in range(count)]
-        if not self.flat:
-            drawn = [gym.spaces.flatten(space, x) for x in drawn]
         dtype = np.uint8 if self.images else np.float32
-        return torch.from_numpy(np.stack(drawn).astype(dtype))
+        flat = drawn if self.flat else [gym.spaces.flatten(space, x) for x in drawn]
+        return torch.from_numpy(np.stack([np.asarray(x, dtype) for x in flat]))
 
     def split(self, x: Tensor, context: Tensor | None) -> Any:
         """Return inputs [samples, *shape] as the module reads them."""

@@ -6,7 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, cast, get_args
 
 import gymnasium as gym
 from torch import nn
@@ -225,4 +225,4 @@ def _adapted(found: Any) -> Any:
     part = isinstance(found, NetworkPart) or (
         isinstance(found, type) and issubclass(found, NetworkPart)
     )
-    return found if part or not callable(found) else ModulePart(factory=found)
+    return found if part or not callable(found) else ModulePart(factory=cast(Factory, found))

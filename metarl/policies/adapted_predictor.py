@@ -55,9 +55,9 @@ def as_inputs(model: Predictor, inputs: ArrayLike) -> torch.Tensor:
     Raises:
         UserError: they are of another shape, or not finite.
     """
-    values = np.asarray(inputs)
-    if values.shape[1:] != model.inputs or not len(values):
-        raise UserError(f"inputs must be [n, {list(model.inputs)}], got {list(values.shape)}")
+    values, shape = np.asarray(inputs), model.network.input_shape
+    if values.shape[1:] != shape or not len(values):
+        raise UserError(f"inputs must be [n, {list(shape)}], got {list(values.shape)}")
     x = torch.from_numpy(values.astype(np.float32) / (255.0 if values.dtype == np.uint8 else 1.0))
     if not torch.isfinite(x).all():
         raise UserError("inputs must be finite numbers")
@@ -71,23 +71,24 @@ def as_examples(model: Predictor, inputs: ArrayLike, targets: ArrayLike) -> Exam
         UserError: inputs and targets do not fit each other or the model.
     """
     x, y = as_inputs(model, inputs), np.asarray(targets)
+    outputs = model.network.output_dim
     if isinstance(model, Classifier):
         known = y.dtype.kind in "iu" and y.shape == (len(x),)
-        if not known or y.min() < 0 or (not model.generated and y.max() >= model.outputs):
+        if not known or y.min() < 0 or (not model.generated and y.max() >= outputs):
             raise UserError(
-                f"targets must be {len(x)} class numbers of 0 to {model.outputs - 1}, got {y!r}"
+                f"targets must be {len(x)} class numbers of 0 to {outputs - 1}, got {y!r}"
             )
         labels = torch.from_numpy(y.astype(np.int64))
     else:
-        if y.reshape(len(y), -1).shape != (len(x), model.outputs) or not np.isfinite(y).all():
+        if y.reshape(len(y), -1).shape != (len(x), outputs) or not np.isfinite(y).all():
             raise UserError(
-                f"targets must be finite numbers [{len(x)}, {model.outputs}], got {list(y.shape)}"
+                f"targets must be finite numbers [{len(x)}, {outputs}], got {list(y.shape)}"
             )
         labels = torch.from_numpy(y.reshape(len(x), -1).astype(np.float32))
     weight = torch.full((1, len(x)), 1.0 / len(x))
     classes = None
     if isinstance(model, Classifier):
-        count = int(labels.max()) + 1 if model.generated else model.outputs
+        count = int(labels.max()) + 1 if model.generated else outputs
         shown = torch.bincount(labels, minlength=count) > 0
         # As in training: a class without examples is none of the task's.
         classes = shown[None] if model.generated or not shown.all() else None
