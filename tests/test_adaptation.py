@@ -147,12 +147,15 @@ def whole_rollout(policy, tasks, seed):
 
     grid = (tasks, 2, 12)
     no = torch.zeros(grid[:2], dtype=torch.bool)
-    old = {"mean": draw(*grid, policy.action_dim), "log_std": 0.1 * draw(*grid, policy.action_dim)}
+    old = {
+        "mean": draw(*grid, policy.action_size),
+        "log_std": 0.1 * draw(*grid, policy.action_size),
+    }
     return Rollout(
         tasks=draw(tasks, 1),
-        observation=draw(*grid, policy.observation_dim),
-        last_observation=draw(*grid[:2], policy.observation_dim),
-        action=draw(*grid, policy.action_dim),
+        observation=draw(*grid, policy.observation_shape[0]),
+        last_observation=draw(*grid[:2], policy.observation_shape[0]),
+        action=draw(*grid, policy.action_size),
         behaviour=old,
         reward=draw(*grid),
         valid=torch.ones(grid, dtype=torch.bool),

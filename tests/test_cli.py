@@ -187,8 +187,8 @@ def test_presets_fill_in_options_that_are_not_given(tmp_path):
     assert run("train", "half-cheetah-vel", *arguments, "--out", "run") == 0
     config = run_config(tmp_path / "run")
     assert config.family_options == {"variant": "icml2017"}
-    assert config.policy.hidden == (100, 100)
-    assert config.policy.activation == "relu"
+    assert config.options()["policy.hidden"] == (100, 100)
+    assert config.options()["policy.activation"] == "relu"
     assert config.inner.sizes_in_evaluation == (0.1, 0.05)
     assert config.preset == "icml2017"
 

@@ -60,12 +60,16 @@ def test_algorithms_that_learn_step_sizes_do_not_fit_them():
 
 
 def test_given_values_override_the_algorithm_which_overrides_the_preset():
-    assert resolve("icml2017", "navigation-2d").policy.hidden == (100, 100)
+    assert resolve("icml2017", "navigation-2d").options()["policy.hidden"] == (100, 100)
     assert resolve("icml2017", "half-cheetah-vel").iterations == 475
     assert resolve(None, "navigation-2d", "promp").outer.clip == 0.3
     said = {"outer.clip": 0.1, "policy.hidden": (8,), "iterations": 3}
     config = resolve("icml2017", "half-cheetah-vel", "promp", said)
-    assert (config.outer.clip, config.policy.hidden, config.iterations) == (0.1, (8,), 3)
+    assert (config.outer.clip, config.options()["policy.hidden"], config.iterations) == (
+        0.1,
+        (8,),
+        3,
+    )
     assert config.algorithm.name == "promp"
     assert config.family_options == {"variant": "icml2017"}
     assert resolve("icml2017", "navigation-2d").family_options == {}
@@ -75,13 +79,13 @@ def test_family_options_are_merged_with_the_presets_and_the_variant_decides():
     options = {"family_options": {"variant": "promp2019", "balanced": True}}
     config = resolve("metarl2026", "half-cheetah-dir", overrides=options)
     assert config.family_options == {"variant": "promp2019", "balanced": True}
-    assert config.policy.initial_std == 4.0
-    assert resolve("metarl2026", "half-cheetah-dir").policy.initial_std == 1.0
+    assert config.options()["policy.initial_std"] == 4.0
+    assert resolve("metarl2026", "half-cheetah-dir").options()["policy.initial_std"] == 1.0
     balanced = {"family_options": {"balanced": True}}
     found = resolve("metarl2026", "half-cheetah-dir", overrides=balanced).family_options
     assert found == {"variant": "icml2017", "balanced": True}
     said = {**options, "policy.initial_std": 2.0}
-    assert resolve("metarl2026", "half-cheetah-dir", overrides=said).policy.initial_std == 2.0
+    assert resolve("metarl2026", "half-cheetah-dir", overrides=said).options()["policy.initial_std"] == 2.0
     assert resolve(None, "half-cheetah-dir", overrides=balanced).family_options["balanced"]
 
 
@@ -95,8 +99,8 @@ def test_a_preset_may_differ_by_algorithm_and_a_family_by_more():
     assert sizes("half-cheetah-vel", "maml++") == (0.02, 0.01)
     assert sizes("half-cheetah-dir", "imaml") == (0.2,)  # half, as with any preset
     assert sizes("half-cheetah-dir", "meta-sgd", **{"inner.step_sizes": (0.3,)}) == (0.3,)
-    assert resolve("metarl2026", "half-cheetah-dir", "cavia").policy.output_scale == 1.0
-    assert resolve("metarl2026", "half-cheetah-dir").policy.output_scale == 0.1
+    assert resolve("metarl2026", "half-cheetah-dir", "cavia").options()["policy.output_scale"] == 1.0
+    assert resolve("metarl2026", "half-cheetah-dir").options()["policy.output_scale"] == 0.1
 
 
 def test_a_preset_may_differ_for_one_algorithm_on_one_family():

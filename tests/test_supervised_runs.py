@@ -219,7 +219,7 @@ def test_a_function_that_returns_supervised_tasks_has_their_defaults(name, like)
         expected = resolve(None, like, algorithm)
         assert dataclasses.replace(own, family=like) == expected
     config = resolve("reptile2018", f"{__name__}:slopes", "reptile")
-    assert config.policy.hidden == (64, 64)
+    assert config.options()["policy.hidden"] == (64, 64)
     with refused("preset", "icml2017", name):
         resolve("icml2017", f"{__name__}:{name}")
 
