@@ -239,15 +239,15 @@ class Gaussian(Distribution):
 
 
 _BOUND = 1.0 - 1e-6
-"""Largest magnitude of a squashed action: float32 rounds those of larger inputs to 1."""
+"""Largest magnitude of a squashed action; float32 rounds larger ones to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SquashedGaussian(Gaussian):
     """tanh of a Gaussian (Haarnoja et al. 2018, appendix C, arXiv:1801.01290).
 
-    Actions are in (-1, 1), and `policy.action scale` maps them onto the bounds. The KL and the
-    Fisher metric are those of the Gaussian: they do not change under an invertible map.
+    Actions are in (-1, 1), and `policy.action scale` maps them onto the bounds. KL and Fisher
+    metric equal the Gaussian's, because an invertible map does not change them.
     """
 
     name: ClassVar[str] = "squashed-gaussian"

@@ -1,7 +1,7 @@
 """Networks of users: any `torch.nn.Module` as a pure function of its parameters.
 
-A module is called with plain batches, [samples, ...], of one task at a time, so it needs no rule
-for batches of parameters, and results do not depend on how many tasks are computed together.
+A module is called for one task at a time, with plain batches [samples, ...]. Results therefore do
+not depend on how many tasks are computed together.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Factory = Callable[[gym.Space, int], nn.Module]
 """(space of the inputs, size of the output) -> module; also a class of modules."""
 
 PREFIX = "network."
-"""Prefix of a module's parameters among those of a model."""
+"""Prefix of the names of a module's parameters."""
 
 _TRIED = 2  # inputs that a module is tried with
 

@@ -71,7 +71,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class Model(ABC):
-    """What adapts: a pure function of parameters and samples."""
+    """Base class of what adapts: a pure function of parameters and samples."""
 
     network: Network
     """The network inside."""
@@ -83,7 +83,7 @@ class Model(ABC):
 
     @property
     def generated(self) -> tuple[str, ...]:
-        """Names of parameters that `start` makes from the support: they are no meta-parameters."""
+        """Names of parameters that `start` makes from the support instead of meta-learning them."""
         return ()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
