@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from metarl.config.options import Config
     from metarl.config.resolve import resolve
     from metarl.evaluation.evaluate import evaluate
-    from metarl.models.distributions import Distribution
+    from metarl.models.distribution import Distribution
     from metarl.policies.loading import load, load_policy
     from metarl.policies.meta_policy import MetaPolicy
     from metarl.policies.policy import Policy
@@ -39,7 +39,7 @@ _LAZY = {
     "Algorithm": "algorithms",
     "CheckpointError": "runs.checkpoints",
     "Config": "config.options",
-    "Distribution": "models.distributions",
+    "Distribution": "models.distribution",
     "MetaPolicy": "policies.meta_policy",
     "Policy": "policies.policy",
     "RunError": "runs.folder",

@@ -278,6 +278,7 @@ def test_an_object_without_a_name_trains_and_resumes_if_it_is_passed_again(tmp_p
     metarl.train(config, tmp_path / "run")
     with refused("policy.network", error=CheckpointError):
         metarl.load(tmp_path / "run")
+    assert metarl.load(tmp_path / "run", config).config == config
     with refused("policy.network"):
         Config.from_json(config.to_json())
     longer = metarl.resolve(None, "navigation-2d", overrides=values)

@@ -293,8 +293,8 @@ class Config:
 
 def _given_as_object(what: str, name: str, option: str) -> UserError:
     return UserError(
-        f"{what} {name} was given as an object and cannot be imported: pass it again, or train with"
-        f" {option} module:attribute"
+        f"{what} {name} was given as an object and cannot be imported: give metarl.load the config,"
+        f" or train with {option} module:attribute"
     )
 
 

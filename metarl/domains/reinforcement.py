@@ -34,7 +34,8 @@ from metarl.learning.advantages import to_batch
 from metarl.learning.density import check_density
 from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import Batch, Loss, likelihood_ratio, log_likelihood
-from metarl.models.distributions import AutoDistribution, Distribution
+from metarl.models.distribution import Distribution
+from metarl.models.distributions import AutoDistribution
 from metarl.models.modules import check_normalized
 from metarl.models.network_parts import POLICY_NETWORKS, AutoPolicyNetwork, NetworkPart
 from metarl.models.networks import Model, Params

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metarl.distributed.process_group import ALONE, ProcessGroup
-from metarl.models.distributions import Distribution
+from metarl.models.distribution import Distribution
 from metarl.models.networks import Dist, Model, Network, Params, Part
 
 CLIP = 10.0

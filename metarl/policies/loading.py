@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from metarl.config.options import Config
 from metarl.domains.reinforcement import spaces_of
 from metarl.models.settings import own_settings
 from metarl.policies.meta_policy import MetaPolicy
@@ -39,12 +41,14 @@ def shipped() -> list[str]:
 
 
 @own_settings()
-def load(what: str | Path) -> MetaPolicy:
+def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
     """Return a meta-policy.
 
     Args:
         what: a run folder, whose newest checkpoint is read; a checkpoint file of a run; a file that
             `MetaPolicy.save` wrote; or the name of a shipped policy.
+        config: of the run, if its algorithm, network or distribution has no name that can be
+            imported.
 
     Raises:
         CheckpointError: it is none of them, or its file is damaged.
@@ -54,9 +58,9 @@ def load(what: str | Path) -> MetaPolicy:
     if path.is_dir():
         newest = newest_checkpoint(path)
         try:
-            return load(newest)
+            return load(newest, config)
         except CheckpointError as error:
-            older = newest_good(path, int(newest.stem), load)
+            older = newest_good(path, int(newest.stem), partial(load, config=config))
             if older is None:
                 raise
             good = checkpoint_path(path, older)
@@ -82,7 +86,7 @@ def load(what: str | Path) -> MetaPolicy:
         )
     if metadata.get("kind") not in ("policy", "checkpoint"):
         raise CheckpointError(f"{path} holds no policy but {metadata.get('kind')!r}")
-    config = config_of(path, metadata)
+    config = config_of(path, metadata, config)
     state = {
         n.removeprefix("baseline."): t for n, t in tensors.items() if n.startswith("baseline.")
     }

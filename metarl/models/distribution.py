@@ -1,0 +1,157 @@
+"""The base class of distributions over actions: pure functions of a dict of tensors.
+
+A distribution is a part: its fields are options `policy.*`. `over(space)` fits it to an action
+space. Actions are vectors, [..., action_size] floats, before they are mapped to the environment's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metarl.envs.errors import UserError
+from metarl.envs.policy_spaces import categories
+from metarl.models.networks import Dist, Params
+from metarl.parts import Part
+
+_EPS = float(torch.finfo(torch.float32).eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distribution(Part):
+    """Base class of distributions over actions.
+
+    A subclass defines `size`, `sample`, `mode`, `log_prob`, `entropy` and `kl`. The default `noise`
+    is uniform, and the default Fisher product the Hessian of `kl` by automatic differentiation.
+    """
+
+    section: ClassVar[str] = "policy"
+
+    name: ClassVar[str] = ""
+    scaled: ClassVar[bool] = False
+    """Whether actions are in [-1, 1], to be mapped onto the bounds of a Box."""
+
+    space: gym.Space | None = dataclasses.field(
+        default=None, hash=False, metadata={"option": False}
+    )
+    """The action space; None before `over`."""
+
+    def over(self, space: gym.Space) -> Self:
+        """Return the distribution for an action space.
+
+        Raises:
+            UserError: it has no actions there.
+        """
+        self.check(space)
+        return dataclasses.replace(self, space=space)
+
+    def check(self, space: gym.Space) -> None:
+        """Raise UserError unless the distribution fits an action space; by default a flat Box."""
+        self.require_box(space)
+
+    def require_box(self, space: gym.Space) -> None:
+        """Raise UserError unless a space is a Box."""
+        if categories(space) is not None:
+            raise UserError(f"policy.distribution {self.label} is for a Box, got actions {space}")
+
+    @property
+    def label(self) -> str:
+        """Name for messages."""
+        return self.source or self.name or type(self).__name__
+
+    @property
+    def action_size(self) -> int:
+        """Size of an action as a vector."""
+        assert self.space is not None
+        return int(np.prod(self.space.shape)) if self.space.shape else 1
+
+    @abstractmethod
+    def size(self, space: gym.Space) -> int:
+        """Return the size of the network's output for an action space."""
+
+    def free(self) -> dict[str, NDArray[np.float64]]:
+        """Return initial values of parameters that are learned and do not depend on observations.
+
+        They are meta-parameters, such as the log standard deviation of a Gaussian.
+        """
+        return {}
+
+    def confined(self, free: Params) -> Params:
+        """Return free parameters of the same distribution from which gradients can lead on."""
+        return free
+
+    def parameters(self, output: Tensor, free: Params) -> Dist:
+        """Return the distribution's parameters.
+
+        Args:
+            output: of the network, [..., samples, size].
+            free: see `free`; [...] each.
+
+        Returns:
+            by default {"output": output}.
+        """
+        return {"output": output}
+
+    def noise(self, rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
+        """Draw the noise that `sample` needs.
+
+        By default uniform in (0, 1), [*shape, action_size].
+        """
+        drawn = rng.random((*shape, self.action_size), dtype=np.float32)
+        return drawn.clip(0.5 * _EPS, 1.0 - 0.5 * _EPS)
+
+    @abstractmethod
+    def sample(self, dist: Dist, noise: Tensor) -> Tensor:
+        """Return the actions [..., action_size] of noise."""
+
+    @abstractmethod
+    def mode(self, dist: Dist) -> Tensor:
+        """Return the most likely actions, [..., action_size]."""
+
+    @abstractmethod
+    def log_prob(self, dist: Dist, action: Tensor) -> Tensor:
+        """Return the log-density of actions, summed over their components, [...]."""
+
+    @abstractmethod
+    def entropy(self, dist: Dist) -> Tensor:
+        """Return the entropy in nats, [...]."""
+
+    @abstractmethod
+    def kl(self, old: Dist, new: Dist) -> Tensor:
+        """Return KL(old || new), [...]."""
+
+    def fisher(self, dist: Dist, tangent: Dist) -> Dist:
+        """Return F t: the Fisher metric of the distribution's parameters, applied to a tangent.
+
+        F is the Hessian of KL(dist || .) at dist (Schulman et al. 2015, appendix C,
+        arXiv:1502.05477).
+        """
+        with torch.enable_grad():
+            old = {name: x.detach() for name, x in dist.items()}
+            new = {name: x.clone().requires_grad_() for name, x in old.items()}
+            leaves = list(new.values())
+            slope = torch.autograd.grad(self.kl(old, new).sum(), leaves, create_graph=True)
+            along = sum((g * tangent[n].detach()).sum() for g, n in zip(slope, new, strict=True))
+            assert isinstance(along, Tensor)
+            product = torch.autograd.grad(along, leaves, materialize_grads=True)
+        return dict(zip(new, product, strict=True))
+
+    def std(self, free: Params) -> float:
+        """Return the mean standard deviation of the actions, NaN if it depends on observations."""
+        return math.nan
+
+    def exact(self, dist: Dist) -> Tensor | None:
+        """Return where the rounding of actions does not matter to their density, [...]; None: all.
+
+        The check of densities at the start of a run leaves the others out.
+        """
+        return None
