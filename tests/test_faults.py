@@ -36,6 +36,7 @@ from metarl.runs.checkpoints import CheckpointError, checkpoints_of
 from metarl.runs.files import write_atomically
 from metarl.runs.folder import RunError
 from metarl.runs.metrics import read_metrics
+from metarl.training.callbacks import Iteration
 from metarl.training.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -505,8 +506,8 @@ def test_odd_tensors_are_refused_by_name(tmp_path, whole, change, names):
 def test_a_run_whose_folder_disappears_is_stopped(tmp_path, whole, fault):
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
 
-    def break_it(row: dict) -> None:
-        if row["iteration"] > 1:  # files are written behind: it is told an iteration later
+    def break_it(iteration: Iteration) -> None:
+        if iteration.number > 1:  # files are written behind: it is told an iteration later
             return
         if fault == "deleted":
             while folder.exists():  # files are being written into it
@@ -517,7 +518,7 @@ def test_a_run_whose_folder_disappears_is_stopped(tmp_path, whole, fault):
             shutil.copytree(whole, folder)
 
     with refused(folder, "--resume", error=RunError):
-        train(replace(TINY, iterations=3), folder, progress=break_it)
+        train(replace(TINY, iterations=3), folder, callbacks=[break_it])
     if fault == "replaced":
         assert same_runs(whole, folder)
     if fault != "deleted":
@@ -541,11 +542,11 @@ def test_a_second_process_on_a_folder_is_refused(tmp_path, whole, resume):
     ours, theirs = os.pipe()
 
     def work() -> None:
-        def wait(row: dict) -> None:
+        def wait(iteration: Iteration) -> None:
             os.write(theirs, b"x")  # holds the folder; waits until the other was refused
             os.read(held, 1)
 
-        train(replace(TINY, iterations=3), folder, resume=resume, progress=wait)
+        train(replace(TINY, iterations=3), folder, resume=resume, callbacks=[wait])
 
     held, go = os.pipe()
     child = os.fork()
