@@ -58,10 +58,10 @@ def transferred(
     there, here = (_function(c.policy.options()) for c in (before, config))
     for option in {**there, **here}:
         if there.get(option) != here.get(option):
-            raise UserError(
-                f"init {name} has policy.{option} {_words(there, option)}, and this run"
-                f" {_words(here, option)}: give the run the same"
-            )
+            wanted, flag = _words(there, option), option.replace("_", "-")
+            differs = f"init {name} has policy.{option} {wanted}, and this run"
+            differs = f"{differs} {_words(here, option)}: give the run the same"
+            raise UserError(differs, f"{differs}, as by --policy.{flag} {wanted}")
     found = dict(meta)
     for key, value in meta.items():
         given = policy.params.get(key)
