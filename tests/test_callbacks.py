@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -189,6 +191,36 @@ def test_a_curriculum_resumes_bit_for_bit(tmp_path):
     again = Curriculum()
     train(config, tmp_path / "parts", resume=True, start=0, callbacks=[again])
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("hook", ["update", "saved"])
+def test_a_curriculum_that_is_killed_resumes_bit_for_bit(tmp_path, hook):
+    class Dying(Curriculum):
+        name = "Curriculum"
+
+        def update(self, iteration: Iteration) -> None:
+            super().update(iteration)
+            self.die("update", iteration)
+
+        def saved(self, iteration: Iteration) -> None:
+            self.die("saved", iteration)
+
+        def die(self, place: str, iteration: Iteration) -> None:
+            if (place, iteration.number) == (hook, 2):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    config = small(iterations=4)
+    child = os.fork()
+    if not child:
+        train(config, tmp_path / "parts", callbacks=[Dying()])
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert load(tmp_path / "parts").provenance["iteration"] == (1 if hook == "update" else 2)
+    train(config, tmp_path / "parts", resume=True, callbacks=[Curriculum()])
+    train(config, tmp_path / "whole", callbacks=[Curriculum()])
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+    assert same_params(load(tmp_path / "whole"), load(tmp_path / "parts"))
 
 
 def test_a_missing_callback_is_named(tmp_path, capsys):

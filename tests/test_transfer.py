@@ -62,10 +62,14 @@ def test_a_resumed_run_does_not_read_its_origin_again(tmp_path, parent):
         train(small(), tmp_path / "parts", init=policy, resume=True)
     with refused("init", "other", policy, error=RunError):
         train(small(), tmp_path / "parts", init="other", resume="auto")
+    with refused("init", error=RunError):
+        train(small(), tmp_path / "parts", init=load(tmp_path / "parts"), resume="auto")
     meta = train(small(), tmp_path / "parts", init=policy, resume="auto")
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
     assert meta.config == load(tmp_path / "whole").config
-    train(small(iterations=5), tmp_path / "parts", resume=True)
+    same = load(tmp_path / "parts" / "checkpoints" / "000000.safetensors")
+    train(small(iterations=5), tmp_path / "parts", init=same, resume="auto")
+    train(small(iterations=6), tmp_path / "parts", resume=True)
     with refused("none-such", error=CheckpointError):
         train(small(), tmp_path / "new", init="none-such", resume="auto")
     assert not (tmp_path / "new").exists()

@@ -21,6 +21,7 @@ from metarl.distributed.process_group import ALONE, ProcessGroup
 from metarl.envs import guard
 from metarl.envs.errors import UserError, kind_of
 from metarl.envs.registry import SUCH_AS
+from metarl.envs.tasks import Tasks
 from metarl.models.settings import own_settings
 from metarl.policies.loading import load
 from metarl.policies.meta_policy import MetaPolicy
@@ -184,39 +185,49 @@ class _Loop:
         self, display: Callable[[dict[str, Any]], object] | None, stop: Callable[[], bool]
     ) -> None:
         """Iterate to the end of the run, or until it is stopped."""
-        trainer, recorder, callbacks = self.trainer, self.recorder, self.callbacks
-        process_group, state = trainer.process_group, trainer.state
-        watched, proposed = process_group.from_main((bool(callbacks), callbacks.proposes))
-        while state.iteration < trainer.config.iterations and not process_group.any(
-            stop() or bool(self.seen.stopped)
-        ):
+        process_group, state = self.trainer.process_group, self.trainer.state
+        total = self.trainer.config.iterations
+        watched, proposed = process_group.from_main((bool(self.callbacks), self.callbacks.proposes))
+        ends = lambda: process_group.any(stop() or bool(self.seen.stopped))  # noqa: E731
+        while state.iteration < total and not ends():
             with process_group.errors_shared():
                 tasks = self._proposed_tasks() if proposed else None
-                rollouts: list[Rollout] = []
-                with guard.restored():
-                    row = trainer.iterate(rollouts.extend if watched else None, tasks=tasks)
-                if state.skipped_in_a_row >= SKIPPED_LIMIT:
-                    raise RunError(
-                        f"{SKIPPED_LIMIT} updates in a row were skipped; the last because"
-                        f" {row['skipped']}. The last good checkpoint is in {self.folder}"
-                    )
-                iteration = self._iteration(row, rollouts) if watched else None
-                if recorder is None:
-                    continue
-                if iteration is not None:
-                    callbacks.update(iteration)
-                    state.callbacks = callbacks.states()
-                recorder.record(row, state)
-                if display is not None:
-                    display(copy.deepcopy(row))
-                if iteration is not None and callbacks.wait:
-                    recorder.wait()
-                    callbacks.saved(iteration)
+                self._iterate(tasks, display, watched=watched)
         with process_group.errors_shared():
-            if recorder is not None:
-                recorder.wait()
+            if self.recorder is not None:
+                self.recorder.wait()
 
-    def _proposed_tasks(self) -> Any:
+    def _iterate(
+        self,
+        tasks: Tasks | None,
+        display: Callable[[dict[str, Any]], object] | None,
+        *,
+        watched: bool,
+    ) -> None:
+        """Run an iteration, save it, and tell the callbacks."""
+        trainer, recorder, state = self.trainer, self.recorder, self.trainer.state
+        rollouts: list[Rollout] = []
+        with guard.restored():
+            row = trainer.iterate(rollouts.extend if watched else None, tasks=tasks)
+        if state.skipped_in_a_row >= SKIPPED_LIMIT:
+            raise RunError(
+                f"{SKIPPED_LIMIT} updates in a row were skipped; the last because"
+                f" {row['skipped']}. The last good checkpoint is in {self.folder}"
+            )
+        iteration = self._iteration(row, rollouts) if watched else None
+        if recorder is None:
+            return
+        if iteration is not None:
+            self.callbacks.update(iteration)
+            state.callbacks = self.callbacks.states()
+        recorder.record(row, state)
+        if display is not None:
+            display(copy.deepcopy(row))
+        if iteration is not None and self.callbacks.wait:
+            recorder.wait()
+            self.callbacks.saved(iteration)
+
+    def _proposed_tasks(self) -> Tasks | None:
         """Return the tasks that a callback of rank 0 proposes for the next iteration."""
         trainer = self.trainer
         config, group = trainer.config, trainer.process_group
@@ -273,10 +284,12 @@ def _check_arguments(config: Any, resume: Any, start: int | None, init: Any) -> 
 def _recorded_origin(folder: Path, init: Any) -> dict[str, Any]:
     """Return the origin of a run to continue; RunError if it is not the given one."""
     found = dict(run_config(folder).origin)
-    if init is not None and not isinstance(init, MetaPolicy) and found.get("policy") != str(init):
+    is_policy = isinstance(init, MetaPolicy)
+    given, kept = (init.digest, "sha256") if is_policy else (str(init), "policy")
+    if init is not None and found.get(kept) != given:
         raise RunError(
-            f"{folder} started from {found.get('policy', 'random parameters')}, not from init"
-            f" {init}; start a new run"
+            f"{folder} started from {found.get(kept, 'random parameters')}, not from init {given};"
+            " start a new run"
         )
     return found
 
