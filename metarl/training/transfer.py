@@ -12,7 +12,7 @@ from metarl.models.networks import Params, copied
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.runs.fingerprint import Fingerprint, sizes_changed
 
-_NOT_OF_THE_FUNCTION = ("output_scale", "initial_std", "min_std")
+_NOT_OF_THE_FUNCTION = ("policy.output_scale", "policy.initial_std", "policy.min_std")
 """Options of the network that only its start, or a bound, depends on."""
 
 
@@ -55,13 +55,13 @@ def transferred(
             f"init {name} is of {before.domain.name} learning, and {config.family} is of"
             f" {config.domain.name} learning"
         )
-    there, here = (_function(c.policy.options()) for c in (before, config))
+    there, here = (_function(c.options()) for c in (before, config))
     for option in {**there, **here}:
         if there.get(option) != here.get(option):
             wanted, flag = _words(there, option), option.replace("_", "-")
-            differs = f"init {name} has policy.{option} {wanted}, and this run"
-            differs = f"{differs} {_words(here, option)}: give the run the same"
-            raise UserError(differs, f"{differs}, as by --policy.{flag} {wanted}")
+            differs = f"init {name} has {option} {wanted}, and this run {_words(here, option)}"
+            same = f"{differs}: give the run the same"
+            raise UserError(same, f"{same}, as by --{flag} {wanted}")
     found = dict(meta)
     for key, value in meta.items():
         given = policy.params.get(key)
@@ -80,7 +80,9 @@ def transferred(
 
 
 def _function(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in options.items() if k not in _NOT_OF_THE_FUNCTION}
+    """Return the options that decide what the policy computes."""
+    policy = {k: v for k, v in options.items() if k.startswith("policy.")}
+    return {k: v for k, v in policy.items() if k not in _NOT_OF_THE_FUNCTION}
 
 
 def _words(options: Mapping[str, Any], name: str) -> str:
