@@ -16,7 +16,7 @@ import torch
 from conftest import same_params, timeless
 from expecting import mentions, refused, run
 
-from metarl import Callback, EarlyStopping, KeepBest, load, resolve, train
+from metarl import Callback, EarlyStopping, KeepBest, evaluate, load, resolve, train
 from metarl.config.options import Config
 from metarl.runs import checkpoints
 from metarl.runs import recorder as recording
@@ -167,12 +167,18 @@ def test_a_callback_does_not_change_a_run(tmp_path):
         for value in iteration.meta_policy().params.values():
             value.zero_()
 
+    def measure(iteration: Iteration) -> None:
+        evaluate(iteration.meta_policy(), tasks=2, episodes=2, steps=1)
+        iteration.meta_policy().adapt([0.1, 0.2], episodes=2)
+        torch.manual_seed(0)
+        torch.set_num_threads(2)
+
     class Same(Callback):
         def tasks(self, rng, count, family):
             return family.tasks.sample(rng, count)
 
     train(small(), tmp_path / "without")
-    for name, callback in (("spoiled", spoil), ("same", Same())):
+    for name, callback in (("spoiled", spoil), ("same", Same()), ("measured", measure)):
         train(small(), tmp_path / name, callbacks=[callback])
         assert timeless(tmp_path / name) == timeless(tmp_path / "without")
 
@@ -427,8 +433,9 @@ def test_the_command_takes_callbacks_by_name(tmp_path, capsys):
     assert run("train", "--resume", folder, "--iterations", "3", *callbacks) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["options"]
     capsys.readouterr()
-    assert run("train", "navigation-2d", "--callback", "test_callbacks:Curricula", *FLAGS) == 2
-    assert mentions(capsys.readouterr().err, "Curricula", "Curriculum")
+    for name in ("Curricula", "Proposing"):  # unknown; needs an argument
+        assert run("train", "navigation-2d", "--callback", f"test_callbacks:{name}", *FLAGS) == 2
+        assert mentions(capsys.readouterr().err, name)
 
 
 class Impatient(EarlyStopping):

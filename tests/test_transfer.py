@@ -140,6 +140,13 @@ def test_the_command_starts_from_a_shipped_policy(tmp_path, capsys):
     assert load(out).provenance["iteration"] == 2
 
 
+def test_the_config_of_a_started_run_gives_a_run_of_its_own(tmp_path, parent):
+    started = train(config(), tmp_path / "run", init=parent)
+    assert not train(started.config, tmp_path / "new").config.origin
+    assert not all(torch.equal(p, start_of(tmp_path / "run")[n])
+                   for n, p in start_of(tmp_path / "new").items())  # fmt: skip
+
+
 def test_without_an_origin_the_config_has_none(tmp_path, parent):
     assert "origin" not in json.loads((parent / "config.json").read_text())["config"]
     assert not load(parent).config.origin

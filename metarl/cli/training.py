@@ -50,9 +50,9 @@ class Train:
     """Policy to start from: the name of a shipped one, a run folder or a policy file. Its tasks and
     settings may be others; the network must be the same."""
     callback: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Callback as module:attribute, such as metarl:EarlyStopping; may be repeated."""
+    """Callback as module:attribute, such as metarl:EarlyStopping."""
     log: Annotated[tuple[Literal["wandb", "mlflow"], ...], tyro.conf.UseAppendAction] = ()
-    """Also record metrics with Weights & Biases or MLflow; may be repeated."""
+    """Also record metrics with Weights & Biases or MLflow."""
     rank_timeout: float = LIMIT_SECONDS
     """Under torchrun: seconds after which a rank that the others wait for is considered dead."""
 

@@ -136,10 +136,16 @@ def find_callback(what: str) -> Any:
     """Return the callback that `module:attribute` names; a class is called without arguments.
 
     Raises:
-        UserError: there is none, or the module cannot be imported.
+        UserError: there is none, the module cannot be imported, or the class needs arguments.
     """
     found = import_attribute(what, "a callback")
-    return found() if isinstance(found, type) else found
+    if not isinstance(found, type):
+        return found
+    try:
+        with guard.user_code():
+            return found()
+    except TypeError as error:
+        raise UserError(f"the callback {what} cannot be made: {error}; name an object") from error
 
 
 class CallbackList:

@@ -107,12 +107,13 @@ def train(
             policy = None
             if process_group.is_main:
                 resume = not is_free(folder) if resume == "auto" else resume
+                started_from: dict[str, Any] = {}
                 if resume:
-                    config = dataclasses.replace(config, origin=_recorded_origin(folder, init))
+                    started_from = _recorded_origin(folder, init)
                 elif init is not None:
                     policy = init if isinstance(init, MetaPolicy) else load(init)
-                    name = "" if policy is init else str(init)
-                    config = dataclasses.replace(config, origin=origin(name, policy))
+                    started_from = origin("" if policy is init else str(init), policy)
+                config = dataclasses.replace(config, origin=started_from)
                 _check_folder(folder, config, bool(resume))
             config = dataclasses.replace(config, origin=process_group.from_main(config.origin))
             # Faults of the config and the family show before the folder is made.
@@ -284,9 +285,11 @@ def _check_arguments(config: Any, resume: Any, start: int | None, init: Any) -> 
 def _recorded_origin(folder: Path, init: Any) -> dict[str, Any]:
     """Return the origin of a run to continue; RunError if it is not the given one."""
     found = dict(run_config(folder).origin)
+    if init is None:
+        return found
     is_policy = isinstance(init, MetaPolicy)
     given, kept = (init.digest, "sha256") if is_policy else (str(init), "policy")
-    if init is not None and found.get(kept) != given:
+    if found.get(kept) != given:
         raise RunError(
             f"{folder} started from {found.get(kept, 'random parameters')}, not from init {given};"
             " start a new run"
