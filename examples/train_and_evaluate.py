@@ -18,13 +18,13 @@ sizes = config.inner.sizes_in_evaluation
 print(f"step sizes: {config.inner.step_sizes}; evaluated with {sizes}")
 
 
-def show(row):
-    before, after = row["return_pre"], row["return_post"]
-    print(f"iteration {row['iteration']}: return {before:.1f} before, {after:.1f} after one step")
+def show(iteration):
+    before, after = iteration.metrics["return_pre"], iteration.metrics["return_post"]
+    print(f"iteration {iteration.number}: return {before:.1f} before, {after:.1f} after one step")
 
 
 folder = Path("runs/example-navigation")
-meta_policy = metarl.train(config, folder, resume=folder.exists(), progress=show)
+meta_policy = metarl.train(config, folder, resume=folder.exists(), callbacks=[show])
 
 result = metarl.evaluate(meta_policy, tasks=10, episodes=10, steps=2)
 print(result.table())

@@ -32,14 +32,19 @@ if TYPE_CHECKING:
     from metarl.policies.policy import Policy
     from metarl.runs.checkpoints import CheckpointError
     from metarl.runs.folder import RunError
-    from metarl.training.trainer import train
+    from metarl.training.best import EarlyStopping, KeepBest
+    from metarl.training.callbacks import Callback
+    from metarl.training.run import train
 
 # What needs torch is imported when it is first asked for (PEP 562).
 _LAZY = {
     "Algorithm": "algorithms",
+    "Callback": "training.callbacks",
     "CheckpointError": "runs.checkpoints",
     "Config": "config.options",
     "Distribution": "models.distribution",
+    "EarlyStopping": "training.best",
+    "KeepBest": "training.best",
     "MetaPolicy": "policies.meta_policy",
     "Policy": "policies.policy",
     "RunError": "runs.folder",
@@ -47,14 +52,17 @@ _LAZY = {
     "load": "policies.loading",
     "load_policy": "policies.loading",
     "resolve": "config.resolve",
-    "train": "training.trainer",
+    "train": "training.run",
 }
 
 __all__ = [
     "Algorithm",
+    "Callback",
     "CheckpointError",
     "Config",
     "Distribution",
+    "EarlyStopping",
+    "KeepBest",
     "MetaPolicy",
     "Policy",
     "RunError",

@@ -18,7 +18,8 @@ from metarl.config.resolve import resolve
 from metarl.distributed.process_group import ALONE, CHUNK, ProcessGroup, joined
 from metarl.envs.errors import UserError
 from metarl.runs import recorder as recording
-from metarl.training.trainer import Trainer, train
+from metarl.training.run import train
+from metarl.training.trainer import Trainer
 
 
 def sums_and_gathers(process_group: ProcessGroup) -> None:

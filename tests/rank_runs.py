@@ -16,7 +16,7 @@ from pathlib import Path
 
 from metarl.config.resolve import resolve
 from metarl.distributed.process_group import joined
-from metarl.training.trainer import train
+from metarl.training.run import train
 
 if __name__ == "__main__":
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])

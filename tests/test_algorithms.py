@@ -784,7 +784,7 @@ def test_every_algorithm_trains_resumes_repeats_and_evaluates(tmp_path, name):
     whole = train(config(), tmp_path / "whole")
     # Interrupted: a run's schedule is that of its whole length.
     done: list[dict] = []
-    train(config(), tmp_path / "parts", progress=done.append, stop=lambda: len(done) == 2)
+    train(config(), tmp_path / "parts", callbacks=[done.append], stop=lambda: len(done) == 2)
     parts = train(config(threads=2), tmp_path / "parts", resume=True)
     assert len(done) == 2
     assert same_params(whole, parts)

@@ -25,7 +25,7 @@ from metarl.envs.registry import family_names
 from metarl.parts import Part, fixed, of_policies
 from metarl.runs.checkpoints import CheckpointError
 from metarl.runs.folder import run_config
-from metarl.training.trainer import train
+from metarl.training.run import train
 
 FAMILIES = ["navigation-2d", "sinusoid", "characters"]
 

@@ -30,6 +30,7 @@ from metarl.policies.adapted_predictor import AdaptedPredictor
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.policies.policy import Policy
 from metarl.runs.metrics import read_metrics
+from metarl.training.callbacks import Iteration
 from metarl.training.trainer import Trainer
 
 ARM = """
@@ -388,11 +389,12 @@ def whole(tmp_path_factory) -> Path:
 
 
 def test_a_callback_that_writes_to_its_metrics_changes_no_record(tmp_path, whole):
-    def spoil(row: dict[str, Any]) -> None:
+    def spoil(iteration: Iteration) -> None:
+        row = iteration.metrics
         row["returns"][:] = [0.0]
         row.update(dict.fromkeys(row, 0))
 
-    train(small(), tmp_path / "run", progress=spoil)
+    train(small(), tmp_path / "run", callbacks=[spoil])
     keys = ("iteration", "env_steps", "returns", "return_post", "kl")
     one, other = (
         [[row[key] for key in keys] for row in read_metrics(folder)]

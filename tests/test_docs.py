@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import json
 import re
 import shlex
@@ -101,8 +101,14 @@ def test_excerpts_equal_lines_of_the_example(page, code):
     assert rest in (ROOT / first.removeprefix("# ")).read_text()
 
 
+OPTIONAL = {"log_to_wandb": "wandb", "tune_with_optuna": "optuna"}
+"""Packages that examples need and the tests do not."""
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path):
+    if (package := OPTIONAL.get(path.stem)) and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
     command = [sys.executable, "-W", "error", f"examples/{path.name}"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

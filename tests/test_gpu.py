@@ -17,7 +17,8 @@ from metarl.learning.trust_region import TrustRegion
 from metarl.models.networks import Params, flatten
 from metarl.runs.metrics import read_metrics
 from metarl.sampling.rollouts import RandomKey
-from metarl.training.trainer import Trainer, train
+from metarl.training.run import train
+from metarl.training.trainer import Trainer
 
 GPU = "cuda"
 

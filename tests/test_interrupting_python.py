@@ -32,11 +32,11 @@ def press_in_iteration(monkeypatch, number: int, times: int = 1) -> None:
     """Press Ctrl-C while an iteration samples."""
     iterate = Trainer.iterate
 
-    def pressed(trainer, *arguments):
+    def pressed(trainer, *arguments, **options):
         if trainer.state.iteration == number - 1:
             for _ in range(times):
                 press()
-        return iterate(trainer, *arguments)
+        return iterate(trainer, *arguments, **options)
 
     monkeypatch.setattr(Trainer, "iterate", pressed)
 
@@ -74,7 +74,7 @@ def test_ctrl_c_before_the_first_iteration_interrupts_at_once(tmp_path):
 def test_a_callback_that_stops_ends_the_run_without_an_interrupt(tmp_path):
     rows = []
     meta = metarl.train(
-        config(), tmp_path / "run", progress=rows.append, stop=lambda: len(rows) == 2
+        config(), tmp_path / "run", callbacks=[rows.append], stop=lambda: len(rows) == 2
     )
     assert meta.provenance["iteration"] == 2
 
@@ -83,7 +83,7 @@ def test_a_handler_of_the_scripts_own_stays(tmp_path):
     seen = []
     before = signal.signal(signal.SIGINT, lambda *_: seen.append("mine"))
     try:
-        meta = metarl.train(config(iterations=2), tmp_path / "run", progress=press)
+        meta = metarl.train(config(iterations=2), tmp_path / "run", callbacks=[press])
     finally:
         signal.signal(signal.SIGINT, before)
     assert seen

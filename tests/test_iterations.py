@@ -32,7 +32,8 @@ from metarl.learning.trust_region import TrustRegion, fisher_samples
 from metarl.parts import fixed
 from metarl.sampling.seeding import stream
 from metarl.sampling.trajectories import Rollout
-from metarl.training.trainer import Trainer, schedule_change
+from metarl.training.run import schedule_change
+from metarl.training.trainer import Trainer
 
 # The table ----------------------------------------------------------------------------------------
 
@@ -457,7 +458,7 @@ def test_resuming_with_more_iterations_reports_the_changed_schedules(tmp_path, c
     # To the same end it says nothing, and is the run that was never interrupted.
     rows: list[dict] = []
     whole = train(config(4), tmp_path / "whole")
-    train(config(4), tmp_path / "parts", progress=rows.append, stop=lambda: len(rows) == 1)
+    train(config(4), tmp_path / "parts", callbacks=[rows.append], stop=lambda: len(rows) == 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parts = train(config(4), tmp_path / "parts", resume=True)

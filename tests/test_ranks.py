@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import expecting
 import pytest
 import torch
 from expecting import mentions, refused
@@ -23,7 +24,8 @@ from metarl.distributed.process_group import ALONE, CHUNK, ProcessGroup, device_
 from metarl.envs.errors import UserError
 from metarl.runs.checkpoints import load
 from metarl.runs.metrics import measured_time, read_metrics
-from metarl.training.trainer import Trainer, train
+from metarl.training.run import train
+from metarl.training.trainer import Trainer
 
 HERE = Path(__file__).parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -144,6 +146,18 @@ def test_two_ranks_and_a_resume_on_one_agree_bit_for_bit(tmp_path):
     run_alone(todo, tmp_path / "two")
     for name in todo:
         assert_same(tmp_path / "one" / name, tmp_path / "two" / name)
+
+
+def test_callbacks_do_the_same_on_two_ranks(tmp_path):
+    command = [
+        "train", "navigation-2d", "--family-options", "horizon=8", "--tasks", "5", "--episodes",
+        "2", "--threads", "1", "--iterations", "3", "--callback", "test_callbacks:Curriculum",
+        "--callback", "test_callbacks:Impatient", "--out",
+    ]  # fmt: skip
+    assert expecting.run(*command, str(tmp_path / "one")) == 0
+    run(2, "-m", "metarl", *command, str(tmp_path / "two"))
+    assert rows_of(tmp_path / "two") == 2  # the second ended both
+    assert_same(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from metarl.envs import FewShotFamily, FunctionFamily, Uniform
 from metarl.envs.registry import find_family
 from metarl.evaluation import supervised as supervised_evaluation
 from metarl.runs.metrics import read_metrics
-from metarl.training.trainer import Trainer, train
+from metarl.training.run import train
+from metarl.training.trainer import Trainer
 
 SMALL = ["--threads", "1", "--iterations", "4", "--tasks", "6"]
 CHARACTERS = {"size": 8, "classes": 40, "drawings": 8, "queries": 2, "test_queries": 3}

@@ -75,7 +75,9 @@ def test_what_watches_event_writers_sees_a_run(tmp_path, monkeypatch):
 def test_events_can_be_read_while_the_run_goes_on(tmp_path):
     lengths = []
     train(
-        small(), tmp_path / "run", progress=lambda _: lengths.append(len(scalars(tmp_path / "run")))
+        small(),
+        tmp_path / "run",
+        callbacks=[lambda _: lengths.append(len(scalars(tmp_path / "run")))],
     )
     assert lengths == [1, 2, 3]
 

@@ -31,8 +31,8 @@ from metarl.training.trainer import Trainer
 
 
 def test_a_run_leaves_metrics_events_config_and_checkpoints(tmp_path):
-    seen: list[dict] = []
-    meta = train(small(), tmp_path / "run", progress=seen.append)
+    seen: list = []
+    meta = train(small(), tmp_path / "run", callbacks=[seen.append])
     rows = read_metrics(tmp_path / "run")
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
     assert len(seen) == 4
@@ -112,8 +112,8 @@ def test_a_step_that_reaches_the_kl_is_not_rescaled(tmp_path):
 
 
 def test_a_stopped_run_has_saved_its_last_iteration(tmp_path):
-    rows: list[dict] = []
-    meta = train(small(), tmp_path / "run", progress=rows.append, stop=lambda: len(rows) == 2)
+    rows: list = []
+    meta = train(small(), tmp_path / "run", callbacks=[rows.append], stop=lambda: len(rows) == 2)
     assert meta.provenance["iteration"] == 2
     assert newest_checkpoint(tmp_path / "run").stem == "000002"
 
@@ -157,7 +157,7 @@ def test_a_folder_of_other_things_is_refused_and_stays_as_it_is(tmp_path, name, 
 def test_a_lengthened_run_that_was_stopped_continues_to_its_new_length(tmp_path):
     folder, done = tmp_path / "run", []
     train(small(iterations=1), folder)
-    stop = {"progress": done.append, "stop": lambda: len(done) == 1}
+    stop = {"callbacks": [done.append], "stop": lambda: len(done) == 1}
     train(small(iterations=4), folder, resume=True, **stop)
     assert len(read_metrics(folder)) == 2
     train(run_config(folder), folder, resume=True)
@@ -169,7 +169,7 @@ def test_a_lengthened_run_that_was_stopped_continues_to_its_new_length(tmp_path)
 def test_asking_for_fewer_iterations_than_a_run_has_keeps_its_length(tmp_path):
     folder, done, told = tmp_path / "run", [], []
     config = small(**{"outer.schedule": "cosine"})
-    train(config, folder, progress=done.append, stop=lambda: len(done) == 2)
+    train(config, folder, callbacks=[done.append], stop=lambda: len(done) == 2)
     before = (folder / "config.json").read_bytes()
     fewer = dataclasses.replace(config, iterations=1)
     train(fewer, folder, resume=True, notice=told.append)

@@ -41,7 +41,7 @@ COMMANDS = {
 """Of each command: its module, which has a class of its options and a function, and its help."""
 
 IMPORTS = {
-    "train": ("training.trainer",),
+    "train": ("training.run",),
     "evaluate": ("evaluation.evaluate", "plots.figures"),
     "adapt": ("policies.meta_policy",),
     "plot": ("plots.figures",),

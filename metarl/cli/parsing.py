@@ -135,7 +135,9 @@ def _flag(name: str, hint: Any) -> Flag:
         optional = type(None) in typing.get_args(kind)
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     if typing.get_origin(kind) is tuple:
-        several, kind = True, typing.get_args(kind)[0]
+        # A flag that is repeated takes one value each time.
+        several = tyro.conf.UseAppendAction not in _markers(hint)
+        kind = typing.get_args(kind)[0]
     choices: tuple[str, ...] = ()
     if typing.get_origin(kind) is typing.Literal:
         choices, kind = typing.get_args(kind), str

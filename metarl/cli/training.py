@@ -47,6 +47,13 @@ class Train:
     continue the run in --out if there is one, else start it, for jobs that may be restarted."""
     start: Annotated[int | None, tyro.conf.arg(name="from")] = None
     """With --resume: iteration of the checkpoint to continue from; by default the newest."""
+    init: str | None = None
+    """Policy to start from: the name of a shipped one, a run folder or a policy file. Its tasks and
+    settings may be others; the network must be the same."""
+    callback: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Callback as module:attribute, such as metarl:EarlyStopping."""
+    log: Annotated[tuple[Literal["wandb", "mlflow"], ...], tyro.conf.UseAppendAction] = ()
+    """Also record metrics with Weights & Biases or MLflow."""
     rank_timeout: float = LIMIT_SECONDS
     """Under torchrun: seconds after which a rank that the others wait for is considered dead."""
 
@@ -207,6 +214,11 @@ def train(command: Any) -> int:
     resume = None if auto else command.resume
     if resume is not None and command.out not in (None, resume):
         raise UserError(f"--resume continues in {resume}; leave --out out")
+    if resume is not None and command.init is not None:
+        raise UserError(
+            f"--init {command.init} is where a new run starts, and --resume continues {resume}:"
+            " leave one of them out"
+        )
     if resume is None and command.start is not None:
         raise UserError(f"--from {command.start} needs the run: --resume FOLDER")
     name = config.family.replace(":", "-")
@@ -220,27 +232,15 @@ def train(command: Any) -> int:
 def _train(
     command: Any, folder: Path, resume: bool | Literal["auto"], process_group: ProcessGroup
 ) -> int:
-    from tqdm import tqdm
-
-    from metarl.training import trainer
+    from metarl.training.callbacks import find_callback
+    from metarl.training.loggers import LOGGERS
+    from metarl.training.progress import ProgressBar
+    from metarl.training.run import train as train_in
 
     config = command.config
-    name = config.family.replace(":", "-")
-    bar: Any = None
-
-    def show(row: dict[str, Any]) -> None:
-        nonlocal bar
-        if bar is None:
-            first = row["iteration"] - 1
-            bar = tqdm(total=config.iterations, initial=first, unit="it", desc=name, smoothing=0.1)
-        if "returns" in row:
-            returns = [f"{r:.1f}" if r is not None else "none" for r in row["returns"]]
-            bar.set_postfix_str(f"return {' -> '.join(returns)}", False)
-        else:
-            bar.set_postfix_str(f"loss {row['loss_pre']:.3g} -> {row['loss_post']:.3g}", False)
-        if "skipped" in row:
-            bar.write(f"iteration {row['iteration']}: update skipped, {row['skipped']}")
-        bar.update()
+    callbacks = [find_callback(name) for name in command.callback]
+    callbacks += [LOGGERS[name]() for name in dict.fromkeys(command.log)]
+    bar = ProgressBar(config)
 
     def tell(line: str, show: Callable[[str], object] = say) -> None:
         if process_group.is_main:
@@ -256,11 +256,13 @@ def _train(
     signals = (signal.SIGINT, signal.SIGTERM)
     with Stop(signals, _leave, quiet=not process_group.is_main) as stop:
         try:
-            meta = trainer.train(
+            meta = train_in(
                 config,
                 folder,
                 resume=resume,
-                display=show,
+                init=command.init,
+                callbacks=callbacks,
+                display=bar,
                 stop=stop,
                 notice=note,
                 start=command.start,
@@ -268,14 +270,15 @@ def _train(
                 process_group=process_group,
             )
         finally:
-            if bar is not None:
-                bar.close()
-    done = meta.provenance["iteration"]
-    if done < config.iterations:
+            bar.close()
+    done, reason = meta.provenance["iteration"], meta.provenance.get("stopped")
+    if reason:
+        tell(f"stopped after iteration {done}: {reason}")
+    elif done < config.iterations:
         again = f"metarl train --resume {quote(str(folder))}"
         tell(f"stopped after iteration {done}; continue with: {again}")
         return 128 + (stop.signal or signal.SIGTERM)  # on another rank, if not on this one
-    if process_group.is_main and bar is None:
+    elif process_group.is_main and not bar.shown:
         tell(f"nothing to do: {folder} has its {done} iterations; give more with --iterations")
         return 0
     tell(f"done: {done} iterations, {meta.provenance['env_steps']:,} {config.domain.unit}")

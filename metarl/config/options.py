@@ -51,6 +51,8 @@ class Config:
     """Meta-learning algorithm: a name that `metarl algorithms` lists, or module:attribute of your
     own. Its parts have the options inner.*, meta.*, outer.*, advantage.* and baseline.*."""
     policy: ModelOptions = field(default_factory=PolicyOptions)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Policy that the run started from, its iteration and checksum; empty: it began at random."""
     iterations: int = 100
     """Meta-iterations in total, including those before a resume."""
     tasks: int = 40
@@ -206,6 +208,7 @@ class Config:
 
     def to_json(self) -> dict[str, Any]:
         """Return the config as plain JSON values."""
+        origin = {"origin": self.origin} if self.origin else {}
         return plain(
             {
                 "family": self.family,
@@ -214,6 +217,7 @@ class Config:
                 "algorithm": self.algorithm.source if self.is_named else self.algorithm.name,
                 "named": self.is_named,
                 **({"unnamed_parts": unnamed} if (unnamed := self._unnamed_parts()) else {}),
+                **origin,
                 "options": self.options(),
             }
         )
@@ -271,7 +275,8 @@ class Config:
         base = Config.of(
             data["family"], algorithm, data.get("family_options", {}), data.get("preset")
         )
-        return base.with_options(options)
+        config = base.with_options(options)
+        return dataclasses.replace(config, origin=data.get("origin", {}))
 
     @staticmethod
     def of(

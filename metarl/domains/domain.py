@@ -116,22 +116,30 @@ class TaskSource(ABC):
         """Tasks of this process in an iteration."""
         return self.block.stop - self.block.start
 
-    def draw_tasks(self, key: RandomKey) -> tuple[Tasks, Params]:
-        """Return this process's tasks of an iteration, and what is observed of them."""
+    def draw_tasks(self, key: RandomKey, tasks: Tasks | None = None) -> tuple[Tasks, Params]:
+        """Return this process's tasks of an iteration, and what is observed of them.
+
+        Args:
+            key: names the random stream.
+            tasks: all tasks of the iteration, [T, task_dim]; by default they are drawn.
+        """
         distribution = self.family.tasks
         draw = distribution.stratified if self.stratified else distribution.sample
-        with guard.user_code():
-            drawn = draw(key.tasks(), self.count)[self.block]
+        if tasks is None:
+            with guard.user_code():
+                tasks = draw(key.tasks(), self.count)
+        drawn = tasks[self.block]
         conditioned = self.algorithm.task_conditioned
         return drawn, {"context": scaled_tasks(self.family, drawn)} if conditioned else {}
 
     @abstractmethod
-    def open(self, key: RandomKey, baseline: Params) -> TaskSamples:
+    def open(self, key: RandomKey, baseline: Params, tasks: Tasks | None = None) -> TaskSamples:
         """Begin an iteration.
 
         Args:
             key: names its random streams.
             baseline: state of the baseline.
+            tasks: all tasks of the iteration, [T, task_dim]; by default they are drawn.
         """
 
     @abstractmethod

@@ -30,6 +30,7 @@ from metarl.envs.errors import UserError, check_one_of
 from metarl.envs.family import Family
 from metarl.envs.gymnasium.observations import flattened, is_image, structure_of
 from metarl.envs.policy_spaces import check_pixels, check_policy_spaces
+from metarl.envs.tasks import Tasks
 from metarl.learning.advantages import to_batch
 from metarl.learning.density import check_density
 from metarl.learning.inner_update import Adapter
@@ -251,8 +252,8 @@ class Environments(TaskSource):
         )
         check_memory(needed, self.family.name, local_ranks())
 
-    def open(self, key: RandomKey, baseline: Params) -> EpisodeSamples:
-        return EpisodeSamples(key, *self.draw_tasks(key), source=self, baseline=baseline)
+    def open(self, key: RandomKey, baseline: Params, tasks: Tasks | None = None) -> EpisodeSamples:
+        return EpisodeSamples(key, *self.draw_tasks(key, tasks), source=self, baseline=baseline)
 
     def chunk(self, batches: list[Samples], device: str) -> int:
         return CHUNK if device == "cpu" else self.count

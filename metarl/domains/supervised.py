@@ -27,6 +27,7 @@ from metarl.domains.domain import (
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.supervised.family import Data, SupervisedFamily
+from metarl.envs.tasks import Tasks
 from metarl.learning.inner_loop import check_finite
 from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import (
@@ -175,8 +176,8 @@ class DataSource(TaskSource):
     fixed: ClassVar[bool] = True
     family: SupervisedFamily
 
-    def open(self, key: RandomKey, baseline: Params) -> ExampleSamples:
-        return ExampleSamples(key, *self.draw_tasks(key), source=self)
+    def open(self, key: RandomKey, baseline: Params, tasks: Tasks | None = None) -> ExampleSamples:
+        return ExampleSamples(key, *self.draw_tasks(key, tasks), source=self)
 
     def chunk(self, batches: list[Samples], device: str) -> int:
         """Return so many tasks that a call costs less than its numbers, within the cache."""

@@ -30,6 +30,11 @@ _STEP = "step_size."  # prefix of learned step sizes among the meta-parameters
 FACTOR = "step_factor"  # of all step sizes, where it is fitted
 
 
+def is_step_size(name: str) -> bool:
+    """Whether a meta-parameter is a learned step size, or the fitted factor of step sizes."""
+    return name.startswith(_STEP) or name == FACTOR
+
+
 def size_at(sizes: Tensor | Sequence[float], k: int) -> Any:
     """Return the size of step k: steps beyond those given repeat the last."""
     return sizes[min(k, len(sizes) - 1)]

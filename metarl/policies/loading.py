@@ -90,7 +90,7 @@ def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
     state = {
         n.removeprefix("baseline."): t for n, t in tensors.items() if n.startswith("baseline.")
     }
-    others = ("outer.", "baseline.")
+    others = ("outer.", "baseline.", "callback.")
     params = {n.removeprefix("meta."): t for n, t in tensors.items() if not n.startswith(others)}
     counts = (k for k in ("iteration", "env_steps") if k in metadata)
     provenance: dict[str, Any] = {k: checkpoints.count_of(path, metadata, k) for k in counts}

@@ -162,13 +162,16 @@ def in_shapes(
 
 def versions() -> dict[str, str]:
     """Return the versions that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in (DISTRIBUTION, "torch", "numpy", "gymnasium", "mujoco"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    names = (DISTRIBUTION, "torch", "numpy", "gymnasium", "mujoco")
+    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+
+
+@functools.cache  # it takes a millisecond, and each checkpoint has them
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 @functools.cache

@@ -86,6 +86,11 @@ def notices(old: Fingerprint, new: Fingerprint) -> list[str]:
     return _differences(old, new, [key for key in old if key not in (*_NEEDED, *_SHOWN_NOWHERE)])
 
 
+def sizes_changed(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """Return the differences that need a network of another size."""
+    return _differences(old, new, [key for key in _NEEDED if key != "components"])
+
+
 def _differences(old: Fingerprint, new: Fingerprint, keys: Iterable[str]) -> list[str]:
     found = []
     for key in keys:

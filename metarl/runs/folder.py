@@ -14,6 +14,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from torch import Tensor
+
 from metarl.config.options import Config
 from metarl.envs.errors import UserError
 from metarl.learning.outer import OuterState
@@ -45,7 +47,10 @@ class RunError(UserError):
     """A run cannot start or go on; the message says why and what to do."""
 
 
-_TENSORS = ("params", "outer", "baseline")
+CallbackState = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
+"""States of callbacks by their names: values of JSON, and tensors."""
+
+_NO_COUNTERS = ("params", "outer", "baseline", "callbacks")
 
 
 @dataclass
@@ -55,6 +60,7 @@ class State:
     params: Params
     outer: OuterState
     baseline: Params = field(default_factory=dict)
+    callbacks: CallbackState = field(default_factory=dict)
     iteration: int = 0
     env_steps: int = 0
     skipped_updates: int = 0
@@ -206,10 +212,13 @@ def save_checkpoint(
     tensors = {f"meta.{name}": p for name, p in state.params.items()}
     tensors |= {f"outer.{name}": p for name, p in state.outer.items()}
     tensors |= {f"baseline.{name}": p for name, p in state.baseline.items()}
-    counters = {k: v for k, v in vars(state).items() if k not in _TENSORS}
+    for name, (_, arrays) in state.callbacks.items():
+        tensors |= {f"callback.{name}/{key}": array for key, array in arrays.items()}
+    counters = {k: v for k, v in vars(state).items() if k not in _NO_COUNTERS}
     metadata = {
         "kind": "checkpoint", "config": config.to_json(), "family": dict(family or {}),
         "versions": versions(), "machine": machine(), **counters,
+        "callbacks": {name: values for name, (values, _) in state.callbacks.items()},
     }  # fmt: skip
     checkpoints.save(checkpoint_path(folder, state.iteration), tensors, metadata)
     for before, path in checkpoints_of(folder).items():
@@ -297,13 +306,18 @@ def _load_state(
             ("meta.", like.params), ("outer.", like.outer), ("baseline.", like.baseline),
         )
     )  # fmt: skip
-    names = State.__dataclass_fields__.keys() - set(_TENSORS)
+    callbacks: CallbackState = {}
+    for name, values in metadata.get("callbacks", {}).items():
+        start = f"callback.{name}/"
+        arrays = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+        callbacks[name] = (values, arrays)
+    names = State.__dataclass_fields__.keys() - set(_NO_COUNTERS)
     counters = {name: count_of(path, metadata, name) for name in sorted(names)}
     if counters["iteration"] != int(path.stem):
         raise CheckpointError(
             f"{path} is of iteration {counters['iteration']}, which is not its name"
         )
-    return State(params, outer, baseline, **counters), metadata
+    return State(params, outer, baseline, callbacks, **counters), metadata
 
 
 def differences(old: Config, new: Config) -> list[str]:

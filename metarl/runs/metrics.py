@@ -1,14 +1,14 @@
 """What a run records: `metrics.jsonl`, and TensorBoard events derived from it.
 
-`metrics.jsonl` only grows, by a line an iteration that is on the disk before its checkpoint is. A
-resumed run cuts off what came after its checkpoint. A line that is no row of metrics is named, the
-file as it was is kept beside, and the other rows stay. Events are made anew from the rows; where
-they cannot be written, that is said once and training goes on.
+`metrics.jsonl` only grows, by one line for each iteration, which is on the disk before its
+checkpoint is. A resumed run cuts off what came after its checkpoint, so each iteration is there
+once. A line that is no row of metrics is named, the file as it was is kept beside, and the other
+rows stay. Events are written again from the rows; if that fails, it is said once and training goes
+on.
 """
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import json
 import logging
@@ -17,7 +17,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from metarl.plain_json import json_text
@@ -86,11 +85,14 @@ class MetricsLog:
         self, path: Path, content: _Content, kept: Sequence[_Line], iteration: int
     ) -> None:
         """Leave the kept rows in the file, and what else it held beside it."""
-        forgotten = len(content.rows) - len(kept)
-        if content.damage or forgotten > 1:  # one row may come before its checkpoint
+        later = sorted({line.number for line in content.rows} - {line.number for line in kept})
+        first = [line.number for line in kept] == list(range(1, len(kept) + 1))
+        if content.damage or len(later) > 1 or not first:  # one row may come before its checkpoint
             aside = set_aside(path, content.data)
             write_atomically(path, b"".join(_line(line.row) for line in kept))
-            told = content.damage or [f"{forgotten} rows come after iteration {iteration}"]
+            told = list(content.damage)
+            if later:
+                told.append(f"line {_ranges(later)} comes after iteration {iteration}")
             _log.warning("%s: %s; the file as it was is kept as %s", path, "; ".join(told), aside)
         elif content.data:
             file = GrowingFile(path)
@@ -121,17 +123,6 @@ class MetricsLog:
         """Close the files."""
         self._file.close()
         self._events.close()
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Events:
@@ -306,13 +297,15 @@ def _read(path: Path) -> _Content:
                 damage[number] = str(error) if type(error) is ValueError else "no JSON"
         else:
             rows.append(_Line(row, number, end))
-    kept = _increasing(rows)
-    numbers = {line.number for line in kept}
+    by_iteration: dict[int, _Line] = {}
     for line in rows:
-        if line.number not in numbers:
-            damage[line.number] = f"iteration {line.row['iteration']} out of order"
+        iteration = line.row["iteration"]
+        if iteration in by_iteration:
+            damage[line.number] = f"iteration {iteration} for the second time"
+        else:
+            by_iteration[iteration] = line
     texts = [f"line {number} is damaged ({why})" for number, why in sorted(damage.items())]
-    return _Content(data, kept, texts)
+    return _Content(data, [line for _, line in sorted(by_iteration.items())], texts)
 
 
 def _check(row: Any) -> None:
@@ -328,30 +321,6 @@ def _check(row: Any) -> None:
         raise ValueError("iteration and env_steps must be whole numbers")
     if row["iteration"] < 1:
         raise ValueError(f"iteration is {row['iteration']}")
-
-
-def _increasing(lines: Sequence[_Line]) -> list[_Line]:
-    """Return the most lines whose iterations increase: one wrong number costs one line.
-
-    Of two lines of one iteration the later one is right only where one is missing before it.
-    """
-    ends: list[int] = []  # of the chains of 1, 2, ... lines, the smallest last iteration
-    lasts: list[int] = []  # and the line that it is of
-    before: list[int | None] = []  # a line in the longest chain that ends with it
-    for i, line in enumerate(lines):
-        iteration = line.row["iteration"]
-        at = bisect.bisect_left(ends, iteration)
-        before.append(lasts[at - 1] if at else None)
-        after_its_own = iteration == (ends[at - 1] if at else 0) + 1
-        if ends[at : at + 1] == [iteration] and after_its_own:
-            continue
-        ends[at : at + 1], lasts[at : at + 1] = [iteration], [i]
-    kept: list[_Line] = []
-    last = lasts[-1] if lasts else None
-    while last is not None:
-        kept.append(lines[last])
-        last = before[last]
-    return kept[::-1]
 
 
 def _ranges(numbers: Sequence[int]) -> str:

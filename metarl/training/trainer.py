@@ -1,21 +1,17 @@
-"""The outer loop: sample tasks, adapt on them, improve the initialization; save, resume."""
+"""One meta-iteration: sample tasks, adapt on them, improve the initialization."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import re
-import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from shlex import quote
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,50 +20,28 @@ from metarl.distributed.chunk_pool import ChunkPool
 from metarl.distributed.process_group import ALONE, ProcessGroup, device_of
 from metarl.domains.domain import TaskSamples
 from metarl.domains.lookup import domain_of
-from metarl.envs import guard
-from metarl.envs.errors import NonFiniteError, UserError, kind_of
-from metarl.envs.registry import SUCH_AS, find_family
+from metarl.envs.errors import NonFiniteError, UserError
+from metarl.envs.registry import find_family
+from metarl.envs.tasks import Tasks
 from metarl.learning.inner_loop import Adapted, InnerLoop
 from metarl.learning.inner_update import Adapter
-from metarl.learning.meta_gradients.problem import Objective, Sampled
+from metarl.learning.meta_gradients.problem import Objective, Problem, Sampled
 from metarl.learning.outer import OuterState
 from metarl.learning.signals import inner_gradient_cosine
 from metarl.models.networks import Params, copied
 from metarl.models.policies import PolicyModel
 from metarl.models.settings import own_settings
 from metarl.policies.meta_policy import MetaPolicy
-from metarl.runs.checkpoints import checkpoints_of, versions
-from metarl.runs.files import as_path
+from metarl.runs.checkpoints import versions
 from metarl.runs.fingerprint import fingerprint
-from metarl.runs.folder import (
-    RunError,
-    State,
-    check_family,
-    check_free,
-    create_run,
-    differences,
-    is_free,
-    load_state,
-    locked,
-    plan,
-    run_config,
-    save_checkpoint,
-)
-from metarl.runs.recorder import SAVE_SECONDS, Recorder
-from metarl.runs.stopping import stop_by_ctrl_c
+from metarl.runs.folder import State
 from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.seeding import stream
 from metarl.sampling.trajectories import Rollout
 
-Callback = Callable[[dict[str, Any]], None]
-"""Takes an iteration's metrics; they are a copy."""
-
 _NO_INNER_STEP: dict[str, float] = {
     "inner_kl": math.nan, "step_size": math.nan, "inner_gradient_cosine": math.nan,
 }  # fmt: skip
-
-SKIPPED_LIMIT = 10
-"""Updates skipped in a row after which a run stops."""
 
 
 class Trainer:
@@ -87,6 +61,8 @@ class Trainer:
         self.model = self.domain.model(self.algorithm, config.policy, self.family)
         adapter = self.domain.adapter(self.algorithm, self.model)
         self.state = self._initial_state(adapter)
+        self.tasks: Tasks = np.empty((0, self.family.tasks.dim))
+        """Tasks of the last iteration, those of this process."""
         self._first = True
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(own_settings())
@@ -130,32 +106,32 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def iterate(self, on_rollouts: Callable[[list[Rollout]], None] | None = None) -> dict[str, Any]:
+    def iterate(
+        self,
+        on_rollouts: Callable[[list[Rollout]], None] | None = None,
+        *,
+        tasks: Tasks | None = None,
+    ) -> dict[str, Any]:
         """Run one meta-iteration and return its metrics.
 
         If a sample or a gradient is not finite, the update is skipped and counted.
 
         Args:
             on_rollouts: is given the iteration's rollouts of this process's tasks, support first.
+            tasks: all tasks of the iteration, [T, task_dim]; by default they are drawn.
         """
-        clock = IterationClock(self.process_group)
-        state, algorithm = self.state, self.algorithm
+        clock, state = IterationClock(self.process_group), self.state
         self.process_group.check_same(torch.cat([x.flatten() for x in self._carried()]))
-        samples = self.source.open(self._key(), state.baseline)
-        before = state.params
+        samples = self.source.open(self._key(), state.baseline, tasks)
         stats: dict[str, Any] = {"finite": False}
-        inner = dict(_NO_INNER_STEP)
+        before, inner = state.params, dict(_NO_INNER_STEP)
         params, outer = before, state.outer
         try:
             adapted = self._adapt(samples)
-            params = adapted.meta
             inner = self._inner_metrics(adapted)
             clock.adapted(samples.seconds)
-            problem = algorithm.meta.problem(self._sampled(adapted, samples))
-            rate = algorithm.outer.rate(self.progress)
-            params, outer, stats = algorithm.outer.step(problem, params, outer, rate)
-            # Weight decay would move them, too.
-            params = {**params, **self.inner_loop.adapter.without_gradient(adapted.meta)}
+            problem = self.algorithm.meta.problem(self._sampled(adapted, samples))
+            params, outer, stats = self._outer_step(problem, adapted.meta)
         except NonFiniteError as error:
             stats["skipped"] = str(error)
         count = self.process_group.total(samples.count)
@@ -164,6 +140,7 @@ class Trainer:
         self._accept(stats, samples, params, outer)
         state.iteration += 1
         state.env_steps += count
+        self.tasks = samples.tasks
         metrics = {
             "iteration": state.iteration,
             "env_steps": state.env_steps,
@@ -199,6 +176,16 @@ class Trainer:
             self._first = False
         min_kl = getattr(inner, "min_kl", 0.0)
         return self.inner_loop.run(samples.sample, params, tasks, min_kl=min_kl, **options)
+
+    def _outer_step(
+        self, problem: Problem, meta: Params
+    ) -> tuple[Params, OuterState, dict[str, Any]]:
+        """Return new meta-parameters, the optimizer's state and statistics."""
+        optimizer = self.algorithm.outer
+        rate = optimizer.rate(self.progress)
+        params, outer, stats = optimizer.step(problem, meta, self.state.outer, rate)
+        # Weight decay would move them, too.
+        return {**params, **self.inner_loop.adapter.without_gradient(meta)}, outer, stats
 
     def _sampled(self, adapted: Adapted, samples: TaskSamples) -> Sampled:
         config, algorithm = self.config, self.algorithm
@@ -323,180 +310,3 @@ def check_device(device: str) -> None:
     number, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
     if number >= count:
         raise UserError(f"device {device!r} is not there: torch finds {count} GPU(s)")
-
-
-def schedule_change(config: Config, planned: int, iteration: int) -> str | None:
-    """Return what changes in a run's schedules if its end is another than was planned, in words.
-
-    Args:
-        config: as the run continues.
-        planned: iterations that it was to have in all.
-        iteration: how many it has had.
-
-    Returns:
-        None if nothing depends on the run's length.
-    """
-    total = config.iterations
-    parts = [part.change(planned, total, iteration) for part in (config.outer, config.meta)]
-    found = "; ".join(filter(None, parts))
-    return f"{total} iterations instead of {planned}: {found}" if found else None
-
-
-@own_settings()
-def train(
-    config: Config,
-    out: str | Path,
-    *,
-    resume: bool | Literal["auto"] = False,
-    progress: Callback | None = None,
-    display: Callback | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    start: int | None = None,
-    notice: Callable[[str], object] = warnings.warn,
-    started: Callable[[], object] = lambda: None,
-    process_group: ProcessGroup = ALONE,
-) -> MetaPolicy:
-    """Train in a run folder and return the meta-policy.
-
-    Args:
-        config: what to train; `iterations` is the total, also of a resumed run.
-        out: the run folder; a new one, or with `resume` the one to continue.
-        resume: go on from a checkpoint; "auto": where there is a run, and else begin one.
-        progress: is given each iteration's metrics, on rank 0, once they and the checkpoint are
-            saved. The next iteration waits for that.
-        display: is given the same before they are saved, while the run goes on: for a progress bar.
-        stop: asked after each iteration. The run ends once that is saved. Ctrl-C does the same, and
-            then raises KeyboardInterrupt; a second Ctrl-C raises it at once.
-        start: with `resume`, the checkpoint's iteration; by default the newest.
-        notice: is given a line where a resumed run's new length changes its schedules.
-        started: is called once nothing is wrong with the config, the family and the folder.
-        process_group: processes that share the tasks. Only rank 0 reads and writes the folder.
-
-    Raises:
-        RunError: the folder exists, is in use, is not a run or was moved; or ten updates in a row
-            were skipped.
-        CheckpointError: the checkpoint to resume from cannot be used.
-        UserError: the config or the family is at fault.
-        OSError: a file cannot be written; what was saved before is whole.
-        ProcessGroupError: another rank was lost.
-        KeyboardInterrupt: Ctrl-C was pressed; the iteration is saved, and `resume` continues.
-    """
-    if not isinstance(config, Config):
-        raise UserError(
-            f"train takes a Config, which metarl.resolve makes, got {kind_of(config)}; a family is"
-            f" given to resolve by its name, {SUCH_AS}"
-        )
-    if resume not in (True, False, "auto"):
-        raise UserError(f"resume must be True, False or 'auto', got {resume!r}")
-    if start is not None and not resume:
-        raise UserError(f"start {start} is of a run that goes on: give resume=True")
-    folder = as_path("out", out)
-    with contextlib.ExitStack() as stack:
-        recorder = None
-        with process_group.errors_shared():
-            if process_group.is_main:
-                resume = not is_free(folder) if resume == "auto" else resume
-                _check_folder(folder, config, bool(resume))
-            # Faults of the config and the family show before the folder is made.
-            trainer = stack.enter_context(Trainer(config, process_group))
-            if process_group.is_main:
-                opened = _continued(folder, trainer, start, notice) if resume else None
-                check = stack.enter_context(opened or _begun(folder, trainer))
-                between = SAVE_SECONDS if trainer.source.fixed else 0.0
-                # It writes while user code has a current folder of its own.
-                there = folder.absolute()
-                recorder = Recorder(
-                    there, config, trainer.state, check, between, trainer.fingerprint
-                )
-                stack.enter_context(recorder)
-            trainer.state = process_group.from_main(trainer.state)
-        started()
-        try:
-            with stop_by_ctrl_c(quiet=not process_group.is_main) as interrupted:
-                ends = lambda: interrupted() or stop()  # noqa: E731
-                _train(trainer, folder, recorder, progress, display, ends)
-        except OSError as error:
-            if checkpoints_of(folder):
-                error.add_note(f"then go on with: metarl train --resume {quote(str(folder))}")
-            raise
-        if process_group.any(interrupted()):
-            raise KeyboardInterrupt(f"stopped after iteration {trainer.state.iteration}")
-        return trainer.meta_policy()
-
-
-def _check_folder(folder: Path, config: Config, resume: bool) -> None:
-    """Raise RunError unless a run can begin there, or with `resume` go on."""
-    if not resume:
-        check_free(folder)
-    elif found := differences(run_config(folder, config), config):
-        raise RunError(
-            f"{folder} was trained with other options: {found[0]}; leave that option out, or start"
-            " a new run"
-        )
-
-
-@contextlib.contextmanager
-def _begun(folder: Path, trainer: Trainer) -> Iterator[Callable[[], None]]:
-    """Hold a new run's folder; it goes again where the run fails before anything was learned."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder) as check:
-            create_run(folder, trainer.config, trainer.fingerprint)
-            save_checkpoint(folder, trainer.config, trainer.state, trainer.fingerprint)
-            yield check
-    except Exception as error:
-        # Nothing was learned that could be continued; another process may have been first.
-        if not trainer.state.iteration and not isinstance(error, RunError):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def _continued(
-    folder: Path, trainer: Trainer, start: int | None, notice: Callable[[str], object]
-) -> Iterator[Callable[[], None]]:
-    """Hold the folder of a run that goes on, and give the trainer its state."""
-    config = trainer.config
-    with locked(folder) as check:
-        planned = run_config(folder, config).iterations
-        check_family(folder, config, trainer.fingerprint)
-        trainer.state = load_state(folder, config, trainer.state, start, trainer.fingerprint)
-        iteration = trainer.state.iteration
-        if not iteration:  # it may have been killed before its first checkpoint
-            save_checkpoint(folder, config, trainer.state, trainer.fingerprint)
-        if iteration < config.iterations != planned:
-            change = schedule_change(config, planned, iteration)
-            if change is not None:
-                notice(change)
-            plan(folder, config)
-        yield check
-
-
-def _train(
-    trainer: Trainer,
-    folder: Path,
-    recorder: Recorder | None,
-    progress: Callback | None,
-    display: Callback | None,
-    stop: Callable[[], bool],
-) -> None:
-    process_group, state = trainer.process_group, trainer.state
-    while state.iteration < trainer.config.iterations and not process_group.any(stop()):
-        with process_group.errors_shared():
-            with guard.restored():
-                row = trainer.iterate()
-            if state.skipped_in_a_row >= SKIPPED_LIMIT:
-                raise RunError(
-                    f"{SKIPPED_LIMIT} updates in a row were skipped; the last because"
-                    f" {row['skipped']}. The last good checkpoint is in {folder}"
-                )
-            if recorder is not None:
-                recorder.record(row, state)
-                if display is not None:
-                    display(copy.deepcopy(row))
-                if progress is not None:
-                    recorder.wait()
-                    progress(copy.deepcopy(row))
-    with process_group.errors_shared():
-        if recorder is not None:
-            recorder.wait()

@@ -1,0 +1,354 @@
+"""A run: trains in a folder, iteration after iteration, and continues there."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from shlex import quote
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from metarl.config.options import Config
+from metarl.distributed.process_group import ALONE, ProcessGroup
+from metarl.envs import guard
+from metarl.envs.errors import UserError, kind_of
+from metarl.envs.registry import SUCH_AS
+from metarl.envs.tasks import Tasks
+from metarl.models.settings import own_settings
+from metarl.policies.loading import load
+from metarl.policies.meta_policy import MetaPolicy
+from metarl.runs.checkpoints import checkpoints_of
+from metarl.runs.files import as_path
+from metarl.runs.folder import (
+    RunError,
+    check_family,
+    check_free,
+    create_run,
+    differences,
+    is_free,
+    load_state,
+    locked,
+    plan,
+    run_config,
+    save_checkpoint,
+)
+from metarl.runs.recorder import SAVE_SECONDS, Recorder
+from metarl.runs.stopping import stop_by_ctrl_c
+from metarl.sampling.trajectories import Rollout
+from metarl.training.callbacks import Callback, CallbackList, Iteration, Run
+from metarl.training.progress import ProgressBar
+from metarl.training.trainer import Trainer
+from metarl.training.transfer import origin, transferred
+
+SKIPPED_LIMIT = 10
+"""Updates skipped in a row after which a run stops."""
+
+
+@own_settings()
+def train(
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool | Literal["auto"] = False,
+    init: MetaPolicy | str | Path | None = None,
+    callbacks: Sequence[Callback | Callable[[Iteration], object]] = (),
+    display: bool | Callable[[dict[str, Any]], object] = False,
+    stop: Callable[[], bool] = lambda: False,
+    start: int | None = None,
+    notice: Callable[[str], object] = warnings.warn,
+    started: Callable[[], object] = lambda: None,
+    process_group: ProcessGroup = ALONE,
+) -> MetaPolicy:
+    """Train in a run folder and return the meta-policy.
+
+    Args:
+        config: what to train; `iterations` is the total, also of a resumed run.
+        out: the run folder; a new one, or with `resume` the one to continue.
+        resume: continue from a checkpoint; "auto": continue if there is a run, else begin one.
+        init: policy to start from, or what `metarl.load` takes. A run that is continued does not
+            read it again.
+        callbacks: see `metarl.Callback`; or functions of an `Iteration`, called once it is saved.
+        display: is given each iteration's metrics on rank 0, before they are saved; True shows a
+            progress bar.
+        stop: asked after each iteration. The run ends once that is saved. Ctrl-C does the same, and
+            then raises KeyboardInterrupt; a second Ctrl-C raises it at once.
+        start: with `resume`, the checkpoint's iteration; by default the newest.
+        notice: is given a line if a resumed run's new length changes its schedules, or if
+            parameters of `init` are not used.
+        started: is called once nothing is wrong with the config, the family and the folder.
+        process_group: processes that share the tasks. Only rank 0 reads and writes the folder.
+
+    Returns:
+        the meta-policy; `provenance["stopped"]` is the reason if a callback ended the run.
+
+    Raises:
+        RunError: the folder exists, is in use, is not a run or was moved; a callback of the run is
+            missing; or ten updates in a row were skipped.
+        CheckpointError: the checkpoint to resume from cannot be used.
+        UserError: the config, the family, a callback or the policy to start from is at fault.
+        OSError: a file cannot be written; what was saved before is whole.
+        ProcessGroupError: another rank was lost.
+        KeyboardInterrupt: Ctrl-C was pressed; the iteration is saved, and `resume` continues.
+    """
+    _check_arguments(config, resume, start, init)
+    folder = as_path("out", out)
+    watchers = CallbackList(callbacks)
+    with contextlib.ExitStack() as stack:
+        recorder = None
+        with process_group.errors_shared():
+            policy = None
+            if process_group.is_main:
+                resume = not is_free(folder) if resume == "auto" else resume
+                started_from: dict[str, Any] = {}
+                if resume:
+                    started_from = _recorded_origin(folder, config, init)
+                elif init is not None:
+                    policy = init if isinstance(init, MetaPolicy) else load(init)
+                    started_from = origin("" if policy is init else str(init), policy)
+                config = dataclasses.replace(config, origin=started_from)
+                _check_folder(folder, config, bool(resume))
+            config = dataclasses.replace(config, origin=process_group.from_main(config.origin))
+            # Faults of the config and the family show before the folder is made.
+            trainer = stack.enter_context(Trainer(config, process_group))
+            if process_group.is_main:
+                if policy is not None:
+                    _start_from(policy, trainer, notice)
+                opened = _continued(folder, trainer, start, notice) if resume else None
+                check = stack.enter_context(opened or _begun(folder, trainer))
+                watchers.load(folder, trainer.state.callbacks)
+                between = SAVE_SECONDS if trainer.source.fixed else 0.0
+                # It writes while user code has a current folder of its own.
+                there = folder.absolute()
+                recorder = Recorder(
+                    there, config, trainer.state, check, between, trainer.fingerprint
+                )
+                stack.enter_context(recorder)
+            trainer.state = process_group.from_main(trainer.state)
+        started()
+        loop = _Loop(trainer, folder, recorder, watchers)
+        stack.push(loop.close)
+        if display is True:
+            display = bar = ProgressBar(config)
+            stack.callback(bar.close)
+        try:
+            with stop_by_ctrl_c(quiet=not process_group.is_main) as interrupted:
+                loop.start()
+                loop.run(display or None, lambda: interrupted() or stop())
+        except OSError as error:
+            if checkpoints_of(folder):
+                error.add_note(f"then continue with: metarl train --resume {quote(str(folder))}")
+            raise
+        if process_group.any(interrupted()):
+            raise KeyboardInterrupt(f"stopped after iteration {trainer.state.iteration}")
+        meta, reason = trainer.meta_policy(), process_group.from_main(loop.seen.stopped)
+        if reason:
+            meta = dataclasses.replace(meta, provenance={**meta.provenance, "stopped": reason})
+        return meta
+
+
+class _Loop:
+    """The iterations of a run, with what is done between them.
+
+    Args:
+        trainer: at the iteration to continue from.
+        folder: the run's.
+        recorder: writes the folder, on rank 0.
+        callbacks: called on rank 0.
+    """
+
+    def __init__(
+        self, trainer: Trainer, folder: Path, recorder: Recorder | None, callbacks: CallbackList
+    ) -> None:
+        self.trainer, self.folder, self.recorder = trainer, folder, recorder
+        self.callbacks = callbacks
+        self.seen = Run(folder, trainer.config, trainer.family, trainer.meta_policy)
+
+    def start(self) -> None:
+        """Prepare callbacks."""
+        with self.trainer.process_group.errors_shared():
+            if self.recorder is not None:
+                self.callbacks.start(self.seen)
+
+    def close(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Let callbacks release what they hold."""
+        if self.recorder is not None:
+            self.callbacks.close(error)
+
+    def run(
+        self, display: Callable[[dict[str, Any]], object] | None, stop: Callable[[], bool]
+    ) -> None:
+        """Iterate to the end of the run, or until it is stopped."""
+        process_group, state = self.trainer.process_group, self.trainer.state
+        total = self.trainer.config.iterations
+        watched, proposed = process_group.from_main((bool(self.callbacks), self.callbacks.proposes))
+        ends = lambda: process_group.any(stop() or bool(self.seen.stopped))  # noqa: E731
+        while state.iteration < total and not ends():
+            with process_group.errors_shared():
+                tasks = self._proposed_tasks() if proposed else None
+                self._iterate(tasks, display, watched=watched)
+        with process_group.errors_shared():
+            if self.recorder is not None:
+                self.recorder.wait()
+
+    def _iterate(
+        self,
+        tasks: Tasks | None,
+        display: Callable[[dict[str, Any]], object] | None,
+        *,
+        watched: bool,
+    ) -> None:
+        """Run an iteration, save it, and tell the callbacks."""
+        trainer, recorder, state = self.trainer, self.recorder, self.trainer.state
+        rollouts: list[Rollout] = []
+        with guard.restored():
+            row = trainer.iterate(rollouts.extend if watched else None, tasks=tasks)
+        if state.skipped_in_a_row >= SKIPPED_LIMIT:
+            raise RunError(
+                f"{SKIPPED_LIMIT} updates in a row were skipped; the last because"
+                f" {row['skipped']}. The last good checkpoint is in {self.folder}"
+            )
+        iteration = self._iteration(row, rollouts) if watched else None
+        if recorder is None:
+            return
+        if iteration is not None:
+            self.callbacks.update(iteration)
+            state.callbacks = self.callbacks.states()
+        recorder.record(row, state)
+        if display is not None:
+            display(copy.deepcopy(row))
+        if iteration is not None and self.callbacks.wait:
+            recorder.wait()
+            self.callbacks.saved(iteration)
+
+    def _proposed_tasks(self) -> Tasks | None:
+        """Return the tasks that a callback of rank 0 proposes for the next iteration."""
+        trainer = self.trainer
+        config, group = trainer.config, trainer.process_group
+        found = None
+        if group.is_main:
+            iteration = trainer.state.iteration
+            found = self.callbacks.tasks(config.seed, iteration, config.tasks, trainer.family)
+        return group.from_main(found)
+
+    def _iteration(self, row: dict[str, Any], rollouts: list[Rollout]) -> Iteration:
+        """Return an iteration as callbacks see it, with the tasks and returns of all ranks."""
+        group = self.trainer.process_group
+        returns = [group.gather(r.mean_returns()).numpy() for r in rollouts]
+        pre, post = (returns[0], returns[-1]) if returns else (None, None)
+        if post is not None and math.isnan(row["return_post"]):  # no policy adapted
+            post = np.full_like(post, np.nan)
+        tasks = group.gather(torch.from_numpy(self.trainer.tasks)).numpy()
+        return Iteration(self.seen, row["iteration"], row, tasks, pre, post, rollouts)
+
+
+def schedule_change(config: Config, planned: int, iteration: int) -> str | None:
+    """Return what changes in a run's schedules if its end is another than was planned, in words.
+
+    Args:
+        config: as the run continues.
+        planned: iterations that it was to have in all.
+        iteration: how many it has had.
+
+    Returns:
+        None if nothing depends on the run's length.
+    """
+    total = config.iterations
+    parts = [part.change(planned, total, iteration) for part in (config.outer, config.meta)]
+    found = "; ".join(filter(None, parts))
+    return f"{total} iterations instead of {planned}: {found}" if found else None
+
+
+def _check_arguments(config: Any, resume: Any, start: int | None, init: Any) -> None:
+    if not isinstance(config, Config):
+        raise UserError(
+            f"train takes a Config, which metarl.resolve makes, got {kind_of(config)}; a family is"
+            f" given to resolve by its name, {SUCH_AS}"
+        )
+    if resume not in (True, False, "auto"):
+        raise UserError(f"resume must be True, False or 'auto', got {resume!r}")
+    if start is not None and not resume:
+        raise UserError(f"start {start} is of a run that is continued: give resume=True")
+    if init is not None and resume is True:
+        raise UserError(
+            "init is where a new run starts, and resume continues one: leave one of them out"
+        )
+
+
+def _recorded_origin(folder: Path, config: Config, init: Any) -> dict[str, Any]:
+    """Return the origin of a run to continue; RunError if it is not the given one."""
+    found = dict(run_config(folder, config).origin)
+    if init is None:
+        return found
+    is_policy = isinstance(init, MetaPolicy)
+    given, kept = (init.digest, "sha256") if is_policy else (str(init), "policy")
+    if found.get(kept) != given:
+        raise RunError(
+            f"{folder} started from {found.get(kept, 'random parameters')}, not from init {given};"
+            " start a new run"
+        )
+    return found
+
+
+def _check_folder(folder: Path, config: Config, resume: bool) -> None:
+    """Raise RunError unless a run can begin there, or with `resume` continue."""
+    if not resume:
+        check_free(folder)
+    elif found := differences(run_config(folder, config), config):
+        raise RunError(
+            f"{folder} was trained with other options: {found[0]}; leave that option out, or start"
+            " a new run"
+        )
+
+
+def _start_from(policy: MetaPolicy, trainer: Trainer, notice: Callable[[str], object]) -> None:
+    """Give a new run the meta-parameters of a policy."""
+    config, state = trainer.config, trainer.state
+    state.params, left = transferred(policy, config, state.params, trainer.fingerprint)
+    state.outer = config.outer.init(state.params)
+    if left:
+        notice(f"{config.algorithm.name} does not use these parameters of init: {', '.join(left)}")
+
+
+@contextlib.contextmanager
+def _begun(folder: Path, trainer: Trainer) -> Iterator[Callable[[], None]]:
+    """Hold a new run's folder; it is removed if the run fails before anything was learned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder) as check:
+            create_run(folder, trainer.config, trainer.fingerprint)
+            save_checkpoint(folder, trainer.config, trainer.state, trainer.fingerprint)
+            yield check
+    except Exception as error:
+        # Nothing was learned that could be continued; another process may have been first.
+        if not trainer.state.iteration and not isinstance(error, RunError):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _continued(
+    folder: Path, trainer: Trainer, start: int | None, notice: Callable[[str], object]
+) -> Iterator[Callable[[], None]]:
+    """Hold the folder of a run that is continued, and give the trainer its state."""
+    config = trainer.config
+    with locked(folder) as check:
+        planned = run_config(folder, config).iterations
+        check_family(folder, config, trainer.fingerprint)
+        trainer.state = load_state(folder, config, trainer.state, start, trainer.fingerprint)
+        iteration = trainer.state.iteration
+        if not iteration:  # it may have been killed before its first checkpoint
+            save_checkpoint(folder, config, trainer.state, trainer.fingerprint)
+        if iteration < config.iterations != planned:
+            change = schedule_change(config, planned, iteration)
+            if change is not None:
+                notice(change)
+            plan(folder, config)
+        yield check
