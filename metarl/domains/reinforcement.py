@@ -95,6 +95,14 @@ class Reinforcement(Domain):
         context = context_dim(algorithm, family.tasks.dim)
         return make_policy(options, observation.shape, action, context)
 
+    def environments(self, family: Family) -> TaskFamily:
+        assert isinstance(family, TaskFamily)
+        return family
+
+    def policy(self, model: Model) -> MLPPolicy:
+        assert isinstance(model, MLPPolicy)
+        return model
+
     def inner_loss(self, model: Model) -> Loss:
         return log_likelihood
 

@@ -154,9 +154,12 @@ class Supervised(Domain):
             return Classifier(head=algorithm.head, **common)
         return Regressor(**common)
 
-    def inner_loss(self, model: Model) -> Loss:
+    def predictor(self, model: Model) -> Predictor:
         assert isinstance(model, Predictor)
-        return model.loss
+        return model
+
+    def inner_loss(self, model: Model) -> Loss:
+        return self.predictor(model).loss
 
     def outer_loss(self, model: Model) -> Loss:
         return self.inner_loss(model)
