@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from test_evaluation import navigator
 
 from metarl import evaluate
+from metarl.algorithms import find_algorithm
 from metarl.evaluation.results import Curve, EvaluationResult
 from metarl.plots import figures as plots
 from metarl.runs.folder import create_run
@@ -67,7 +68,13 @@ def evaluated() -> EvaluationResult:
     found = evaluate(navigator(), tasks=8, episodes=2, steps=2, threads=1, name="a-long-name")
     rng = np.random.default_rng(0)
     others = {
-        name: Curve([0.1], rng.normal(-10, 3, (seeds, 8, 3)), name, list(range(seeds)))
+        name: Curve(
+            [0.1],
+            rng.normal(-10, 3, (seeds, 8, 3)),
+            name,
+            list(range(seeds)),
+            role=find_algorithm(name).role,
+        )
         for name, seeds in (("pretrained", 1), ("oracle", 1), ("reptile", 3), ("promp", 1))
     }
     return dataclasses.replace(found, references={**found.references, **others})

@@ -7,6 +7,7 @@ from metarl.evaluation.tables import as_text, tables, task_table
 EVALUATION = {
     "name": "mine",
     "algorithm": "maml-trpo",
+    "role": "meta-learner",
     "seeds": [0, 3],
     "returns": [1.0, 2.25],
     "ci95": [[0.5, 1.5], [2.0, 2.5]],
@@ -23,6 +24,7 @@ EVALUATION = {
     "references": {
         "oracle": {
             "algorithm": "oracle",
+            "role": "oracle",
             "returns": [9.0],
             "ci95": [[None, None]],
             "step_sizes": [],

@@ -163,21 +163,22 @@ def _evaluate(
     None on all ranks but rank 0.
     """
     from metarl.distributed.process_group import ALONE
-    from metarl.evaluation import evaluate as evaluation
+    from metarl.evaluation.evaluate import evaluate
+    from metarl.evaluation.groups import grouped
     from metarl.plots import figures as plots
     from metarl.runs.files import write_atomically
     from metarl.runs.metrics import show_adaptation
 
     if not what:
         raise UserError("name a run folder, a policy file or a shipped policy to evaluate")
-    groups = evaluation.grouped(what)
+    groups = grouped(what)
     (name, members), *others = groups.items()
     references = {key: list(other.values()) for key, other in others}
     seeds = list(members.values())
     process_group = process_group or ALONE
     if out is not None:
         check_place("--out", out)  # before anything is measured
-    result = evaluation.evaluate(
+    result = evaluate(
         seeds, references=references, name=name, process_group=process_group, **options
     )
     if not process_group.is_main:

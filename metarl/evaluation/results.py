@@ -6,11 +6,11 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from metarl.algorithms import algorithms
+from metarl.algorithms.algorithm import Role
 from metarl.evaluation.statistics import (
     FEWEST,
     Floats,
@@ -21,19 +21,23 @@ from metarl.evaluation.statistics import (
 from metarl.evaluation.tables import as_text, tables, task_table
 from metarl.plain_json import plain
 
-REFERENCES = (
-    "nearest-prototype",
-    *(name for name, algorithm in algorithms().items() if algorithm.reference),
-    "from-scratch",
-)
-"""Algorithms that others are measured by, in the order of the table."""
+RowRole = Literal[Role, "nearest-prototype", "from-scratch"]
+"""Role of a row of an evaluation: that of its algorithm, or of a reference without one."""
+
+ROLES: tuple[RowRole, ...] = (
+    "meta-learner", "nearest-prototype", "pretrained", "untrained", "oracle", "from-scratch",
+)  # fmt: skip
+"""In the order of the rows of a table."""
 
 
 @dataclass(frozen=True)
 class Measure:
     """What curves are of."""
 
+    key: str
+    """Name in a data frame."""
     name: str
+    """Name in tables and pictures."""
     sign: float
     """1 where more is better, -1 where less is."""
     digits: int
@@ -44,9 +48,9 @@ class Measure:
         return f"{value:{'+' if signed else ''}.{self.digits}f}"
 
 
-RETURN = Measure("return", 1.0, 1)
-ACCURACY = Measure("accuracy, %", 1.0, 1)
-SQUARED_ERROR = Measure("mean squared error", -1.0, 3)
+RETURN = Measure("return", "return", 1.0, 1)
+ACCURACY = Measure("accuracy", "accuracy, %", 1.0, 1)
+SQUARED_ERROR = Measure("loss", "mean squared error", -1.0, 3)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,17 @@ class Curve:
     """What the first tasks' adapted predictors are, [tasks, K + 1, points], of functions of a
     number."""
     measure: Measure = RETURN
+    role: RowRole = "meta-learner"
+    per_episode: Floats | None = None
+    """Return of each episode, [seeds, tasks, K + 1, episodes], NaN where it diverged; None on a
+    data set."""
+    episode_success: Floats | None = None
+    """1 for an episode in which the task is done, else 0, [seeds, tasks, K + 1, episodes]."""
+
+    @property
+    def reference(self) -> bool:
+        """Whether meta-learners are compared with it."""
+        return self.role != "meta-learner"
 
     @property
     def per_task(self) -> Floats:
@@ -124,7 +139,7 @@ class Curve:
         """Say in one sentence whether adaptation gains anything."""
         if len(self.returns) < 2:
             return "No inner step was taken."
-        if self.algorithm == "oracle":
+        if self.role == "oracle":
             return "An oracle is told its task and takes no inner step."
         mean, low, high = self.gain()
         said, gains = self.measure.number, _known(self.gains())
@@ -154,6 +169,7 @@ class Curve:
         """Return plain JSON values; a number that is not finite is null."""
         result = {
             "algorithm": self.algorithm,
+            "role": self.role,
             "seeds": self.seeds,
             "step_sizes": self.step_sizes,
             "returns": self.returns,
@@ -196,11 +212,7 @@ class EvaluationResult:
     def rows(self) -> dict[str, Curve]:
         """All curves by name: the policy, others, then what they are measured by."""
 
-        def place(name: str) -> int:
-            algorithm = self.references[name].algorithm
-            return 1 + REFERENCES.index(algorithm) if algorithm in REFERENCES else 0
-
-        names = sorted(self.references, key=place)
+        names = sorted(self.references, key=lambda name: ROLES.index(self.references[name].role))
         return {self.name: self.curve, **{name: self.references[name] for name in names}}
 
     def gap_closed(self, curve: Curve) -> list[tuple[float, float, float]] | None:
@@ -210,8 +222,8 @@ class EvaluationResult:
         random is the initialization before any step, the oracle is told its task. None without an
         oracle, or with one that earns no more than random.
         """
-        oracle = next((c for c in self.rows.values() if c.algorithm == "oracle"), None)
-        random = next((c for c in self.rows.values() if c.algorithm == "random"), None)
+        oracle = next((c for c in self.rows.values() if c.role == "oracle"), None)
+        random = next((c for c in self.rows.values() if c.role == "untrained"), None)
         if oracle is None or random is None:
             return None
         sign = curve.measure.sign
@@ -237,8 +249,8 @@ class EvaluationResult:
 
     def _worth(self, curve: Curve) -> list[str]:
         """Say what of a gain meta-training earned, by gains and returns paired by task."""
-        others = {name: c for name, c in self.rows.items() if c.algorithm in REFERENCES}
-        if len(curve.returns) < 2 or curve.algorithm in REFERENCES:
+        others = {name: c for name, c in self.rows.items() if c.reference}
+        if len(curve.returns) < 2 or curve.reference:
             return []
         said = []
         measure, gains = curve.measure, curve.gains()
@@ -246,7 +258,7 @@ class EvaluationResult:
             known = np.isfinite(gains).sum() >= FEWEST
             if not known or len(other.returns) < 2:
                 continue
-            if other.algorithm == "random":
+            if other.role == "untrained":
                 own = other.gains()
                 more = _difference(gains, own, measure)
                 earned = (
@@ -258,7 +270,7 @@ class EvaluationResult:
                     f"The random initialization gains {measure.number(np.nanmean(own))}; {earned}."
                 )
                 said.append(f"Before any step meta-training earns {curve.lead(other, 0)}.")
-            if other.algorithm == "from-scratch":
+            if other.role == "from-scratch":
                 said.append(
                     f"After one step it earns {curve.lead(other)} more than training {name}."
                 )
@@ -266,7 +278,7 @@ class EvaluationResult:
 
     def verdicts(self) -> str:
         """Say it of each policy that is no reference, a line each."""
-        said = {n: c for n, c in self.rows.items() if c.algorithm not in REFERENCES}
+        said = {n: c for n, c in self.rows.items() if not c.reference}
         if len(said) < 2:
             return self.verdict()
         return "\n".join(

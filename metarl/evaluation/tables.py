@@ -54,7 +54,7 @@ def tables(evaluation: Mapping[str, Any]) -> list[Table]:
     gaps = [
         [name, *_cells(curve["gap_closed"], curve["gap_closed_ci95"], 2)]
         for name, curve in curves.items()
-        if "gap_closed" in curve and curve["algorithm"] != "oracle"
+        if "gap_closed" in curve and curve["role"] != "oracle"
     ]
     found = [Table([evaluation.get("measure", "return"), *counts, "step sizes"], first)]
     for what, rows in (

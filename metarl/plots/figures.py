@@ -113,7 +113,7 @@ def plot_evaluation(result: EvaluationResult, path: Path) -> list[Path]:
         if len(curve.seeds) > 1:
             label += f" ({len(curve.seeds)} seeds)"
         steps = np.arange(len(curve.returns))
-        if curve.algorithm == "oracle" and len(rows) > 1:
+        if curve.role == "oracle" and len(rows) > 1:
             mean = float(np.mean(curve.returns))
             axes.axhline(mean, color="black", linestyle=style["linestyle"], label=label)
             continue
@@ -140,10 +140,6 @@ def _measured(result: EvaluationResult) -> str:
     return result.curve.measure.name
 
 
-_BESIDE = ("pretrained",)
-"""Algorithms whose functions stand beside a predictor's."""
-
-
 def plot_functions(result: EvaluationResult, path: Path) -> list[Path]:
     """Draw the first tasks' functions: true, before and after adaptation; and other predictors'.
 
@@ -153,7 +149,7 @@ def plot_functions(result: EvaluationResult, path: Path) -> list[Path]:
     if "functions" not in result.setting or not rows:
         return []
     known = {key: np.array(value) for key, value in result.setting["functions"].items()}
-    shown = {n: c for i, (n, c) in enumerate(rows.items()) if i == 0 or c.algorithm in _BESIDE}
+    shown = {n: c for i, (n, c) in enumerate(rows.items()) if i == 0 or c.role == "pretrained"}
     tasks = min(2, len(known["truth"]))
     figure = _figure(4.2 * tasks, 3.6 * len(shown))
     panels = figure.subplots(len(shown), tasks, squeeze=False, sharex=True, sharey="col")
