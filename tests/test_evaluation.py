@@ -21,9 +21,10 @@ from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import family_names, make_family
 from metarl.envs.families.navigation import NavigationFamily, NavigationVectorEnv
 from metarl.evaluation import stable_baselines
+from metarl.evaluation.curves import RETURN, SQUARED_ERROR, Curve
 from metarl.evaluation.evaluate import FACTORS
 from metarl.evaluation.groups import grouped
-from metarl.evaluation.results import SQUARED_ERROR, Curve, EvaluationResult
+from metarl.evaluation.results import EvaluationResult
 from metarl.evaluation.scratch import ScratchTrainer
 from metarl.learning.advantages import Advantages
 from metarl.models.networks import stack
@@ -289,6 +290,22 @@ def test_the_gap_closed_by_hand():
     assert EvaluationResult(own, {"random": random}).gap_closed(own) is None
     poor = curve("oracle", [[-2.0, -2.0]] * tasks)
     assert EvaluationResult(own, {"random": random, "oracle": poor}).gap_closed(own) is None
+
+
+@pytest.mark.parametrize("measure", [RETURN, SQUARED_ERROR])
+def test_the_worst_tasks_by_hand(measure):
+    scores = np.stack([np.arange(20.0), np.arange(20.0)[::-1]], axis=1)[None]
+    scores[0, 7, 0] = np.nan
+    told = Curve([0.1], scores, measure=measure).to_json()
+    worst = [0.0, 0.0] if measure is RETURN else [19.0, 19.0]
+    assert told["worst_task"] == worst
+    assert [scores[0, t, k] for k, t in enumerate(told["worst"])] == worst
+    # A tenth of 19 and of 20 tasks.
+    away = [0.9 * 1.0 / 1.9, 0.5]
+    expected = [w + a if measure is RETURN else w - a for w, a in zip(worst, away, strict=True)]
+    assert told["cvar"] == pytest.approx(expected)
+    gone = Curve([0.1], np.full((1, 3, 1), np.nan), measure=measure).to_json()
+    assert (gone["worst"], gone["worst_task"], gone["cvar"]) == ([-1], [None], [None])
 
 
 def test_seeds_give_an_interquartile_mean_over_seeds_and_tasks():

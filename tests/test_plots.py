@@ -16,7 +16,8 @@ from test_evaluation import navigator
 
 from metarl import evaluate
 from metarl.algorithms import find_algorithm
-from metarl.evaluation.results import Curve, EvaluationResult
+from metarl.evaluation.curves import Curve
+from metarl.evaluation.results import EvaluationResult
 from metarl.plots import figures as plots
 from metarl.runs.folder import create_run
 

@@ -16,7 +16,7 @@ from metarl.cli.policy_commands import film, results_folder
 from metarl.cli.streams import say
 from metarl.config.options import default_workers
 from metarl.envs.errors import UserError
-from metarl.evaluation.tables import counted
+from metarl.evaluation.tables import described
 from metarl.plain_json import json_text
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def evaluate(command: Evaluate) -> int:
     samples = f"{command.episodes} episodes of {setting.get('horizon')} steps each"
     if "support" in setting:
         samples = f"{setting['support']} examples each to adapt to"
-    say(f"{setting['family']}{options}: {counted(setting['tasks'])}, {samples}\n")
+    say(f"{setting['family']}{options}: {described(setting)}, {samples}\n")
     if command.per_task:
         say(f"{result.task_table()}\n")
     say(f"{result.table()}\n\n{result.verdicts()}")

@@ -8,31 +8,31 @@ tasks with the same random numbers: always a random initialization, others as gi
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from numpy.typing import ArrayLike
 
 from metarl.config.options import available_threads
 from metarl.config.resolve import reference_step_sizes
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.distributed.process_group import ALONE, ProcessGroup
-from metarl.envs.errors import NonFiniteError, UserError, check_one_of, check_whole
+from metarl.envs.errors import NonFiniteError, UserError
 from metarl.envs.family import Family
-from metarl.envs.tasks import TaskDistribution
+from metarl.envs.registry import find_family
+from metarl.evaluation.curves import Curve
 from metarl.evaluation.evaluator import EPISODES, Evaluator, Options, Sizes
 from metarl.evaluation.groups import START, What, references_of, seeds_of
 from metarl.evaluation.reinforcement import PolicyEvaluator
-from metarl.evaluation.results import Curve, EvaluationResult
+from metarl.evaluation.results import EvaluationResult
 from metarl.evaluation.scratch import LEARNING_RATE
-from metarl.evaluation.statistics import Floats
 from metarl.evaluation.supervised import PredictorEvaluator
+from metarl.evaluation.tasks import Split, TaskChoice
 from metarl.models.settings import own_settings
 from metarl.policies.meta_policy import MetaPolicy, checked_step_sizes, random_meta_policy
-from metarl.sampling.rollouts import RandomKey
-
-Split = Literal["test", "validation"]
+from metarl.runs.fingerprint import fingerprint
 
 EVALUATORS: Mapping[str, type[Evaluator]] = {
     "reinforcement": PolicyEvaluator,
@@ -48,7 +48,8 @@ FACTORS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 def evaluate(
     meta_policy: What | Sequence[What],
     *,
-    tasks: int = 40,
+    tasks: int | ArrayLike = 40,
+    family_options: Mapping[str, Any] | None = None,
     episodes: int = EPISODES,
     steps: int = 3,
     seed: int = 0,
@@ -76,7 +77,10 @@ def evaluate(
 
     Args:
         meta_policy: a meta-policy, or what `load` takes; or several seeds of one.
-        tasks: number of held-out tasks. If there are fewer different ones, they are repeated.
+        tasks: number of held-out tasks. If there are fewer different ones, they are repeated. Or
+            chosen tasks, [n, task_dim]; they may lie outside the tasks of training.
+        family_options: options of the family that differ from training, such as another horizon
+            or range of tasks. Observations, actions and task components must stay.
         episodes: episodes per task, for each inner step and for each measured return.
         seed: seed of the episodes, and of drawn tasks; the same for every policy.
         step_sizes: one for each step, the last repeated; by default the policy's own.
@@ -110,11 +114,9 @@ def evaluate(
     """
     members = seeds_of(meta_policy, name)
     first = members[0]
-    check_whole("tasks", tasks, 1)
     options = Options(
         episodes=episodes, steps=steps, seed=seed, deterministic=deterministic, workers=workers
     )
-    check_one_of("split", split, ("test", "validation"))
     if tune_step_sizes and split == "validation":
         raise UserError("tune_step_sizes chooses on the validation tasks: evaluate on split 'test'")
     _check_learning_rate(scratch_learning_rate, from_scratch)
@@ -123,30 +125,26 @@ def evaluate(
         "pretrained_step_sizes": pretrained_step_sizes,
     }  # fmt: skip
     sizes = _StepSizes({key: checked_step_sizes(key, value) for key, value in given.items()})
-    family = first.source
+    rows = {name: members, **references_of(references, first, name)}
+    policies = [group[0] for group in rows.values()]
+    sizes.check(policies[1:])
+    family, changes = _evaluated_family(policies, family_options)
     kind = EVALUATORS[family.domain]
     kind.require(family, options, process_group)
-    others = references_of(references, first, name)
-    _check_families(family, kind, [first, *(group[0] for group in others.values())])
-    sizes.check(others.values())
-
-    def tasks_of(part: Split) -> tuple[Floats, RandomKey]:
-        key = RandomKey(options.seed, split=part)
-        return _held_out(family.tasks, int(tasks), key, drawn), key
-
-    held_out, key = tasks_of(split)
-    count = available_threads() if threads is None else threads
+    choice = TaskChoice.of(family.tasks, tasks, seed=options.seed, drawn=drawn, split=split)
+    used, key = choice.tasks(split)
+    threads = available_threads() if threads is None else threads
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_group.errors_shared())
-        pool = stack.enter_context(ChunkPool(count, process_group))
-        evaluator = kind(family, held_out, key, options, pool)
+        pool = stack.enter_context(ChunkPool(threads, process_group))
+        evaluator = kind(family, used, key, options, pool)
         stack.callback(evaluator.close)
         if tune_step_sizes and options.steps:
-            one_step = dataclasses.replace(options, steps=1, deterministic=False)
-            sizes.tuner = kind(family, *tasks_of("validation"), one_step, pool, check=False)
+            one_step = replace(options, steps=1, deterministic=False)
+            sizes.tuner = kind(family, *choice.tasks("validation"), one_step, pool, check=False)
             stack.callback(sizes.tuner.close)
         try:
-            curves = _policies(evaluator, sizes, {name: members, **others})
+            curves = _policies(evaluator, sizes, rows)
             if from_scratch and options.steps:
                 curves |= evaluator.scratch(first, scratch_learning_rate)
             curves = evaluator.settled(curves | evaluator.own_rows())
@@ -154,11 +152,15 @@ def evaluate(
             raise UserError(f"{family.name}: {error}") from error
     setting = {
         "family": first.config.family,
-        "family_options": dict(first.config.family_options),
+        "family_options": {**first.config.family_options, **(family_options or {})},
+        "family_overrides": dict(family_options or {}),
+        "family_changes": changes,
         "preset": first.config.preset,
         "components": list(family.tasks.names),
         "units": dict(family.units),
-        "tasks": held_out.tolist(),
+        "tasks": used.tolist(),
+        "chosen": choice.chosen is not None,
+        "outside_training": (~first.source.tasks.contains(used)).tolist(),
         **evaluator.setting(),
         "seed": options.seed,
         "split": split,
@@ -178,21 +180,35 @@ def _check_learning_rate(rate: float, used: bool) -> None:
         raise UserError("scratch_learning_rate has no effect without from_scratch")
 
 
-def _check_families(family: Family, kind: type[Evaluator], policies: Sequence[MetaPolicy]) -> None:
-    """Raise UserError unless policies can be used on a family, as far as that is known."""
-    for policy in policies[1:]:
-        policy.check_family(family)
-    known = [policy for policy in policies if "actions" in policy.trained_on]
-    spaces = kind.spaces(family) if known else None
-    for policy in known:
-        policy.family_changes(family, spaces)
+def _evaluated_family(
+    policies: Sequence[MetaPolicy], overrides: Mapping[str, Any] | None
+) -> tuple[Family, list[str]]:
+    """Return the family to evaluate on, and how it differs from training, in words.
 
+    Args:
+        overrides: options that differ from training.
 
-def _held_out(tasks: TaskDistribution, n: int, key: RandomKey, drawn: bool) -> Floats:
-    """Return n tasks of the test split, or validation tasks if the key is of that split."""
-    if key.split == "validation":
-        return tasks.validation(key.tasks(), n)
-    return tasks.sample(key.tasks(), n, "test") if drawn else tasks.grid(n)
+    Raises:
+        UserError: a policy cannot be used on it.
+    """
+    given = overrides or {}
+    if not (isinstance(given, Mapping) and all(isinstance(key, str) for key in given)):
+        raise UserError(f"family_options are values by name, got {overrides!r}")
+    first = policies[0]
+    family = first.source
+    spaces_of = EVALUATORS[family.domain].spaces
+    if overrides:
+        # Files of older versions do not hold what identifies their family.
+        before = fingerprint(family, spaces_of(family))
+        policies = [replace(p, trained_on={**before, **p.trained_on}) for p in policies]
+        config = first.config
+        family = find_family(config.family, **{**config.family_options, **overrides})
+    else:
+        for policy in policies[1:]:
+            policy.check_family(family)
+    spaces = spaces_of(family) if any("actions" in p.trained_on for p in policies) else None
+    changes = [policy.family_changes(family, spaces) for policy in policies]
+    return family, changes[0]
 
 
 @dataclass
@@ -212,10 +228,10 @@ class _StepSizes:
     }
     """Arguments of `evaluate`, by the role of a reference."""
 
-    def check(self, others: Iterable[Sequence[MetaPolicy]]) -> None:
-        """Raise UserError if pretrained step sizes are given, and no policy is pretrained."""
+    def check(self, references: Iterable[MetaPolicy]) -> None:
+        """Raise UserError if pretrained step sizes are given, and no reference is pretrained."""
         key = self.arguments["pretrained"]
-        if self.given[key] and all(g[0].algorithm.role != "pretrained" for g in others):
+        if self.given[key] and all(p.algorithm.role != "pretrained" for p in references):
             raise UserError(f"{key} has no effect: no reference is a pretrained policy")
 
     def own(self, name: str, members: Sequence[MetaPolicy]) -> Sizes:
@@ -296,5 +312,5 @@ def _policies(
     if all(members[0].algorithm.role != "untrained" for members in rows.values()):
         start = random_meta_policy(own[0], evaluator.options.seed)
         curve = evaluator.curve([start], sizes.start(start))
-        curves[START] = dataclasses.replace(curve, algorithm=START, role="untrained")
+        curves[START] = replace(curve, algorithm=START, role="untrained")
     return curves

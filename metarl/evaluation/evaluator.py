@@ -13,7 +13,7 @@ from metarl.distributed.chunk_pool import ChunkPool
 from metarl.distributed.process_group import ProcessGroup
 from metarl.envs.errors import check_whole
 from metarl.envs.family import Family
-from metarl.evaluation.results import Curve, Measure
+from metarl.evaluation.curves import Curve, Measure
 from metarl.evaluation.statistics import Floats
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.policies.policy import Policy

@@ -22,8 +22,8 @@ from metarl.domains.reinforcement import PolicyOptions, spaces_of
 from metarl.envs import TaskFamily, guard
 from metarl.envs.family import Family
 from metarl.evaluation import stable_baselines
+from metarl.evaluation.curves import RETURN, Curve, Measure
 from metarl.evaluation.evaluator import EPISODES, Evaluator, OneTask, Options, Sizes
-from metarl.evaluation.results import RETURN, Curve, Measure
 from metarl.evaluation.scratch import (
     TIMES,
     ScratchTrainer,

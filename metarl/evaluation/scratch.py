@@ -17,7 +17,7 @@ from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.domains.reinforcement import PolicyOptions, make_policy, spaces_of
 from metarl.envs import TaskFamily
 from metarl.envs.errors import NonFiniteError
-from metarl.evaluation.results import Curve
+from metarl.evaluation.curves import Curve
 from metarl.evaluation.statistics import Floats
 from metarl.learning.advantages import Advantages, to_batch
 from metarl.learning.baselines import LinearFeatures

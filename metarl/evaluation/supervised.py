@@ -22,8 +22,8 @@ from metarl.domains.supervised import make_examples
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.supervised.family import FunctionFamily, SupervisedFamily
+from metarl.evaluation.curves import ACCURACY, SQUARED_ERROR, Curve, Measure, RowRole
 from metarl.evaluation.evaluator import EPISODES, Evaluator, OneTask, Options, Sizes
-from metarl.evaluation.results import ACCURACY, SQUARED_ERROR, Curve, Measure, RowRole
 from metarl.evaluation.statistics import Floats
 from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import Loss, task_losses

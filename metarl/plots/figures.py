@@ -20,7 +20,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from metarl.envs.errors import UserError, check_one_of
-from metarl.evaluation.results import ACCURACY, EvaluationResult
+from metarl.evaluation.curves import ACCURACY
+from metarl.evaluation.results import EvaluationResult
 from metarl.evaluation.statistics import Floats
 from metarl.runs.files import write_atomically
 from metarl.runs.folder import alike, group_names, run_config

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metarl.config.options import Config
-from metarl.evaluation.tables import counted, tables
+from metarl.evaluation.tables import described, tables
 from metarl.plain_json import json_text
 from metarl.plots.video import to_webm
 from metarl.runs.checkpoints import machine, versions
@@ -142,7 +142,7 @@ def _setting(evaluation: Mapping[str, Any]) -> str:
         how += " by mean actions"
     text = (
         f"{evaluation['algorithm']} on {evaluation['family']}{options}{after};"
-        f" evaluated on {counted(evaluation['tasks'])}{how} with {samples}."
+        f" evaluated on {described(evaluation)}{how} with {samples}."
         " Behind ± stands half the 95 % bootstrap interval over tasks."
     )
     return f"<p>{html.escape(text)}</p>"
