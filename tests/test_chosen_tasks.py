@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
-from expecting import mentions, refused
+from expecting import mentions, refused, run
 from test_evaluation import navigator
 
 from metarl import evaluate
@@ -114,3 +115,48 @@ def test_tasks_of_another_range_are_compared_with_the_range_of_training():
 def test_options_that_do_not_fit_the_policy_are_refused(options):
     with refused():
         evaluate("half-cheetah-vel-icml2017", tasks=2, family_options=options, **FEW)
+
+
+# From a shell --------------------------------------------------------------------------------
+
+
+def test_tasks_and_options_of_a_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    navigator().save(tmp_path / "policy.safetensors")
+    words = ["evaluate", str(tmp_path / "policy.safetensors"), "--out", str(tmp_path / "out")]
+    words += ["--episodes", "2", "--steps", "1", "--threads", "1"]
+    words += ["--task", "goal_x=0.1", "goal_y=0.2", "goal_y=3", "goal_x=2"]
+    csv = tmp_path / "all.csv"
+    assert run(*words, "--family-options", "horizon=7", "--csv", str(csv)) == 0
+    said = capsys.readouterr().out
+    assert mentions(said, 2, 1, 7)
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["tasks"] == [[0.1, 0.2], [2.0, 3.0]]
+    assert (found["horizon"], found["outside_training"]) == (7, [False, True])
+    assert len(csv.read_text().splitlines()) == 1 + 2 * 2 * 2 * 2  # rows, tasks, steps, episodes
+    # A report of it has the same tasks and options, also if it evaluates again.
+    folder = tmp_path / "runs" / "policy-evaluation"
+    (tmp_path / "out").rename(folder.parent.mkdir() or folder)
+    assert run("report", words[1], "--episodes", "3", "--no-video", "--threads", "1") == 0
+    again = json.loads((folder / "evaluation.json").read_text())
+    assert again["episodes"] == 3
+    for key in ("tasks", "horizon", "outside_training", "chosen", "family_overrides"):
+        assert again[key] == found[key]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--task", "goal_x=0.1"],
+        ["--task", "goal_x=0.1", "goal_x=0.2"],
+        ["--task", "goal_x=0.1", "goal_z=0.2"],
+        ["--task", "goal_x=0.1", "goal_y=0.2", "goal_x=1"],
+        ["--task", "goal_x=0.1", "goal_y=0.2", "--tasks", "3"],
+        ["--task", "goal_x=0.1", "goal_y=0.2", "--drawn"],
+        ["--csv", "all.json"],
+        ["--family-options", "horizo=3"],
+    ],
+)
+def test_what_does_not_fit_on_a_command_line_is_refused(words, tmp_path):
+    navigator().save(tmp_path / "policy.safetensors")
+    assert run("evaluate", str(tmp_path / "policy.safetensors"), *words) == 2

@@ -14,7 +14,7 @@ from conftest import random_batch
 from expecting import mentions, refused
 
 from metarl import evaluate
-from metarl.cli.policy_commands import results_folder
+from metarl.cli.results import results_folder
 from metarl.config.options import Config
 from metarl.config.resolve import reference_step_sizes, resolve
 from metarl.distributed.chunk_pool import ChunkPool

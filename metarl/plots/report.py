@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metarl.config.options import Config
 from metarl.evaluation.tables import described, tables
 from metarl.plain_json import json_text
 from metarl.plots.video import to_webm
@@ -51,7 +50,8 @@ def write_report(
     out: Path,
     title: str,
     *,
-    config: Config | None = None,
+    adapts: bool = True,
+    stratified: bool = False,
     run: Mapping[str, Any] | None = None,
     no_video: str = "",
 ) -> None:
@@ -61,7 +61,8 @@ def write_report(
         folder: holds `evaluation.json`, and pictures and a video where they were made.
         out: the file to write.
         title: of the page.
-        config: of the training, if it is known.
+        adapts: training takes inner steps, so that its metrics say how well.
+        stratified: training spreads its tasks evenly.
         run: content of the run's `config.json`; none for a policy that is no run.
         no_video: why there is none.
     """
@@ -69,8 +70,6 @@ def write_report(
     parts = [f"<h1>{html.escape(title)}</h1>", _setting(evaluation)]
     parts.append(f'<p class="verdict">{html.escape(evaluation["verdict"])}</p>')
     parts.append(_tables(evaluation))
-    stratified = config is not None and config.stratified
-    adapts = config is None or config.inner.steps > 0  # in training
     if adapts and (said := findings(read_metrics(folder), stratified=stratified)):
         parts.append("<h2>Is it adapting?</h2>")
         parts += [f"<p>{html.escape(sentence)}</p>" for sentence in said]
