@@ -158,6 +158,7 @@ def evaluate(
         "preset": first.config.preset,
         "components": list(family.tasks.names),
         "units": dict(family.units),
+        "unit": first.config.domain.unit,
         "tasks": used.tolist(),
         "chosen": choice.chosen is not None,
         "outside_training": (~first.source.tasks.contains(used)).tolist(),

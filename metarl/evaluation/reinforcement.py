@@ -199,6 +199,7 @@ class PolicyEvaluator(Evaluator):
             "horizon": self.family.horizon,
             "achieved_by": dict(self.family.achieved),
             "episodes": self.options.episodes,
+            "samples": f"{self.options.episodes} episodes of {self.family.horizon} steps",
         }
         if (best := self.family.optimal_return(self.all_tasks)) is not None:
             setting["optimal_returns"] = best.tolist()

@@ -249,6 +249,7 @@ class PredictorEvaluator(Evaluator):
             "measure": self.measure.name,
             "digits": self.measure.digits,
             "support": self.family.support_size,
+            "samples": f"{self.family.support_size} examples",
             "test_queries": self.family.test_queries,
         }
         if isinstance(self.family, FunctionFamily):

@@ -127,21 +127,15 @@ def _setting(evaluation: Mapping[str, Any]) -> str:
     trained = evaluation["trained"]
     after = ""
     if "env_steps" in trained:
-        steps = "examples" if "support" in evaluation else "env steps"
-        after = f" after {trained['iteration']} iterations, {trained['env_steps']:,} {steps}"
-    if "support" in evaluation:
-        samples = f"{evaluation['support']} examples to adapt to"
-    else:
-        samples = (
-            f"{evaluation['episodes']} episodes of {evaluation['horizon']} steps for each inner"
-            " step and each return"
-        )
+        count, unit = trained["env_steps"], evaluation["unit"]
+        after = f" after {trained['iteration']} iterations, {count:,} {unit}"
     how = ", drawn at random," if evaluation.get("drawn") else ""
     if evaluation.get("deterministic"):
         how += " by mean actions"
     text = (
         f"{evaluation['algorithm']} on {evaluation['family']}{options}{after};"
-        f" evaluated on {described(evaluation)}{how} with {samples}."
+        f" evaluated on {described(evaluation)}{how} with"
+        f" {evaluation['samples']} for each inner step."
         " Behind ± stands half the 95 % bootstrap interval over tasks."
     )
     return f"<p>{html.escape(text)}</p>"

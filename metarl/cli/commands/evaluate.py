@@ -119,10 +119,8 @@ def evaluate(command: Evaluate) -> int:
         return 0
     setting = result.setting
     options = "".join(f" {k}={v}" for k, v in setting["family_options"].items())
-    samples = f"{command.episodes} episodes of {setting.get('horizon')} steps each"
-    if "support" in setting:
-        samples = f"{setting['support']} examples each to adapt to"
-    say(f"{setting['family']}{options}: {described(setting)}, {samples}\n")
+    said = f"{described(setting)}; {setting['samples']} for each inner step"
+    say(f"{setting['family']}{options}: {said}\n")
     if command.per_task:
         say(f"{result.task_table()}\n")
     say(f"{result.table()}\n\n{result.verdicts()}")

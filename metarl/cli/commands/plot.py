@@ -12,7 +12,7 @@ from metarl.cli.arguments import check_file
 from metarl.cli.streams import say
 from metarl.envs.errors import UserError
 
-IMPORTS = ("metarl.plots.figures",)
+IMPORTS = ("metarl.plots.learning_curves",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Plot:
 
 def plot(command: Plot) -> int:
     """Run `metarl plot`."""
-    from metarl.plots.figures import plot_learning
+    from metarl.plots.learning_curves import plot_learning
 
     if not command.what:
         raise UserError("name a run folder to plot")

@@ -90,7 +90,7 @@ class _Earlier:
 
 def report(command: Report) -> int:
     """Run `metarl report`."""
-    from metarl.plots.figures import plot_learning
+    from metarl.plots.learning_curves import plot_learning
     from metarl.plots.report import write_report
     from metarl.policies.loading import load
     from metarl.runs.files import set_aside
