@@ -40,6 +40,13 @@ class Family:
                 f" Uniform({{'mass': (0.5, 2.0)}}), got {self.tasks!r}"
             )
 
+    def identity(self) -> dict[str, Any]:
+        """Return what tells the family from another one, besides its name and its tasks.
+
+        Values are texts, numbers or lists of them.
+        """
+        return {"kind": self.domain}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFamily(Family, ABC):
@@ -59,6 +66,9 @@ class TaskFamily(Family, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole(f"{self.name}: horizon", self.horizon, 1)
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "environments", "horizon": int(self.horizon)}
 
     @abstractmethod
     def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:

@@ -65,6 +65,21 @@ class TaskDistribution(ABC):
         low, high = self.bounds(split)
         return dict(zip(self.names, np.stack([low, high], axis=1), strict=True))
 
+    def validation(self, rng: np.random.Generator, n: int) -> Tasks:
+        """Draw n tasks to choose between policies on, [n, task_dim].
+
+        By default they are training tasks, from a random stream of their own.
+        """
+        return self.sample(rng, n)
+
+    def contains(self, tasks: Tasks) -> NDArray[np.bool_]:
+        """Return which tasks [n, task_dim] training may draw, [n].
+
+        By default those within the bounds of the training tasks.
+        """
+        low, high = self.bounds("train")
+        return np.all((tasks >= low) & (tasks <= high), axis=1)
+
     def vector(self, components: Mapping[str, float]) -> NDArray[np.float64]:
         """Return the task vector of named components.
 
@@ -213,6 +228,9 @@ class Finite(TaskDistribution):
 
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         return self._of(split).min(0), self._of(split).max(0)
+
+    def contains(self, tasks: Tasks) -> NDArray[np.bool_]:
+        return np.array([np.isclose(self._of("train"), task).all(axis=1).any() for task in tasks])
 
     def _of(self, split: Split) -> Tasks:
         check_one_of("split", split, get_args(Split))

@@ -6,7 +6,7 @@ Five iterations show how it is done, not which algorithm is better.
 from pathlib import Path
 
 import metarl
-from metarl.plots.figures import plot_learning
+from metarl.plots.learning_curves import plot_learning
 
 folders = {}
 for algorithm in ("maml-trpo", "promp"):

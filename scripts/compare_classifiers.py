@@ -19,7 +19,7 @@ import tyro
 import metarl
 from metarl.cli.errors import exit_code
 from metarl.envs.registry import parse_options
-from metarl.evaluation.results import Curve
+from metarl.evaluation.curves import Curve
 from metarl.runs.metrics import read_metrics
 
 ROWS = (

@@ -149,7 +149,7 @@ def test_documented_commands_are_accepted(command, tmp_path, monkeypatch):
 
 
 def test_every_option_that_the_text_names_exists(capsys):
-    for name in cli.COMMANDS:
+    for name in cli.commands():
         assert run(name, "--help") == 0
     for name, algorithm in algorithms().items():
         family = "navigation-2d" if algorithm.head == "meta" else "characters"

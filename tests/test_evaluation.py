@@ -14,16 +14,19 @@ from conftest import gaussian_policy, random_batch
 from expecting import mentions, refused
 
 from metarl import evaluate
-from metarl.cli.policy_commands import results_folder
+from metarl.cli.results import results_folder
 from metarl.config.options import Config
 from metarl.config.resolve import reference_step_sizes, resolve
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import family_names, make_family
 from metarl.envs.families.navigation import NavigationFamily, NavigationVectorEnv
 from metarl.evaluation import stable_baselines
-from metarl.evaluation.evaluate import FACTORS, grouped
-from metarl.evaluation.results import SQUARED_ERROR, Curve, EvaluationResult
+from metarl.evaluation.curves import RETURN, SQUARED_ERROR, Curve
+from metarl.evaluation.evaluate import FACTORS
+from metarl.evaluation.groups import grouped
+from metarl.evaluation.results import EvaluationResult
 from metarl.evaluation.scratch import ScratchTrainer
+from metarl.learning.advantages import Advantages
 from metarl.models.networks import stack
 from metarl.plots.figures import plot_evaluation
 from metarl.policies.meta_policy import MetaPolicy, random_meta_policy
@@ -241,7 +244,7 @@ def test_success_rates_are_reported_if_the_family_has_them(monkeypatch):
     assert not mentions(silent.table(), "success")
     plain = policy.family
     values = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
-    monkeypatch.setattr(MetaPolicy, "family", ReachingFamily(**values))
+    monkeypatch.setattr(MetaPolicy, "source", ReachingFamily(**values))
     policy = navigator()
     told = evaluate(policy, tasks=6, episodes=4, steps=1, threads=1)
     assert told.curve.per_task.tolist() == silent.curve.per_task.tolist()
@@ -265,8 +268,12 @@ def test_success_rates_are_reported_if_the_family_has_them(monkeypatch):
     assert ["random", f"{100 * random[0]:.1f}", f"{100 * random[1]:.1f}"] in rows
 
 
+ROLES = {"maml-trpo": "meta-learner", "random": "untrained"}
+
+
 def curve(algorithm: str, *per_seed: list[list[float]]) -> Curve:
-    return Curve([0.1], np.array(per_seed), algorithm, list(range(len(per_seed))))
+    role = ROLES.get(algorithm, algorithm)
+    return Curve([0.1], np.array(per_seed), algorithm, list(range(len(per_seed))), role=role)
 
 
 def test_the_gap_closed_by_hand():
@@ -282,6 +289,22 @@ def test_the_gap_closed_by_hand():
     assert EvaluationResult(own, {"random": random}).gap_closed(own) is None
     poor = curve("oracle", [[-2.0, -2.0]] * tasks)
     assert EvaluationResult(own, {"random": random, "oracle": poor}).gap_closed(own) is None
+
+
+@pytest.mark.parametrize("measure", [RETURN, SQUARED_ERROR])
+def test_the_worst_tasks_by_hand(measure):
+    scores = np.stack([np.arange(20.0), np.arange(20.0)[::-1]], axis=1)[None]
+    scores[0, 7, 0] = np.nan
+    told = Curve([0.1], scores, measure=measure).to_json()
+    worst = [0.0, 0.0] if measure is RETURN else [19.0, 19.0]
+    assert told["worst_task"] == worst
+    assert [scores[0, t, k] for k, t in enumerate(told["worst"])] == worst
+    # A tenth of 19 and of 20 tasks.
+    away = [0.9 * 1.0 / 1.9, 0.5]
+    expected = [w + a if measure is RETURN else w - a for w, a in zip(worst, away, strict=True)]
+    assert told["cvar"] == pytest.approx(expected)
+    gone = Curve([0.1], np.full((1, 3, 1), np.nan), measure=measure).to_json()
+    assert (gone["worst"], gone["worst_task"], gone["cvar"]) == ([-1], [None], [None])
 
 
 def test_seeds_give_an_interquartile_mean_over_seeds_and_tasks():
@@ -518,7 +541,8 @@ def test_the_verdict_says_what_meta_training_earned():
     def curve(gain, algorithm="maml-trpo", ahead=0.0):
         noise = 0.1 * rng.standard_normal(20)
         start = hard + ahead
-        return Curve([0.1], np.stack([start, start + gain + noise], 1)[None], algorithm)
+        scores = np.stack([start, start + gain + noise], 1)[None]
+        return Curve([0.1], scores, algorithm, role=ROLES.get(algorithm, algorithm))
 
     def said(own, ahead=0.0, **others):
         references = {"random": curve(3.0, "random"), **others}
@@ -614,11 +638,11 @@ def test_ppo_of_stable_baselines3_is_a_row_if_it_is_installed():
 def test_ppo_learns_on_each_task(mode):
     pytest.importorskip("stable_baselines3")
     family = make_family("navigation-2d", horizon=15)
-    values = {"policy.hidden": (16,), "policy.action": mode}
-    config = Config.of("navigation-2d", "maml-trpo").with_options(values)
     goals = np.array([[0.4, 0.4], [-0.4, 0.4]])
-    returns = stable_baselines.train_by_ppo(
-        family, goals, config, episodes=40, updates=8, measured={0, 8}, address=RandomKey(0)
-    )
+    returns, episodes = stable_baselines.train_by_ppo(
+        family, goals, hidden=(16,), mode=mode, advantage=Advantages(), episodes=40, updates=8,
+        measured={0, 8}, key=RandomKey(0),
+    )  # fmt: skip
+    assert episodes.shape == (2, 9, 40)
     assert np.isnan(returns[:, 1:8]).all()
     assert (returns[:, 8] > returns[:, 0] + 1.0).all()

@@ -93,7 +93,7 @@ def test_adapting_to_a_task_whose_every_episode_diverges_is_an_error(monkeypatch
 
 
 def test_an_oracle_takes_no_step(tmp_path, capsys, monkeypatch):
-    from metarl.cli.policy_commands import film
+    from metarl.cli.adaptation import film
     from metarl.plots import video as videos
 
     oracle = navigator("oracle")

@@ -15,8 +15,11 @@ from matplotlib.lines import Line2D
 from test_evaluation import navigator
 
 from metarl import evaluate
-from metarl.evaluation.results import Curve, EvaluationResult
+from metarl.algorithms import find_algorithm
+from metarl.evaluation.curves import Curve
+from metarl.evaluation.results import EvaluationResult
 from metarl.plots import figures as plots
+from metarl.plots.learning_curves import plot_learning
 from metarl.runs.folder import create_run
 
 
@@ -67,7 +70,13 @@ def evaluated() -> EvaluationResult:
     found = evaluate(navigator(), tasks=8, episodes=2, steps=2, threads=1, name="a-long-name")
     rng = np.random.default_rng(0)
     others = {
-        name: Curve([0.1], rng.normal(-10, 3, (seeds, 8, 3)), name, list(range(seeds)))
+        name: Curve(
+            [0.1],
+            rng.normal(-10, 3, (seeds, 8, 3)),
+            name,
+            list(range(seeds)),
+            role=find_algorithm(name).role,
+        )
         for name, seeds in (("pretrained", 1), ("oracle", 1), ("reptile", 3), ("promp", 1))
     }
     return dataclasses.replace(found, references={**found.references, **others})
@@ -145,8 +154,8 @@ def test_learning_curves_of_seeds_are_drawn_as_a_band(tmp_path, drawn):
         run_folder(tmp_path / "run-1", 1, [(-2.0, 0.0, 30.0), (-2.0, 3.0, 30.0)]),
         run_folder(tmp_path / "other", 0, [(-9.0, None, 1.0)] * 3, algorithm="reptile"),
     ]
-    plots.plot_learning(runs, tmp_path / "learning.png")
-    plots.plot_learning(runs[:2], tmp_path / "time.png", against="time", smooth=2)
+    plot_learning(runs, tmp_path / "learning.png")
+    plot_learning(runs[:2], tmp_path / "time.png", against="time", smooth=2)
     for figure in drawn:
         check(figure)
     assert len(drawn[0].axes[0].lines) == 3
@@ -167,15 +176,15 @@ def test_learning_curves_of_seeds_are_drawn_as_a_band(tmp_path, drawn):
     assert mentions(drawn[1].axes[0].get_xlabel(), "minutes")
     empty = run_folder(tmp_path / "empty", 0, [])
     with refused(empty):
-        plots.plot_learning([empty], tmp_path / "x.png")
+        plot_learning([empty], tmp_path / "x.png")
     with refused("smooth", 0):
-        plots.plot_learning(runs, tmp_path / "x.png", smooth=0)
+        plot_learning(runs, tmp_path / "x.png", smooth=0)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 40])
 def test_a_curve_of_any_length_is_visible(iterations, tmp_path, drawn):
     run = run_folder(tmp_path / "run", 0, [(-4.0, None, 1.0)] * iterations)
-    plots.plot_learning([run], tmp_path / "learning.png")
+    plot_learning([run], tmp_path / "learning.png")
     (figure,) = drawn
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -192,7 +201,7 @@ def test_names_are_shown_literally(tmp_path, drawn):
         run_folder(tmp_path / name, 0, [(-4.0, -2.0, 1.0)], tasks=tasks)
         for name, tasks in zip(names, (4, 5), strict=True)
     ]
-    plots.plot_learning(runs, tmp_path / "learning.png")
+    plot_learning(runs, tmp_path / "learning.png")
     found = evaluate(navigator(), tasks=2, episodes=1, threads=1, name="a$1$b")
     others = {"_first": found.rows["a$1$b"]}
     plots.plot_evaluation(
@@ -210,7 +219,7 @@ def test_a_skipped_iteration_leaves_the_rest_of_a_curve(tmp_path, drawn):
     rows = [(0.0, value, 1.0) for value in (1.0, 2.0, None, 4.0, 8.0)]
     run = run_folder(tmp_path / "run", 0, rows)
     for smooth in (1, 2):
-        plots.plot_learning([run], tmp_path / "learning.png", smooth=smooth)
+        plot_learning([run], tmp_path / "learning.png", smooth=smooth)
     (_, alone), (_, smoothed) = (lines_of(figure, "run") for figure in drawn)
     np.testing.assert_allclose(alone.get_ydata(), [1.0, 2.0, np.nan, 4.0, 8.0])
     np.testing.assert_allclose(smoothed.get_ydata(), [1, 1.5, 2, 4, 6])

@@ -106,8 +106,7 @@ def test_the_diagnosis_of_adaptation_is_shown_only_for_runs_that_adapt_in_traini
     row["return_post"] = -2.9
     rows = [{"iteration": i, **row} for i in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = navigator("maml-trpo" if steps else "pretrained").config
-    write_report(folder, folder / "report.html", "a run", config=config)
+    write_report(folder, folder / "report.html", "a run", adapts=steps > 0)
     text = Page((folder / "report.html").read_text()).text
     said = findings(rows)
     assert said
@@ -126,7 +125,7 @@ def test_a_report_measures_the_policy_it_names_and_keeps_other_evaluations(
         films.append(len(films))
         return Video(frames, 20.0)
 
-    monkeypatch.setattr("metarl.cli.result_commands.film", film)
+    monkeypatch.setattr("metarl.cli.commands.report.film", film)
     small = ["--tasks", "3", "--episodes", "1", "--steps", "1", "--threads", "1"]
     stored = Path("runs/policy-evaluation/evaluation.json")
     found = []

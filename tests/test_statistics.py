@@ -10,6 +10,7 @@ from scipy import stats
 
 from metarl.evaluation.statistics import (
     bootstrap_interval,
+    conditional_value_at_risk,
     interquartile_mean,
     interquartile_mean_interval,
 )
@@ -120,3 +121,22 @@ def test_too_few_scores_give_nan_and_equal_scores_equal_intervals():
     values = np.random.default_rng(6).standard_normal(9)
     assert bootstrap_interval(values) == bootstrap_interval(values)
     assert bootstrap_interval(np.full(9, 2.0)) == pytest.approx((2.0, 2.0))
+
+
+def test_the_conditional_value_at_risk_by_hand():
+    values = np.random.default_rng(0).permutation(np.arange(1.0, 26.0))
+    # A tenth of 25 values: the two smallest, and half of the third.
+    assert conditional_value_at_risk(values) == pytest.approx((1.0 + 2.0 + 0.5 * 3.0) / 2.5)
+    assert conditional_value_at_risk(values, 0.2) == pytest.approx(3.0)
+    assert conditional_value_at_risk(values, 1.0) == pytest.approx(values.mean())
+    assert conditional_value_at_risk(values[:5]) == values[:5].min()  # half a value
+    assert conditional_value_at_risk(np.array([np.nan, 3.0, 2.0])) == 2.0
+    assert math.isnan(conditional_value_at_risk(np.array([np.nan])))
+
+
+def test_the_conditional_value_at_risk_maximizes_its_dual():
+    # Rockafellar and Uryasev 2000, theorem 1: max over t of t - mean(max(t - x, 0)) / fraction.
+    values = np.random.default_rng(1).standard_normal(37)
+    for fraction in (0.1, 0.25, 0.6):
+        dual = max(t - np.maximum(t - values, 0.0).mean() / fraction for t in values)
+        assert conditional_value_at_risk(values, fraction) == pytest.approx(dual)

@@ -15,10 +15,13 @@ from PIL import Image
 import metarl
 from metarl.config.options import Config
 from metarl.config.resolve import resolve
+from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs import FewShotFamily, FunctionFamily, Uniform
 from metarl.envs.registry import find_family
 from metarl.evaluation import supervised as supervised_evaluation
+from metarl.evaluation.evaluator import Options
 from metarl.runs.metrics import read_metrics
+from metarl.sampling.rollouts import RandomKey
 from metarl.training.run import train
 from metarl.training.trainer import Trainer
 
@@ -117,6 +120,14 @@ def test_tasks_of_several_sizes_in_one_run():
         assert "skipped" not in row, algorithm
 
 
+def evaluator(meta, tasks):
+    key, options = RandomKey(0, split="test"), Options(steps=2)
+    with ChunkPool(1) as pool:
+        return supervised_evaluation.PredictorEvaluator(
+            meta.source, np.array(tasks), key, options, pool
+        )
+
+
 def test_an_evaluation_reports_the_error_after_each_step(sinusoids, capsys, monkeypatch):
     command = ["evaluate", str(sinusoids / "maml-trpo"), str(sinusoids / "pretrained")]
     assert run(*command, "--tasks", "30", "--steps", "2", "--threads", "1") == 0
@@ -127,11 +138,7 @@ def test_an_evaluation_reports_the_error_after_each_step(sinusoids, capsys, monk
     assert (folder / "evaluation-functions.png").exists()
     # By hand: the first task's error before any step.
     meta = metarl.load(folder)
-    protocol = supervised_evaluation.SupervisedProtocol(
-        meta.source, np.array(found["tasks"]), 2,
-        supervised_evaluation.RandomKey(0, split="test"), None,
-    )  # fmt: skip
-    _, _, query = next(protocol.groups())
+    _, _, query = next(evaluator(meta, found["tasks"]).groups())
     x = query.inputs[0]
     for i in range(3):
         x = x @ meta.params[f"layer{i}.weight"] + meta.params[f"layer{i}.bias"]
@@ -167,11 +174,7 @@ def test_accuracy_is_compared_with_nearest_prototype_and_from_scratch(tmp_path, 
     assert all(0.0 <= x <= 100.0 for curve in rows.values() for x in curve.returns)
     # By hand: the nearest mean of a class's images.
     meta = metarl.load(tmp_path / "run")
-    protocol = supervised_evaluation.SupervisedProtocol(
-        meta.source, np.array(result.setting["tasks"]), 2,
-        supervised_evaluation.RandomKey(0, split="test"), None,
-    )  # fmt: skip
-    _, support, query = next(protocol.groups())
+    _, support, query = next(evaluator(meta, result.setting["tasks"]).groups())
     x, q = support.inputs[0].flatten(1), query.inputs[0].flatten(1)
     nearest = (q[:, None] - x[None]).square().sum(-1).argmin(1)  # one shot: an image a class
     expected = 100.0 * (nearest == query.targets[0]).double().mean()

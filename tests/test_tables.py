@@ -7,6 +7,7 @@ from metarl.evaluation.tables import as_text, tables, task_table
 EVALUATION = {
     "name": "mine",
     "algorithm": "maml-trpo",
+    "role": "meta-learner",
     "seeds": [0, 3],
     "returns": [1.0, 2.25],
     "ci95": [[0.5, 1.5], [2.0, 2.5]],
@@ -15,6 +16,9 @@ EVALUATION = {
     "step_sizes": [0.1, 0.05, 0.05],
     "components": ["goal"],
     "tasks": [[0.5], [1.0]],
+    "cvar_fraction": 0.1,
+    "worst_task": [0.5, -2.0],
+    "cvar": [0.75, None],
     "per_task": [[1.0, 2.0], [1.0, None]],
     "achieved": {"goal": [[0.25, 0.5], [0.75, 1.0]]},
     "success": [0.0, 0.125],
@@ -23,9 +27,12 @@ EVALUATION = {
     "references": {
         "oracle": {
             "algorithm": "oracle",
+            "role": "oracle",
             "returns": [9.0],
             "ci95": [[None, None]],
             "step_sizes": [],
+            "worst_task": [8.0],
+            "cvar": [8.5],
             "gap_closed": [1.0],
             "gap_closed_ci95": [[1.0, 1.0]],
         }
@@ -36,10 +43,10 @@ EVALUATION = {
 def test_tables_hold_every_figure_that_is_known():
     returns, several, success, gaps = tables(EVALUATION)
     assert returns.heads[0] == "return"
-    assert len(returns.heads) == 4
+    assert len(returns.heads) == 6
     assert returns.rows == [
-        ["mine", "1.0 ± 0.5", "2.2 ± 0.2", "0.1, 0.05"],
-        ["oracle", "9.0", "", "none"],
+        ["mine", "1.0 ± 0.5", "2.2 ± 0.2", "-2.0", "nan", "0.1, 0.05"],
+        ["oracle", "9.0", "", "8.0", "8.5", "none"],
     ]
     assert several.rows == [["mine, seeds 0, 3", "1.5 ± 0.5", "nan"]]
     assert success.rows == [["mine", "0.0", "12.5"]]
@@ -50,7 +57,7 @@ def test_text_tables_are_aligned():
     lines = as_text(tables(EVALUATION)).splitlines()
     head = tables(EVALUATION)[0].heads[2]
     assert len({line.index(head) for line in lines if head in line}) == 1
-    assert lines[2].split() == ["oracle", "9.0", "none"]
+    assert lines[2].split() == ["oracle", "9.0", "8.0", "8.5", "none"]
     assert all(line == line.rstrip() for line in lines)
 
 

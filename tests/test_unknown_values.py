@@ -32,7 +32,7 @@ from metarl.learning.meta_gradients.implicit import Implicit
 from metarl.learning.meta_gradients.reptile import Reptile
 from metarl.models.networks import MLP
 from metarl.models.predictors import Classifier
-from metarl.plots.figures import plot_learning
+from metarl.plots.learning_curves import plot_learning
 from metarl.plots.video import Video
 from metarl.policies.export import export
 from metarl.policies.loading import load
@@ -68,7 +68,7 @@ BOX = gym.spaces.Box(-1.0, 1.0, (2,))
         ("regularizer", "l2"),
         ("head", "last"),
         ("task_conditioned", None),
-        ("reference", "False"),
+        ("role", "pretraind"),
     ],
 )
 def test_every_field_of_an_algorithm_is_checked(field, value):

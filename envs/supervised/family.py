@@ -73,6 +73,16 @@ class SupervisedFamily(Family, ABC):
         super().__post_init__()
         check_one_of(f"{self.name}: kind", self.kind, get_args(Kind))
 
+    def identity(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "inputs": list(self.input_shape),
+            "outputs": self.outputs,
+            "support": self.support_size,
+            "queries": self.queries,
+            "test queries": self.test_queries,
+        }
+
     @property
     @abstractmethod
     def input_shape(self) -> tuple[int, ...]:
@@ -119,6 +129,9 @@ class FunctionFamily(SupervisedFamily):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "shots", "queries", "test_queries")
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "interval": list(self.interval)}
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -80,6 +80,9 @@ class Episodes(TaskDistribution):
         check_one_of("split", split, get_args(Part))
         return self.sample(np.random.default_rng([0, _GRIDS[split]]), n, split)
 
+    def validation(self, rng: np.random.Generator, n: int) -> Tasks:
+        return self.sample(rng, n, "validation")
+
     def describe(self) -> str:
         low, high = self.ways
         ways = f"{low}" if low == high else f"{low} to {high}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -23,6 +23,10 @@ from metarl.parts import Part
 
 TaskWeights = Callable[[Tensor], Tensor]
 """Mean returns of all tasks after adaptation, [T] float64 -> weights of the tasks, [T]."""
+
+Role = Literal["meta-learner", "pretrained", "untrained", "oracle"]
+"""What an algorithm is in an evaluation. All but meta-learners are references: one policy trained
+on all tasks, a random initialization, a policy that observes its task."""
 
 SECTIONS = ("inner", "meta", "outer", "advantage", "baseline")
 
@@ -56,8 +60,8 @@ class Algorithm:
     """Where the last layer of a classifier starts."""
     task_conditioned: bool = False
     """The policy observes the task vector, and takes no inner step in evaluation."""
-    reference: bool = False
-    """Not a meta-learner: meta-learners are compared with it."""
+    role: Role = "meta-learner"
+    """What it is in an evaluation, see `Role`."""
     source: str = field(default="", compare=False)
     """Name that `find_algorithm` finds it by; empty for one that has none."""
 
@@ -79,9 +83,12 @@ class Algorithm:
             if (value := getattr(self, name)) is not None and not callable(value):
                 raise UserError(f"{self.name}: {name} must be a function, got {value!r}")
         check_one_of(f"{self.name}: head", self.head, get_args(Head))
-        for name in ("task_conditioned", "reference"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise UserError(f"{self.name}: {name} must be True or False, got {value!r}")
+        check_one_of(f"{self.name}: role", self.role, get_args(Role))
+        if not isinstance(self.task_conditioned, bool):
+            raise UserError(
+                f"{self.name}: task_conditioned must be True or False, got"
+                f" {self.task_conditioned!r}"
+            )
         if isinstance(self.outer, TrustRegion) and not isinstance(self.meta, FirstOrder):
             raise UserError(
                 f"{self.name}: a trust region needs an unrolled meta-gradient, got"
@@ -99,6 +106,11 @@ class Algorithm:
             # No samples of adapted policies: there is no KL to bound.
             object.__setattr__(self, "outer", self.outer.without_policies())
         self.meta.check(self.inner.steps)
+
+    @property
+    def reference(self) -> bool:
+        """Whether meta-learners are compared with it."""
+        return self.role != "meta-learner"
 
     def sections(self) -> dict[str, Part]:
         """Return the parts that have options, by the section of their keys."""

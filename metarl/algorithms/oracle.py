@@ -18,5 +18,5 @@ oracle = Algorithm(
     inner=EvaluationUpdate(),
     meta=FirstOrder(),
     task_conditioned=True,
-    reference=True,
+    role="oracle",
 )

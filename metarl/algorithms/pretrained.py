@@ -17,5 +17,5 @@ pretrained = Algorithm(
     citation="Finn et al. 2017, arXiv:1703.03400",
     inner=EvaluationUpdate(),
     meta=FirstOrder(),
-    reference=True,
+    role="pretrained",
 )

@@ -12,5 +12,5 @@ random = Algorithm(
     citation="Finn et al. 2017, arXiv:1703.03400",
     meta=FirstOrder(),
     outer=NoUpdate(),
-    reference=True,
+    role="untrained",
 )

@@ -1,15 +1,18 @@
-"""The command line: a table of commands, each imported when it is asked for.
+"""The command line: finds a command, parses its options and runs it.
 
 Exit codes: 0 done, 2 the user can fix it, 130 Ctrl-C, 143 SIGTERM, 1 anything else.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import resources
 from types import MappingProxyType
 from typing import Any
 
@@ -19,37 +22,18 @@ from metarl.cli.streams import say
 from metarl.envs import guard
 from metarl.envs.errors import UserError, did_you_mean
 
-COMMANDS = {
-    "train": ("training", "Meta-train a policy on a task family."),
-    "evaluate": ("result_commands", "Measure how well meta-policies adapt to held-out tasks."),
-    "adapt": ("policy_commands", "Adapt a meta-policy to one task; save an ordinary policy."),
-    "export": ("policy_commands", "Write a policy as a TorchScript or ONNX file."),
-    "plot": ("result_commands", "Draw learning curves of runs, before and after adaptation."),
-    "record": (
-        "policy_commands",
-        "Film a policy on one task before and after adaptation, side by side.",
-    ),
-    "report": (
-        "result_commands",
-        "Write one HTML page about a run: returns, pictures, a video, config and versions.",
-    ),
-    "check": ("listing", "Check a task family, such as your own, and say what is wrong with it."),
-    "families": ("listing", "List the task families, their tasks and options."),
-    "algorithms": ("listing", "List the algorithms and their papers."),
-    "benchmark": ("training", "Measure sampling and training speed against the physics ceiling."),
-}
-"""Of each command: its module, which has a class of its options and a function, and its help."""
+_COMMANDS = "metarl.cli.commands"
 
-IMPORTS = {
-    "train": ("training.run",),
-    "evaluate": ("evaluation.evaluate", "plots.figures"),
-    "adapt": ("policies.meta_policy",),
-    "plot": ("plots.figures",),
-    "record": ("plots.video",),
-    "report": ("evaluation.evaluate", "plots.report"),
-    "benchmark": ("evaluation.benchmark",),
-}
-"""What commands import first, while Ctrl-C ends the process at once: see `interrupts`."""
+
+@cache
+def commands() -> dict[str, str]:
+    """Return the help of each command by name: the docstrings of their files, none imported."""
+    files = {file.name: file for file in resources.files(_COMMANDS).iterdir()}
+    return {
+        name.removesuffix(".py"): ast.get_docstring(ast.parse(files[name].read_text("utf-8"))) or ""
+        for name in sorted(files)
+        if name.endswith(".py") and not name.startswith("_")
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +46,7 @@ def _run(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         say("usage: metarl COMMAND [OPTIONS]\n\nGradient-based meta-reinforcement learning.\n")
-        for command, (_, text) in COMMANDS.items():
+        for command, text in commands().items():
             say(f"  {command:<12}{text}")
         say("\nmetarl COMMAND --help lists the options of a command.")
         return 0 if arguments else 2
@@ -71,9 +55,9 @@ def _run(arguments: list[str]) -> int:
 
         say(f"metarl {metarl.__version__}")
         return 0
-    if name not in COMMANDS:
+    if name not in (known := commands()):
         raise UserError(
-            f"no command {name!r}{did_you_mean(name, COMMANDS)} (commands: {', '.join(COMMANDS)})"
+            f"no command {name!r}{did_you_mean(name, known)} (commands: {', '.join(known)})"
         )
     from metarl.cli.parsing import parse
 
@@ -81,8 +65,7 @@ def _run(arguments: list[str]) -> int:
     rest = arguments[1:]
     if hasattr(kind, "rewritten"):
         rest = kind.rewritten(rest)
-    text = COMMANDS[name][1]
-    common = {"prog": f"metarl {name}", "description": text}
+    common = {"prog": f"metarl {name}", "description": commands()[name]}
     if hasattr(kind, "starting"):
         from metarl.cli.options import given, with_options
 
@@ -93,8 +76,8 @@ def _run(arguments: list[str]) -> int:
         if not {"-h", "--help"}.isdisjoint(rest):
             _join_help_lines(kind)
         command = parse(kind, rest, **common)
-    for module in IMPORTS.get(name, ()):
-        importlib.import_module(f"metarl.{module}")
+    for module in getattr(_module(name), "IMPORTS", ()):
+        importlib.import_module(module)
     with interruptible(), guard.restored():
         return function(command)
 
@@ -115,5 +98,9 @@ def _join_help_lines(kind: Any) -> None:
 
 def command_of(name: str) -> tuple[Any, Callable[[Any], int]]:
     """Return the class of a command's options and the function that runs it."""
-    module = importlib.import_module(f"metarl.cli.{COMMANDS[name][0]}")
+    module = _module(name)
     return getattr(module, name.capitalize()), getattr(module, name)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{_COMMANDS}.{name}")

@@ -16,13 +16,16 @@ from torch import Tensor
 
 from metarl.algorithms import Algorithm
 from metarl.distributed.chunk_pool import ChunkPool
-from metarl.envs import guard
+from metarl.envs import TaskFamily, guard
+from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.tasks import Tasks
 from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import Loss
 from metarl.models.network_parts import NetworkPart
 from metarl.models.networks import Model, Params
+from metarl.models.policies import PolicyModel
+from metarl.models.predictors import Predictor
 from metarl.models.samples import Samples
 from metarl.parts import Part, fixed
 from metarl.sampling.rollouts import RandomKey
@@ -183,6 +186,30 @@ class Domain(ABC):
         Raises:
             UserError: it does not fit the family.
         """
+
+    def environments(self, family: Family) -> TaskFamily:
+        """Return a family as one of environments.
+
+        Raises:
+            UserError: its tasks are supervised.
+        """
+        raise UserError(f"{family.name} has supervised tasks, and this needs environments")
+
+    def policy(self, model: Model) -> PolicyModel:
+        """Return a model as a policy.
+
+        Raises:
+            UserError: it is a predictor.
+        """
+        raise UserError("a predictor of supervised tasks does not act, and this needs a policy")
+
+    def predictor(self, model: Model) -> Predictor:
+        """Return a model as a predictor.
+
+        Raises:
+            UserError: it is a policy.
+        """
+        raise UserError("a policy adapts to environments, and this needs supervised tasks")
 
     @abstractmethod
     def inner_loss(self, model: Model) -> Loss:

@@ -95,6 +95,14 @@ class Reinforcement(Domain):
         context = context_dim(algorithm, family.tasks.dim)
         return make_policy(options, observation, action, context)
 
+    def environments(self, family: Family) -> TaskFamily:
+        assert isinstance(family, TaskFamily)
+        return family
+
+    def policy(self, model: Model) -> PolicyModel:
+        assert isinstance(model, PolicyModel)
+        return model
+
     def inner_loss(self, model: Model) -> Loss:
         return log_likelihood
 

@@ -135,17 +135,27 @@ class Supervised(Domain):
         network = options.network.make(inputs, family.outputs, context)
         if not classes:
             return Regressor(network=network)
-        if algorithm.head != "meta" and not isinstance(network, MLP):
+        if algorithm.head == "meta":
+            return Classifier(network=network)
+        if not isinstance(network, MLP):
             raise UserError(
                 f"{name} makes the last layer itself, and policy.network"
                 f" {options.network.source or options.network.name} has its own: take another"
                 " algorithm, such as maml-trpo"
             )
+        if algorithm.head == "prototypes" and not (network.encoder or network.hidden):
+            raise UserError(
+                f"{name} makes the last layer from the support, and learns the layers below it:"
+                f" give policy.hidden, such as 64, for inputs of {list(shape)}"
+            )
         return Classifier(network=network, head=algorithm.head)
 
-    def inner_loss(self, model: Model) -> Loss:
+    def predictor(self, model: Model) -> Predictor:
         assert isinstance(model, Predictor)
-        return model.loss
+        return model
+
+    def inner_loss(self, model: Model) -> Loss:
+        return self.predictor(model).loss
 
     def outer_loss(self, model: Model) -> Loss:
         return self.inner_loss(model)

@@ -30,7 +30,6 @@ from numpy.typing import NDArray
 from metarl.config.options import Config, available_threads
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.distributed.process_group import ALONE, ProcessGroup
-from metarl.domains.reinforcement import Environments
 from metarl.envs import GymnasiumFamily, MujocoFamily, TaskFamily
 from metarl.envs.errors import UserError
 from metarl.envs.seeds import foreign_seed
@@ -57,7 +56,7 @@ def benchmark(
         raise UserError(f"repeats must be at least 1, got {repeats}")
     rows: list[dict[str, Any]] = []
     with process_group.errors_shared(), Trainer(config, process_group) as trainer:
-        family = _environments(trainer).family
+        family = trainer.domain.environments(trainer.family)
         trainer.iterate()
         for _ in range(repeats):
             seen: list[Rollout] = []
@@ -126,18 +125,10 @@ def benchmark(
     return result
 
 
-def _environments(trainer: Trainer) -> Environments:
-    if not isinstance(trainer.source, Environments):
-        raise UserError(
-            f"{trainer.config.family} has supervised tasks, and this needs environments"
-        )
-    return trainer.source
-
-
 def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
     """Return rates at 40 environments, policy included, and their ratios; medians."""
-    source, config = _environments(trainer), trainer.config
-    family, policy = source.family, source.model
+    config, domain = trainer.config, trainer.domain
+    family, policy = domain.environments(trainer.family), domain.policy(trainer.model)
     count, episodes = 8, 5
     tasks, address = family.tasks.grid(count), RandomKey(config.seed)
     adapter = trainer.inner_loop.adapter

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from metarl.config.options import Config
-from metarl.distributed.chunk_pool import ChunkPool
-from metarl.distributed.process_group import local_ranks
+from metarl.distributed.process_group import ProcessGroup, local_ranks
 from metarl.domains.memory import check_memory, need
-from metarl.envs import TaskFamily
+from metarl.domains.reinforcement import PolicyOptions, spaces_of
+from metarl.envs import TaskFamily, guard
+from metarl.envs.family import Family
 from metarl.evaluation import stable_baselines
-from metarl.evaluation.results import RETURN, Curve, Measure
+from metarl.evaluation.curves import RETURN, Curve, Measure
+from metarl.evaluation.evaluator import EPISODES, Evaluator, OneTask, Options, Sizes
 from metarl.evaluation.scratch import (
     TIMES,
     ScratchTrainer,
@@ -32,56 +34,64 @@ from metarl.evaluation.scratch import (
 from metarl.evaluation.statistics import Floats
 from metarl.learning.inner_loop import check_finite
 from metarl.learning.losses import Batch
+from metarl.models.network_parts import MLPPart
 from metarl.models.networks import Params
 from metarl.models.policies import PolicyModel
 from metarl.policies.meta_policy import MetaPolicy
-from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.spaces import ActionMode
 from metarl.sampling.trajectories import Rollout
 from metarl.sampling.workers import AnyCollector, make_collector
-
-Sizes = Sequence[float] | Callable[[MetaPolicy], Sequence[float]] | None
-"""Of the inner steps: given, or by policy; none takes the policy's own."""
 
 PATHS = 6
 """Tasks whose paths are kept."""
 
 
-@dataclass(frozen=True)
-class PolicyProtocol:
-    """What all policies are measured by. Each rank measures tasks of its own, and knows all."""
+class PolicyEvaluator(Evaluator):
+    """Measures the returns of policies. Each rank measures tasks of its own, and knows all."""
 
     family: TaskFamily
-    all_goals: Floats
-    episodes: int
-    steps: int
-    whole: RandomKey
-    """Of all goals' episodes."""
-    deterministic: bool
-    pool: ChunkPool
-    workers: int
-    check: bool = True
-    """Look at the environments first, once."""
-    collectors: dict[tuple[PolicyModel, ActionMode], AnyCollector] = field(default_factory=dict)
-    """By what they are made for: policies of one kind share the environments."""
-    told: list[bool] = field(default_factory=list)
-    """For each curve, whether the environments said anything about success."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        block = self.pool.process_group.block(len(self.all_tasks))
+        self.tasks = self.all_tasks[block]
+        self.key = dataclasses.replace(self.key, first_task=block.start)
+        # Policies of one kind share the environments.
+        self._collectors: dict[tuple[PolicyModel, ActionMode], AnyCollector] = {}
+        self._told: list[bool] = []  # of each curve: whether anything was said about success
 
     @property
     def measure(self) -> Measure:
-        """What is measured."""
         return RETURN
 
-    @property
-    def goals(self) -> Floats:
-        """Those of this rank."""
-        return self.all_goals[self.pool.process_group.block(len(self.all_goals))]
+    @staticmethod
+    def require(family: Family, options: Options, process_group: ProcessGroup) -> None:
+        """All options have an effect."""
 
-    @property
-    def address(self) -> RandomKey:
-        """Where this rank's episodes are sampled."""
-        first = self.pool.process_group.block(len(self.all_goals)).start
-        return dataclasses.replace(self.whole, first_task=first)
+    @staticmethod
+    def spaces(family: Family) -> tuple[gym.Space, gym.Space]:
+        assert isinstance(family, TaskFamily)
+        return spaces_of(family)
+
+    @staticmethod
+    def on_one_task(
+        meta: MetaPolicy,
+        task: NDArray,
+        *,
+        steps: int = 1,
+        episodes: int = EPISODES,
+        seed: int = 0,
+        step_sizes: Sequence[float] | None = None,
+    ) -> OneTask:
+        before, after = (
+            meta.adapt(task, steps=k, episodes=episodes, seed=seed, step_sizes=step_sizes)
+            for k in (0, steps)
+        )
+        seeds = range(seed, seed + episodes)
+        with guard.opened(lambda: meta.family.make(task)) as env:
+            returns = [np.mean([p.play(env, seed=s) for s in seeds]) for p in (before, after)]
+        taken, samples = after.provenance["steps"], f"of {episodes} episodes each"
+        return OneTask((float(returns[0]), float(returns[1])), RETURN, taken, samples, after)
 
     def _of_all(self, values: Floats, axis: int = 0) -> Floats:
         """Return all ranks' values, along the axis of tasks."""
@@ -90,32 +100,32 @@ class PolicyProtocol:
 
     def close(self) -> None:
         """Close the environments."""
-        for collector in self.collectors.values():
+        for collector in self._collectors.values():
             collector.close()
 
-    def _collector(self, policy: PolicyModel, config: Config) -> AnyCollector:
-        key = policy, config.action_mode
-        if key not in self.collectors:
+    def _collector(self, policy: PolicyModel, mode: ActionMode, timeout: float) -> AnyCollector:
+        family, options, workers = self.family, self.options, self.options.workers
+        if (policy, mode) not in self._collectors:
             needed = need(
-                policy, tasks=len(self.goals), episodes=self.episodes, horizon=self.family.horizon,
-                rollouts=self.steps + 1, workers=0 if self.family.parallel else self.workers,
-                info_keys=len(self.family.achieved), chunks=self.pool.threads,
+                policy, tasks=len(self.tasks), episodes=options.episodes, horizon=family.horizon,
+                rollouts=options.steps + 1, workers=0 if family.parallel else workers,
+                info_keys=len(family.achieved), chunks=self.pool.threads,
                 threads=self.pool.threads,
             )  # fmt: skip
-            check_memory(needed, self.family.name, local_ranks())
-            self.collectors[key] = make_collector(
-                self.family, policy, len(self.goals), self.episodes, self.pool, key[1],
-                workers=self.workers, timeout=config.worker_timeout,
-                info_keys=list(self.family.achieved.values()),
-                check=self.check and not self.collectors and self.pool.process_group.is_main,
+            check_memory(needed, family.name, local_ranks())
+            self._collectors[policy, mode] = make_collector(
+                family, policy, len(self.tasks), options.episodes, self.pool, mode,
+                workers=workers, timeout=timeout, info_keys=list(family.achieved.values()),
+                check=self.check and not self._collectors and self.pool.process_group.is_main,
             )  # fmt: skip
-        return self.collectors[key]
+        return self._collectors[policy, mode]
 
     def curve(self, members: Sequence[MetaPolicy], sizes: Sizes) -> Curve:
-        """Return the curve of a policy's seeds; an oracle takes no step."""
         names = self.family.achieved
-        adapts = not members[0].algorithm.task_conditioned
+        algorithm = members[0].algorithm
+        adapts = not algorithm.task_conditioned
         scores, success, achieved, paths = [], [], [], {}
+        episodes, done = [], []
         used: list[float] = []
         told = False
         with self.pool.process_group.errors_shared():
@@ -131,96 +141,103 @@ class PolicyProtocol:
                         }
                 scores.append(np.stack([r.mean_returns().numpy() for r in rollouts], axis=1))
                 success.append(np.stack([r.success_rates().numpy() for r in rollouts], axis=1))
+                episodes.append(np.stack([r.returns().numpy() for r in rollouts], axis=1))
+                done.append(np.stack([r.successes().numpy() for r in rollouts], axis=1))
                 told |= any(_tells_success(rollout) for rollout in rollouts)
                 came = _last if len(names) == 2 else _mean
                 achieved.append([[came(r, key) for r in rollouts] for key in names.values()])
-        self.told.append(self.pool.process_group.any(told))
+        self._told.append(self.pool.process_group.any(told))
         means = self._of_all(np.mean(np.array(achieved), axis=0), axis=2) if names else []
         return Curve(
             used,
             self._of_all(np.stack(scores), axis=1),
-            members[0].algorithm.name,
+            algorithm.name,
             [member.config.seed for member in members],
             {name: values.T for name, values in zip(names, means, strict=True)},
             {name: self._of_all(values)[:PATHS] for name, values in paths.items()},
             self._of_all(np.mean(success, axis=0)),
+            role=algorithm.role,
+            per_episode=self._of_all(np.stack(episodes), axis=1),
+            episode_success=self._of_all(np.stack(done), axis=1),
         )
 
-    def told_of(self, curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    def settled(self, curves: Mapping[str, Curve]) -> dict[str, Curve]:
         """Return curves without success rates if no environment has said anything about success.
 
         One that only tells of a success is told by another policy's: then a rate of 0 is known.
         """
-        if any(self.told):
+        if any(self._told):
             return dict(curves)
-        return {name: dataclasses.replace(curve, success=None) for name, curve in curves.items()}
+        unknown = {"success": None, "episode_success": None}
+        return {name: dataclasses.replace(curve, **unknown) for name, curve in curves.items()}
 
     def scratch(self, like: MetaPolicy, learning_rate: float) -> dict[str, Curve]:
-        """Return what training from scratch earns, ours and, where it is installed, PPO of
-        stable-baselines3, by name."""
-        config = like.config
-        policy = scratch_policy(config, self.family)
-        seed, updates = self.address.seed, TIMES * self.steps
-        trainer = ScratchTrainer(policy, len(self.goals), seed, learning_rate)
-        returns = train_from_scratch(
-            trainer, self._collector(policy, config), self.goals, config, self.pool, self.address,
-            updates,
-        )  # fmt: skip
-        found = curves("", self._of_all(returns), self.steps, seed)
-        if stable_baselines.installed():
-            returns = stable_baselines.train_by_ppo(
-                self.family, self.goals, config, episodes=self.episodes, updates=updates,
-                measured={times * k for times in (1, TIMES) for k in range(self.steps + 1)},
-                address=self.address,
+        """Return the curves of our training, and of stable-baselines3's PPO if it is installed."""
+        options, advantage = like.config.policy, like.config.advantage
+        assert isinstance(options, PolicyOptions)
+        assert advantage is not None
+        policy = scratch_policy(options, self.family)
+        steps, seed = self.options.steps, self.key.seed
+        updates = TIMES * steps
+        trainer = ScratchTrainer(policy, len(self.tasks), seed, learning_rate)
+        collector = self._collector(policy, options.action, like.config.worker_timeout)
+        found = train_from_scratch(
+            trainer, collector, self.tasks, advantage, self.pool, self.key, updates
+        )
+        rows = curves("", [self._of_all(values) for values in found], steps, seed)
+        if stable_baselines.installed() and isinstance(options.network, MLPPart):
+            found = stable_baselines.train_by_ppo(
+                self.family, self.tasks, hidden=options.network.hidden, mode=options.action,
+                advantage=advantage, episodes=self.options.episodes, updates=updates,
+                measured={times * k for times in (1, TIMES) for k in range(steps + 1)},
+                key=self.key,
             )  # fmt: skip
-            found |= curves(", SB3 PPO", self._of_all(returns), self.steps, seed)
-        return found
+            rows |= curves(", SB3 PPO", [self._of_all(values) for values in found], steps, seed)
+        return rows
 
     def setting(self) -> dict[str, Any]:
-        """Return what gives the returns their meaning, plain JSON values."""
         setting: dict[str, Any] = {
             "horizon": self.family.horizon,
             "achieved_by": dict(self.family.achieved),
-            "episodes": self.episodes,
+            "episodes": self.options.episodes,
+            "samples": f"{self.options.episodes} episodes of {self.family.horizon} steps",
         }
-        if (best := self.family.optimal_return(self.all_goals)) is not None:
+        if (best := self.family.optimal_return(self.all_tasks)) is not None:
             setting["optimal_returns"] = best.tolist()
         return setting
 
     def _rollouts(
         self, policy: MetaPolicy, sizes: Sequence[float] | None, adapts: bool
     ) -> tuple[list[float], list[Rollout]]:
-        tasks = len(self.goals)
+        tasks, config, options = len(self.tasks), policy.config, self.options
         loop, meta = policy.inner_loop(self.pool, sizes)
-        context = policy.context(self.goals)
-        collector = self._collector(policy.policy, policy.config)
+        context = policy.context(self.tasks)
+        collector = self._collector(policy.policy, config.action_mode, config.worker_timeout)
 
-        def collect(params: Params, k: int) -> Rollout:
+        def collect(params: Params, k: int, deterministic: bool = False) -> Rollout:
             return collector.collect(
                 {**params, **context},
-                self.goals,
-                dataclasses.replace(self.address, inner_step=k),
-                deterministic=self.deterministic,
+                self.tasks,
+                dataclasses.replace(self.key, inner_step=k),
+                deterministic=deterministic,
             )
 
         rollouts: list[Rollout] = []
 
         def sample(params: Params, k: int) -> Batch:
-            rollout = collector.collect(
-                {**params, **context}, self.goals, dataclasses.replace(self.address, inner_step=k)
-            )
-            rollouts.append(rollout)
-            return policy.batch(rollout, self.pool)
+            rollouts.append(collect(params, k))
+            return policy.batch(rollouts[-1], self.pool)
 
-        steps = self.steps if adapts else 0
+        steps = options.steps if adapts else 0
         adapted = loop.run(sample, meta, tasks, steps=steps, query=False)
-        iterates = adapted.iterates * (1 if adapts else self.steps + 1)
-        measured = rollouts if adapts and not self.deterministic else []
+        iterates = adapted.iterates * (1 if adapts else options.steps + 1)
+        measured = rollouts if adapts and not options.deterministic else []
         for k in range(len(measured), len(iterates)):
-            rollout = collect(loop.adapter.params(iterates[k], adapted.slow, tasks), k)
+            params = loop.adapter.params(iterates[k], adapted.slow, tasks)
+            rollout = collect(params, k, options.deterministic)
             check_finite({"reward": rollout.reward}, rollout.tasks)
             measured.append(rollout)
-        return loop.adapter.mean_step_sizes(meta, self.steps) if adapts else [], measured
+        return loop.adapter.mean_step_sizes(meta, options.steps) if adapts else [], measured
 
 
 def _tells_success(rollout: Rollout) -> bool:

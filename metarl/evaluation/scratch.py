@@ -7,19 +7,19 @@ from a random initialization; batches are of as many episodes as an inner step h
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import torch
 
-from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.domains.reinforcement import PolicyOptions, make_policy, policy_spaces
 from metarl.envs import TaskFamily
 from metarl.envs.errors import NonFiniteError
-from metarl.evaluation.results import Curve
+from metarl.evaluation.curves import Curve
 from metarl.evaluation.statistics import Floats
-from metarl.learning.advantages import to_batch
+from metarl.learning.advantages import Advantages, to_batch
 from metarl.learning.baselines import LinearFeatures
 from metarl.learning.losses import Batch, clipped_ratio
 from metarl.models.networks import Params, stack
@@ -37,10 +37,9 @@ CLIP = 0.2
 _CHUNK = 4  # tasks
 
 
-def scratch_policy(config: Config, family: TaskFamily) -> PolicyModel:
-    """Return the network that is trained: the config's, without what only meta-training sets."""
-    assert isinstance(config.policy, PolicyOptions)
-    options = dataclasses.replace(config.policy, normalize=False)
+def scratch_policy(options: PolicyOptions, family: TaskFamily) -> PolicyModel:
+    """Return the network that is trained: the policy's, without what only meta-training sets."""
+    options = dataclasses.replace(options, normalize=False)
     return make_policy(options, *policy_spaces(family, options.network))
 
 
@@ -93,38 +92,44 @@ class ScratchTrainer:
 def train_from_scratch(
     trainer: ScratchTrainer,
     collector: AnyCollector,
-    goals: Floats,
-    config: Config,
+    tasks: Floats,
+    advantage: Advantages,
     pool: ChunkPool,
-    address: RandomKey,
+    key: RandomKey,
     batches: int,
-) -> Floats:
-    """Return the returns of policies trained on 0 ... `batches` batches, [tasks, batches + 1].
+) -> tuple[Floats, Floats]:
+    """Return the returns of policies trained on 0 ... `batches` batches.
 
     The returns after n batches are those of the episodes that make the next one.
+
+    Returns:
+        means [tasks, batches + 1], and those of each episode, [tasks, batches + 1, episodes].
     """
-    returns = []
+    means, episodes = [], []
     for n in range(batches + 1):
-        where = dataclasses.replace(address, iteration=address.iteration + 1 + n)
-        rollout = collector.collect(trainer.params, goals, where)
-        returns.append(rollout.mean_returns().numpy())
+        where = dataclasses.replace(key, iteration=key.iteration + 1 + n)
+        rollout = collector.collect(trainer.params, tasks, where)
+        means.append(rollout.mean_returns().numpy())
+        episodes.append(rollout.returns().numpy())
         if n < batches:
-            assert config.advantage is not None
-            batch = to_batch(trainer.policy, rollout, config.advantage, LinearFeatures(), {}, pool)
+            batch = to_batch(trainer.policy, rollout, advantage, LinearFeatures(), {}, pool)
             trainer.update(batch, pool)
-    return np.stack(returns, axis=1)
+    return np.stack(means, axis=1), np.stack(episodes, axis=1)
 
 
-def curves(by: str, returns: Floats, steps: int, seed: int) -> dict[str, Curve]:
+def curves(by: str, returns: Sequence[Floats], steps: int, seed: int) -> dict[str, Curve]:
     """Return what training earns with the env steps of 0 ... `steps` inner steps, and with ten
     times as many, by name.
 
     Args:
         by: what trained, "" for ours.
-        returns: [tasks, TIMES * steps + 1]
+        returns: means [tasks, TIMES * steps + 1], and those of each episode,
+            [tasks, TIMES * steps + 1, episodes].
     """
     found = {}
     for times, more in ((1, ""), (TIMES, f", {TIMES} x steps")):
-        column = returns[None, :, : times * steps + 1 : times]
-        found[f"from scratch{by}{more}"] = Curve([], column, "from-scratch", [seed])
+        means, episodes = (values[None, :, : times * steps + 1 : times] for values in returns)
+        found[f"from scratch{by}{more}"] = Curve(
+            [], means, "from-scratch", [seed], role="from-scratch", per_episode=episodes
+        )
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, get_args
 
@@ -16,11 +17,11 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.config.options import Config
 from metarl.envs import TaskFamily
-from metarl.envs.errors import UserError, check_one_of
+from metarl.envs.errors import check_one_of
 from metarl.envs.policy_spaces import image_size
 from metarl.evaluation.statistics import Floats
+from metarl.learning.advantages import Advantages
 from metarl.models.encoders import NatureCNN
 from metarl.sampling.episodes import episode
 from metarl.sampling.rollouts import RandomKey
@@ -34,32 +35,30 @@ def installed() -> bool:
 
 def train_by_ppo(
     family: TaskFamily,
-    goals: Floats,
-    config: Config,
+    tasks: Floats,
     *,
+    hidden: Sequence[int],
+    mode: ActionMode,
+    advantage: Advantages,
     episodes: int,
     updates: int,
     measured: set[int],
-    address: RandomKey,
-) -> Floats:
-    """Return the returns of policies trained by 0 ... `updates` updates, [tasks, updates + 1].
+    key: RandomKey,
+) -> tuple[Floats, Floats]:
+    """Return the returns of policies trained by 0 ... `updates` updates.
 
-    They are means over `episodes` episodes of their own, with sampled actions, after those numbers
-    of updates that are `measured`; NaN after others. Tasks are trained one after the other.
+    They are those of `episodes` separate episodes with sampled actions, after those numbers of
+    updates that are `measured`; NaN after others. Tasks are trained one after the other.
+
+    Returns:
+        means [tasks, updates + 1], and those of each episode, [tasks, updates + 1, episodes].
     """
     from stable_baselines3 import PPO  # pyright: ignore[reportMissingImports]  (an extra)
 
-    assert config.advantage is not None
-    hidden = config.options().get("policy.hidden")
-    if hidden is None:
-        raise UserError(
-            "stable-baselines3 is compared with the built-in networks only, and policy.network is"
-            f" {config.options()['policy.network']}"
-        )
-    returns = np.full((len(goals), updates + 1), np.nan)
+    returns = np.full((len(tasks), updates + 1, episodes), np.nan)
     steps = max(episodes * family.horizon, 2)  # of an update, which normalizes advantages
-    for i, goal in enumerate(goals):
-        env, watched = (_as_acted_in(family.make(goal), config.action_mode) for _ in range(2))
+    for i, task in enumerate(tasks):
+        env, watched = (_as_acted_in(family.make(task), mode) for _ in range(2))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a last minibatch that is smaller
             model = PPO(
@@ -67,23 +66,23 @@ def train_by_ppo(
                 env,
                 n_steps=steps,
                 batch_size=min(64, steps),
-                gamma=config.advantage.discount,
-                gae_lambda=config.advantage.gae_lambda,
+                gamma=advantage.discount,
+                gae_lambda=advantage.gae_lambda,
                 policy_kwargs={"net_arch": list(hidden)},
-                seed=address.episode_seeds(i, 1)[0],
+                seed=key.episode_seeds(i, 1)[0],
                 device="cpu",
             )
         act = partial(_act, model)
         for n in range(updates + 1):
             if n in measured:
-                seeds = address.episode_seeds(i, episodes)
+                seeds = key.episode_seeds(i, episodes)
                 played = [episode(watched, act, family.horizon, seed) for seed in seeds]
-                returns[i, n] = np.mean([sum(step.reward for step in one) for one in played])
+                returns[i, n] = [sum(step.reward for step in one) for one in played]
             if n < updates:
                 model.learn(steps, reset_num_timesteps=n == 0)
         env.close()
         watched.close()
-    return returns
+    return returns.mean(axis=2), returns
 
 
 def _act(model: Any, observation: NDArray, t: int) -> NDArray:

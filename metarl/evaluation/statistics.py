@@ -15,6 +15,9 @@ from scipy import stats
 Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
+CVAR = 0.1
+"""Fraction of the tasks, the worst ones, whose mean is the conditional value at risk."""
+
 FEWEST = 6
 """Tasks below which no bootstrap interval reaches 95 %: resampled means stay between the smallest
 and the largest of n values, and those enclose a median only 1 - 2^(1-n) of the time."""
@@ -33,6 +36,21 @@ def interquartile_mean(values: Floats, axis: int = -1) -> Floats:
     count = middle.sum(axis=-1)
     total = np.where(middle, ordered, 0.0).sum(axis=-1)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def conditional_value_at_risk(values: Floats, fraction: float = CVAR) -> float:
+    """Return the mean of the smallest `fraction` of values [n].
+
+    Rockafellar and Uryasev 2002 (doi:10.1016/S0378-4266(02)00271-6): the value at the edge of the
+    tail has a weight below 1, so that the weights sum to n * fraction. If that is below 1, the
+    result is the smallest value. NaN values are left out; without others the result is NaN.
+    """
+    ordered = np.sort(values[np.isfinite(values)])
+    if not len(ordered):
+        return math.nan
+    tail = max(fraction * len(ordered), 1.0)
+    weights = np.clip(tail - np.arange(len(ordered)), 0.0, 1.0)
+    return float((weights * ordered).sum() / tail)
 
 
 def _mean(samples: Floats) -> Floats:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from metarl.config.options import Config
-from metarl.distributed.chunk_pool import ChunkPool, slices
+from metarl.algorithms import Algorithm
+from metarl.distributed.chunk_pool import slices
+from metarl.distributed.process_group import ALONE, ProcessGroup
 from metarl.domains.supervised import make_examples
+from metarl.envs.errors import UserError
+from metarl.envs.family import Family
 from metarl.envs.supervised.family import FunctionFamily, SupervisedFamily
-from metarl.evaluation.results import ACCURACY, SQUARED_ERROR, Curve, Measure
+from metarl.evaluation.curves import ACCURACY, SQUARED_ERROR, Curve, Measure, RowRole
+from metarl.evaluation.evaluator import EPISODES, Evaluator, OneTask, Options, Sizes
 from metarl.evaluation.statistics import Floats
 from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import Loss, task_losses
@@ -27,7 +31,6 @@ from metarl.models.networks import Params, stack
 from metarl.models.predictors import Predictor, accuracy, class_means, squared_error
 from metarl.models.samples import Examples
 from metarl.policies.meta_policy import MetaPolicy, random_meta_policy
-from metarl.sampling.rollouts import RandomKey
 
 UPDATES = 30
 """Of training from scratch, by Adam, where a meta-learned predictor takes one inner step."""
@@ -38,50 +41,78 @@ _SHOWN = 4  # tasks whose functions are kept
 _POINTS = 201  # of a function
 
 
-@dataclass(frozen=True)
-class SupervisedProtocol:
-    """What all predictors are measured by."""
+MEASURES = {"classification": ACCURACY, "regression": SQUARED_ERROR}
+
+
+class PredictorEvaluator(Evaluator):
+    """Measures the loss or the accuracy of predictors."""
 
     family: SupervisedFamily
-    goals: Floats
-    steps: int
-    address: RandomKey
-    pool: ChunkPool
 
     @property
     def measure(self) -> Measure:
-        """What is measured, as results call it."""
-        return ACCURACY if self.family.kind == "classification" else SQUARED_ERROR
+        return MEASURES[self.family.kind]
 
-    def close(self) -> None:
-        """Nothing is held."""
+    @property
+    def steps(self) -> int:
+        """Number of inner steps."""
+        return self.options.steps
+
+    @staticmethod
+    def require(family: Family, options: Options, process_group: ProcessGroup) -> None:
+        if options.deterministic or options.episodes != EPISODES:
+            key = "deterministic" if options.deterministic else "episodes"
+            raise UserError(f"{key} has no effect on the supervised tasks of {family.name}")
+        if process_group.size > 1:
+            raise UserError(f"{family.name}: supervised tasks are evaluated on one rank")
+
+    @staticmethod
+    def on_one_task(
+        meta: MetaPolicy,
+        task: NDArray,
+        *,
+        steps: int = 1,
+        episodes: int = EPISODES,
+        seed: int = 0,
+        step_sizes: Sequence[float] | None = None,
+    ) -> OneTask:
+        family = meta.source
+        assert isinstance(family, SupervisedFamily)
+        PredictorEvaluator.require(family, Options(episodes=episodes), ALONE)
+        rng = np.random.default_rng(seed)
+        drawn = family.draw(task[None], rng, supports=1, queries=family.test_queries)
+        (x, y), (query_x, truth) = ((d.inputs[d.valid], d.targets[d.valid]) for d in drawn)
+        values = []
+        for k in (0, steps):
+            found = meta.adapt_to(x, y, steps=k, step_sizes=step_sizes).predict(query_x)
+            right = family.kind == "classification"
+            scores = 100.0 * (found == truth) if right else np.square(found - truth).sum(axis=-1)
+            values.append(float(scores.mean()))
+        measure = MEASURES[family.kind]
+        return OneTask((values[0], values[1]), measure, steps, f"on {len(x)} examples")
 
     def groups(self) -> Iterator[tuple[slice, Examples, Examples]]:
         """Draw support and query, a group of tasks after another."""
-        for i, group in enumerate(slices(len(self.goals), _GROUP)):
-            rng = dataclasses.replace(self.address, inner_step=i).examples()
+        for i, group in enumerate(slices(len(self.all_tasks), _GROUP)):
+            rng = dataclasses.replace(self.key, inner_step=i).examples()
             support, query = (
                 make_examples(data)
                 for data in self.family.draw(
-                    self.goals[group], rng, supports=1, queries=self.family.test_queries
+                    self.all_tasks[group], rng, supports=1, queries=self.family.test_queries
                 )
             )
             yield group, support, query
 
-    def curve(
-        self,
-        members: Sequence[MetaPolicy],
-        sizes: Sequence[float] | Callable[[MetaPolicy], Sequence[float]] | None,
-    ) -> Curve:
-        """Return the curve of a predictor's seeds; an oracle takes no step."""
-        adapts = not members[0].algorithm.task_conditioned
+    def curve(self, members: Sequence[MetaPolicy], sizes: Sizes) -> Curve:
+        algorithm = members[0].algorithm
+        adapts = not algorithm.task_conditioned
         scores, used, functions = [], [], None
         for i, member in enumerate(members):
             given = sizes(member) if callable(sizes) else sizes
             loop, meta = member.inner_loop(self.pool, given)
             parts = []
             for group, support, query in self.groups():
-                told = member.context(self.goals[group]).get("context")
+                told = member.context(self.all_tasks[group]).get("context")
                 support, query = (
                     dataclasses.replace(part, context=told) for part in (support, query)
                 )
@@ -101,19 +132,21 @@ class SupervisedProtocol:
         return Curve(
             used,
             np.stack(scores),
-            members[0].algorithm.name,
+            algorithm.name,
             [member.config.seed for member in members],
             functions=functions,
             measure=self.measure,
+            role=algorithm.role,
         )
 
     def scratch(self, like: MetaPolicy, learning_rate: float) -> dict[str, Curve]:
-        """Return what training a random initialization on each support alone comes to, by name."""
+        """Return the curve of training a random initialization on each support alone."""
+        config = like.config
         if like.algorithm.task_conditioned:  # from examples alone
-            config = Config.of(like.config.family, "maml-trpo", like.config.family_options)
-            config = dataclasses.replace(config, policy=like.config.policy)
+            plain = config.domain.algorithm(Algorithm(name="from-scratch"), config.family)
+            config = dataclasses.replace(config, algorithm=plain)
             like = dataclasses.replace(like, config=config)
-        start = random_meta_policy(like, self.address.seed)
+        start = random_meta_policy(like, self.key.seed)
         loop, meta = start.inner_loop(self.pool)
         parts = []
         for _, support, query in self.groups():
@@ -125,8 +158,8 @@ class SupervisedProtocol:
         name = f"from scratch, {UPDATES} updates a step"
         return {name: self._reference("from-scratch", np.concatenate(parts))}
 
-    def nearest_prototype(self) -> dict[str, Curve]:
-        """Return the accuracy of the nearest mean of a class's inputs, by name; no network."""
+    def own_rows(self) -> dict[str, Curve]:
+        """Return the accuracy of the nearest mean of a class's inputs, without any network."""
         if self.family.kind != "classification":
             return {}
         parts = []
@@ -140,8 +173,8 @@ class SupervisedProtocol:
         curve = self._reference("nearest-prototype", np.concatenate(parts))
         return {"nearest prototype": curve}
 
-    def _reference(self, algorithm: str, scores: Floats) -> Curve:
-        return Curve([], scores[None], algorithm, [self.address.seed], measure=self.measure)
+    def _reference(self, role: RowRole, scores: Floats) -> Curve:
+        return Curve([], scores[None], role, [self.key.seed], measure=self.measure, role=role)
 
     def _scores(self, adapter: Adapter, fast: Params, slow: Params, query: Examples) -> Floats:
         """Return the score of each task, [T]."""
@@ -190,9 +223,9 @@ class SupervisedProtocol:
         self, adapter: Adapter, iterates: Sequence[Params], slow: Params, told: Tensor | None
     ) -> Floats:
         """Return what the first tasks' predictors are, [tasks, K + 1, points]."""
-        x, _ = self._grid()
+        x, truth = self._grid()
         examples = Examples(
-            torch.from_numpy(np.repeat(x[None, :, None], len(self.goals[:_SHOWN]), axis=0)).float(),
+            torch.from_numpy(np.repeat(x[None, :, None], len(truth), axis=0)).float(),
             torch.zeros(0),
             torch.ones(()),
             context=None if told is None else told[:_SHOWN],
@@ -208,15 +241,15 @@ class SupervisedProtocol:
         """Return x [points] and the first tasks' functions there, [tasks, points]."""
         assert isinstance(self.family, FunctionFamily)
         x = np.linspace(*self.family.interval, _POINTS)
-        goals = self.goals[:_SHOWN]
+        goals = self.all_tasks[:_SHOWN]
         return x, self.family.function(np.tile(x, (len(goals), 1)), goals)
 
     def setting(self) -> dict[str, Any]:
-        """Return what gives the scores their meaning, plain JSON values."""
         setting: dict[str, Any] = {
             "measure": self.measure.name,
             "digits": self.measure.digits,
             "support": self.family.support_size,
+            "samples": f"{self.family.support_size} examples",
             "test_queries": self.family.test_queries,
         }
         if isinstance(self.family, FunctionFamily):

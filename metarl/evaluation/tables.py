@@ -13,7 +13,7 @@ class Table:
     """One table: a row a policy or a task, a column a number of inner steps."""
 
     heads: Sequence[str]
-    """What the figures are, then the number of steps of each column."""
+    """The measure, then the number of steps of each column."""
     rows: Sequence[Sequence[str]]
     """A policy's name, or a task's first component, then the other cells."""
     named: bool = True
@@ -23,21 +23,23 @@ class Table:
 def tables(evaluation: Mapping[str, Any]) -> list[Table]:
     """Return the tables that an evaluation's figures fill.
 
-    The measure with the step sizes comes first; then interquartile means over seeds, success rates
-    and shares of the gap from random to oracle, where there are any.
+    The measure comes first, with the worst task, CVaR and step sizes; then, if there are any,
+    interquartile means over seeds, success rates and shares of the gap from random to oracle.
     """
     curves = {evaluation["name"]: evaluation, **evaluation["references"]}
     steps = len(evaluation["returns"])
     counts = ["before", "1 step", *(f"{k} steps" for k in range(2, steps))][:steps]
     digits = evaluation.get("digits", 1)
+    tail = f"CVaR {100.0 * evaluation['cvar_fraction']:g} %"
     first = []
     for name, curve in curves.items():
         cells = _cells(curve["returns"], curve["ci95"], digits)
+        lowest = [_number(curve[key][-1], digits) for key in ("worst_task", "cvar")]
         sizes = ", ".join(_without_repeats(curve["step_sizes"])) or "none"
-        first.append([name, *cells, *[""] * (steps - len(cells)), sizes])
+        first.append([name, *cells, *[""] * (steps - len(cells)), *lowest, sizes])
     if best := evaluation.get("optimal_returns"):
         mean = sum(best) / len(best)
-        first.append(["optimum", f"{mean:.1f}", *[""] * (steps - 1), "exact"])
+        first.append(["optimum", f"{mean:.1f}", *[""] * (steps + 1), "exact"])
     several = [
         [
             f"{name}, seeds {', '.join(map(str, curve['seeds']))}",
@@ -54,9 +56,11 @@ def tables(evaluation: Mapping[str, Any]) -> list[Table]:
     gaps = [
         [name, *_cells(curve["gap_closed"], curve["gap_closed_ci95"], 2)]
         for name, curve in curves.items()
-        if "gap_closed" in curve and curve["algorithm"] != "oracle"
+        if "gap_closed" in curve and curve["role"] != "oracle"
     ]
-    found = [Table([evaluation.get("measure", "return"), *counts, "step sizes"], first)]
+    of_last = [f"{what}, {counts[-1]}" for what in ("worst task", tail)]
+    heads = [evaluation.get("measure", "return"), *counts, *of_last, "step sizes"]
+    found = [Table(heads, first)]
     for what, rows in (
         ("interquartile mean", several),
         ("success rate, %", told),
@@ -100,12 +104,21 @@ def as_text(found: Sequence[Table]) -> str:
     )
 
 
-def counted(tasks: Sequence[Sequence[float]]) -> str:
-    """Return how many tasks were evaluated on; a family of few has them repeated."""
-    different = len({tuple(task) for task in tasks})
-    if different == len(tasks):
-        return f"{different} held-out tasks"
-    return f"{different} tasks, repeated to {len(tasks)}"
+def described(evaluation: Mapping[str, Any]) -> str:
+    """Return in words which tasks were evaluated on; a family of few has them repeated."""
+    tasks = evaluation["tasks"]
+    different, outside = len({tuple(task) for task in tasks}), sum(evaluation["outside_training"])
+    if evaluation["chosen"]:
+        found = f"{len(tasks)} chosen tasks"
+    elif different == len(tasks):
+        found = f"{different} held-out tasks"
+    else:
+        found = f"{different} tasks, repeated to {len(tasks)}"
+    if outside:
+        found += f", {outside} of them outside the range of training"
+    if changes := evaluation["family_changes"]:
+        found += f", with other settings than in training ({'; '.join(changes)})"
+    return found
 
 
 def _cells(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarl.envs.errors import UserError, check_one_of
+from metarl.envs.errors import check_one_of
 from metarl.models.networks import (
     MLP,
     Dist,
@@ -82,11 +82,6 @@ class Classifier(Predictor):
 
     def __post_init__(self) -> None:
         check_one_of("head", self.head, get_args(Head))
-        if self.head == "prototypes" and not (self._mlp.encoder or self._mlp.hidden):
-            raise UserError(
-                "prototypes make the last layer from the support, and the layers below it are"
-                f" learned: give policy.hidden, such as 64, for inputs of {list(self._mlp.inputs)}"
-            )
 
     @property
     def loss(self) -> Callable[[Any, Dist, Examples], Tensor]:

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metarl.config.options import Config
-from metarl.evaluation.tables import counted, tables
+from metarl.evaluation.tables import described, tables
 from metarl.plain_json import json_text
 from metarl.plots.video import to_webm
 from metarl.runs.checkpoints import machine, versions
@@ -51,7 +50,8 @@ def write_report(
     out: Path,
     title: str,
     *,
-    config: Config | None = None,
+    adapts: bool = True,
+    stratified: bool = False,
     run: Mapping[str, Any] | None = None,
     no_video: str = "",
 ) -> None:
@@ -61,7 +61,8 @@ def write_report(
         folder: holds `evaluation.json`, and pictures and a video where they were made.
         out: the file to write.
         title: of the page.
-        config: of the training, if it is known.
+        adapts: training takes inner steps, so that its metrics say how well.
+        stratified: training spreads its tasks evenly.
         run: content of the run's `config.json`; none for a policy that is no run.
         no_video: why there is none.
     """
@@ -69,8 +70,6 @@ def write_report(
     parts = [f"<h1>{html.escape(title)}</h1>", _setting(evaluation)]
     parts.append(f'<p class="verdict">{html.escape(evaluation["verdict"])}</p>')
     parts.append(_tables(evaluation))
-    stratified = config is not None and config.stratified
-    adapts = config is None or config.inner.steps > 0  # in training
     if adapts and (said := findings(read_metrics(folder), stratified=stratified)):
         parts.append("<h2>Is it adapting?</h2>")
         parts += [f"<p>{html.escape(sentence)}</p>" for sentence in said]
@@ -128,21 +127,15 @@ def _setting(evaluation: Mapping[str, Any]) -> str:
     trained = evaluation["trained"]
     after = ""
     if "env_steps" in trained:
-        steps = "examples" if "support" in evaluation else "env steps"
-        after = f" after {trained['iteration']} iterations, {trained['env_steps']:,} {steps}"
-    if "support" in evaluation:
-        samples = f"{evaluation['support']} examples to adapt to"
-    else:
-        samples = (
-            f"{evaluation['episodes']} episodes of {evaluation['horizon']} steps for each inner"
-            " step and each return"
-        )
+        count, unit = trained["env_steps"], evaluation["unit"]
+        after = f" after {trained['iteration']} iterations, {count:,} {unit}"
     how = ", drawn at random," if evaluation.get("drawn") else ""
     if evaluation.get("deterministic"):
         how += " by mean actions"
     text = (
         f"{evaluation['algorithm']} on {evaluation['family']}{options}{after};"
-        f" evaluated on {counted(evaluation['tasks'])}{how} with {samples}."
+        f" evaluated on {described(evaluation)}{how} with"
+        f" {evaluation['samples']} for each inner step."
         " Behind ± stands half the 95 % bootstrap interval over tasks."
     )
     return f"<p>{html.escape(text)}</p>"

@@ -35,14 +35,13 @@ from metarl.learning.inner_update import FACTOR
 from metarl.learning.losses import Batch
 from metarl.models.networks import Model, Params, copied
 from metarl.models.policies import PolicyModel
-from metarl.models.predictors import Predictor
 from metarl.models.settings import own_settings
 from metarl.policies.adapted_predictor import AdaptedPredictor, as_examples
 from metarl.policies.online import OnlineAdapter
 from metarl.policies.policy import Policy
 from metarl.runs import checkpoints, fingerprint
 from metarl.runs.files import as_path
-from metarl.runs.fingerprint import Fingerprint
+from metarl.runs.fingerprint import Fingerprint, Spaces
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.seeding import stream
@@ -109,9 +108,7 @@ class MetaPolicy:
 
     def check_family(self, family: Family) -> None:
         """Compare a family with that of training, as `source` does."""
-        now = fingerprint.fingerprint(family)
-        self._check(now)
-        if found := fingerprint.notices(self.trained_on, now):
+        if found := self.family_changes(family):
             _log.warning(
                 "%s was trained with other settings (then -> now): %s",
                 self.config.family, "; ".join(found),
@@ -119,14 +116,24 @@ class MetaPolicy:
 
     def check_spaces(self, observation: gym.Space, action: gym.Space) -> None:
         """Raise UserError unless spaces are those that it was trained in, if they are known."""
-        self._check(fingerprint.fingerprint(self.source, (observation, action)))
+        self.family_changes(self.source, (observation, action))
 
-    def _check(self, now: Fingerprint) -> None:
+    def family_changes(self, family: Family, spaces: Spaces | None = None) -> list[str]:
+        """Return how a family differs from that of training, in words, as far as that is known.
+
+        Args:
+            spaces: observation and action space of its environments; None: they are not compared.
+
+        Raises:
+            UserError: the policy cannot be used on it.
+        """
+        now = fingerprint.fingerprint(family, spaces)
         if found := fingerprint.obstacles(self.trained_on, now):
             raise UserError(
                 f"this policy was trained on another {self.config.family} (then -> now):"
                 f" {'; '.join(found)}; put the family back as it was, or train on it again"
             )
+        return fingerprint.notices(self.trained_on, now)
 
     @property
     def family(self) -> TaskFamily:
@@ -135,11 +142,7 @@ class MetaPolicy:
         Raises:
             UserError: it was trained on supervised tasks.
         """
-        if not isinstance(self.source, TaskFamily):
-            raise UserError(
-                f"{self.config.family} has supervised tasks, and this needs environments"
-            )
-        return self.source
+        return self.config.domain.environments(self.source)
 
     @cached_property
     def _found_at_start(self) -> list[str]:
@@ -171,11 +174,7 @@ class MetaPolicy:
         Raises:
             UserError: it was trained on supervised tasks.
         """
-        if not isinstance(self.model, PolicyModel):
-            raise UserError(
-                f"{self.config.family} has supervised tasks, and this needs environments"
-            )
-        return self.model
+        return self.config.domain.policy(self.model)
 
     def inner_loop(
         self, pool: ChunkPool, step_sizes: Sequence[float] | None = None
@@ -341,13 +340,12 @@ class MetaPolicy:
                 environments, or it is an oracle.
             NonFiniteError: an adapted parameter is not finite (it is a UserError).
         """
-        if not isinstance(self.model, Predictor):
-            raise UserError(f"{self.config.family} has environments: adapt to one of them")
+        model = self.config.domain.predictor(self.model)
         if self.algorithm.task_conditioned:
             raise UserError("an oracle is told its task and does not adapt")
         check_whole("steps", steps, 0)
         steps = int(steps)
-        support = as_examples(self.model, inputs, targets)
+        support = as_examples(model, inputs, targets)
         with ChunkPool(1) as pool:
             loop, meta = self.inner_loop(pool, step_sizes)
             adapted = loop.run(lambda params, k: support, meta, 1, steps=steps, query=False)
@@ -356,7 +354,7 @@ class MetaPolicy:
                 theta = loop.start(theta, adapted.slow, support)
         params = {**adapted.slow, **{name: p[0].clone() for name, p in theta.items()}}
         provenance = {"steps": steps, "examples": support.weight.numel()}
-        return AdaptedPredictor(self.model, params, support.classes, provenance)
+        return AdaptedPredictor(model, params, support.classes, provenance)
 
     @own_settings()
     def adapter(

@@ -15,9 +15,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from metarl.envs import TaskFamily
 from metarl.envs.family import Family
-from metarl.envs.supervised.family import FunctionFamily, SupervisedFamily
 from metarl.plain_json import json_text
 
 Fingerprint = Mapping[str, Any]
@@ -50,19 +48,7 @@ def fingerprint(family: Family, spaces: Spaces | None = None) -> dict[str, Any]:
         if len(extent) > LONGEST:
             extent = {"all": np.array(list(extent.values()))}
         found[f"{split} tasks"] = {name: _short(values) for name, values in extent.items()}
-    if isinstance(family, SupervisedFamily):
-        found |= {
-            "kind": family.kind,
-            "inputs": list(family.input_shape),
-            "outputs": family.outputs,
-            "support": family.support_size,
-            "queries": family.queries,
-            "test queries": family.test_queries,
-        }
-        if isinstance(family, FunctionFamily):
-            found["interval"] = _short(family.interval)
-    if isinstance(family, TaskFamily):
-        found |= {"kind": "environments", "horizon": int(family.horizon)}
+    found |= {name: _short(value) for name, value in family.identity().items()}
     if spaces is not None:
         observation, action = spaces
         found["observations"] = _kind(observation)

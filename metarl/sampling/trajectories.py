@@ -59,7 +59,11 @@ class Rollout:
         """Mean return of each task, [T] float64, NaN where every episode diverged."""
         return self.returns().nanmean(dim=1)
 
+    def successes(self) -> Tensor:
+        """1 for an episode with success, else 0, [T, E] float64, NaN where it diverged."""
+        assert self.success is not None
+        return self.success.double().masked_fill(self.diverged, torch.nan)
+
     def success_rates(self) -> Tensor:
         """Part of each task's episodes with success, [T] float64, NaN where every one diverged."""
-        assert self.success is not None
-        return self.success.double().masked_fill(self.diverged, torch.nan).nanmean(dim=1)
+        return self.successes().nanmean(dim=1)

@@ -1,4 +1,4 @@
-"""The commands about families and algorithms: check, families, algorithms."""
+"""Check a task family, such as your own, and say what is wrong with it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,7 @@ from metarl.envs.checks.checker import CHECKS, checks
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.gymnasium.family import GymnasiumFamily
-from metarl.envs.registry import (
-    data_names,
-    description,
-    family_names,
-    make_family,
-    option_defaults,
-    parse_options,
-)
+from metarl.envs.registry import make_family, parse_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +24,6 @@ class Check:
     """Task family: a name that `metarl families` lists, or module:attribute of your own."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Families:
-    """Options of `metarl families`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Algorithms:
-    """Options of `metarl algorithms`."""
 
 
 def check(command: Check) -> int:
@@ -73,32 +56,3 @@ def _print_columns(family: Family) -> None:
     for name, start, end in found:
         columns = f"column {start}" if end == start + 1 else f"columns {start} to {end - 1}"
         say(f"         {'':<12} observation: {columns} = {name}")
-
-
-def families(command: Families) -> int:
-    """Run `metarl families`."""
-    for name in family_names():
-        try:
-            family = make_family(name)
-        except UserError as error:  # not installed, or a package's fault
-            say(f"{name}\n    error: {error}")
-            continue
-        tasks = f"{family.tasks.describe()}; horizon {family.horizon}"
-        say(f"{name}\n    {family.description}\n    tasks: {tasks}")
-        options = option_defaults(name)
-        say("    options: " + ", ".join(f"{k}={v}" for k, v in options.items()))
-    say("\nsupervised tasks (docs/supervised.md):\n")
-    for name in data_names():
-        options = ", ".join(f"{k}={v}" for k, v in option_defaults(name).items())
-        say(f"{name}\n    {description(name)}\n    options: {options}")
-    say("\nYour own: metarl check my_module:my_family, then train (see docs/families.md)")
-    return 0
-
-
-def algorithms(command: Algorithms) -> int:
-    """Run `metarl algorithms`."""
-    from metarl.algorithms import algorithms as known
-
-    for algorithm in known().values():
-        say(f"{algorithm.name:<18}{algorithm.summary}\n{'':<18}{algorithm.citation}")
-    return 0

@@ -1,0 +1,260 @@
+"""The returns, or another measure, of one row of an evaluation after 0 ... K inner steps."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from metarl.algorithms.algorithm import Role
+from metarl.evaluation.statistics import (
+    FEWEST,
+    Floats,
+    bootstrap_interval,
+    conditional_value_at_risk,
+    interquartile_mean,
+    interquartile_mean_interval,
+)
+
+RowRole = Literal[Role, "nearest-prototype", "from-scratch"]
+"""Role of a row of an evaluation: that of its algorithm, or of a reference without one."""
+
+ROLES: tuple[RowRole, ...] = (
+    "meta-learner", "nearest-prototype", "pretrained", "untrained", "oracle", "from-scratch",
+)  # fmt: skip
+"""In the order of the rows of a table."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What curves are of."""
+
+    key: str
+    """Name in a data frame."""
+    name: str
+    """Name in tables and pictures."""
+    sign: float
+    """1 where more is better, -1 where less is."""
+    digits: int
+    """After the decimal point."""
+
+    def number(self, value: float | np.floating, *, signed: bool = True) -> str:
+        """Return a value as it is printed."""
+        return f"{value:{'+' if signed else ''}.{self.digits}f}"
+
+
+RETURN = Measure("return", "return", 1.0, 1)
+ACCURACY = Measure("accuracy", "accuracy, %", 1.0, 1)
+SQUARED_ERROR = Measure("loss", "mean squared error", -1.0, 3)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Returns of one policy, or another measure, after 0 ... K inner steps."""
+
+    step_sizes: list[float]
+    """Of the K steps; none for an oracle, which is told its task and takes no step."""
+    per_seed: Floats
+    """[seeds, tasks, K + 1]; a seed is a training of its own."""
+    algorithm: str = "maml-trpo"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    achieved: Mapping[str, Floats] = field(default_factory=dict)
+    """What came of a component of the task, [tasks, K + 1]: the mean over steps, episodes and
+    seeds, or of a place, which has two components, the mean of where episodes end."""
+    paths: Mapping[str, Floats] = field(default_factory=dict)
+    """Of a place, one episode of the first tasks, [tasks, K + 1, time], NaN after its end."""
+    success: Floats | None = None
+    """Part of the episodes in which the task is done, [tasks, K + 1], where the family tells."""
+    functions: Floats | None = None
+    """What the first tasks' adapted predictors are, [tasks, K + 1, points], of functions of a
+    number."""
+    measure: Measure = RETURN
+    role: RowRole = "meta-learner"
+    per_episode: Floats | None = None
+    """Return of each episode, [seeds, tasks, K + 1, episodes], NaN where it diverged; None on a
+    data set."""
+    episode_success: Floats | None = None
+    """1 for an episode in which the task is done, else 0, [seeds, tasks, K + 1, episodes]."""
+
+    @property
+    def reference(self) -> bool:
+        """Whether meta-learners are compared with it."""
+        return self.role != "meta-learner"
+
+    @property
+    def per_task(self) -> Floats:
+        """Mean over seeds, [tasks, K + 1]."""
+        return self.per_seed.mean(axis=0)
+
+    @property
+    def returns(self) -> list[float]:
+        """Mean over tasks after each number of steps; NaN where no task has a value."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a mean over nothing
+            return np.nanmean(self.per_task, axis=0).tolist()
+
+    @property
+    def ci95(self) -> list[tuple[float, float]]:
+        """Bootstrap 95 % interval over tasks of each mean."""
+        return [bootstrap_interval(known(column)) for column in self.per_task.T]
+
+    @property
+    def worst(self) -> list[int]:
+        """Index of the worst task after each number of steps; -1 if no task has a value."""
+        return [
+            -1 if np.isnan(column).all() else int(np.nanargmin(self.measure.sign * column))
+            for column in self.per_task.T
+        ]
+
+    @property
+    def worst_task(self) -> list[float]:
+        """Value of the worst task after each number of steps; NaN if no task has a value."""
+        return [float(self.per_task[t, k]) for k, t in enumerate(self.worst)]
+
+    @property
+    def cvar(self) -> list[float]:
+        """Mean of the worst tenth of the tasks after each number of steps."""
+        sign = self.measure.sign
+        return [sign * conditional_value_at_risk(sign * column) for column in self.per_task.T]
+
+    @property
+    def iqm(self) -> list[float]:
+        """Interquartile mean over seeds and tasks after each number of steps."""
+        return interquartile_mean(self._flat()).tolist()
+
+    @property
+    def iqm_ci95(self) -> list[tuple[float, float]]:
+        """Bootstrap 95 % interval over seeds and tasks of each; NaN for a single seed."""
+        return [interquartile_mean_interval(scores) for scores in np.moveaxis(self.per_seed, 2, 0)]
+
+    def gain(self, steps: int = 1) -> tuple[float, float, float]:
+        """Return the mean gain of `steps` inner steps and its interval, paired by task.
+
+        More is better, whatever the measure.
+        """
+        gains = known(self.gains(steps))
+        if not len(gains):
+            return math.nan, math.nan, math.nan
+        return (float(gains.mean()), *bootstrap_interval(gains))
+
+    def gains(self, steps: int = 1) -> Floats:
+        """Return each task's gain of `steps` inner steps, [tasks]; more is better."""
+        return self.measure.sign * (self.per_task[:, steps] - self.per_task[:, 0])
+
+    def lead(self, other: Curve, steps: int = 1) -> Difference:
+        """Return how much better it is than another on the same tasks after `steps` inner steps.
+
+        Paired by task, means over seeds; more is better, whatever the measure.
+        """
+        ours, theirs = (self.measure.sign * c.per_task[:, steps] for c in (self, other))
+        return difference(ours, theirs, self.measure)
+
+    def verdict(self) -> str:
+        """Say in one sentence whether adaptation gains anything."""
+        if len(self.returns) < 2:
+            return "No inner step was taken."
+        if self.role == "oracle":
+            return "An oracle is told its task and takes no inner step."
+        mean, low, high = self.gain()
+        said, gains = self.measure.number, known(self.gains())
+        if not len(gains):
+            return "No task has a return before and after a step: every episode diverged."
+        improved = f"{100.0 * float((gains > 0.0).mean()):.0f} % of tasks improve"
+        if len(gains) < 2:
+            return f"One step gains {said(mean)} on a single task; several give an interval."
+        if len(gains) < FEWEST:
+            return (
+                f"One step gains {said(mean)} on {len(gains)} tasks ({improved});"
+                f" whether that is chance takes at least {FEWEST} tasks to tell."
+            )
+        if low <= 0.0 <= high:
+            return (
+                f"The gain of one adaptation step cannot be told from zero:"
+                f" {said(mean)}, 95 % interval [{said(low)}, {said(high)}]."
+            )
+        word = "gains" if mean > 0.0 else "LOSES"
+        return (
+            f"Adaptation {word} {said(abs(mean), signed=False)} ±"
+            f" {said((high - low) / 2.0, signed=False)} after one step"
+            f" ({improved})."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; a number that is not finite is null."""
+        result = {
+            "algorithm": self.algorithm,
+            "role": self.role,
+            "seeds": self.seeds,
+            "step_sizes": self.step_sizes,
+            "returns": self.returns,
+            "ci95": [list(pair) for pair in self.ci95],
+            "per_task": self.per_task.tolist(),
+            "worst": self.worst,
+            "worst_task": self.worst_task,
+            "cvar": self.cvar,
+        }
+        if len(self.returns) > 1:
+            mean, low, high = self.gain()
+            result["gain"] = {"mean": mean, "ci95": [low, high]}
+            result["verdict"] = self.verdict()
+        if len(self.seeds) > 1:
+            result["per_seed"] = self.per_seed.tolist()
+            result["iqm"] = self.iqm
+            result["iqm_ci95"] = [list(pair) for pair in self.iqm_ci95]
+        if self.success is not None:
+            result["success"] = [_mean(rates) for rates in self.success.T]
+            result["success_per_task"] = self.success.tolist()
+        if self.achieved:
+            result["achieved"] = {name: values.tolist() for name, values in self.achieved.items()}
+        if self.functions is not None:
+            result["functions"] = self.functions.tolist()
+        return finite(result)
+
+    def _flat(self) -> Floats:
+        return np.moveaxis(self.per_seed, 2, 0).reshape(self.per_seed.shape[2], -1)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference over tasks and its interval."""
+
+    mean: float
+    low: float
+    high: float
+    measure: Measure
+
+    def __str__(self) -> str:
+        mean, low, high = map(self.measure.number, (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
+
+
+def difference(ours: Floats, theirs: Floats, measure: Measure) -> Difference:
+    """Return the mean of differences paired by task, with its 95 % interval."""
+    paired = known(ours - theirs)
+    return Difference(float(paired.mean()), *bootstrap_interval(paired), measure)
+
+
+def known(values: Floats) -> Floats:
+    """Leave out tasks whose every episode diverged."""
+    return values[np.isfinite(values).reshape(len(values), -1).all(axis=1)]
+
+
+def _mean(values: Floats) -> float:
+    """Return the mean of what is known; NaN of nothing."""
+    found = known(values)
+    return float(found.mean()) if len(found) else math.nan
+
+
+def finite(value: Any) -> Any:
+    """Return plain JSON values with null for each number that is not finite."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

@@ -1,0 +1,108 @@
+"""The policies of an evaluation: seeds of one make a row, references come last."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metarl.algorithms import algorithms
+from metarl.envs.errors import UserError, kind_of
+from metarl.policies.loading import load
+from metarl.policies.meta_policy import MetaPolicy
+from metarl.runs.fingerprint import changes
+from metarl.runs.folder import alike, but_seed, group_names
+
+What = MetaPolicy | str | Path
+
+START = "random"
+"""Name of the row of the random initialization that an evaluation adds."""
+
+
+def grouped(what: Sequence[str | Path]) -> dict[str, dict[str, MetaPolicy]]:
+    """Load policies; those that were trained alike except for the seed make one group.
+
+    A group has the common beginning of its members' names, or the name of the reference that it
+    is. The first group is not a reference, if there is any other.
+
+    Returns:
+        by the group's name, its members by what they were loaded from.
+    """
+    names = list(map(str, what))
+    loaded = [load(name) for name in names]
+    groups = [{names[i]: loaded[i] for i in group} for group in alike([m.config for m in loaded])]
+    found = [next(iter(group.values())).algorithm for group in groups]
+    called = {}  # a reference by its name; a second one of its kind as others are
+    for i, algorithm in enumerate(found):
+        if algorithm.reference and algorithm.name not in called.values():
+            called[i] = algorithm.name
+    free = [i for i in range(len(groups)) if i not in called]
+    taken = {name for name, algorithm in algorithms().items() if algorithm.reference}
+    given = group_names([list(groups[i]) for i in free], taken)
+    called |= dict(zip(free, given, strict=True))
+    named = {called[i]: group for i, group in enumerate(groups)}
+
+    def is_reference(item: tuple[str, dict[str, MetaPolicy]]) -> bool:
+        return next(iter(item[1].values())).algorithm.reference
+
+    return dict(sorted(named.items(), key=is_reference))
+
+
+def seeds_of(what: What | Sequence[What], name: str) -> list[MetaPolicy]:
+    """Load the seeds of one policy.
+
+    Raises:
+        UserError: there is none, or they differ by more than the seed.
+        CheckpointError: one cannot be loaded.
+    """
+    alone = isinstance(what, (MetaPolicy, str, os.PathLike)) or not isinstance(what, Iterable)
+    given: Any = [what] if alone else what
+    several: list[Any] = list(given)
+    if not several:
+        raise UserError(f"{name}: no policy given")
+    members = [one if isinstance(one, MetaPolicy) else load(one) for one in several]
+    configs = [but_seed(member.config) for member in members]
+    if any(config != configs[0] for config in configs):
+        raise UserError(f"{name}: policies that differ by more than the seed are no one's seeds")
+    for member in members[1:]:
+        if found := changes(members[0].trained_on, member.trained_on):
+            raise UserError(
+                f"{name}: policies of one {configs[0].family}, but trained when it was another:"
+                f" {'; '.join(found)}; evaluate them one by one"
+            )
+    return members
+
+
+def references_of(
+    references: Mapping[str, What | Sequence[What]] | None, first: MetaPolicy, name: str
+) -> dict[str, list[MetaPolicy]]:
+    """Load references by name.
+
+    Args:
+        first: the policy that they are compared with.
+        name: of its row.
+
+    Raises:
+        UserError: one is of another family, or has a name that another row has.
+        CheckpointError: one cannot be loaded.
+    """
+    if references is not None and not isinstance(references, Mapping):
+        raise UserError(f"references are policies by name, got {kind_of(references)}")
+    others = {key: seeds_of(other, key) for key, other in (references or {}).items()}
+    family, options = first.config.family, dict(first.config.family_options)
+    for key, group in others.items():
+        config = group[0].config
+        if (config.family, dict(config.family_options)) != (family, options):
+            raise UserError(
+                f"{key} was trained on {config.family} {dict(config.family_options)}, not on"
+                f" {family} {options}: their returns do not compare"
+            )
+        if key == name:
+            raise UserError(f"a reference and the policy are both called {key!r}")
+    adds = all(g[0].algorithm.role != "untrained" for g in ([first], *others.values()))
+    for key in (name, *others):
+        made_here = key == "nearest prototype" or key.startswith("from scratch")
+        if made_here or (key == START and adds):
+            raise UserError(f"{key!r} is what a row of the evaluation's own is called: rename it")
+    return others
