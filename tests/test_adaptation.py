@@ -8,10 +8,10 @@ import torch
 from conftest import double_params, random_batch
 from torch.distributions import Independent, Normal
 
+from metarl.learning.adapter import Adapter, inner_step, size_at
 from metarl.learning.advantages import Advantages, to_batch
 from metarl.learning.baselines import LinearFeatures
 from metarl.learning.inner_loop import InnerLoop
-from metarl.learning.inner_update import Adapter, inner_step, size_at
 from metarl.learning.losses import likelihood_ratio, log_likelihood
 from metarl.models.networks import stack
 from metarl.sampling.trajectories import Rollout

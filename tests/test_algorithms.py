@@ -18,9 +18,9 @@ from metarl import evaluate, load, resolve, train
 from metarl.algorithms import algorithms, e_maml, find_algorithm
 from metarl.algorithms.maml_plus_plus import annealed_weights
 from metarl.algorithms.promp import InnerKLPenalty
+from metarl.learning.adapter import Adapter
 from metarl.learning.gradient_steps import Adam, shorten
 from metarl.learning.inner_loop import Adapted
-from metarl.learning.inner_update import Adapter
 from metarl.learning.linear_solves import conjugate_gradient_each
 from metarl.learning.losses import (
     Batch,

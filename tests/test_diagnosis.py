@@ -11,7 +11,7 @@ import torch
 from conftest import gaussian_policy, random_batch
 from expecting import mentions
 
-from metarl.learning.inner_update import Adapter
+from metarl.learning.adapter import Adapter
 from metarl.learning.losses import Batch, dice, log_likelihood
 from metarl.learning.signals import inner_gradient_cosine
 from metarl.sampling.spaces import beyond_bounds

@@ -12,7 +12,7 @@ from conftest import categorical_policy, double_params, gaussian_policy, random_
 from expecting import refused
 
 from metarl.distributed.chunk_pool import ChunkPool
-from metarl.learning.inner_update import Adapter, inner_step
+from metarl.learning.adapter import Adapter, inner_step
 from metarl.learning.losses import Batch, likelihood_ratio, log_likelihood
 from metarl.learning.meta_gradients.problem import Objective, agreement
 from metarl.learning.meta_gradients.unrolled import UnrolledProblem

@@ -13,7 +13,8 @@ from expecting import refused
 from metarl.algorithms import Algorithm, find_algorithm
 from metarl.algorithms.named_parts import find_outer
 from metarl.config.options import Config
-from metarl.learning.inner_update import Adapter, GradientUpdate
+from metarl.learning.adapter import Adapter
+from metarl.learning.inner_update import GradientUpdate
 from metarl.learning.losses import likelihood_ratio, log_likelihood
 from metarl.learning.meta_gradients.implicit import ImplicitProblem
 from metarl.learning.meta_gradients.problem import Objective

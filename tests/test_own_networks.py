@@ -15,8 +15,8 @@ from torch import nn
 import metarl
 from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool
+from metarl.learning.adapter import Adapter
 from metarl.learning.inner_loop import InnerLoop
-from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import likelihood_ratio, log_likelihood
 from metarl.models.distributions import Gaussian
 from metarl.models.modules import ModuleNetwork

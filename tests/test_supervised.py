@@ -16,8 +16,8 @@ from metarl.domains.lookup import domain_of
 from metarl.envs import FewShotFamily, FunctionFamily, Uniform
 from metarl.envs.registry import find_family, make_family
 from metarl.envs.supervised.characters import draw_characters
+from metarl.learning.adapter import Adapter
 from metarl.learning.inner_loop import Adapted
-from metarl.learning.inner_update import Adapter
 from metarl.learning.meta_gradients.problem import Objective, Sampled
 from metarl.models.encoders import FourBlocks, normalize_batch
 from metarl.models.networks import MLP, flatten, stack, unflatten

@@ -21,12 +21,8 @@ from metarl.envs.families.tabular import TabularFamily
 from metarl.envs.registry import find_family
 from metarl.envs.supervised.family import FunctionFamily
 from metarl.envs.supervised.few_shot import FewShotFamily
-from metarl.learning.inner_update import (
-    Adapter,
-    GradientUpdate,
-    LearnedStepSizes,
-    ProximalUpdate,
-)
+from metarl.learning.adapter import Adapter
+from metarl.learning.inner_update import GradientUpdate, LearnedStepSizes, ProximalUpdate
 from metarl.learning.losses import log_likelihood
 from metarl.learning.meta_gradients.implicit import Implicit
 from metarl.learning.meta_gradients.reptile import Reptile

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metarl.algorithms.algorithm import Algorithm
-from metarl.learning.inner_update import Fast, GradientUpdate
+from metarl.learning.adapter import Fast
+from metarl.learning.inner_update import GradientUpdate
 from metarl.parts import fixed
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from metarl.algorithms.algorithm import Algorithm
-from metarl.learning.inner_update import Adapter, GradientUpdate
+from metarl.learning.adapter import Adapter
+from metarl.learning.inner_update import GradientUpdate
 from metarl.learning.losses import Loss, dice
 from metarl.models.networks import Model
 from metarl.parts import fixed

@@ -20,7 +20,7 @@ from metarl.envs import TaskFamily, guard
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.tasks import Tasks
-from metarl.learning.inner_update import Adapter
+from metarl.learning.adapter import Adapter
 from metarl.learning.losses import Loss
 from metarl.models.network_parts import NetworkPart
 from metarl.models.networks import Model, Params

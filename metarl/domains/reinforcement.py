@@ -31,9 +31,9 @@ from metarl.envs.family import Family
 from metarl.envs.gymnasium.observations import flattened, is_image, structure_of
 from metarl.envs.policy_spaces import check_pixels, check_policy_spaces
 from metarl.envs.tasks import Tasks
+from metarl.learning.adapter import Adapter
 from metarl.learning.advantages import to_batch
 from metarl.learning.density import check_density
-from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import Batch, Loss, likelihood_ratio, log_likelihood
 from metarl.models.distribution import Distribution
 from metarl.models.distributions import AutoDistribution

@@ -28,8 +28,8 @@ from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.supervised.family import Data, SupervisedFamily
 from metarl.envs.tasks import Tasks
+from metarl.learning.adapter import Adapter
 from metarl.learning.inner_loop import check_finite
-from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import (
     Loss,
     likelihood_ratio,

@@ -25,7 +25,7 @@ from metarl.envs.supervised.family import FunctionFamily, SupervisedFamily
 from metarl.evaluation.curves import ACCURACY, SQUARED_ERROR, Curve, Measure, RowRole
 from metarl.evaluation.evaluator import EPISODES, Evaluator, OneTask, Options, Sizes
 from metarl.evaluation.statistics import Floats
-from metarl.learning.inner_update import Adapter
+from metarl.learning.adapter import Adapter
 from metarl.learning.losses import Loss, task_losses
 from metarl.models.networks import Params, stack
 from metarl.models.predictors import Predictor, accuracy, class_means, squared_error

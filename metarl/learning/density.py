@@ -15,7 +15,7 @@ from torch import Tensor
 from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.distributed.process_group import CHUNK
 from metarl.envs.errors import UserError
-from metarl.learning.inner_update import Adapter
+from metarl.learning.adapter import Adapter
 from metarl.learning.losses import Batch
 from metarl.models.distributions import Gaussian
 from metarl.models.networks import Dist, Params

@@ -15,7 +15,7 @@ from torch import Tensor
 from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.distributed.process_group import CHUNK
 from metarl.envs.errors import NonFiniteError
-from metarl.learning.inner_update import FACTOR, Adapter, StepSizes
+from metarl.learning.adapter import FACTOR, Adapter, StepSizes
 from metarl.models.networks import Params, stack
 from metarl.models.samples import Samples
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from metarl.learning.inner_update import Adapter
+from metarl.learning.adapter import Adapter
 from metarl.models.networks import Params, stack
 from metarl.models.samples import Samples
 

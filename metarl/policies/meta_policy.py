@@ -29,9 +29,9 @@ from metarl.envs.checks.start import log_finding, start_findings
 from metarl.envs.errors import UserError, check_whole, kind_of
 from metarl.envs.family import Family
 from metarl.envs.registry import find_family
+from metarl.learning.adapter import FACTOR
 from metarl.learning.advantages import to_batch
 from metarl.learning.inner_loop import InnerLoop
-from metarl.learning.inner_update import FACTOR
 from metarl.learning.losses import Batch
 from metarl.models.networks import Model, Params, copied
 from metarl.models.policies import PolicyModel

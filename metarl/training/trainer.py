@@ -23,8 +23,8 @@ from metarl.domains.lookup import domain_of
 from metarl.envs.errors import NonFiniteError, UserError
 from metarl.envs.registry import find_family
 from metarl.envs.tasks import Tasks
+from metarl.learning.adapter import Adapter
 from metarl.learning.inner_loop import Adapted, InnerLoop
-from metarl.learning.inner_update import Adapter
 from metarl.learning.meta_gradients.problem import Objective, Problem, Sampled
 from metarl.learning.outer import OuterState
 from metarl.learning.signals import inner_gradient_cosine

@@ -7,7 +7,7 @@ from typing import Any
 
 from metarl.config.options import Config
 from metarl.envs.errors import UserError
-from metarl.learning.inner_update import is_step_size
+from metarl.learning.adapter import is_step_size
 from metarl.models.networks import Params, copied
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.runs.fingerprint import Fingerprint, sizes_changed

@@ -20,8 +20,8 @@ from torch import Tensor
 from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.distributed.process_group import ALONE, CHUNK, ProcessGroup
 from metarl.envs.errors import UserError
+from metarl.learning.adapter import Adapter
 from metarl.learning.inner_loop import Adapted
-from metarl.learning.inner_update import Adapter
 from metarl.learning.losses import Loss, task_losses
 from metarl.models.networks import Dist, Params, stack
 from metarl.models.samples import Samples
