@@ -1,0 +1,287 @@
+"""Environments of one task, and many of them as one vector environment, stepped in this process."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from metarl.envs.errors import UserError
+from metarl.envs.gymnasium.observations import (
+    check_fits,
+    fits,
+)
+from metarl.envs.gymnasium.step_results import FLAGS, NUMBERS, plain_reset, success
+from metarl.envs.memory import Copies
+from metarl.envs.seeds import foreign_seed
+from metarl.envs.vector import (
+    CLOSE,
+    RESET,
+    STEP,
+    Bools,
+    Floats,
+    TaskVectorEnv,
+    describe_progress,
+    detached,
+    no_entry,
+)
+
+if TYPE_CHECKING:
+    from metarl.envs.gymnasium.family import GymnasiumFamily
+
+_log = logging.getLogger(__name__)
+
+
+def stacked(values: Sequence[Any]) -> NDArray:
+    """Return an array [n, ...] of n values, of objects where their shapes differ."""
+    try:
+        return np.array(values)
+    except ValueError:
+        found = np.empty(len(values), object)
+        for i, value in enumerate(values):
+            found[i] = value
+        return found
+
+
+def close(env: gym.Env, name: str) -> None:
+    """Close an environment. If that fails, say so: what was played before is as good as ever."""
+    try:
+        env.close()
+    except (Exception, SystemExit) as error:  # the user's own
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+        _warn_once(f"{name}: closing the environment failed, and the run continues: {text}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
+
+
+class TaskEnv(gym.Wrapper):
+    """An environment that is given a task before every reset, and pays the family's reward."""
+
+    def __init__(
+        self, family: GymnasiumFamily, task: Floats | None, render_mode: str | None = None
+    ) -> None:
+        self._made_for = family.example_task() if task is None else task
+        super().__init__(family.make_bare(render_mode, self._made_for))
+        self.family, self._task = family, detached(task)
+        self._in_force = self._made_for
+        self._verified = False  # that tasks arrive in the environment
+        self._rng: np.random.Generator | None = None
+        self._observation: NDArray | None = None
+
+    @property
+    def task(self) -> Floats | None:
+        """The task of every episode; None: each draws its own."""
+        return detached(self._task)
+
+    @task.setter
+    def task(self, task: Floats | None) -> None:
+        self._task = detached(task)
+
+    def begin(
+        self, task: Floats, seed: int | None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Put a task in and start an episode of it."""
+        if self.family.keywords and not np.array_equal(task, self._made_for):
+            self.env, old = self.family.make_bare(self.render_mode, task), self.env
+            self.family.check_spaces(old, self.env)
+            self.env.unwrapped.np_random = old.unwrapped.np_random
+            close(old, self.family.name)
+            self._made_for = task.copy()
+            self._verified = False
+        self.family.apply_task(self.env, task.copy(), verify=not self._verified)
+        self._verified = True
+        self._in_force = task.copy()
+        try:
+            return plain_reset(self.env.reset(seed=foreign_seed(seed), options=options))  # type: ignore[return-value]
+        except UserError as error:
+            raise UserError(f"{self.family.name}: {error}") from None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        task = self._task
+        if task is None:
+            if seed is not None or self._rng is None:
+                self._rng = np.random.default_rng(None if seed is None else [seed, 1])
+            task = self.family.tasks.sample(self._rng, 1)[0]
+        observation, info = self.begin(task, seed, options)
+        check_fits(observation, self.observation_space, self.family.name)
+        self._observation = np.array(observation)
+        return detached(observation), {**detached(info), "task": self._in_force.copy()}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        given = np.array(action)  # which the environment may write to
+        observation, *rest = self.env.step(action)
+        check_fits(observation, self.observation_space, self.family.name)
+        reward, terminated, truncated, info = self.family.plain(*rest)
+        if self.family.reward is not None:
+            assert self._observation is not None  # Gymnasium has refused a step before the reset
+            after = np.array(observation)
+            before, self._observation = self._observation, after
+            rows = (before[None], given[None], after[None])
+            reward = float(self.family.compute_reward(*rows, [info], self._in_force[None])[0])
+        # Copies: an environment may go on with the arrays that it gave.
+        return detached(observation), detached(reward), terminated, truncated, detached(info)
+
+    def render(self) -> Any:
+        return detached(self.env.render())
+
+    def close(self) -> None:
+        close(self.env, self.family.name)
+
+
+class GymnasiumVectorEnv(TaskVectorEnv):
+    """Any Gymnasium environment, one copy a sub-environment, stepped one after the other."""
+
+    family: GymnasiumFamily
+
+    def __init__(
+        self,
+        family: GymnasiumFamily,
+        num_tasks: int,
+        episodes: int,
+        *,
+        render_mode: str | None = None,
+        **options: Any,
+    ) -> None:
+        count = max(num_tasks, 0) * max(episodes, 0)
+        watch = Copies(family.name, num_tasks, episodes)
+        self._envs: list[TaskEnv] = []
+        for _ in range(max(count, 1)):
+            self._envs.append(TaskEnv(family, None, render_mode))
+            watch.one_more()
+        first = self._envs[0]
+        super().__init__(
+            family,
+            num_tasks,
+            episodes,
+            observation_space=first.observation_space,
+            action_space=first.action_space,
+            metadata=dict(first.metadata),
+            **options,
+        )
+        self.render_mode = render_mode
+        shape = (self.num_envs, *first.observation_space.shape)  # type: ignore[misc]
+        self._observation = np.zeros(shape, first.observation_space.dtype)
+        self._dtype = self._observation.dtype
+
+    def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
+        watch = None  # some take their memory at the first reset
+        if not self._ready.any():
+            watch = Copies(self.family.name, self.num_tasks, self.episodes)
+        for i, seed in zip(ids.tolist(), seeds, strict=True):
+            self._begun(RESET, i)
+            self._keep(i, self._envs[i].begin(self._tasks[i], seed)[0])
+            if watch is not None:
+                watch.one_more()
+
+    def _advance(
+        self, ids: NDArray[np.int64] | None, actions: Any
+    ) -> tuple[Floats, Bools | None, Bools | None, Bools | None, dict[str, Any]]:
+        reward = np.zeros(self.num_envs)
+        terminated = np.zeros(self.num_envs, np.bool_)
+        truncated = np.zeros(self.num_envs, np.bool_)
+        moved = np.arange(self.num_envs) if ids is None else ids
+        if np.issubdtype(self._observation.dtype, np.floating):
+            # A policy that sees nan acts nan, which no environment should be given: that is the
+            # end of the episode, and whoever sampled it finds the nan in its observations.
+            seen = np.isfinite(self._observation[moved]).all(axis=1)
+            truncated[moved[~seen]] = True
+            moved = moved[seen]
+        before, infos = self._observation[moved], []
+        tells = False  # of success
+        # Copies: an environment may write to the action that it is given.
+        given, actions = np.asarray(actions)[moved], np.array(actions)
+        for i in moved.tolist():
+            self._begun(STEP, i)
+            env = self._envs[i].env  # past the TaskEnv, which would pay one row at a time
+            observation, paid, ended, cut, info = env.step(actions[i])
+            # Types that need no look, which is most of them, cost no call.
+            if (
+                type(info) is not dict
+                or type(paid) not in NUMBERS
+                or type(ended) not in FLAGS
+                or type(cut) not in FLAGS
+            ):
+                paid, ended, cut, info = self._plain(paid, ended, cut, info)
+            reward[i], terminated[i], truncated[i] = paid, ended, cut
+            self._keep(i, observation)
+            infos.append(info)
+            tells = tells or "success" in info
+        if self.family.reward is not None and len(moved):
+            self._begun(STEP)
+            after = self._observation[moved]
+            reward[moved] = self.family.compute_reward(
+                before, given, after, infos, self._tasks[moved]
+            )
+        told = self._achieved(moved, infos)
+        if tells:
+            self._add_success(told, moved, infos)
+        return reward, terminated, truncated, None, told
+
+    def _plain(self, *result: Any) -> tuple[float, bool, bool, Any]:
+        try:
+            return self.family.plain(*result)
+        except UserError as error:
+            where = describe_progress(self.progress, self.tasks)
+            raise UserError(f"{error} ({where})") from None
+
+    def _add_success(
+        self, told: dict[str, Floats], moved: NDArray[np.int64], infos: list[Any]
+    ) -> None:
+        """Add what infos tell of success, unless none of them tells it as a number."""
+        values = [success(info) for info in infos]
+        if any(value is not None for value in values):
+            told["success"] = np.zeros(self.num_envs)
+            told["success"][moved] = [value or 0.0 for value in values]
+
+    def _achieved(self, moved: NDArray[np.int64], infos: list[dict[str, Any]]) -> dict[str, Floats]:
+        achieved = {}
+        for key in self.family.achieved.values():
+            achieved[key] = np.zeros(self.num_envs)
+            for i, info in zip(moved.tolist(), infos, strict=True):
+                if key not in info:
+                    raise no_entry(self.family, key, info)
+                achieved[key][i] = info[key]
+        return achieved
+
+    def _keep(self, i: int, observation: Any) -> None:
+        shape = self.single_observation_space.shape
+        if getattr(observation, "shape", None) != shape and np.shape(observation) != shape:
+            raise UserError(  # NumPy would broadcast some
+                f"{self.family.name}: {describe_progress(self.progress, self.tasks)} the"
+                f" environment returned an observation of shape {np.shape(observation)}, but its"
+                f" observation_space has shape {shape}"
+            )
+        if getattr(observation, "dtype", None) is not self._dtype:
+            space = self.single_observation_space
+            if not fits(observation, space):
+                where = f"{self.family.name}: {describe_progress(self.progress, self.tasks)}"
+                check_fits(observation, space, where)
+        self._observation[i] = observation
+
+    def _observe(self) -> NDArray:
+        return self._observation
+
+    def render(self) -> Any:
+        return tuple(env.render() for env in self._envs)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        failed: Exception | None = None
+        with self._named():
+            for i, env in enumerate(self._envs):
+                self._begun(CLOSE, i)
+                try:
+                    env.env.close()
+                except Exception as error:
+                    failed = failed or error
+            if failed is not None:  # after all others are closed
+                raise failed
