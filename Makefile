@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/first
+# Processes that share the tests; one per core is best.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: install dev train test noise slow lint matrix matrix-whole
 
@@ -25,15 +28,15 @@ train: install
 	$(BIN)/metarl evaluate $(RUN)
 
 test: dev
-	$(BIN)/python -m pytest -m "not slow and not learning"
+	$(PYTEST) -m "not slow and not learning"
 
-# The default tests once more, with results rounded as another processor might.
+# The default tests again, with results rounded as another processor might round them.
 SEED ?= 1
 noise: dev
-	$(BIN)/python -m pytest -m "not slow and not learning" --rounding-noise $(SEED)
+	$(PYTEST) -m "not slow and not learning" --rounding-noise $(SEED)
 
 slow: dev
-	$(BIN)/python -m pytest -m "slow or learning"
+	$(PYTEST) -m "slow or learning"
 
 # pyright sees the package as it is shipped, with envs inside.
 lint: dev
@@ -43,9 +46,9 @@ lint: dev
 	cp -r metarl build/typecheck/metarl && cp -r envs build/typecheck/metarl/envs
 	$(BIN)/pyright
 
-# The strict tests as nine other processors would run them; all default tests as two.
+# The strict tests as nine other processors would run them; all default tests as two would.
 matrix: dev
-	PYTHON=$(BIN)/python scripts/matrix.sh
+	JOBS=$(JOBS) PYTHON=$(BIN)/python scripts/matrix.sh
 
 matrix-whole: dev
-	PYTHON=$(BIN)/python scripts/matrix.sh whole
+	JOBS=$(JOBS) PYTHON=$(BIN)/python scripts/matrix.sh whole

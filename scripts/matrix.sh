@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
+jobs=${JOBS:-2}
 
 # NumPy refuses to switch off what the processor does not have, so only that is named.
 features() {
@@ -20,7 +21,7 @@ try() {
   local which=$1
   shift
   echo "$which: $*"
-  env "$@" "$python" -m pytest -q -m "$which" -p no:cacheprovider
+  env "$@" "$python" -m pytest -q -n "$jobs" --dist worksteal -m "$which" -p no:cacheprovider
 }
 
 default="not slow and not learning"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -141,6 +141,22 @@ def small(
         "checkpoint_every": 2,
     }  # fmt: skip
     return Config.of(family, algorithm, family_options).with_options(values | options)
+
+
+def mostly_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Return parameters of a test, all marked slow except a few. A tuple is several arguments."""
+
+    def slow(value: Any) -> Any:
+        arguments = value if isinstance(value, tuple) else (value,)
+        return pytest.param(*arguments, marks=pytest.mark.slow)
+
+    return [value if value in quick else slow(value) for value in values]
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave pictures empty; drawing them takes most of the time of an evaluation."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
 
 
 def timeless(folder) -> list[dict]:

@@ -46,6 +46,7 @@ NUMPY = """
 """
 
 
+@functools.cache  # once in a process: sitecustomize.py may come before conftest.py
 def install(seed: int) -> None:
     """Switch the noise on for good: in this process, its threads, and processes that it starts."""
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)

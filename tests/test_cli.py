@@ -57,7 +57,7 @@ def test_train_evaluate_resume(tmp_path, capsys):
     assert len(printed["per_task"]) == 3
 
 
-def test_adapt_record_plot_and_report(tmp_path, capsys):
+def test_adapt_record_plot_and_report(tmp_path, capsys, undrawn):
     for seed in ("0", "1"):
         train = ["train", "navigation-2d", *SMALL, "--iterations", "2", "--seed", seed]
         assert run(*train, "--out", f"run-{seed}") == 0

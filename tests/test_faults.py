@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import same_params, small, timeless
+from conftest import mostly_slow, same_params, small, timeless
 from expecting import mentions, refused, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -335,8 +335,8 @@ def test_a_limit_on_file_sizes_is_one_line_and_leaves_no_folder(tmp_path, capfd,
         ("plot run", "learning.svg"),
         ("report run --no-video --tasks 2 --episodes 1 --steps 1", "report.html"),
         ("record navigation-2d-icml2017 --episodes 1 --out x.mp4", "x.mp4"),
-        ("record navigation-2d-icml2017 --episodes 1 --out x.mp4", "x.gif"),
         ("adapt run --task goal_x=0 goal_y=0 --episodes 1 --save adapted", "adapted"),
+        *mostly_slow([("record navigation-2d-icml2017 --episodes 1 --out x.mp4", "x.gif")]),
     ],
 )  # fmt: skip
 def test_a_full_disk_stops_other_commands_with_one_line(

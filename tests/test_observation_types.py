@@ -382,7 +382,7 @@ def test_an_environment_that_cannot_be_closed_loses_nothing(tmp_path, named, cap
     sizes = ["--tasks", "2", "--episodes", "2"]
     train = ["train", "test_observation_types:present", *sizes, "--iterations", "1"]
     assert run(*train, "--workers", "0", "--out", out) == 0
-    assert run("evaluate", out, *sizes) == 0
+    assert run("evaluate", out, *sizes, "--workers", "0") == 0
     assert run("adapt", out, "--task", "goal=0.5", "--episodes", "2") == 0
     told = [record.getMessage() for record in caplog.records if "stuck" in record.getMessage()]
     assert told

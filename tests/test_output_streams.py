@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import mostly_slow
 
 SMALL = ["--iterations", "1", "--tasks", "2", "--episodes", "2", "--threads", "1"]
 
@@ -86,14 +87,15 @@ def chatty(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+MEASURE = ["evaluate", "run", "--json", "--tasks", "2", "--episodes", "2", "--steps", "1"]
+BENCHMARK = ["benchmark", "talk:chatty", "--json", "--repeats", "1", *SMALL[2:]]
+PRINTING = [(MEASURE, "0"), (MEASURE, "2"), (BENCHMARK, "0"), (BENCHMARK, "2")]
+
+
 @pytest.mark.parametrize(
-    "command",
-    [
-        ["evaluate", "run", "--json", "--tasks", "2", "--episodes", "2", "--steps", "1"],
-        ["benchmark", "talk:chatty", "--json", "--repeats", "1", *SMALL[2:]],
-    ],
-    ids=lambda command: command[0],
+    ("command", "workers"),
+    mostly_slow(PRINTING, (MEASURE, "2"), (BENCHMARK, "0")),
+    ids=[f"{command[0]}-{workers}" for command, workers in PRINTING],
 )
 def test_the_output_of_json_is_json_whatever_user_code_prints(chatty, command, workers):
     done = metarl(*command, "--workers", workers, cwd=chatty)
@@ -107,7 +109,7 @@ def test_the_output_of_json_is_json_whatever_user_code_prints(chatty, command, w
     "command",
     [
         ["train", "talk:chatty", *SMALL, "--workers", "0", "--out", "other-0"],
-        ["train", "talk:chatty", *SMALL, "--workers", "2", "--out", "other-2"],
+        *mostly_slow([["train", "talk:chatty", *SMALL, "--workers", "2", "--out", "other-2"]]),
         ["train", "talk:chatty", "--help"],
         ["adapt", "run", "--task", "goal=0.5", "--episodes", "2"],
         ["check", "talk:chatty"],
@@ -122,7 +124,8 @@ def test_what_user_code_prints_goes_to_standard_error(chatty, command):
     assert b" says " in done.stderr or "--help" in command
 
 
-EVALUATE = ["evaluate", "run", "--tasks", "2", "--episodes", "2", "--steps", "1", "--out", "here"]
+EVALUATE = [*MEASURE, "--workers", "0", "--out", "here"]
+EVALUATE.remove("--json")
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -130,11 +133,10 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     ("command", "locale"),
     [
         (EVALUATE, {"PYTHONIOENCODING": "ascii"}),
-        (EVALUATE, {"PYTHONIOENCODING": "cp437"}),
-        (EVALUATE, C_LOCALE),
         (["train", "--help"], {"PYTHONIOENCODING": "ascii"}),
+        *mostly_slow([(EVALUATE, {"PYTHONIOENCODING": "cp437"}), (EVALUATE, C_LOCALE)]),
     ],
-    ids=["ascii", "a code page", "C", "help"],
+    ids=["ascii", "help", "a code page", "C"],
 )
 def test_output_of_any_encoding_takes_every_character(chatty, command, locale):
     done = metarl(*command, cwd=chatty, **locale)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from expecting import mentions, refused
 
+from metarl.cli.main import main
 from metarl.config.options import available_threads
 from metarl.config.resolve import resolve
 from metarl.distributed.process_group import ALONE, CHUNK, ProcessGroup, device_of
@@ -279,17 +280,16 @@ def test_killed_ranks_restart_and_reach_the_same_end(tmp_path):
     assert_same(alone, out)
 
 
-def test_ranks_share_an_evaluation_and_one_of_them_writes_it(tmp_path):
+def test_ranks_share_an_evaluation_and_one_of_them_writes_it(tmp_path, monkeypatch, capsys):
     # Tuning meets steps that are not finite, and the paths of the first tasks are of both ranks.
     command = [
-        "-m", "metarl", "evaluate", "navigation-2d-icml2017", "--tasks", "6", "--episodes", "2",
-        "--steps", "1", "--tune-step-sizes", "--from-scratch", "--threads", "1", "--out",
+        "evaluate", "navigation-2d-icml2017", "--tasks", "6", "--episodes", "2", "--steps", "1",
+        "--tune-step-sizes", "--from-scratch", "--threads", "1", "--out",
     ]  # fmt: skip
-    alone = subprocess.run(
-        [sys.executable, *command, "alone"], cwd=tmp_path, check=True, capture_output=True
-    )
-    out = run(2, *command, "shared", cwd=tmp_path)
-    assert out.replace("shared", "alone") == alone.stdout.decode()
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "alone"]) == 0
+    out = run(2, "-m", "metarl", *command, "shared")
+    assert out.replace("shared", "alone") == capsys.readouterr().out
     one, other = (
         json.loads((tmp_path / name / "evaluation.json").read_text())
         for name in ("alone", "shared")

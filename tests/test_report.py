@@ -114,7 +114,7 @@ def test_the_diagnosis_of_adaptation_is_shown_only_for_runs_that_adapt_in_traini
 
 
 def test_a_report_measures_the_policy_it_names_and_keeps_other_evaluations(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, undrawn
 ):
     # Two files of one name share a folder; and a file may be written anew.
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import mostly_slow
 from expecting import mentions, run
 from test_check_plays_training import Point, family
 from test_shared_state import ClassTask, Gusts, OneSimulator, Unseeded
@@ -151,7 +152,10 @@ def test_an_environment_that_stands_alone_in_its_process_is_trained(tmp_path, ca
     assert warned(caplog) == []
 
 
-@pytest.mark.parametrize("fault", ["kill step", "exit step", "hang step", "raise step"])
+@pytest.mark.parametrize(
+    "fault",
+    mostly_slow(["kill step", "exit step", "hang step", "raise step"], "kill step"),
+)
 def test_an_environment_that_fails_is_told_by_the_run(fault, tmp_path, capsys):
     file = tmp_path / "fault"
     file.write_text(f"always {fault}")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CountingEnv, counting_family, same_params, small, timeless
-from expecting import mentions, refused
+from expecting import mentions, refused, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metarl import evaluate, load, resolve, train
@@ -397,8 +397,9 @@ def wait_for_rows(folder, count: int) -> None:
     assert len(read_metrics(folder)) >= count
 
 
-def test_a_run_killed_at_random_moments_resumes_to_the_same_end(tmp_path):
-    subprocess.run([*RUN, "--iterations", "60", "--out", "whole"], cwd=tmp_path, check=True)
+def test_a_run_killed_at_random_moments_resumes_to_the_same_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*RUN[3:], "--iterations", "60", "--out", "whole") == 0
     command = [*RUN, "--iterations", "60", "--out", "parts"]
     rng = random.Random(0)
     for rows in (3, 20):
@@ -408,7 +409,7 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_end(tmp_path):
         process.kill()
         process.wait()
         command = [*RUN[:4], "--iterations", "60", "--resume", "parts"]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    assert run(*command[3:]) == 0
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
     assert same_params(load(tmp_path / "whole"), load(tmp_path / "parts"))
 

@@ -17,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import counting_family, gaussian_policy
+from conftest import counting_family, gaussian_policy, mostly_slow
 from expecting import mentions, refused, run
 from worker_envs import FAULTY, walk, walk_by_lambda
 
@@ -86,7 +86,7 @@ def assert_gone(pids: list[int], seconds: float = 5.0) -> None:
 # Equality -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [1, 2, 8])
+@pytest.mark.parametrize("workers", mostly_slow([1, 2, 8], 1, 2))
 def test_rollouts_are_bit_identical_for_any_number_of_workers(workers):
     family = make_family("worker_envs:walk_by_lambda")  # made again by its name
     tasks = family.tasks.sample(np.random.default_rng(0), 8)
@@ -245,11 +245,15 @@ def sample(collector: WorkerCollector, address: RandomKey = RandomKey(2)) -> Rol
     ("fault", "names"),
     [
         ("kill step", ["SIGKILL"]),
-        ("exit step", [3]),  # the exit code
         ("hang reset", ["worker_envs.py"]),
-        ("hold step", ["worker_envs.py"]),
         ("raise step", ["ArithmeticError", "the fault", "worker_envs.py"]),
-        ("leave reset", ["SystemExit", "left", "worker_envs.py"]),
+        *mostly_slow(
+            [
+                ("exit step", [3]),  # the exit code
+                ("hold step", ["worker_envs.py"]),
+                ("leave reset", ["SystemExit", "left", "worker_envs.py"]),
+            ]
+        ),
     ],
 )
 def test_a_worker_that_fails_once_is_named_and_replaced_and_its_rollout_repeated(
@@ -272,8 +276,8 @@ def test_a_worker_that_fails_once_is_named_and_replaced_and_its_rollout_repeated
     ("fault", "names"),
     [
         ("kill reset", ["SIGKILL", 3]),  # three tries
-        ("hang step", ["worker_timeout", "worker_envs.py"]),
         ("raise reset", ["ArithmeticError", "the fault", "worker_envs.py"]),
+        *mostly_slow([("hang step", ["worker_timeout", "worker_envs.py"])]),
     ],
 )
 def test_a_worker_that_fails_at_every_try_is_an_error(collector, faults, fault, names):
@@ -349,7 +353,10 @@ def test_workers_leave_interruptions_to_their_parent(collector, caplog):
 
 @pytest.mark.parametrize(
     ("fault", "names"),
-    [("raise close", ["ArithmeticError", "the fault", "worker_envs.py"]), ("hang close", [])],
+    [
+        ("raise close", ["ArithmeticError", "the fault", "worker_envs.py"]),
+        *mostly_slow([("hang close", [])]),
+    ],
 )
 def test_close_ends_every_worker_and_may_be_repeated(faults, fault, names, caplog):
     family = walk(str(faults))
@@ -368,7 +375,7 @@ def test_close_ends_every_worker_and_may_be_repeated(faults, fault, names, caplo
     assert caught.type is UserError  # no fault of a worker
 
 
-@pytest.mark.parametrize("fault", ["hang", "hold"])
+@pytest.mark.parametrize("fault", mostly_slow(["hang", "hold"], "hold"))
 def test_workers_end_with_a_parent_killed_while_an_environment_hangs(tmp_path, fault):
     file = tmp_path / "fault"
     file.write_text(f"{fault} step")
