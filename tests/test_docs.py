@@ -101,13 +101,18 @@ def test_excerpts_equal_lines_of_the_example(page, code):
     assert rest in (ROOT / first.removeprefix("# ")).read_text()
 
 
-OPTIONAL = {"log_to_wandb": "wandb", "tune_with_optuna": "optuna"}
-"""Packages that examples need and the tests do not."""
+EXTRAS = {
+    "from_stable_baselines3": "stable_baselines3",
+    "log_to_wandb": "wandb",
+    "out_of_distribution": "pandas",
+    "tune_with_optuna": "optuna",
+}
+"""Packages that examples need, and the tests do not."""
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path):
-    if (package := OPTIONAL.get(path.stem)) and importlib.util.find_spec(package) is None:
+    if (package := EXTRAS.get(path.stem)) and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     command = [sys.executable, "-W", "error", f"examples/{path.name}"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -115,6 +120,20 @@ def test_examples_run(path):
     assert result.stdout.strip()
     if path.stem.startswith("my_") and path.stem != "my_algorithm":
         assert not result.stdout.startswith("[")  # no list of faults
+
+
+def test_the_loop_of_the_example_is_that_of_training(capsys):
+    shown = importlib.import_module("examples.own_loop")
+    lines = capsys.readouterr().out.splitlines()[:3]
+    own = {"tasks": shown.TASKS, "episodes": 10, "stratified": True, "iterations": 3, "threads": 1}
+    rows = []
+    metarl.train(shown.config.with_options(own), "run", progress=rows.append)
+    for line, row in zip(lines, rows, strict=True):
+        iteration, *found = map(float, re.findall(r"-?[0-9.]+[0-9]|[0-9]", line))
+        assert iteration == row["iteration"] - 1
+        # The order of the Fisher products' samples is another one, which rounding shows later.
+        expected = [row[key] for key in ("return_pre", "return_post", "kl")]
+        assert found == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -30,7 +30,7 @@ class Adaptation:
     """Seed of the episodes."""
 
     def options(self) -> dict[str, Any]:
-        """Return the arguments of `MetaPolicy.adapt`, but for the task and the steps."""
+        """Return the other arguments of `MetaPolicy.adapt`, without task and steps."""
         sizes = self.step_sizes or None
         return {"episodes": self.episodes, "seed": self.seed, "step_sizes": sizes}
 
@@ -48,10 +48,10 @@ def one_of(what: Sequence[str]) -> str:
 
 
 def parse_task(family: Family, texts: Sequence[str]) -> NDArray[np.float64]:
-    """Return the task vector of ("velocity=1.7",); say where it is outside the range of training.
+    """Return the task vector of ("velocity=1.7",); say which component is outside training.
 
     Raises:
-        UserError: a text is no component=value, or a component is unknown, missing or repeated.
+        UserError: a text is not component=value, or a component is unknown, missing or repeated.
     """
     task = _vector(family, texts)
     for name, value, low, high in zip(

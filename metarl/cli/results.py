@@ -1,4 +1,4 @@
-"""What the commands leave in a folder about a policy: evaluation, pictures."""
+"""Evaluates policies into a folder: evaluation.json and pictures."""
 
 from __future__ import annotations
 

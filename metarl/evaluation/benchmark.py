@@ -4,9 +4,9 @@ The ceiling is the batched physics engine alone, replaying the very actions that
 from the same initial states. It is measured in turn with the training iterations, so that a
 machine whose speed drifts slows both.
 
-For a family without a native backend, one process, worker processes and Gymnasium's
-`AsyncVectorEnv` step the same few environments in turn; and a plain loop replays the actions of
-the one process, without policy or records.
+Families without a native backend are stepped in turn by one process, by worker processes and by
+Gymnasium's `AsyncVectorEnv`. A plain loop replays the actions of the one process, without policy
+or records.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Run one warm-up iteration and `repeats` measured ones; return rates, seconds and memory.
 
-    Rates are env steps a second of all ranks, seconds and memory those of this one; medians over
-    the iterations. The ceiling is None for a family without native physics.
+    Rates are env steps per second of all ranks. Seconds and memory are of this rank. All are
+    medians over the iterations. Without native physics the ceiling is None.
     """
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
@@ -242,7 +242,7 @@ def _step_all(
 def replay(trainer: Trainer, rollout: Rollout, address: RandomKey) -> float:
     """Return the seconds that physics alone takes for a rollout's actions; 0 if not native.
 
-    Contact forces, fetched one simulation at a time, are no part of it.
+    Contact forces, which are fetched one simulation at a time, are not included.
     """
     family, config = trainer.family, trainer.config
     if not isinstance(family, MujocoFamily):

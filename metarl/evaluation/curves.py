@@ -21,7 +21,7 @@ from metarl.evaluation.statistics import (
 )
 
 RowRole = Literal[Role, "nearest-prototype", "from-scratch"]
-"""Role of a row of an evaluation: that of its algorithm, or of a reference without one."""
+"""Role of a row of an evaluation: its algorithm's, or a reference without an algorithm."""
 
 ROLES: tuple[RowRole, ...] = (
     "meta-learner", "nearest-prototype", "pretrained", "untrained", "oracle", "from-scratch",
@@ -31,7 +31,7 @@ ROLES: tuple[RowRole, ...] = (
 
 @dataclass(frozen=True)
 class Measure:
-    """What curves are of."""
+    """A measure of policies or predictors."""
 
     key: str
     """Name in a data frame."""
@@ -57,21 +57,21 @@ class Curve:
     """Returns of one policy, or another measure, after 0 ... K inner steps."""
 
     step_sizes: list[float]
-    """Of the K steps; none for an oracle, which is told its task and takes no step."""
+    """Sizes of the K steps; empty for an oracle, which takes no step."""
     per_seed: Floats
-    """[seeds, tasks, K + 1]; a seed is a training of its own."""
+    """Mean over episodes, [seeds, tasks, K + 1]; each seed is another training."""
     algorithm: str = "maml-trpo"
     seeds: list[int] = field(default_factory=lambda: [0])
     achieved: Mapping[str, Floats] = field(default_factory=dict)
-    """What came of a component of the task, [tasks, K + 1]: the mean over steps, episodes and
-    seeds, or of a place, which has two components, the mean of where episodes end."""
+    """Achieved value of a component of the task, [tasks, K + 1]: the mean over steps, episodes and
+    seeds. If the components are a position in the plane, the mean over the ends of episodes."""
     paths: Mapping[str, Floats] = field(default_factory=dict)
-    """Of a place, one episode of the first tasks, [tasks, K + 1, time], NaN after its end."""
+    """Positions in one episode of each of the first tasks, [tasks, K + 1, time], NaN after its
+    end."""
     success: Floats | None = None
-    """Part of the episodes in which the task is done, [tasks, K + 1], where the family tells."""
+    """Share of the episodes with success, [tasks, K + 1], if the environments say."""
     functions: Floats | None = None
-    """What the first tasks' adapted predictors are, [tasks, K + 1, points], of functions of a
-    number."""
+    """Predictions for the first tasks, [tasks, K + 1, points], if inputs are numbers."""
     measure: Measure = RETURN
     role: RowRole = "meta-learner"
     per_episode: Floats | None = None

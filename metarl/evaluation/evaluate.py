@@ -71,9 +71,9 @@ def evaluate(
     """Measure a meta-policy's returns after 0 ... `steps` inner steps on held-out tasks.
 
     Returns:
-        an `EvaluationResult`: `table()` and `verdict()` are text, `to_json()` is the content of
-        evaluation.json, `curve.per_task` has the returns [tasks, steps + 1], and `references` a
-        curve for each reference by name.
+        an `EvaluationResult`. `table()` and `verdict()` are text, `to_json()` is the content of
+        evaluation.json, `to_frame()` has a row for each episode. `curve.per_task` has the returns
+        [tasks, steps + 1], `references` the curves of references by name.
 
     Args:
         meta_policy: a meta-policy, or what `load` takes; or several seeds of one.
@@ -217,7 +217,7 @@ class _StepSizes:
     """The step sizes that each row is evaluated with."""
 
     given: Mapping[str, tuple[float, ...]]
-    """Those of the user, by argument of `evaluate`."""
+    """Given sizes by argument of `evaluate`."""
     tuner: Evaluator | None = None
     """Measures one step on validation tasks; None: nothing is tuned."""
     tried: dict[str, dict[float, float]] = field(default_factory=dict)
@@ -293,7 +293,7 @@ def _tuned(evaluator: Evaluator, members: Sequence[MetaPolicy]) -> dict[float, f
 
 
 def _scaled(factor: float) -> Callable[[MetaPolicy], Sequence[float]]:
-    """Return the sizes of a policy's steps: a factor of its own in training, then half of that."""
+    """Return a factor of the first step size in training, then half of that, by policy."""
 
     def sizes(policy: MetaPolicy) -> Sequence[float]:
         first = factor * policy.training_step_sizes[0]
@@ -305,7 +305,7 @@ def _scaled(factor: float) -> Callable[[MetaPolicy], Sequence[float]]:
 def _policies(
     evaluator: Evaluator, sizes: _StepSizes, rows: Mapping[str, Sequence[MetaPolicy]]
 ) -> dict[str, Curve]:
-    """Return the curves of policies by name, and of a random initialization if there is none."""
+    """Return the curves of policies by name; add a random initialization if all are trained."""
     (name, own), *others = rows.items()
     curves = {name: evaluator.curve(own, sizes.own(name, own))}
     for key, members in others:

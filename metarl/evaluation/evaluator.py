@@ -49,14 +49,14 @@ class Options:
 
 @dataclass(frozen=True)
 class OneTask:
-    """What adaptation to one task comes to."""
+    """Result of adaptation to one task."""
 
     values: tuple[float, float]
     """The measure before and after adaptation."""
     measure: Measure
     steps: int
     samples: str
-    """What each inner step learned from, in words."""
+    """Samples of each inner step, in words."""
     policy: Policy | None = None
     """The adapted policy, if it can be saved."""
 
@@ -89,7 +89,7 @@ class Evaluator(ABC):
     @property
     @abstractmethod
     def measure(self) -> Measure:
-        """What is measured."""
+        """The measure of its curves."""
 
     @staticmethod
     @abstractmethod

@@ -21,10 +21,7 @@ Columns = Mapping[str, Sequence[Any]]
 def columns(rows: Mapping[str, Curve], setting: Mapping[str, Any]) -> Columns:
     """Return the columns of an evaluation by name, all of one length; None is a missing value.
 
-    `policy`, `algorithm`, `task` (its index), `task_NAME` for each component, `outside_training`,
-    `step` (number of inner steps), `seed` (of the training), `episode`, the measure (`return`,
-    `accuracy` or `loss`), and `success`, 1 or 0. `episode` and `success` are left out if no row
-    has one.
+    docs/usage.md lists them. `episode` and `success` are left out if no row has one.
 
     Args:
         rows: curves by name.

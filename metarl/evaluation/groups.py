@@ -53,7 +53,7 @@ def seeds_of(what: What | Sequence[What], name: str) -> list[MetaPolicy]:
     """Load the seeds of one policy.
 
     Raises:
-        UserError: there is none, or they differ by more than the seed.
+        UserError: no policy is given, or policies differ by more than the seed.
         CheckpointError: one cannot be loaded.
     """
     alone = isinstance(what, (MetaPolicy, str, os.PathLike)) or not isinstance(what, Iterable)
@@ -64,7 +64,7 @@ def seeds_of(what: What | Sequence[What], name: str) -> list[MetaPolicy]:
     members = [one if isinstance(one, MetaPolicy) else load(one) for one in several]
     configs = [but_seed(member.config) for member in members]
     if any(config != configs[0] for config in configs):
-        raise UserError(f"{name}: policies that differ by more than the seed are no one's seeds")
+        raise UserError(f"{name}: these policies differ by more than the seed")
     for member in members[1:]:
         if found := changes(members[0].trained_on, member.trained_on):
             raise UserError(

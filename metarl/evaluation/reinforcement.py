@@ -1,6 +1,6 @@
-"""How well policies adapt: returns after 0 ... K inner steps, from episodes of their own.
+"""How well policies adapt: returns after 0 ... K inner steps, from separate episodes.
 
-K steps take K + 1 samples. The policy is adapted afresh on each task, by the same inner loop as in
+K steps take K + 1 samples. The policy is adapted to each task by the same inner loop as in
 training.
 """
 
@@ -47,7 +47,7 @@ PATHS = 6
 
 
 class PolicyEvaluator(Evaluator):
-    """Measures the returns of policies. Each rank measures tasks of its own, and knows all."""
+    """Measures the returns of policies. The ranks share the tasks, and all know the results."""
 
     family: TaskFamily
 
@@ -164,7 +164,8 @@ class PolicyEvaluator(Evaluator):
     def settled(self, curves: Mapping[str, Curve]) -> dict[str, Curve]:
         """Return curves without success rates if no environment has said anything about success.
 
-        One that only tells of a success is told by another policy's: then a rate of 0 is known.
+        Some environments mention success only when it happens. If they did for one policy, the
+        rate of another one without success is 0.
         """
         if any(self._told):
             return dict(curves)

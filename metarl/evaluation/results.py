@@ -22,7 +22,7 @@ class EvaluationResult:
 
     curve: Curve
     references: Mapping[str, Curve]
-    """Random initialization, and what else stands beside the policy, by name."""
+    """Curves of the random initialization and other references, by name."""
     setting: Mapping[str, Any] = field(default_factory=dict)
     """Family, tasks and all else that gives the returns their meaning."""
     name: str = "this policy"
@@ -37,9 +37,9 @@ class EvaluationResult:
     def gap_closed(self, curve: Curve) -> list[tuple[float, float, float]] | None:
         """Return what share of the way from random to oracle a policy goes, and its interval.
 
-        (adapted - random) / (oracle - random) after each number of steps, of means over tasks:
-        random is the initialization before any step, the oracle is told its task. None without an
-        oracle, or with one that earns no more than random.
+        (adapted - random) / (oracle - random) after each number of steps, of means over tasks.
+        Random is the initialization before any step. None without an oracle, or if the oracle
+        earns no more than random.
         """
         oracle = next((c for c in self.rows.values() if c.role == "oracle"), None)
         random = next((c for c in self.rows.values() if c.role == "untrained"), None)
@@ -96,7 +96,7 @@ class EvaluationResult:
         return said
 
     def verdicts(self) -> str:
-        """Say it of each policy that is no reference, a line each."""
+        """Say it for each policy except references, a line each."""
         said = {n: c for n, c in self.rows.items() if not c.reference}
         if len(said) < 2:
             return self.verdict()
@@ -131,7 +131,7 @@ class EvaluationResult:
     def to_frame(self) -> Any:
         """Return every episode's return as a `pandas.DataFrame` in long format.
 
-        The columns are those of `to_csv`. On a data set a row is a task's loss or accuracy.
+        `to_csv` has the same columns. On a data set a row is a task's loss or accuracy.
 
         Raises:
             UserError: pandas is not installed.

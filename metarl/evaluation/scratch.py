@@ -29,7 +29,7 @@ from metarl.sampling.seeding import stream
 from metarl.sampling.workers import AnyCollector
 
 TIMES = 10
-"""Env steps of the longer training, as a multiple of those of adaptation."""
+"""Env steps of the longer training, as a multiple of adaptation's."""
 
 LEARNING_RATE = 3e-3
 EPOCHS = 10
@@ -68,7 +68,7 @@ class ScratchTrainer:
         """Take `EPOCHS` steps on a batch of each task's own episodes.
 
         Raises:
-            NonFiniteError: a parameter is no longer a finite number.
+            NonFiniteError: a parameter is not finite.
         """
         loss = partial(clipped_ratio, clip=CLIP)
 
@@ -100,10 +100,10 @@ def train_from_scratch(
 ) -> tuple[Floats, Floats]:
     """Return the returns of policies trained on 0 ... `batches` batches.
 
-    The returns after n batches are those of the episodes that make the next one.
+    Returns after n batches come from the episodes of the next batch.
 
     Returns:
-        means [tasks, batches + 1], and those of each episode, [tasks, batches + 1, episodes].
+        mean returns [tasks, batches + 1], returns of episodes [tasks, batches + 1, episodes].
     """
     means, episodes = [], []
     for n in range(batches + 1):
@@ -123,7 +123,7 @@ def curves(by: str, returns: Sequence[Floats], steps: int, seed: int) -> dict[st
 
     Args:
         by: what trained, "" for ours.
-        returns: means [tasks, TIMES * steps + 1], and those of each episode,
+        returns: mean returns [tasks, TIMES * steps + 1], and returns of episodes
             [tasks, TIMES * steps + 1, episodes].
     """
     found = {}

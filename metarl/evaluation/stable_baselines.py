@@ -1,8 +1,8 @@
-"""PPO of stable-baselines3 from scratch on each held-out task, where the package is installed.
+"""PPO of stable-baselines3 from scratch on each held-out task, if the package is installed.
 
-Its own defaults (Schulman et al. 2017, arXiv:1707.06347; Raffin et al. 2021, JMLR 22:268), but for
-what makes it comparable: the hidden layers, discount and trace decay are the config's, and an
-update is made on as many env steps as an inner step's episodes have at most.
+Schulman et al. 2017, arXiv:1707.06347; Raffin et al. 2021, JMLR 22:268. Hidden layers, discount and
+GAE lambda are the policy's, to be comparable. All else is the default of stable-baselines3. An
+update takes the env steps of an inner step at most.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ def train_by_ppo(
 ) -> tuple[Floats, Floats]:
     """Return the returns of policies trained by 0 ... `updates` updates.
 
-    They are those of `episodes` separate episodes with sampled actions, after those numbers of
-    updates that are `measured`; NaN after others. Tasks are trained one after the other.
+    Tasks are trained one after the other. Returns come from separate episodes with sampled actions.
+
+    Args:
+        measured: numbers of updates after which returns are measured; after others they are NaN.
 
     Returns:
-        means [tasks, updates + 1], and those of each episode, [tasks, updates + 1, episodes].
+        mean returns [tasks, updates + 1], returns of episodes [tasks, updates + 1, episodes].
     """
     from stable_baselines3 import PPO  # pyright: ignore[reportMissingImports]  (an extra)
 

@@ -19,8 +19,8 @@ CVAR = 0.1
 """Fraction of the tasks, the worst ones, whose mean is the conditional value at risk."""
 
 FEWEST = 6
-"""Tasks below which no bootstrap interval reaches 95 %: resampled means stay between the smallest
-and the largest of n values, and those enclose a median only 1 - 2^(1-n) of the time."""
+"""Fewest tasks for a bootstrap interval of 95 %. Resampled means stay between the smallest and the
+largest of n values, which enclose a median with probability 1 - 2^(1-n)."""
 
 
 def interquartile_mean(values: Floats, axis: int = -1) -> Floats:
@@ -62,10 +62,10 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the interval of a statistic of n tasks, by resampling whole tasks.
 
-    The expanded percentile bootstrap: percentiles at Phi(-sqrt(n / (n - 1)) t_{n-1}) in place of
-    (1 - level) / 2, since the plain ones are too narrow for few tasks (Hesterberg 2015,
-    arXiv:1411.5279, section 3.3). For means of normal values it is nearly Student's interval. The
-    bounds are NaN for fewer than two tasks.
+    The expanded percentile bootstrap (Hesterberg 2015, arXiv:1411.5279, section 3.3). Its
+    percentiles are at Phi(-sqrt(n / (n - 1)) t_{n-1}), since (1 - level) / 2 is too narrow for few
+    tasks. For means of normal values it is nearly Student's interval. The bounds are NaN for fewer
+    than two tasks.
 
     Args:
         values: [n, ...]; what belongs to a task stays together.
@@ -86,9 +86,9 @@ def interquartile_mean_interval(scores: Floats, *, level: float = 0.95) -> tuple
     """Return the interval of the interquartile mean of scores [seeds, tasks].
 
     Seeds and tasks are both resampled, each as a whole: a seed is one trained policy, good or bad
-    at all tasks at once, so that its scores are no independent runs of the tasks. Few seeds tell
-    little of how seeds differ: with 3 of them, simulated intervals cover 0.87 of the time. Scores
-    that are NaN are left out, and resamples that hold nothing else.
+    at all tasks at once. Few seeds tell little about how seeds differ: with 3 of them, simulated
+    intervals cover 0.87 of the time. Scores that are NaN are left out, and resamples without any
+    other score.
     """
     seeds, tasks = scores.shape
     if seeds < 2 or tasks < 2:

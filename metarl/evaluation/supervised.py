@@ -1,7 +1,7 @@
 """How well a meta-learned predictor adapts: loss or accuracy on query examples after 0 ... K steps.
 
-All that is compared sees the same supports and queries. They are drawn for a group of tasks at a
-time, and what has been adapted to it is let go before the next.
+All predictors see the same supports and queries. They are drawn for a group of tasks at a time, and
+freed before the next group.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class Table:
 def tables(evaluation: Mapping[str, Any]) -> list[Table]:
     """Return the tables that an evaluation's figures fill.
 
-    The measure comes first, with the worst task, CVaR and step sizes; then, if there are any,
-    interquartile means over seeds, success rates and shares of the gap from random to oracle.
+    The first table has the measure, the worst task, CVaR and the step sizes. Others follow if they
+    have a row: interquartile means over seeds, success rates, shares of the gap that are closed.
     """
     curves = {evaluation["name"]: evaluation, **evaluation["references"]}
     steps = len(evaluation["returns"])

@@ -1,4 +1,4 @@
-"""What all pictures share: styles, the figure, its files; drawn without a display.
+"""Shared by all pictures: styles, the figure, its files; drawn without a display.
 
 Colours are Okabe and Ito's, told apart with any colour vision; markers and lines tell curves apart
 in grey.
@@ -45,7 +45,7 @@ def new_figure(
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write PNG and SVG beside each other; the same figure gives the same bytes."""
+    """Write PNG and SVG; the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a name's dollars are no formula

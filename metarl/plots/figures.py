@@ -85,7 +85,7 @@ def _measured(result: EvaluationResult) -> str:
 def plot_functions(result: EvaluationResult, path: Path) -> list[Path]:
     """Draw the first tasks' functions: true, before and after adaptation; and other predictors'.
 
-    As figure 2 of Finn et al. 2017. Nothing is drawn, and no path returned, where there are none.
+    As figure 2 of Finn et al. 2017. Nothing is drawn if the tasks are not functions.
     """
     rows = {name: c for name, c in result.rows.items() if c.functions is not None}
     if "functions" not in result.setting or not rows:

@@ -29,7 +29,7 @@ def plot_learning(
         smooth: iterations that a point is the mean of.
 
     Raises:
-        UserError: a folder is no run, or has no iteration yet.
+        UserError: a folder does not hold a run, or has no iteration yet.
     """
     check_one_of("against", against, get_args(Against))
     if smooth < 1:

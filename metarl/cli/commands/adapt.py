@@ -37,7 +37,7 @@ def adapt(command: Adapt) -> int:
     what = one_of(command.what)
     check_file("--save", command.save)
     if command.save is not None and not command.save.absolute().parent.is_dir():
-        raise UserError(f"--save {command.save}: there is no folder {command.save.parent}")
+        raise UserError(f"--save {command.save}: folder {command.save.parent} does not exist")
     meta = load(what)
     if not command.task:
         names = " ".join(f"{name}=..." for name in meta.source.tasks.names)
@@ -48,7 +48,7 @@ def adapt(command: Adapt) -> int:
     if command.save is not None:
         if found.policy is None:
             raise UserError(
-                "--save writes policies: a predictor is adapted where it is used (adapt_to)"
+                "--save does not save predictors: adapt them in Python, with MetaPolicy.adapt_to"
             )
         found.policy.save(command.save)
     before, after = (found.measure.number(value, signed=False) for value in found.values)

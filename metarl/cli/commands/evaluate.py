@@ -53,8 +53,8 @@ class Evaluate:
     """Measure returns with the mean action instead of a sampled one."""
     from_scratch: bool = False
     """Compare with training from scratch on each task by clipped policy gradients, with the env
-    steps of adaptation and with ten times as many; and with PPO of stable-baselines3 if it is
-    installed."""
+    steps of adaptation and ten times that. Also with PPO of stable-baselines3 if it is installed.
+    """
     scratch_learning_rate: float = 3e-3
     """Learning rate of the built-in training from scratch."""
     drawn: bool = False

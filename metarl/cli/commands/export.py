@@ -22,14 +22,14 @@ class Export(Adaptation):
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY")]
     """A policy file that `metarl adapt` wrote; or a run folder, a policy file or the name of a
-    shipped policy, which --task adapts first and which is exported as it is otherwise."""
+    shipped policy. These are adapted first if --task is given."""
     format: Literal["torchscript", "onnx"] | None = None
-    """File format; by default that of the suffix of --out, else torchscript. onnx needs the package
-    onnx (the extra `onnx`)."""
+    """File format; by default by the suffix of --out, else torchscript. onnx needs the package onnx
+    (the extra `onnx`)."""
     task: tuple[str, ...] = ()
     """Task to adapt an initialization to, as component=value for each component."""
     out: Path | None = None
-    """File to write; by default NAME.pt or NAME.onnx beside the policy."""
+    """File to write; by default NAME.pt or NAME.onnx in the policy's folder."""
 
 
 def export(command: Export) -> int:

@@ -29,16 +29,16 @@ class Report:
     """A run folder, a policy file or the name of a shipped policy, and others to compare it with.
     An existing evaluation is reused unless others are named or it has other settings."""
     tasks: int | None = None
-    """Number of held-out tasks; by default that of an existing evaluation, else 40."""
+    """Number of held-out tasks; by default as in an existing evaluation, else 40."""
     episodes: int | None = None
     """Episodes per task, for each inner step and for each measured return; by default as in an
     existing evaluation, else 20."""
     steps: int | None = None
-    """Number of inner steps; by default that of an existing evaluation, else 3."""
+    """Number of inner steps; by default as in an existing evaluation, else 3."""
     threads: int | None = None
     """Threads; by default one per available processor. Results do not depend on their number."""
     video: bool = True
-    """Record a video if there is none."""
+    """Record a video if the folder has none."""
     out: Path | None = None
     """Page to write; by default report.html in the run folder."""
 
