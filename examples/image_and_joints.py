@@ -37,4 +37,4 @@ class CameraAndJoints(torch.nn.Module):
 if __name__ == "__main__":
     options = {"policy.network": CameraAndJoints, "iterations": 3, "tasks": 4, "episodes": 4}
     config = resolve(None, "image_and_joints:family", overrides=options)
-    train(config, "runs/example-camera", resume="auto")
+    print(train(config, "runs/example-camera", resume="auto").provenance)

@@ -37,4 +37,4 @@ class Laplace(metarl.Distribution):
 if __name__ == "__main__":
     options = {"policy.distribution": Laplace, "policy.width": 0.3, "iterations": 3}
     config = metarl.resolve(None, "navigation-2d", "promp", options)
-    metarl.train(config, "runs/example-laplace", resume="auto")
+    print(metarl.train(config, "runs/example-laplace", resume="auto").provenance)

@@ -26,4 +26,5 @@ class SignDescent(torch.optim.Optimizer):
 if __name__ == "__main__":
     options = {"outer": SignDescent, "outer.decay": 0.01, "iterations": 3, "tasks": 10}
     config = metarl.resolve(None, "navigation-2d", "maml-trpo", options)
-    metarl.train(config, "runs/example-own-optimizer", resume="auto")
+    meta_policy = metarl.train(config, "runs/example-own-optimizer", resume="auto")
+    print(metarl.evaluate(meta_policy, tasks=4, episodes=2, steps=1).table())

@@ -25,4 +25,5 @@ careful = dataclasses.replace(
 if __name__ == "__main__":
     options = {"iterations": 3, "tasks": 12}
     config = metarl.resolve(None, "navigation-2d", "own_outer_loss:careful", options)
-    metarl.train(config, "runs/example-careful", resume="auto")
+    meta_policy = metarl.train(config, "runs/example-careful", resume="auto")
+    print(metarl.evaluate(meta_policy, tasks=4, episodes=2, steps=1).table())

@@ -22,6 +22,7 @@ from metarl.algorithms import algorithms
 from metarl.cli import main as cli
 from metarl.envs import family_names, registry
 from metarl.envs.registry import data_names, option_defaults
+from metarl.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(p.relative_to(ROOT)): p for p in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))}
@@ -126,9 +127,8 @@ def test_the_loop_of_the_example_is_that_of_training(capsys):
     shown = importlib.import_module("examples.own_loop")
     lines = capsys.readouterr().out.splitlines()[:3]
     own = {"tasks": shown.TASKS, "episodes": 10, "stratified": True, "iterations": 3, "threads": 1}
-    rows = []
-    metarl.train(shown.config.with_options(own), "run", progress=rows.append)
-    for line, row in zip(lines, rows, strict=True):
+    metarl.train(shown.config.with_options(own), "run")
+    for line, row in zip(lines, read_metrics(Path("run")), strict=True):
         iteration, *found = map(float, re.findall(r"-?[0-9.]+[0-9]|[0-9]", line))
         assert iteration == row["iteration"] - 1
         # The order of the Fisher products' samples is another one, which rounding shows later.
