@@ -13,9 +13,15 @@ for each iteration:
 from __future__ import annotations
 
 from metarl.algorithms.algorithm import Algorithm
+from metarl.learning.inner_update import GradientUpdate
+from metarl.learning.meta_gradients.unrolled import Unrolled
+from metarl.learning.trust_region import TrustRegion
 
 maml_trpo = Algorithm(
     name="maml-trpo",
     summary="policy-gradient inner steps, exact second-order meta-gradient, TRPO",
     citation="Finn et al. 2017, arXiv:1703.03400",
+    inner=GradientUpdate(),
+    meta=Unrolled(),
+    outer=TrustRegion(),
 )

@@ -50,9 +50,8 @@ class InnerKLPenalty(Unrolled):
 promp = Algorithm(
     name="promp",
     summary="low-variance-curvature inner surrogate, clipped objective, inner KL penalty",
-    # Five steps on the whole batch, as the authors' code does.
     citation="Rothfuss et al. 2019, arXiv:1810.06784",
     inner=GradientUpdate(loss=likelihood_ratio),
     meta=InnerKLPenalty(),
-    outer=ClippedSurrogate(),
+    outer=ClippedSurrogate(),  # five steps on the whole batch, as the authors' code takes
 )

@@ -97,7 +97,7 @@ class TaskSource(ABC):
 
     spaces: tuple[gym.Space, gym.Space] | None = None
     """Observation and action space of the environments; None of a data set."""
-    fixed: ClassVar[bool]
+    independent_of_policy: ClassVar[bool]
     """Whether samples do not depend on parameters: then all are drawn before anything adapts."""
 
     def __init__(

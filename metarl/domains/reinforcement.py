@@ -209,7 +209,7 @@ def spaces_of(family: TaskFamily, *, structured: bool = False) -> tuple[gym.Spac
 class Environments(TaskSource):
     """Episodes in a family's environments."""
 
-    fixed: ClassVar[bool] = False
+    independent_of_policy: ClassVar[bool] = False
     family: TaskFamily
 
     def __init__(

@@ -183,7 +183,7 @@ class DataSource(TaskSource):
     take minibatches of their own.
     """
 
-    fixed: ClassVar[bool] = True
+    independent_of_policy: ClassVar[bool] = True
     family: SupervisedFamily
 
     def open(self, key: RandomKey, baseline: Params, tasks: Tasks | None = None) -> ExampleSamples:

@@ -139,7 +139,7 @@ class Adapter:
         generated = self.model.start({**slow, **fast}, support)
         if not generated:
             return fast
-        # Views: a slope in what it was generated from does not go through what was generated.
+        # `view_as` makes new nodes, so gradients exclude the path through the generated layer.
         return {**{name: p.view_as(p) for name, p in fast.items()}, **generated}
 
     def params(self, fast: Params, slow: Params, tasks: int) -> Params:

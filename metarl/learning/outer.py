@@ -33,7 +33,7 @@ class OuterOptimizer(Part, ABC):
     """Name of `--outer`."""
     needs_policy: ClassVar[bool] = False
     """Whether it works on the samples of policies only, not on examples of a data set."""
-    updates: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
     """Whether it changes the meta-parameters."""
 
     schedule: Schedule = "constant"
@@ -91,7 +91,7 @@ class NoUpdate(OuterOptimizer):
     """Leave the meta-parameters as they are."""
 
     name: ClassVar[str] = "none"
-    updates: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
 
     schedule: Schedule = fixed("constant")
 

@@ -1,4 +1,4 @@
-"""Samples of tasks, as losses see them: those of policies are in `objectives`, those of data here.
+"""Samples of tasks as losses see them. Samples of policies are `Batch`, in `learning/losses`.
 
 Their weights sum to 1 over a task's valid samples, and are 0 for the others.
 """

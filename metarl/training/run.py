@@ -124,7 +124,7 @@ def train(
                 opened = _continued(folder, trainer, start, notice) if resume else None
                 check = stack.enter_context(opened or _begun(folder, trainer))
                 watchers.load(folder, trainer.state.callbacks)
-                between = SAVE_SECONDS if trainer.source.fixed else 0.0
+                between = SAVE_SECONDS if trainer.source.independent_of_policy else 0.0
                 # It writes while user code has a current folder of its own.
                 there = folder.absolute()
                 recorder = Recorder(

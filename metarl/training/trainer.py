@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,20 @@ from metarl.sampling.trajectories import Rollout
 _NO_INNER_STEP: dict[str, float] = {
     "inner_kl": math.nan, "step_size": math.nan, "inner_gradient_cosine": math.nan,
 }  # fmt: skip
+
+
+@dataclass
+class Update:
+    """Result of an outer step. It is taken over only if it is finite."""
+
+    params: Params
+    outer: OuterState
+    stats: dict[str, Any] = field(default_factory=dict)
+    finite: bool = False
+
+    def skip(self, reason: str) -> None:
+        """Do not take it over."""
+        self.finite, self.stats["skipped"] = False, reason
 
 
 class Trainer:
@@ -114,6 +128,12 @@ class Trainer:
     ) -> dict[str, Any]:
         """Run one meta-iteration and return its metrics.
 
+            tasks           T of them, drawn or given
+            inner loop      theta_i' = theta - alpha grad L_i(theta), K times; then the query
+            meta-objective  J(theta) = mean_i L_query,i(theta_i'(theta)), on these samples
+            outer step      a step along the gradient of J, which goes through the inner steps
+            record
+
         If a sample or a gradient is not finite, the update is skipped and counted.
 
         Args:
@@ -121,37 +141,38 @@ class Trainer:
             tasks: all tasks of the iteration, [T, task_dim]; by default they are drawn.
         """
         clock, state = IterationClock(self.process_group), self.state
-        self.process_group.check_same(torch.cat([x.flatten() for x in self._carried()]))
-        samples = self.source.open(self._key(), state.baseline, tasks)
-        stats: dict[str, Any] = {"finite": False}
-        before, inner = state.params, dict(_NO_INNER_STEP)
-        params, outer = before, state.outer
+        self._check_same_on_all_ranks()
+        theta, inner = state.params, dict(_NO_INNER_STEP)
+
+        samples = self.source.open(self._key(), state.baseline, tasks)  # draws tasks only
         try:
-            adapted = self._adapt(samples)
+            adapted = self._adapt(samples)  # samples support and query episodes on the way
             inner = self._inner_metrics(adapted)
             clock.adapted(samples.seconds)
-            problem = self.algorithm.meta.problem(self._sampled(adapted, samples))
-            params, outer, stats = self._outer_step(problem, adapted.meta)
+            objective = self._meta_objective(adapted, samples)
+            update = self._outer_step(objective, adapted.meta)  # takes the meta-gradient
         except NonFiniteError as error:
-            stats["skipped"] = str(error)
+            update = Update(theta, state.outer)
+            update.skip(str(error))
         count = self.process_group.total(samples.count)
         if not count:
-            stats |= {"finite": False, "skipped": "every episode diverged"}
-        self._accept(stats, samples, params, outer)
+            update.skip("every episode diverged")
+
+        self._take_over(update, samples)
         state.iteration += 1
         state.env_steps += count
         self.tasks = samples.tasks
         metrics = {
             "iteration": state.iteration,
             "env_steps": state.env_steps,
-            **samples.metrics(before, state.params, stats),
+            **samples.metrics(theta, state.params, update.stats),
             "skipped_updates": state.skipped_updates,
             **inner,
-            **stats,
+            **update.stats,
             **clock.metrics(samples.seconds, count),
         }
         if on_rollouts is not None:
-            # Last, and without views of parameters: what is done to them changes nothing here.
+            # Copies of the parameters, after all else: a callback cannot change the run.
             on_rollouts([replace(r, behaviour=copied(r.behaviour)) for r in samples.rollouts])
         return metrics
 
@@ -169,7 +190,7 @@ class Trainer:
         inner, query = self.config.inner, self.algorithm.meta.needs_query
         options: dict[str, Any] = {"steps": inner.steps, "query": query}
         params, tasks = self.state.params, self.source.tasks
-        if self.source.fixed:
+        if self.source.independent_of_policy:
             return self.inner_loop.draw(samples.sample, params, tasks, **options)
         if self._first:  # once in a process: the code may have changed before a resume
             options["check"] = partial(self.domain.check, self.inner_loop.adapter, self.pool)
@@ -177,15 +198,19 @@ class Trainer:
         min_kl = getattr(inner, "min_kl", 0.0)
         return self.inner_loop.run(samples.sample, params, tasks, min_kl=min_kl, **options)
 
-    def _outer_step(
-        self, problem: Problem, meta: Params
-    ) -> tuple[Params, OuterState, dict[str, Any]]:
-        """Return new meta-parameters, the optimizer's state and statistics."""
+    def _meta_objective(self, adapted: Adapted, samples: TaskSamples) -> Problem:
+        """Return the meta-objective on the samples; the outer optimizer differentiates it."""
+        return self.algorithm.meta.problem(self._sampled(adapted, samples))
+
+    def _outer_step(self, objective: Problem, theta: Params) -> Update:
+        """Step from theta, the meta-parameters with the step-size factor of the inner loop."""
         optimizer = self.algorithm.outer
         rate = optimizer.rate(self.progress)
-        params, outer, stats = optimizer.step(problem, meta, self.state.outer, rate)
-        # Weight decay would move them, too.
-        return {**params, **self.inner_loop.adapter.without_gradient(meta)}, outer, stats
+        new, outer, stats = optimizer.step(objective, theta, self.state.outer, rate)
+        # The factor and the observation statistics have no gradient, but weight decay moves them.
+        new = {**new, **self.inner_loop.adapter.without_gradient(theta)}
+        finite = stats.pop("finite")
+        return Update(new, outer, stats, finite)
 
     def _sampled(self, adapted: Adapted, samples: TaskSamples) -> Sampled:
         config, algorithm = self.config, self.algorithm
@@ -241,21 +266,22 @@ class Trainer:
             ),
         }
 
-    def _accept(
-        self, stats: dict[str, Any], samples: TaskSamples, params: Params, outer: OuterState
-    ) -> None:
-        """Take over a finite update, or count one that was skipped."""
-        state, algorithm = self.state, self.algorithm
-        if not stats.pop("finite"):
-            stats.setdefault("skipped", "the meta-gradient is not finite")
+    def _take_over(self, update: Update, samples: TaskSamples) -> None:
+        """Take over a finite update, or count one that is skipped."""
+        state = self.state
+        if not update.finite:
+            update.stats.setdefault("skipped", "the meta-gradient is not finite")
             state.skipped_updates += 1
             state.skipped_in_a_row += 1
             return
-        if algorithm.outer.updates:  # else statistics would change the initial parameters
-            state.params = self.model.confined(samples.observed(params))
-            state.outer = outer
+        if self.algorithm.outer.learns:  # an untrained reference takes in no statistics either
+            state.params = self.model.confined(samples.observed(update.params))
+            state.outer = update.outer
         state.baseline = samples.updated_baseline()
         state.skipped_in_a_row = 0
+
+    def _check_same_on_all_ranks(self) -> None:
+        self.process_group.check_same(torch.cat([x.flatten() for x in self._carried()]))
 
     def _carried(self) -> list[Tensor]:
         """Return what is carried from one iteration to the next."""

@@ -278,7 +278,8 @@ def agreement(
     Args:
         parts: sums of the gradients of `sizes` tasks each, of this rank.
         mean: over all tasks.
-        ranks: that have other parts.
+        sizes: of the parts, in tasks.
+        group: the processes that have the other parts.
     """
     pairs = zip(parts, sizes, strict=True)
     spreads = [float((part - size * mean).square().sum()) for part, size in pairs]
