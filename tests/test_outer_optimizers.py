@@ -305,7 +305,7 @@ def test_an_algorithm_hands_its_weights_and_its_regularizer_to_the_meta_gradient
     assert returns.shape == (3,)
     expected = torch.zeros(3, dtype=returns.dtype)
     expected[returns.argmin()] = 3.0
-    assert torch.equal(objective.task_weights, expected)
+    torch.testing.assert_close(objective.task_weights, expected)
     assert objective.regularizer is algorithm.regularizer
     assert row["skipped_updates"] == 0
 
