@@ -71,7 +71,7 @@ def run_config(arguments: Arguments, name: str, seed: int) -> Config:
     rollouts = base.inner.steps + base.meta.needs_query
     horizon = metarl.MetaPolicy({}, base).family.horizon
     iterations = max(1, arguments.env_steps // (rollouts * base.tasks * base.episodes * horizon))
-    if not base.outer.updates:
+    if not base.outer.learns:
         iterations = 1  # nothing changes
     return dataclasses.replace(base, iterations=iterations, checkpoint_every=iterations)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -113,10 +114,14 @@ EXTRAS = {
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path):
+    where = dict(os.environ)
     if (package := EXTRAS.get(path.stem)) and importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
+        stand_ins = ROOT / "tests" / "stand_ins"
+        if not (stand_ins / f"{package}.py").exists():
+            pytest.skip(f"{package} is not installed")
+        where["PYTHONPATH"] = os.pathsep.join([str(stand_ins), where.get("PYTHONPATH", "")])
     command = [sys.executable, "-W", "error", f"examples/{path.name}"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, env=where)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
     if path.stem.startswith("my_") and path.stem != "my_algorithm":
