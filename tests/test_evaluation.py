@@ -22,10 +22,10 @@ from metarl.envs import family_names, make_family
 from metarl.envs.families.navigation import NavigationFamily, NavigationVectorEnv
 from metarl.evaluation import stable_baselines
 from metarl.evaluation.curves import RETURN, SQUARED_ERROR, Curve
-from metarl.evaluation.evaluate import FACTORS
 from metarl.evaluation.groups import grouped
 from metarl.evaluation.results import EvaluationResult
 from metarl.evaluation.scratch import ScratchTrainer
+from metarl.evaluation.step_sizes import FACTORS
 from metarl.learning.advantages import Advantages
 from metarl.models.networks import stack
 from metarl.models.policies import GaussianMLP
