@@ -37,4 +37,4 @@ with ChunkPool(2) as pool:
         print(f"{iteration}: return {before:.1f} -> {after:.1f}, KL {stats['kl']:.3f}")
     source.close()
 
-print(metarl.evaluate(metarl.MetaPolicy(theta, config), tasks=10, steps=1).table())
+print(metarl.evaluate(metarl.MetaPolicy.of(theta, config), tasks=10, steps=1).table())

@@ -45,6 +45,34 @@ def test_adapting_by_hand_and_by_the_method_agree():
     assert not torch.equal(policy.params["log_std"], meta.params["log_std"])
 
 
+def test_parameters_from_elsewhere_make_a_policy():
+    meta = navigator()
+    arrays = {name: p.double().numpy() for name, p in reversed(meta.params.items())}
+    made = metarl.MetaPolicy.of(arrays, meta.config)
+    assert list(made.params) == list(meta.params)  # in the order that sums follow
+    assert made.digest == meta.digest
+    arrays["log_std"][0] += 1.0  # a copy is taken
+    assert made.digest == meta.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"log_std": None}, "log_std"),
+        ({"layer0.weight": np.zeros((8, 2))}, "layer0.weight"),
+        ({"layer0.bias": np.full(8, np.nan)}, "layer0.bias"),
+        ({"layer7.bias": np.zeros(8)}, "layer7.bias"),
+        ({"layer0.bias": "zero"}, "params"),
+    ],
+)
+def test_parameters_of_another_network_are_refused(change, name):
+    meta = navigator()
+    params = {**meta.params, **change}
+    params = {key: value for key, value in params.items() if value is not None}
+    with refused(name):
+        metarl.MetaPolicy.of(params, meta.config)
+
+
 def test_an_environment_and_its_task_vector_give_the_same_policy():
     meta = navigator()
     env = gym.make("metarl/Navigation2D-v0", goal=(0.3, 0.2), horizon=15)

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from numpy.typing import ArrayLike
 
 from metarl.config.options import available_threads
-from metarl.config.resolve import reference_step_sizes
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.distributed.process_group import ALONE, ProcessGroup
 from metarl.envs.errors import NonFiniteError, UserError
 from metarl.envs.family import Family
 from metarl.envs.registry import find_family
 from metarl.evaluation.curves import Curve
-from metarl.evaluation.evaluator import EPISODES, Evaluator, Options, Sizes
+from metarl.evaluation.evaluator import EPISODES, Evaluator, Options
 from metarl.evaluation.groups import START, What, references_of, seeds_of
 from metarl.evaluation.reinforcement import PolicyEvaluator
 from metarl.evaluation.results import EvaluationResult
 from metarl.evaluation.scratch import LEARNING_RATE
+from metarl.evaluation.step_sizes import StepSizes
 from metarl.evaluation.supervised import PredictorEvaluator
 from metarl.evaluation.tasks import Split, TaskChoice
 from metarl.models.settings import own_settings
@@ -39,9 +39,6 @@ EVALUATORS: Mapping[str, type[Evaluator]] = {
     "supervised": PredictorEvaluator,
 }
 """By the domain of a family."""
-
-FACTORS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
-"""Factors of a policy's own step size in training, among which `tune_step_sizes` chooses."""
 
 
 @own_settings()
@@ -124,7 +121,7 @@ def evaluate(
         "step_sizes": step_sizes, "random_step_sizes": random_step_sizes,
         "pretrained_step_sizes": pretrained_step_sizes,
     }  # fmt: skip
-    sizes = _StepSizes({key: checked_step_sizes(key, value) for key, value in given.items()})
+    sizes = StepSizes({key: checked_step_sizes(key, value) for key, value in given.items()})
     rows = {name: members, **references_of(references, first, name)}
     policies = [group[0] for group in rows.values()]
     sizes.check(policies[1:])
@@ -212,98 +209,8 @@ def _evaluated_family(
     return family, changes[0]
 
 
-@dataclass
-class _StepSizes:
-    """The step sizes that each row is evaluated with."""
-
-    given: Mapping[str, tuple[float, ...]]
-    """Given sizes by argument of `evaluate`."""
-    tuner: Evaluator | None = None
-    """Measures one step on validation tasks; None: nothing is tuned."""
-    tried: dict[str, dict[float, float]] = field(default_factory=dict)
-    """The measure after one step, mean of tasks and seeds, by row and factor of its size."""
-
-    arguments: ClassVar[Mapping[str, str]] = {
-        "untrained": "random_step_sizes",
-        "pretrained": "pretrained_step_sizes",
-    }
-    """Arguments of `evaluate`, by the role of a reference."""
-
-    def check(self, references: Iterable[MetaPolicy]) -> None:
-        """Raise UserError if pretrained step sizes are given, and no reference is pretrained."""
-        key = self.arguments["pretrained"]
-        if self.given[key] and all(p.algorithm.role != "pretrained" for p in references):
-            raise UserError(f"{key} has no effect: no reference is a pretrained policy")
-
-    def own(self, name: str, members: Sequence[MetaPolicy]) -> Sizes:
-        """Return the step sizes of the evaluated policy."""
-        return self._of(name, members, self.given["step_sizes"], ())
-
-    def reference(self, name: str, members: Sequence[MetaPolicy]) -> Sizes:
-        """Return the step sizes of a reference: given, tuned, or as its preset has them."""
-        algorithm = members[0].algorithm
-        given = self.given.get(self.arguments.get(algorithm.role, ""), ())
-        usual = reference_step_sizes(members[0].config, algorithm.name)
-        return self._of(name, members, given, usual)
-
-    def start(self, start: MetaPolicy) -> Sizes:
-        """Return the step sizes of the random initialization; by default the evaluated policy's."""
-        usual = reference_step_sizes(start.config, START) or self.given["step_sizes"]
-        return self._of(START, [start], self.given[self.arguments["untrained"]], usual)
-
-    def _of(
-        self,
-        name: str,
-        members: Sequence[MetaPolicy],
-        given: tuple[float, ...],
-        usual: tuple[float, ...],
-    ) -> Sizes:
-        if given or self.tuner is None:
-            return given or usual or None
-        tried = self.tried[name] = _tuned(self.tuner, members)
-        if not tried:
-            return None
-        sign = self.tuner.measure.sign
-        return _scaled(max(tried, key=lambda factor: sign * tried[factor]))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what was tried, plain JSON values."""
-        return {
-            name: [[f, value if math.isfinite(value) else None] for f, value in values.items()]
-            for name, values in self.tried.items()
-        }
-
-
-def _tuned(evaluator: Evaluator, members: Sequence[MetaPolicy]) -> dict[float, float]:
-    """Return the measure after one step, mean of tasks and seeds, by the factor of its size.
-
-    None are tried if the policy learned its sizes, or takes no step. A factor whose step is not
-    finite has the worst value, minus or plus infinity.
-    """
-    algorithm = members[0].algorithm
-    if algorithm.inner.learns_step_sizes or algorithm.task_conditioned:
-        return {}
-    returns = {}
-    for factor in FACTORS:
-        try:
-            returns[factor] = evaluator.curve(members, _scaled(factor)).returns[1]
-        except NonFiniteError:
-            returns[factor] = -math.inf * evaluator.measure.sign
-    return returns
-
-
-def _scaled(factor: float) -> Callable[[MetaPolicy], Sequence[float]]:
-    """Return a factor of the first step size in training, then half of that, by policy."""
-
-    def sizes(policy: MetaPolicy) -> Sequence[float]:
-        first = factor * policy.training_step_sizes[0]
-        return (first, first / 2)
-
-    return sizes
-
-
 def _policies(
-    evaluator: Evaluator, sizes: _StepSizes, rows: Mapping[str, Sequence[MetaPolicy]]
+    evaluator: Evaluator, sizes: StepSizes, rows: Mapping[str, Sequence[MetaPolicy]]
 ) -> dict[str, Curve]:
     """Return the curves of policies by name; add a random initialization if all are trained."""
     (name, own), *others = rows.items()

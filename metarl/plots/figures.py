@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from metarl.evaluation.curves import ACCURACY
+from metarl.evaluation.curves import ACCURACY, Curve
 from metarl.evaluation.results import EvaluationResult
 from metarl.evaluation.statistics import Floats
 from metarl.plots.drawing import (
@@ -25,17 +25,24 @@ from metarl.plots.drawing import (
     style_of,
 )
 
-_LABELS = {
-    "random": "random initialization",
+_REFERENCES = {
+    "untrained": "random initialization",
     "pretrained": "pretrained on all tasks",
-    "oracle": "oracle, told its task",
+    "oracle": "oracle, which observes its task",
 }
+"""Labels of references by role."""
 _SEVERAL = 6  # values of a task component, shared by tasks, that stand side by side
 
 
 def _title(setting: Mapping[str, Any]) -> str:
     variant = setting["family_options"].get("variant")
     return f"{setting['family']}{f' ({variant})' if variant else ''}"
+
+
+def _label(name: str, curve: Curve) -> str:
+    """Return the label of a row: a reference's role, unless the row has a name of its own."""
+    named = name != curve.algorithm
+    return label_of(name) if named else _REFERENCES.get(curve.role, label_of(name))
 
 
 def _after(steps: int) -> str:
@@ -55,7 +62,7 @@ def plot_evaluation(result: EvaluationResult, path: Path) -> list[Path]:
     rows = result.rows
     for i, (name, curve) in enumerate(rows.items()):
         style = style_of(i)
-        label = _LABELS.get(name, label_of(name))
+        label = _label(name, curve)
         if len(curve.seeds) > 1:
             label += f" ({len(curve.seeds)} seeds)"
         steps = np.arange(len(curve.returns))
@@ -110,7 +117,7 @@ def plot_functions(result: EvaluationResult, path: Path) -> list[Path]:
                 label="examples",
             )  # fmt: skip
             axes.grid(alpha=0.3)
-        line[0].set_ylabel(_LABELS.get(name, name))
+        line[0].set_ylabel(_label(name, curve))
     for t, axes in enumerate(panels[0]):
         goal = zip(result.setting["components"], result.setting["tasks"][t], strict=True)
         axes.set_title(", ".join(f"{name} {value:.2f}" for name, value in goal))

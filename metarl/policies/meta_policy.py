@@ -17,7 +17,9 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from metarl.algorithms import Algorithm
 from metarl.config.options import Config
@@ -88,6 +90,27 @@ class MetaPolicy:
             object.__setattr__(self, name, copied(getattr(self, name)))
         for name in ("provenance", "trained_on"):
             object.__setattr__(self, name, copy.deepcopy(dict(getattr(self, name))))
+
+    @classmethod
+    def of(cls, params: Mapping[str, ArrayLike | Tensor], config: Config) -> MetaPolicy:
+        """Return the meta-policy of parameters from elsewhere, such as another library.
+
+        Args:
+            params: every parameter of the network by name, see `params`; converted to float32.
+            config: says which network, family and algorithm they are for.
+
+        Raises:
+            UserError: a parameter is missing, unknown, of another shape or not finite.
+        """
+        if not isinstance(params, Mapping):
+            raise UserError(f"params are parameters by name, got {kind_of(params)}")
+        try:
+            tensors = {name: torch.as_tensor(p, dtype=torch.float32) for name, p in params.items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"params must be arrays or tensors of numbers: {error}") from error
+        model = config.domain.model(config.algorithm, config.policy, cls({}, config).source)
+        shapes = config.domain.adapter(config.algorithm, model).shapes()
+        return cls(checkpoints.in_shapes("params", tensors, shapes), config)
 
     @property
     def algorithm(self) -> Algorithm:

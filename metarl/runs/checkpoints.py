@@ -138,7 +138,7 @@ def count_of(path: Path, metadata: Mapping[str, Any], name: str) -> int:
 
 
 def in_shapes(
-    path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    path: Path | str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """Return the tensors in the order of these names; files keep no order, and sums depend on it.
 
