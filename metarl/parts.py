@@ -144,11 +144,18 @@ def find_part(
     else:
         source, found = importable_name(what), what
     found = adapt(found)
-    if isinstance(found, type) and issubclass(found, base):
-        found = found()
-    if not isinstance(found, base):
-        return None
-    return dataclasses.replace(found, source=source) if source else found
+    try:
+        if isinstance(found, type) and issubclass(found, base):
+            found = found()
+        if not isinstance(found, base):
+            return None
+        return dataclasses.replace(found, source=source) if source else found
+    except TypeError as error:
+        name = source or getattr(what, "__name__", type(what).__name__)
+        raise UserError(
+            f"{label} {name} must be a dataclass, @dataclass(frozen=True, kw_only=True), whose"
+            f" fields have defaults, and define every abstract method: {error}"
+        ) from error
 
 
 def importable_name(what: Any) -> str:

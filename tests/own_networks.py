@@ -63,6 +63,17 @@ class Plain(nn.Module):
         return self.head(torch.tanh(self.body(x.flatten(1))))
 
 
+class Bare(nn.Module):
+    """One parameter that no layer holds."""
+
+    def __init__(self, space, outputs):
+        super().__init__()
+        self.head = nn.Parameter(0.1 * torch.randn(space.shape[0], outputs))
+
+    def forward(self, x):
+        return x @ self.head
+
+
 class CameraAndJoints(nn.Module):
     """An image and a vector of a Dict."""
 

@@ -15,6 +15,7 @@ from metarl.learning.advantages import Advantages, estimate, gae
 from metarl.learning.baselines import ZeroBaseline
 from metarl.learning.critic import Critic
 from metarl.sampling.trajectories import Rollout
+from metarl.training.trainer import Trainer
 
 OWN = """
 from dataclasses import dataclass
@@ -139,3 +140,17 @@ def test_a_baseline_of_ones_own_is_chosen_by_module_and_attribute(tmp_path, monk
 def test_what_is_no_baseline_or_option_of_it_is_refused(changes, names):
     with refused(*names):
         config(**changes)
+
+
+@pytest.mark.parametrize("value", [None, torch.zeros(3), "a function"])
+def test_a_baseline_whose_values_have_another_shape_is_refused(value):
+    class Wrong(ZeroBaseline):
+        def fit(self, state, observation, valid):
+            return value if isinstance(value, str) else lambda target: value
+
+    values = {"tasks": 2, "episodes": 2, "threads": 1, "baseline": Wrong}
+    with (
+        refused("baseline", "zero"),
+        Trainer(metarl.resolve(None, "navigation-2d", overrides=values)) as t,
+    ):
+        t.iterate()

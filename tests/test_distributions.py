@@ -277,6 +277,37 @@ def test_a_kl_that_automatic_differentiation_takes_for_flat_is_found():
         iterate("navigation-2d", **{"policy.distribution": Kinked})
 
 
+class NegativeKL(Laplace):
+    def kl(self, old, new):
+        return -super().kl(old, new)
+
+
+class Unsummed(Laplace):
+    def log_prob(self, dist, action):
+        return -(action - dist["output"]).abs()
+
+
+class NoKL(Laplace):
+    def kl(self, old, new):
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incomplete(Distribution):
+    def size(self, space):
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [(NegativeKL, "kl"), (Unsummed, "log_prob"), (NoKL, "NotImplementedError"),
+     (Incomplete, "Incomplete")],
+)  # fmt: skip
+def test_a_distribution_whose_methods_do_not_work_is_refused(kind, named):
+    with refused(named):
+        iterate("navigation-2d", **{"policy.distribution": kind})
+
+
 def test_the_command_line_takes_a_distribution(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = ("--preset", "None", "--iterations", "1", "--tasks", "2", "--episodes", "2")

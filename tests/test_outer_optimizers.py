@@ -10,6 +10,7 @@ import torch
 from conftest import double_params, random_batch, small
 from expecting import refused
 
+import metarl
 from metarl.algorithms import Algorithm, find_algorithm
 from metarl.algorithms.named_parts import find_outer
 from metarl.config.options import Config
@@ -337,3 +338,24 @@ def test_a_regularizer_that_is_no_number_of_the_parameters_is_refused(regularize
 def test_task_weights_are_refused_where_tasks_have_no_returns():
     with refused("mine", "sinusoid"):
         Config.of("sinusoid", Algorithm(name="mine", task_weights=np.ones_like))
+
+
+class Breaks(torch.optim.Optimizer):
+    """Writes numbers that are not finite."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.fill_(torch.nan)
+
+
+def test_an_optimizer_that_leaves_no_numbers_is_counted_as_skipped():
+    values = {"tasks": 2, "episodes": 2, "threads": 1, "outer": Breaks}
+    with Trainer(metarl.resolve(None, "navigation-2d", overrides=values)) as trainer:
+        before = {name: p.clone() for name, p in trainer.state.params.items()}
+        row = trainer.iterate()
+        assert row["skipped_updates"] == 1
+        assert all(torch.equal(p, before[name]) for name, p in trainer.state.params.items())

@@ -184,9 +184,136 @@ class Fails(Residual):
         raise RuntimeError("no way")
 
 
+class Scaled(Residual):
+    """A buffer in a product, which backward passes keep."""
+
+    def __init__(self, space, outputs):
+        super().__init__(space, outputs)
+        self.register_buffer("scale", torch.full((space.shape[0],), 2.0))
+        self.plain = torch.ones(1)
+
+    def forward(self, x):
+        return super().forward(x * self.scale) * self.plain
+
+
+class Experts(nn.Module):
+    """A mixture with hard routing, and a layer that is never used."""
+
+    def __init__(self, space, outputs):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(space.shape[0], outputs) for _ in range(8))
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x):
+        chosen = (x[:, :1] * 4).long().clamp(0, 7).squeeze(1)
+        parts = torch.stack([expert(x) for expert in self.experts])
+        found = torch.zeros_like(parts[0])
+        for i in range(8):
+            if (chosen == i).any():
+                found = torch.where((chosen == i).unsqueeze(1), self.experts[i](x), found)
+        return found
+
+
+class Lazy(nn.Module):
+    def __init__(self, space, outputs):
+        super().__init__()
+        self.body, self.head = nn.LazyLinear(8), nn.LazyLinear(outputs)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+@pytest.mark.parametrize("network", [Scaled, Experts, Lazy, own_networks.Bare])
+@pytest.mark.parametrize("algorithm", ["maml-trpo", "reptile", "meta-sgd"])
+def test_networks_with_buffers_experts_and_lazy_layers_train(network, algorithm):
+    rows, _ = iterate(network, algorithm)
+    assert rows[0]["inner_kl"] > 0.0
+
+
+def test_a_head_may_be_one_parameter():
+    _, params = iterate(own_networks.Bare, "anil")
+    assert set(params) == {"network.head", "log_std"}
+
+
+def test_a_run_is_loaded_whatever_its_parameters_are_called(tmp_path):
+    meta, folder = runs(tmp_path, "own_networks:Bare")
+    assert torch.equal(metarl.load(folder).params["network.head"], meta.params["network.head"])
+
+
+def test_a_module_of_a_data_set_is_evaluated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = ("--policy.network", "own_networks:Plain")
+    common = ("--iterations", "1", "--tasks", "3", "--threads", "1")
+    assert run("train", "sinusoid", *network, *common, "--out", "run") == 0
+    assert run("evaluate", "run", "--tasks", "3", "--steps", "1") == 0
+
+
+def test_a_policy_with_a_context_is_exported(tmp_path):
+    meta, _ = runs(tmp_path, "own_networks:Residual", **{"iterations": 1})
+    values = SMALL | {"policy.network": Residual, "iterations": 1}
+    config = metarl.resolve(None, "navigation-2d", "cavia", values)
+    policy = metarl.train(config, tmp_path / "cavia").adapt([0.1, 0.2], episodes=2)
+    export(policy, tmp_path / "policy.pt", "torchscript", reals(2))
+    assert meta.config.algorithm.name == "maml-trpo"
+
+
+class Squeezed(Residual):
+    def forward(self, x):
+        return super().forward(x).squeeze(0)
+
+
+class InPlace(Residual):
+    def forward(self, x):
+        x -= 1.0
+        return super().forward(x)
+
+
+class Cut(Residual):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+class Counting(Residual):
+    def __init__(self, space, outputs):
+        super().__init__(space, outputs)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Deaf(Residual):
+    """Does not read the context."""
+
+    def forward(self, x):
+        return super().forward(torch.cat([x[:, :2], torch.zeros(len(x), x.shape[1] - 2)], 1))
+
+
+def compiled(space, outputs):
+    return torch.compile(Residual(space, outputs), backend="eager")
+
+
+def test_a_context_that_is_not_read_or_not_free_is_refused():
+    with refused("policy.network", "context"):
+        iterate(Deaf, "cavia")
+    space = gym.spaces.Dict(context=reals(3), other=reals(1))
+    with refused("policy.network", "context"):
+        ModuleNetwork(Plain, "mine", space, 2, context_dim=4)
+
+
+def test_a_function_without_a_name_is_refused_with_workers():
+    with refused("policy.network", "workers"):
+        iterate(
+            lambda space, outputs: Residual(space, outputs), family="cartpole-length", workers=2
+        )
+
+
 @pytest.mark.parametrize(
     ("network", "named"),
     [
+        (Squeezed, "1"), (InPlace, "in place"), (Cut, "gradient"), (Counting, "calls"),
+        (compiled, "compiled"),
         (Dropping, "drop"), (Batched, "batch"), (Noisy, "chance"), (OfTheBatch, "batch"),
         (RandomBuffer, "features"), (Narrow, "2"), (Fails, "RuntimeError"),
         (lambda space, outputs: 3, "int"), (lambda: None, "TypeError"),

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -222,7 +223,7 @@ def train(command: Any) -> int:
     if resume is None and command.start is not None:
         raise UserError(f"--from {command.start} needs the run: --resume FOLDER")
     name = config.family.replace(":", "-")
-    algorithm = config.algorithm.name.replace(":", "-")
+    algorithm = re.sub(r"[^\w.+-]+", "-", config.algorithm.name)
     parts = (name, config.preset or "default", algorithm, str(config.seed))
     folder = resume or command.out or Path("runs") / "-".join(parts)
     with joined(command.rank_timeout) as process_group:

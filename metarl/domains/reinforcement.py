@@ -35,7 +35,7 @@ from metarl.learning.adapter import Adapter
 from metarl.learning.advantages import to_batch
 from metarl.learning.density import check_density
 from metarl.learning.losses import Batch, Loss, likelihood_ratio, log_likelihood
-from metarl.models.distribution import Distribution
+from metarl.models.distribution import Distribution, check_distribution
 from metarl.models.distributions import AutoDistribution
 from metarl.models.modules import check_normalized
 from metarl.models.network_parts import POLICY_NETWORKS, AutoPolicyNetwork, NetworkPart
@@ -143,6 +143,8 @@ def make_policy(
         UserError: the network or the distribution does not fit, or options have no effect.
     """
     distribution = options.distribution.over(actions)
+    if not type(distribution).__module__.startswith("metarl."):
+        check_distribution(distribution, actions)
     size = distribution.size(actions)
     network = options.network.make(observations, size, context)
     images = network.input_dtype is np.uint8

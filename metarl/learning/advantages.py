@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from metarl.distributed.chunk_pool import ChunkPool, slices
-from metarl.envs.errors import UserError, check_one_of
+from metarl.envs.errors import NonFiniteError, UserError, check_one_of
 from metarl.learning.baselines import Baseline
 from metarl.learning.inner_loop import check_finite
 from metarl.learning.losses import Batch, make_batch
@@ -113,9 +113,14 @@ def estimate(
     def one(chunk: slice) -> tuple[Tensor, Tensor]:
         valid, reward = rollout.valid[chunk], rollout.reward[chunk].double()
         fit = baseline.fit(state, rollout.observation[chunk], valid)
+        if not callable(fit):
+            raise UserError(
+                f"baseline {baseline.label}: fit must return a function of targets, got {fit!r}"
+            )
 
         def fitted(target: Tensor) -> tuple[Tensor, Tensor]:
             value = fit(target)
+            _check_values(baseline, value, target)
             return value, gae(reward, value, options.discount, options.gae_lambda)
 
         value, advantage = fitted(discounted_sum(reward, options.discount))
@@ -128,6 +133,17 @@ def estimate(
 
     advantages, scales = zip(*pool.map(one, slices(len(rollout.valid), CHUNK)), strict=True)
     return torch.cat(advantages), torch.cat(scales)
+
+
+def _check_values(baseline: Baseline, value: Any, target: Tensor) -> None:
+    """Raise UserError unless values are finite numbers in the shape of their targets."""
+    shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if shape != list(target.shape):
+        raise UserError(
+            f"baseline {baseline.label} must return values {list(target.shape)}, got {shape}"
+        )
+    if not bool(value.isfinite().all()):
+        raise NonFiniteError(f"the baseline {baseline.label} gives values that are not finite")
 
 
 def normalize(advantage: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

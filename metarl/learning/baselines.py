@@ -46,6 +46,11 @@ class Baseline(Part, ABC):
         """
         return 0
 
+    @property
+    def label(self) -> str:
+        """Name for messages."""
+        return self.source or self.name or type(self).__name__
+
     @abstractmethod
     def fit(self, state: Params, observation: Tensor, valid: Tensor) -> Fit:
         """Return a function that fits values to targets on a rollout of some tasks.

@@ -91,6 +91,8 @@ class GradientSteps(OuterOptimizer):
             )
             new = dict(zip(meta, leaves, strict=True))
             stats["outer_steps"] = step + 1
+        if not all(bool(p.isfinite().all()) for p in new.values()):
+            return meta, state, {**stats, "finite": False}
         stats["seconds_gradient"] = watch.lap()
         stats["surrogate_after"], stats["line_search_steps"] = math.nan, 0
         if self.policies:

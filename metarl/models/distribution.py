@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import gymnasium as gym
 import numpy as np
@@ -27,7 +27,7 @@ _EPS = float(torch.finfo(torch.float32).eps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distribution(Part):
+class Distribution(Part, ABC):
     """Base class of distributions over actions.
 
     A subclass defines `size`, `sample`, `mode`, `log_prob`, `entropy` and `kl`. The default `noise`
@@ -139,9 +139,13 @@ class Distribution(Part):
             old = {name: x.detach() for name, x in dist.items()}
             new = {name: x.clone().requires_grad_() for name, x in old.items()}
             leaves = list(new.values())
-            slope = torch.autograd.grad(self.kl(old, new).sum(), leaves, create_graph=True)
+            slope = torch.autograd.grad(
+                self.kl(old, new).sum(), leaves, create_graph=True, materialize_grads=True
+            )
             along = sum((g * tangent[n].detach()).sum() for g, n in zip(slope, new, strict=True))
             assert isinstance(along, Tensor)
+            if not along.requires_grad:
+                return {name: torch.zeros_like(x) for name, x in new.items()}
             product = torch.autograd.grad(along, leaves, materialize_grads=True)
         return dict(zip(new, product, strict=True))
 
@@ -155,3 +159,54 @@ class Distribution(Part):
         The check of densities at the start of a run leaves the others out.
         """
         return None
+
+
+_TRIED = 4  # outputs that a distribution is tried with
+
+
+def check_distribution(distribution: Distribution, space: gym.Space) -> None:
+    """Try every method of a user's distribution once.
+
+    Raises:
+        UserError: a method fails, returns another shape, or `kl` is no divergence.
+    """
+    rng, size = np.random.default_rng(0), distribution.size(space)
+    name = f"policy.distribution {distribution.label}"
+    numbers = torch.from_numpy(rng.standard_normal((2, 1, _TRIED, size)).astype(np.float32))
+    free = {n: torch.from_numpy(np.asarray(x, np.float32)) for n, x in distribution.free().items()}
+
+    def call(method: str, *arguments: Any) -> Any:
+        try:
+            with torch.enable_grad():
+                return getattr(distribution, method)(*arguments)
+        except Exception as error:
+            raise UserError(f"{name}: {method} raised {type(error).__name__}: {error}") from error
+
+    def same(method: str, found: Any, shape: list[int]) -> None:
+        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if got != shape:
+            raise UserError(f"{name}: {method} must return {shape} here, got {got}")
+
+    here, there = (call("parameters", x, free) for x in numbers)
+    noise = torch.from_numpy(call("noise", rng, 1, _TRIED))
+    action = call("sample", here, noise)
+    actions = [1, _TRIED, distribution.action_size]
+    same("sample", action, actions)
+    same("mode", call("mode", here), actions)
+    same("log_prob", call("log_prob", here, action.detach()), actions[:2])
+    same("entropy", call("entropy", here), actions[:2])
+    apart, nothing = call("kl", here, there), call("kl", here, here)
+    for found in (apart, nothing):
+        same("kl", found, actions[:2])
+    if not (bool((apart > -1e-5).all()) and bool((nothing.abs() < 1e-4).all())):
+        raise UserError(
+            f"{name}: kl(old, new) must be positive, and 0 for equal distributions, got"
+            f" {apart.flatten().tolist()} and {nothing.flatten().tolist()}"
+        )
+    tangent = {n: torch.ones_like(x) for n, x in here.items()}
+    product = call("fisher", here, tangent)
+    for n, x in here.items():
+        same(f"fisher of {n}", product[n], list(x.shape))
+    along = sum(float((product[n] * tangent[n]).sum()) for n in here)
+    if not along >= 0.0:
+        raise UserError(f"{name}: the Fisher metric must be positive, got {along:g}")

@@ -6,10 +6,11 @@ not depend on how many tasks are computed together.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium as gym
@@ -119,6 +120,8 @@ class ModuleNetwork(Network):
         if x.dim() == len(self.input_shape) + 1:
             return self._call(own, self.inputs.split(x, context))
         stacked = {name for name, p in own.items() if p.dim() > len(shapes[name])}
+        if weight is not None:
+            weight = weight.expand(x.shape[: x.dim() - len(self.input_shape)])
         outputs = []
         for task, inputs in enumerate(x):
             one = {name: p[task] if name in stacked else p for name, p in own.items()}
@@ -144,22 +147,25 @@ class ModuleNetwork(Network):
                 f"policy.network {self.label} must name its last layer head for an algorithm that"
                 " adapts the last layer alone: self.head = torch.nn.Linear(...)"
             )
-        inside = part == "all" or name.startswith(f"{PREFIX}head.")
+        own = name.removeprefix(PREFIX)
+        inside = part == "all" or own == "head" or own.startswith("head.")
         return parameter.requires_grad and inside
 
     def module(self, params: Params) -> nn.Module:
         """Return a module of the given parameters, [...] each."""
-        made = copy.deepcopy(self._template)
+        made = self._copy()
         with torch.no_grad():
             for name, p in made.named_parameters():
                 p.copy_(params[PREFIX + name])
         return made
 
     def _make(self, rng: np.random.Generator) -> nn.Module:
-        with torch.random.fork_rng(devices=[]), guard.user_code():
+        with _apart(), guard.user_code():
             torch.manual_seed(int(rng.integers(2**63 - 1)))
             try:
                 made = self.factory(self.inputs.given, self._outputs)
+                if isinstance(made, nn.Module) and any(map(is_lazy, made.parameters())):
+                    made(self._example(_TRIED))
             except UserError:
                 raise
             except Exception as error:
@@ -172,9 +178,29 @@ class ModuleNetwork(Network):
                 f"policy.network {self.label} must make a torch.nn.Module, got"
                 f" {type(made).__name__}"
             )
+        if isinstance(made, torch.jit.ScriptModule) or hasattr(made, "_orig_mod"):
+            raise UserError(
+                f"policy.network {self.label} is a compiled module, which has no second derivative:"
+                " give the module itself"
+            )
         if not any(p.requires_grad for p in made.parameters()):
             raise UserError(f"policy.network {self.label} has no parameters to learn")
         return made.to(torch.float32)
+
+    def _copy(self) -> nn.Module:
+        """Return a copy of the template. Its tensors can be used with and without gradients."""
+        try:
+            with torch.inference_mode(False):
+                return copy.deepcopy(self._template)
+        except RuntimeError as error:  # tensors of the graph, as torch's old weight_norm keeps them
+            raise UserError(
+                f"policy.network {self.label} cannot be copied: {error}; take"
+                " torch.nn.utils.parametrizations"
+            ) from error
+
+    def _example(self, count: int) -> Any:
+        context = torch.zeros(self.context_dim) if self.context_dim else None
+        return self.inputs.split(self.inputs.example(count), context)
 
     def _check_layers(self) -> None:
         """Refuse layers whose output depends on chance or on what was computed before."""
@@ -199,42 +225,105 @@ class ModuleNetwork(Network):
                 )
 
     def _tried(self) -> int:
-        """Return how many numbers a forward pass keeps for one input; refuse other outputs."""
+        """Return how many numbers a forward pass keeps for one input.
+
+        Raises:
+            UserError: the module is no function of one sample and the parameters.
+        """
         kept = [math.prod(self.input_shape)]
 
         def count(layer: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
                 kept.append(output.numel() // _TRIED)
 
-        module = copy.deepcopy(self._template)
+        module = self._copy()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():  # a layer that starts at zero would hide what is below it
+            for p in module.parameters():
+                p.add_(0.01 * torch.randn(p.shape, generator=generator))
+        before = {name: buffer.clone() for name, buffer in module.named_buffers()}
         hooks = [layer.register_forward_hook(count) for layer in module.modules()]
-        x = self.inputs.example(_TRIED)
-        context = torch.zeros(self.context_dim) if self.context_dim else None
+        found = self._output_of(module, self.inputs.example(_TRIED))
+        for hook in hooks:
+            hook.remove()
+        if not any(isinstance(x, nn.modules.batchnorm._BatchNorm) for x in module.modules()):
+            self._output_of(module, self.inputs.example(1))
+        again = self._output_of(module, self.inputs.example(_TRIED))
+        if not torch.allclose(found, again, rtol=1e-4, atol=1e-5):
+            raise UserError(
+                f"policy.network {self.label} gives two outputs for one input: it must depend on"
+                " nothing but its input and its parameters"
+            )
+        for name, buffer in module.named_buffers():
+            if not torch.equal(buffer, before[name]):
+                raise UserError(
+                    f"policy.network {self.label} changes its buffer {name}: a buffer must be a"
+                    " constant"
+                )
+        return sum(kept)
+
+    def _output_of(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return the output for inputs, once it is seen to be one that can be learned."""
+        given = x.clone()
+        context = torch.zeros(self.context_dim, requires_grad=True) if self.context_dim else None
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), guard.user_code():
-                found = module(self.inputs.split(x, context))
+            with _apart(), torch.enable_grad(), guard.user_code():
+                found = module(self.inputs.split(given, context))
         except Exception as error:
             raise UserError(
                 f"policy.network {self.label} cannot read inputs of {self.inputs.given}:"
                 f" {type(error).__name__}: {error}"
             ) from error
-        for hook in hooks:
-            hook.remove()
         shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        if shape != [_TRIED, self._outputs]:
+        if shape != [len(x), self._outputs]:
             raise UserError(
                 f"policy.network {self.label} must return [samples, {self._outputs}], got {shape}"
-                f" for {_TRIED} samples"
+                f" for {len(x)} samples"
             )
-        return sum(kept)
+        if not torch.equal(x, given):
+            raise UserError(f"policy.network {self.label} changes its input in place")
+        leaves = [p for p in module.parameters() if p.requires_grad]
+        names = ["its parameters"]
+        groups = [leaves]
+        if context is not None:
+            names, groups = [*names, "the context input"], [*groups, [context]]
+        for name, group in zip(names, groups, strict=True):
+            slopes: tuple[Tensor | None, ...] = ()
+            if found.requires_grad:
+                slopes = torch.autograd.grad(
+                    found.sum(), group, retain_graph=True, allow_unused=True
+                )
+            if not any(slope is not None and bool(slope.any()) for slope in slopes):
+                raise UserError(
+                    f"policy.network {self.label}: the output has no gradient with respect to"
+                    f" {name}"
+                )
+        return found.detach()
 
     def _call(self, params: Params, inputs: Any) -> Tensor:
         # functional_call swaps parameters in and out, which threads must not do to one module.
         module = getattr(self._local, "module", None)
         if module is None:
-            module = self._local.module = copy.deepcopy(self._template)
+            module = self._local.module = self._copy()
         own = {name.removeprefix(PREFIX): p for name, p in params.items()}
-        return functional_call(module, own, (inputs,))
+        found = functional_call(module, own, (inputs,))
+        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+            return found
+        # A parameter that these samples do not use, as an expert of a mixture, has gradient 0.
+        used = [p for p in params.values() if p.requires_grad]
+        return found + 0.0 * torch.stack([p.sum() for p in used]).sum() if used else found
+
+
+def is_lazy(parameter: nn.Parameter) -> bool:
+    """Whether a parameter gets its shape at the first forward pass."""
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Compute with gradients and a random generator that leaves torch's own as it is."""
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        yield
 
 
 class Inputs:
@@ -255,6 +344,11 @@ class Inputs:
         shape = space.shape if self.flat else (gym.spaces.flatdim(space),)
         assert shape is not None
         self.shape: tuple[int, ...] = tuple(shape)
+        if context_dim and isinstance(space, gym.spaces.Dict) and "context" in space.spaces:
+            raise UserError(
+                f"policy.network {label} gets the task's context as the entry context, which the"
+                f" observations have already: {space}; rename theirs"
+            )
         if context_dim and self.images:
             raise UserError(
                 f"policy.network {label} reads images, which a task's context cannot be appended"
@@ -294,7 +388,7 @@ class Inputs:
     def split(self, x: Tensor, context: Tensor | None) -> Any:
         """Return inputs [samples, *shape] as the module reads them."""
         if context is not None:
-            context = context.expand(len(x), self.context_dim)
+            context = context.expand(x.shape[0], -1)
         if self.flat:
             return x if context is None else torch.cat([x.flatten(1), context], dim=1)
         found, end = _split(self.space, x, 0)

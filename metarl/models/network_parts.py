@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast, get_args
@@ -21,7 +21,7 @@ from metarl.parts import Part, find_part, fixed
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkPart(Part):
+class NetworkPart(Part, ABC):
     """Base class of networks. The fields of a subclass are options `policy.*`."""
 
     section: ClassVar[str] = "policy"
@@ -175,6 +175,8 @@ class ModulePart(NetworkPart):
     @property
     def name(self) -> str:  # type: ignore[override]
         """Name of the factory."""
+        if isinstance(self.factory, _Given):
+            return type(self.factory.module).__name__
         return getattr(self.factory, "__qualname__", type(self.factory).__name__)
 
     def make(self, space: gym.Space, outputs: int, context_dim: int = 0) -> ModuleNetwork:

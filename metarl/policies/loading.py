@@ -96,7 +96,7 @@ def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
     provenance: dict[str, Any] = {k: checkpoints.count_of(path, metadata, k) for k in counts}
     if "versions" in metadata:
         provenance["versions"] = metadata["versions"]
-    if not any(name.endswith(".weight") for name in params):
+    if not params:
         raise CheckpointError(f"{path} holds no policy")
     meta = MetaPolicy(params, config, provenance, metadata.get("family") or {}, state)
     shapes = config.domain.adapter(config.algorithm, meta.model).shapes()

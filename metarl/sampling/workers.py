@@ -249,6 +249,7 @@ class WorkerCollector:
             policy, num_tasks, episodes, family.horizon, self._info_keys, share_out
         )
         packed = pack(family)
+        _check_sendable(policy)
         self._workers: list[_Worker] = []
         # Runs before multiprocessing waits for its children at exit, and if close is forgotten.
         self._finalizer = util.Finalize(self, _kill, (self._workers,), exitpriority=10)
@@ -363,6 +364,18 @@ class WorkerCollector:
                         _log.warning("%s: %s%s", self.family.name, reply.text, _where(reply))
         finally:
             self._finalizer()
+
+
+def _check_sendable(policy: PolicyModel) -> None:
+    """Raise UserError if a policy cannot be sent to another process."""
+    try:
+        pickle.dumps(policy)
+    except Exception as error:  # whatever a user's objects raise
+        raise UserError(
+            "policy.network or policy.distribution cannot be sent to a worker process"
+            f" ({type(error).__name__}: {error}): define it at the top of a module and name it"
+            " module:attribute, or use workers=0"
+        ) from error
 
 
 def _where(reply: Reply) -> str:

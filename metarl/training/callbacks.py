@@ -202,7 +202,7 @@ class CallbackList:
         found: CallbackState = {}
         for callback in self._all:
             with guard.user_code():
-                state = dict(callback.state())
+                state = _checked_state(callback.name, callback.state())
             arrays = {k: v for k, v in state.items() if isinstance(v, (np.ndarray, torch.Tensor))}
             values = json.loads(json_text({k: v for k, v in state.items() if k not in arrays}))
             if state:
@@ -279,6 +279,15 @@ def _copied(iteration: Iteration) -> Iteration:
         for name in ("metrics", "tasks", "returns_pre", "returns_post")
     }
     return dataclasses.replace(iteration, rollouts=list(iteration.rollouts), **fresh)
+
+
+def _checked_state(name: str, state: Any) -> dict[str, Any]:
+    """Return the state of a callback; raise UserError unless it is a dict with texts as keys."""
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise UserError(
+            f"state of the callback {name} must be a dict with texts as keys, got {state!r}"
+        )
+    return dict(state)
 
 
 def _tensor(callback: str, key: str, value: NDArray | torch.Tensor) -> torch.Tensor:

@@ -209,7 +209,7 @@ class Trainer:
         new, outer, stats = optimizer.step(objective, theta, self.state.outer, rate)
         # The factor and the observation statistics have no gradient, but weight decay moves them.
         new = {**new, **self.inner_loop.adapter.without_gradient(theta)}
-        finite = stats.pop("finite")
+        finite = stats.pop("finite") and all(bool(p.isfinite().all()) for p in new.values())
         return Update(new, outer, stats, finite)
 
     def _sampled(self, adapted: Adapted, samples: TaskSamples) -> Sampled:
