@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from metarl.models.distributions import Gaussian
 from metarl.models.encoders import NATURE, Encoder, NatureCNN, channels_first
-from metarl.models.modules import Inputs, ModuleNetwork
+from metarl.models.inputs import Inputs
+from metarl.models.modules import ModuleNetwork
 from metarl.models.networks import MLP, Params
 from metarl.models.policies import CLIP, PolicyModel
 
