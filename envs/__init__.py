@@ -5,9 +5,9 @@ Importing this package registers its families with Gymnasium:
     gym.make("metarl/HalfCheetahVel-v0", velocity=1.5)
     gym.make_vec("metarl/HalfCheetahDir-v0", num_envs=8, direction=-1.0)
 
-A keyword names a component of the task (a sequence of them in `make_vec`, one for each
-sub-environment) or an option of the family. A task outside the range that training draws from is
-taken as it is. Without the task, every reset draws one.
+A keyword names a component of the task or an option of the family. In `make_vec` a component may be
+a sequence with one value for each sub-environment. A task outside the training range is accepted.
+Without a task, every reset draws one.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def make_vec_env(
     render_mode: str | None = None,
     **keywords: Any,
 ) -> TaskVectorEnv:
-    """Entry point of `gym.make_vec`: num_envs environments of a family, one episode a task."""
+    """Entry point of `gym.make_vec`: num_envs environments of a family, one for each task."""
     made, tasks = _family_and_tasks(family, num_envs, keywords)
     vector = made.make_vec(
         num_envs, 1, autoreset_mode=autoreset_mode, threads=threads, render_mode=render_mode

@@ -1,4 +1,4 @@
-"""The error that a user can fix."""
+"""Errors that a user can fix."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input. The message names what is wrong, its value and the remedy; it is shown as is.
+    """Bad input. The message names the fault, the value and the remedy, and is shown unchanged.
 
     Args:
-        message: for Python.
-        command: what a command shows instead, if the remedy is a flag there.
+        message: message in Python.
+        command: message of a command, if the remedy is a flag there.
     """
 
     def __init__(self, message: str = "", command: str = "") -> None:
@@ -28,7 +28,7 @@ class NonFiniteError(UserError):
 
 
 def raised(error: BaseException) -> str:
-    """Say what was raised and where, in the nearest file that is no library's."""
+    """Describe an error and where it was raised, in the innermost file outside of libraries."""
     if isinstance(error, UserError):
         return str(error)
     text = f"{type(error).__name__}: {error}".removesuffix(": ")
@@ -40,19 +40,19 @@ def raised(error: BaseException) -> str:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether an error was raised by a line of this package itself, and not by what it calls."""
+    """Return whether a line of this package raised an error, and not code that it calls."""
     frames = traceback.extract_tb(error.__traceback__)
     return not frames or any(place in frames[-1].filename for place in _OURS)
 
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _OURS = (_HERE, os.path.join(os.path.dirname(_HERE), "metarl") + os.sep)
-if os.path.basename(os.path.dirname(_HERE)) == "metarl":  # where envs stands once it is installed
+if os.path.basename(os.path.dirname(_HERE)) == "metarl":  # installed, envs is inside metarl
     _OURS = (os.path.dirname(_HERE) + os.sep,)
 
 
 def _is_installed(file: str) -> bool:
-    """Whether a file is part of this package, of another one or of Python."""
+    """Return whether a file is part of this package, another package or Python."""
     places = ("-packages", os.path.dirname(os.__file__), "<frozen", *_OURS)
     return any(place in file for place in places)
 
@@ -64,7 +64,7 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """Return what a value of a wrong kind is, in few words: "a Box", "the family 'mine'"."""
+    """Describe a value of a wrong kind, such as "a Box" or "the family 'mine'"."""
     if value is None or isinstance(value, (str, int, float)):
         return repr(value)
     name = getattr(value, "name", None)
@@ -75,7 +75,7 @@ def kind_of(value: Any) -> str:
 def check_name(role: str, value: Any, such_as: str) -> None:
     """Raise UserError unless a value is a name."""
     if not isinstance(value, str):
-        raise UserError(f"{role} is given by its name, {such_as}, got {kind_of(value)}")
+        raise UserError(f"{role} must be a name, {such_as}, got {kind_of(value)}")
 
 
 def check_one_of(name: str, value: Any, choices: Iterable[str | bool]) -> None:
@@ -89,7 +89,7 @@ def check_one_of(name: str, value: Any, choices: Iterable[str | bool]) -> None:
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
-    """Raise UserError unless a value is a whole number that is large enough."""
+    """Raise UserError unless a value is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise UserError(f"{name} must be a whole number, got {value!r}")
     if value < least:

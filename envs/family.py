@@ -1,4 +1,4 @@
-"""Task families: how a task becomes an environment, or many of them one vector environment."""
+"""Task families: make an environment from a task, or a vector environment from many tasks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Family:
     units: Mapping[str, str] = field(default_factory=dict)
     """Units of task components and info entries, for the axes of pictures."""
     source: tuple[str, Mapping[str, Any]] | None = field(default=None, compare=False)
-    """Name and options that `find_family` rebuilds this family from; None if made by hand."""
+    """Name and options from which `find_family` rebuilds this family; None if made by hand."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.tasks, TaskDistribution):
@@ -41,9 +41,9 @@ class Family:
             )
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells the family from another one, besides its name and its tasks.
+        """Return what distinguishes the family from others, besides its name and its tasks.
 
-        Values are texts, numbers or lists of them.
+        Values are texts, numbers or lists of these.
         """
         return {"kind": self.domain}
 
@@ -57,11 +57,12 @@ class TaskFamily(Family, ABC):
     horizon: int
     """Steps after which an episode is truncated."""
     achieved: Mapping[str, str] = field(default_factory=dict)
-    """Entry of `info`, a number for each step, by the component of the task that sets its goal, as
-    {"velocity": "x_velocity"}. Two of them are a position in the plane."""
+    """Maps a task component to the entry of `info` that should reach it, a number for each step.
+
+    An example is {"velocity": "x_velocity"}. Two entries are a position in the plane."""
 
     parallel: ClassVar[bool] = False
-    """Whether several vector environments of the family run at once on threads of one process."""
+    """Whether several vector environments of the family may run on threads of one process."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,11 +76,11 @@ class TaskFamily(Family, ABC):
         """Return one environment.
 
         Args:
-            task: [task_dim]; it stays the environment's task. None: every reset draws one.
+            task: task of every episode, [task_dim]. None: every reset draws one.
             render_mode: as in `gymnasium.make`.
 
         Raises:
-            UserError: the environment cannot be made, or does not take the task or render_mode.
+            UserError: the environment cannot be made, or refuses the task or render_mode.
         """
 
     @abstractmethod
@@ -89,13 +90,13 @@ class TaskFamily(Family, ABC):
         Args:
             num_tasks: number of tasks.
             episodes: sub-environments of each task.
-            options: `autoreset_mode`, `render_mode` and, for families that are stepped natively,
-                `threads`.
+            options: `autoreset_mode`, `render_mode`, and `threads` for families that are stepped
+                natively.
 
         Raises:
             UserError: a number is below 1, or the environments cannot be made.
         """
 
     def optimal_return(self, tasks: Tasks) -> NDArray[np.float64] | None:
-        """Return the best mean return of each task [n], where the family knows it exactly."""
+        """Return the best mean return of each task [n], or None if it is not known exactly."""
         return None

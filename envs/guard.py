@@ -1,9 +1,9 @@
-"""User code shares the process: what it changes there is put back when it returns.
+"""Protection of process-wide settings from user code, which shares the process.
 
 An environment may change the current folder, replace standard output or set NumPy's error state.
-It finds its own value when it runs again, as in a program of its own, and metarl finds metarl's.
-Signal handlers are metarl's always, so that Ctrl-C keeps its meaning. Environment variables stay
-as they are set: libraries are configured by them.
+Each change is undone when user code returns and is restored when it runs again. User code and
+metarl therefore both keep their own settings. Signal handlers always stay metarl's, so Ctrl-C
+keeps its meaning. Changed environment variables are kept, because they configure libraries.
 
 `metarl.models` registers the settings of torch.
 """
@@ -33,36 +33,37 @@ _log = logging.getLogger(__name__)
 
 
 class ExitError(UserError):
-    """User code would have ended the process, by `sys.exit` for one."""
+    """User code would have ended the process, for example by `sys.exit`."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing about the process that user code may change."""
+    """One process-wide setting that user code may change."""
 
     read: Callable[[], Any]
     """Return the value."""
     write: Callable[[Any], object]
-    """Put a value back."""
+    """Restore a value."""
     each_step: bool = False
-    """It matters between two steps of an environment, and is quickly read."""
+    """The setting matters between two steps of an environment, and reading it is fast."""
     returned: bool = True
-    """User code finds its own value again when it next runs."""
+    """User code gets its own value back when it runs again."""
     always: bool = False
-    """It is written even if it looks unchanged: C code may have changed it."""
+    """Restore the value even if it looks unchanged, because C code may have changed it."""
 
 
 SETTINGS: dict[str, Setting] = {}
-"""All of them, by name; see `register`."""
+"""All settings by name; see `register`."""
 _quick: dict[str, Setting] = {}
 _theirs: dict[str, Any] = {}  # values that user code left
-_running = False  # what user code calls is not guarded again
+_running = False  # nested calls of user code are not guarded again
 
 
 def register(name: str, setting: Setting) -> None:
-    """Keep one more setting.
+    """Protect one more setting.
 
-    User code that runs keeps to those that it began with: it may be what imports them.
+    User code that is running keeps its initial list of settings: it may import the module that
+    registers more.
     """
     global SETTINGS, _quick
     SETTINGS = {**SETTINGS, name: setting}
@@ -71,12 +72,12 @@ def register(name: str, setting: Setting) -> None:
 
 
 def forget() -> None:
-    """Let user code begin with metarl's settings again, as in a new process."""
+    """Forget the settings of user code: it starts with metarl's again, as in a new process."""
     _theirs.clear()
 
 
 class _Guard:
-    """The context in which user code runs; made for each call of it."""
+    """Context manager for one call of user code."""
 
     __slots__ = ("_before", "_kept", "_outermost")
 
@@ -114,18 +115,18 @@ class _Guard:
 
 
 def user_code() -> contextlib.AbstractContextManager[None]:
-    """Within, user code runs, such as an import or an environment's reset."""
+    """Return a context for user code, such as an import or an environment's reset."""
     return _Guard(SETTINGS)
 
 
 def user_step() -> contextlib.AbstractContextManager[None]:
-    """Within, user code runs for a moment. What is slow to read is left to `restored`."""
+    """Return a context for one short call; `restored` handles settings that are slow to read."""
     return _Guard(_quick)
 
 
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
-    """Put everything back afterwards; around calls of user code that are guarded one by one."""
+    """Restore all settings at the end of a block with several calls of `user_step`."""
     if _running:
         yield
         return
@@ -138,7 +139,7 @@ def restored() -> Iterator[None]:
 
 
 def _mark(error: BaseException) -> None:
-    """Note on an error that user code raised it; what would end the process becomes a UserError."""
+    """Mark an error as raised by user code; one that would end the process becomes ExitError."""
     if isinstance(error, Exception | KeyboardInterrupt | GeneratorExit):
         error.of_user_code = True  # type: ignore[union-attr]
         return
@@ -149,7 +150,7 @@ def _mark(error: BaseException) -> None:
 
 
 def is_of_user_code(error: BaseException) -> bool:
-    """Whether an error was raised by user code, or by what that called."""
+    """Return whether user code, or code that it called, raised an error."""
     return getattr(error, "of_user_code", False) and not is_ours(error)
 
 
@@ -165,7 +166,7 @@ def opened(make: Callable[[], X]) -> Iterator[X]:
 
 
 def close(env: Any) -> None:
-    """Close an environment. If that fails it is a warning: what it was made for is done."""
+    """Close an environment. A failure is only a warning, because its work is done."""
     try:
         with user_code():
             env.close()
@@ -182,7 +183,7 @@ def _put_back(name: str, setting: Setting, old: Any, new: Any) -> None:
 
 
 def _write(setting: Setting, value: Any) -> None:
-    with contextlib.suppress(OSError, ValueError, locale.Error):  # such as a folder that has gone
+    with contextlib.suppress(OSError, ValueError, locale.Error):  # such as a deleted folder
         setting.write(value)
 
 
@@ -201,7 +202,7 @@ def _go(folder: str | None) -> None:
         os.chdir(folder)
 
 
-# Python's own looks for each handler among the members of an enum, which takes 10 us.
+# signal.getsignal searches the members of an enum, which takes 10 us.
 _handler = getattr(sys.modules.get("_signal"), "getsignal", signal.getsignal)
 
 
@@ -219,7 +220,7 @@ def _set_filters(value: tuple[Any, ...]) -> None:
 
 @functools.lru_cache(1)
 def _loggers(count: int) -> list[logging.Logger]:
-    """Return the root and metarl's own, of so many loggers."""
+    """Return the root logger and metarl's loggers; `count` is the key of the cache."""
     known = logging.root.manager.loggerDict.items()
     own = [logger for name, logger in known if name.partition(".")[0] == "metarl"]
     return [logging.root, *(logger for logger in own if isinstance(logger, logging.Logger))]

@@ -1,4 +1,4 @@
-"""Memory that is free, and what copies of an environment take of it."""
+"""Free memory, and the memory that copies of an environment need."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from metarl.envs.errors import UserError
 
-_LEAST = 1 << 20  # bytes of a copy, below which the growth is noise
+_LEAST = 1 << 20  # bytes of a copy; smaller growth is noise
 
 
 def available() -> int | None:
@@ -22,7 +22,7 @@ def available() -> int | None:
         if limit != "max":
             used = int((group / "memory.current").read_text("utf-8"))
             for line in (group / "memory.stat").read_text("utf-8").splitlines():
-                if line.startswith("inactive_file "):  # a cache of files, which gives way
+                if line.startswith("inactive_file "):  # the page cache, which the kernel can free
                     used -= int(line.split()[1])
             free.append(int(limit) - used)
     except (OSError, ValueError):
@@ -31,7 +31,7 @@ def available() -> int | None:
 
 
 def resident() -> int | None:
-    """Return the bytes of memory that this process takes; None if the system does not tell."""
+    """Return the resident memory of this process in bytes, or None if it is unknown."""
     try:
         pages = int(Path("/proc/self/statm").read_text("utf-8").split()[1])
     except (OSError, ValueError, IndexError):
@@ -43,23 +43,23 @@ _sharers = 1
 
 
 def share_with(processes: int) -> None:
-    """Let `Copies` know that so many processes, this one included, make as many at the same time.
+    """Set how many processes make copies at the same time, this one included.
 
-    It is a fact about this process, and families of others need not hand it on.
+    The number is a property of this process, so families do not need to pass it on.
     """
     global _sharers
     _sharers = processes
 
 
 class Copies:
-    """Watches the memory of the first copies of an environment, and refuses what cannot fit.
+    """Measures the memory of the first copies of an environment and refuses too many copies.
 
-    The first copy is left out: it imports modules and loads files for all.
+    The first copy does not count, because it imports modules and loads files for all copies.
 
     Args:
-        name: of the family.
-        tasks: of this process.
-        episodes: of each task; a copy of the environment each.
+        name: name of the family.
+        tasks: number of tasks in this process.
+        episodes: episodes of each task; each has a copy of the environment.
     """
 
     def __init__(self, name: str, tasks: int, episodes: int) -> None:
@@ -68,15 +68,15 @@ class Copies:
         self._made, self._start = 0, None
 
     def one_more(self) -> None:
-        """Note that one more copy was made, or began its first episode.
+        """Record that one more copy was made, or started its first episode.
 
         Raises:
-            UserError: the others would take more memory than is free.
+            UserError: the remaining copies would need more memory than is free.
         """
         self._made += 1
         if self._made == 1:
             self._start = resident()
-        # At powers of two, so that it costs nothing.
+        # Only at powers of two, to keep the cost negligible.
         if self._start is None or self._made < 2 or self._made & (self._made - 1):
             return
         grown = (resident() or 0) - self._start
@@ -84,14 +84,14 @@ class Copies:
         count = self.tasks * self.episodes
         needed = self.sharers * max(count - self._made, 0) * each
         free = available()
-        # One copy alone says little.
+        # One measured copy is weak evidence.
         margin = 2.0 if self._made == 2 else 1.0
         if free is None or each < _LEAST or needed <= margin * free:
             return
         total = self.sharers * count
         raise UserError(
-            f"{self.name}: {total} copies of the environment, one for each of"
-            f" {self.sharers * self.tasks} tasks x {self.episodes} episodes, need about"
-            f" {total * each / 1e9:.1f} GB of memory ({each / 1e6:.0f} MB each), and"
-            f" {free / 1e9:.1f} GB are free: take fewer tasks (--tasks) or episodes (--episodes)"
+            f"{self.name}: {total} copies of the environment"
+            f" ({self.sharers * self.tasks} tasks x {self.episodes} episodes) need about"
+            f" {total * each / 1e9:.1f} GB of memory ({each / 1e6:.0f} MB each), but only"
+            f" {free / 1e9:.1f} GB are free. Use fewer tasks (--tasks) or episodes (--episodes)"
         )

@@ -1,4 +1,4 @@
-"""Spaces that a policy can read and act in; the same rule for `metarl check` and for training."""
+"""Spaces that policies support; `metarl check` and training use the same rules."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from metarl.envs.errors import UserError
 from metarl.envs.gymnasium.observations import components, has_pixels, is_image
 
 LEAST_IMAGE = 4
-"""Pixels that an image must have each way, for the smallest network that reads images."""
+"""Smallest height and width of an image in pixels, for the smallest image network."""
 
 
 def image_size(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Return channels, height and width of an image [H, W], [H, W, C] or [C, H, W].
 
-    Channels are the smaller one of the first and the last axis, the last where they are equal.
+    Channels are the smaller one of the first and the last axis, or the last if both are equal.
     """
     if len(shape) == 2:
         return 1, shape[0], shape[1]
@@ -27,7 +27,7 @@ def categories(space: gym.Space) -> tuple[int, ...] | None:
     """Return the number of categories of each component of an action, None for a flat Box.
 
     Raises:
-        UserError: no policy acts in such a space.
+        UserError: policies do not support the space.
     """
     if isinstance(space, gym.spaces.Discrete):
         return (int(space.n),)
@@ -41,7 +41,7 @@ def categories(space: gym.Space) -> tuple[int, ...] | None:
 
 
 def no_actions(space: gym.Space) -> UserError:
-    """Return the error of a space that no policy acts in."""
+    """Return the error for an action space that policies do not support."""
     remedy = ""
     if isinstance(space, gym.spaces.Box):
         remedy = "; reshape actions in a wrapper (gym.wrappers.TransformAction)"
@@ -52,11 +52,11 @@ def no_actions(space: gym.Space) -> UserError:
 
 
 def check_pixels(name: str, space: gym.Space) -> None:
-    """Raise UserError if flattening a space would make an image raw numbers.
+    """Raise UserError if flattening a space would turn an image into raw numbers.
 
     Args:
-        name: of the family.
-        space: of the observations before they are flattened.
+        name: name of the family.
+        space: space of the observations before they are flattened.
     """
     if is_image(space):
         return
@@ -67,25 +67,25 @@ def check_pixels(name: str, space: gym.Space) -> None:
         if not path:
             raise UserError(
                 f"{name}: observations are {leaf.dtype} images of {shape}, which would become raw"
-                " numbers from 0 to 255: return uint8 of [height, width] or [height, width,"
+                " numbers from 0 to 255; return uint8 of [height, width] or [height, width,"
                 " channels], or scale them (gym.wrappers.TransformObservation)"
             )
         raise UserError(
             f"{name}: the component {'.'.join(path)!r} of the observation is an image of {shape},"
-            " which would become raw numbers from 0 to 255: read it by a network of your own"
-            " (--policy.network module:attribute), or name a function as env that gives the image"
-            f" alone (gym.wrappers.TransformObservation(env, lambda o: o[{path[0]!r}],"
-            f" env.observation_space[{path[0]!r}])), leaves it out"
+            " which would become raw numbers from 0 to 255. Use your own network"
+            " (--policy.network module:attribute). Or use a function as env that returns only the"
+            f" image (gym.wrappers.TransformObservation(env, lambda o: o[{path[0]!r}],"
+            f" env.observation_space[{path[0]!r}])), drops it"
             " (gym.wrappers.FilterObservation), or scales it"
         )
 
 
 def check_policy_spaces(name: str, observation: gym.Space, action: gym.Space) -> None:
-    """Raise UserError unless a policy can read the observations and act.
+    """Raise UserError unless policies support the observations and the actions.
 
     Args:
-        name: of the family.
-        observation: as the family gives them, flattened.
+        name: name of the family.
+        observation: space of the flattened observations.
         action: space of the actions.
     """
     flat = isinstance(observation, gym.spaces.Box) and len(observation.shape) == 1
@@ -98,8 +98,8 @@ def check_policy_spaces(name: str, observation: gym.Space, action: gym.Space) ->
         raise UserError(f"{name}: observations have no component: {observation}")
     if not flat and min(image_size(shape)[1:]) < LEAST_IMAGE:
         raise UserError(
-            f"{name}: images must have {LEAST_IMAGE} pixels each way, got {observation.shape};"
-            " enlarge them, or flatten them (gym.wrappers.FlattenObservation)"
+            f"{name}: images must be at least {LEAST_IMAGE} pixels high and wide, got"
+            f" {observation.shape}; enlarge or flatten them (gym.wrappers.FlattenObservation)"
         )
     try:
         counts = categories(action)

@@ -1,8 +1,8 @@
-"""How a family gets to another process: packed here, made again there.
+"""Transfer of a family to another process: it is packed here and made again there.
 
-A family is pickled where that can be done; else it goes by its name and is made anew. Either way
-the module that its name stands for is imported there first: what registers environments with
-Gymnasium, or imports a package that does, does so again.
+A family is pickled if possible. Otherwise its name is sent and the family is made again. In both
+cases the other process first imports the module of the family's name. Environments that this module
+registers with Gymnasium are then registered there, too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Parcel:
     """A family on its way to another process."""
 
     name: str
-    """What the family calls itself."""
+    """Name of the family."""
     source: tuple[str, Mapping[str, Any]] | None
     """See `TaskFamily.source`."""
     pickled: bytes | None
@@ -33,11 +33,11 @@ class Parcel:
 
 
 def pack(family: TaskFamily) -> Parcel:
-    """Return a family as another process can make it again.
+    """Return a parcel from which another process can make the family again.
 
     Raises:
-        UserError: it cannot be pickled and was not made by a name; or this program itself cannot
-            be read by another process.
+        UserError: the family cannot be pickled and was not made by name, or another process cannot
+            read this program.
     """
     _check_program()
     source = None if family.source is None else (family.source[0], dict(family.source[1]))
@@ -54,7 +54,7 @@ def unpack(parcel: Parcel) -> TaskFamily:
     """Return the family of a parcel.
 
     Raises:
-        UserError: it cannot be made here.
+        UserError: the family cannot be made here.
     """
     try:
         if parcel.pickled is None:
@@ -71,9 +71,9 @@ def unpack(parcel: Parcel) -> TaskFamily:
 def _cannot(name: str, error: Exception) -> str:
     said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     return (
-        f"{name} cannot be made again in a worker process: {said}; what the main program alone has"
-        " set, a lambda, a nested function or an open file or simulator may be the cause: define"
-        " the family, and the functions it uses, in a module and name it module:attribute, or use"
+        f"{name} cannot be made again in a worker process: {said}. Possible causes are values set"
+        " only in the main program, a lambda, a nested function, an open file or a simulator."
+        " Define the family and its functions in a module and name it module:attribute, or use"
         " workers=0"
     )
 
@@ -84,7 +84,7 @@ def _check_program() -> None:
     file = getattr(main, "__file__", None)
     if getattr(main, "__spec__", None) is None and file is not None and not os.path.exists(file):
         raise UserError(
-            f"worker processes cannot read a program that came from {os.path.basename(file)}: use"
-            " workers=0, which steps the environments in this process, or put the program into a"
-            " file, or the family into a module"
+            f"worker processes cannot read a program that came from {os.path.basename(file)}. Use"
+            " workers=0 to step the environments in this process, or put the program into a file,"
+            " or the family into a module"
         )

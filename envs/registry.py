@@ -1,6 +1,6 @@
-"""Families by name: those registered here, those of installed packages, `module:attribute`.
+"""Families by name: registered here, offered by installed packages, or `module:attribute`.
 
-Installed packages offer theirs by an entry point of the group `metarl.families`.
+Installed packages offer families through entry points of the group `metarl.families`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Factory = Callable[..., Family]
 ENTRY_POINTS = "metarl.families"
 _factories: dict[str, Factory] = {}
 _data_sets: dict[str, Any] = {}
-# By id of a family or function, which is kept so that no other has its id, and by options.
+# Keys are the id of a family or function and the options. The object is kept, so its id is unique.
 _kinds: dict[tuple[int, str], tuple[Any, tuple[str, Mapping[str, Any]]]] = {}
 _MORE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -41,7 +41,7 @@ def register(*, gymnasium_id: str) -> Callable[[Factory], Factory]: ...
 
 
 def register(factory: Factory | None = None, *, gymnasium_id: str = "") -> Any:
-    """Offer a function that returns a family under its own name, '_' read as '-' (decorator).
+    """Register a function that returns a family under its own name, with '-' for '_' (decorator).
 
     Args:
         factory: the function.
@@ -67,19 +67,19 @@ def register(factory: Factory | None = None, *, gymnasium_id: str = "") -> Any:
 
 
 def _free_name(factory: Any) -> str:
-    """Return the name that a function is offered under; UserError if another one has it."""
+    """Return the registered name of a function; raise UserError if another one has it."""
     name = factory.__name__.replace("_", "-")
     before = _factories.get(name) or _data_sets.get(name) or factory
     if (before.__module__, before.__qualname__) != (factory.__module__, factory.__qualname__):
-        raise UserError(f"{before.__module__} has a family {name!r} already: take another name")
+        raise UserError(f"{before.__module__} already has a family {name!r}; use another name")
     return name
 
 
 def register_data(training: Mapping[str, Any]) -> Callable[[Factory], Factory]:
-    """Offer a function that returns a family of supervised tasks, as `register` does (decorator).
+    """Register a function that returns a family of supervised tasks (decorator).
 
     Args:
-        training: values of the config that a run on it starts from, see `training_values`.
+        training: default config values of runs on the family, see `training_values`.
     """
 
     def add(factory: Factory) -> Factory:
@@ -91,49 +91,49 @@ def register_data(training: Mapping[str, Any]) -> Callable[[Factory], Factory]:
 
 
 def family_names() -> list[str]:
-    """Return the names of families of environments, registered here or by a package, sorted."""
+    """Return the sorted names of families of environments, registered here or by a package."""
     return sorted({*_factories, *_offered()})
 
 
 def is_built_in(name: str) -> bool:
-    """Return whether a name is of a family of environments that this package brings."""
+    """Return whether a name belongs to a family of environments of this package."""
     factory = _factories.get(name)
     return factory is not None and factory.__module__.startswith("metarl.envs.")
 
 
 def data_names() -> list[str]:
-    """Return the names of families of supervised tasks, sorted."""
+    """Return the sorted names of families of supervised tasks."""
     return sorted(_data_sets)
 
 
 def description(name: str) -> str:
-    """Return the first line of what documents a registered family."""
+    """Return the first line of a registered family's docstring."""
     return (inspect.getdoc(_find(name)) or "").partition("\n")[0]
 
 
 def training_values(name: str, options: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
-    """Return the values of the config that a run on a family starts from, by dotted key.
+    """Return the default config values of runs on a family, by dotted key.
 
-    An entry that is a mapping holds those of the algorithm that is its key. There are none where
-    the family cannot be loaded or made; making it raises the error.
+    An entry that is a mapping has the values of the algorithm that is its key. The result is empty
+    if the family cannot be loaded or made; making it raises the error.
     """
     return _kind(name, options or {})[1]
 
 
 def domain_name(name: str, options: Mapping[str, Any] | None = None) -> str | None:
-    """Return the domain of a family's tasks by its name; None if it cannot be loaded or made."""
+    """Return the domain of a family by its name, or None if it cannot be loaded or made."""
     return _kind(name, options or {})[0]
 
 
 def _kind(name: str, options: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
-    """Return the domain of a family's tasks, and its values of the config."""
+    """Return the domain of a family and its default config values."""
     try:
         found = _find(name)
         if name in _data_sets:
             return SupervisedFamily.domain, found.training
         if name in _factories:
             return TaskFamily.domain, {}
-        # What a function returns says so alone; it may take long to make.
+        # Only the returned family tells its domain; making it may take long.
         key = id(found), repr(options)
         if key not in _kinds:
             family = find_family(name, **options)
@@ -147,19 +147,19 @@ def make_family(name: str, **options: Any) -> TaskFamily:
     """Return a family of environments by its name, or by `module:attribute`, as `find_family` does.
 
     Raises:
-        UserError: as by `find_family`, or the family has supervised tasks.
+        UserError: as in `find_family`, or the family has supervised tasks.
     """
     family = find_family(name, **options)
     if not isinstance(family, TaskFamily):
-        raise UserError(f"{name} has supervised tasks, and this needs environments")
+        raise UserError(f"{name} has supervised tasks, but this needs environments")
     return family
 
 
 def find_family(name: str, **options: Any) -> Family:
     """Return a family by its name, or by `module:attribute`.
 
-    What is named is a family, or a function that returns one and takes the options. The current
-    folder is searched last, so that a user's own files never shadow an installed package.
+    The name stands for a family, or for a function that takes the options and returns a family. The
+    current folder is searched last, so a user's files never shadow an installed package.
 
     Raises:
         UserError: the name or an option is unknown, or the options do not make a family.
@@ -172,19 +172,19 @@ def find_family(name: str, **options: Any) -> Family:
         )
     if isinstance(factory, Family):
         if options:
-            raise UserError(f"{name} is a family, not a function: it takes no options")
+            raise UserError(f"{name} is a family, not a function, and takes no options")
         family = factory
     else:
         known = _parameters(factory)
         needed = [key for key, default in known.items() if default is inspect.Parameter.empty]
         if missing := [key for key in needed if key not in options]:
             raise UserError(
-                f"{name} needs {', '.join(missing)}: give --family-options, or a default; or it is"
-                " not the function that returns the family"
+                f"{name} needs {', '.join(missing)}; give --family-options or a default, or name"
+                " the function that returns the family"
             )
         for option in () if _takes_any(factory) else options:
             if option not in known:
-                takes = f"it takes {', '.join(known)}" if known else "it takes none"
+                takes = f"options: {', '.join(known)}" if known else "it has no options"
                 raise UserError(
                     f"{name} has no option {option!r}{did_you_mean(option, known)} ({takes})"
                 )
@@ -206,19 +206,19 @@ def find_family(name: str, **options: Any) -> Family:
 
 
 def import_source(name: str) -> None:
-    """Import what a family's name stands for, as `make_family` does, and make nothing of it.
+    """Import the module of a family's name, as `make_family` does, without making the family.
 
     Raises:
-        UserError: there is none of that name, or it cannot be imported.
+        UserError: the name is unknown, or the module cannot be imported.
     """
     _find(name)
 
 
 def option_defaults(name: str) -> dict[str, Any]:
-    """Return the options that a family's name takes and their defaults.
+    """Return the options of a family and their defaults.
 
     Raises:
-        UserError: there is none of that name, or it cannot be imported.
+        UserError: the name is unknown, or the module cannot be imported.
     """
     factory = _find(name)
     return _parameters(factory) if callable(factory) else {}
@@ -235,9 +235,9 @@ def _takes_any(factory: Callable[..., Any]) -> bool:
 
 
 def parse_options(texts: Iterable[str]) -> dict[str, Any]:
-    """Return {"low": 0.5} for ("low=0.5",); a value that is no Python literal is a string.
+    """Return {"low": 0.5} for ("low=0.5",). A value that is not a Python literal is a string.
 
-    true and false are taken as True and False.
+    The words true and false mean True and False.
 
     Raises:
         UserError: a text has no '=', or an option is given twice.
@@ -246,7 +246,7 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UserError(f"a family option is written name=value, got {text!r}")
+            raise UserError(f"a family option must be name=value, got {text!r}")
         key = key.replace("-", "_")
         if key in options:
             raise UserError(f"the family option {key} is given twice")
@@ -258,26 +258,26 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def _offered() -> dict[str, importlib.metadata.EntryPoint]:
-    """Families of installed packages; a name of ours is ours."""
+    """Return the families that installed packages offer, by name."""
     return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
 
 
 def _check_one_offer(name: str) -> None:
-    """Raise UserError if several installed packages offer different families of a name."""
+    """Raise UserError if installed packages offer different families under one name."""
     points = importlib.metadata.entry_points(group=ENTRY_POINTS, name=name)
     if len(values := sorted({point.value for point in points})) > 1:
-        raise UserError(f"several packages have a family {name!r}: name one of {', '.join(values)}")
+        raise UserError(f"several packages have a family {name!r}; use one of {', '.join(values)}")
 
 
 SUCH_AS = (
-    "such as 'half-cheetah-dir', or 'module:attribute' for one of your own ('my_family:mine' for"
+    "such as 'half-cheetah-dir', or 'module:attribute' for your own family ('my_family:mine' is"
     " the family or function mine in my_family.py)"
 )
-"""How a family is named."""
+"""Examples of names of families, for messages."""
 
 
 def _find(name: str) -> Any:
-    """Return the family or factory of a name; raise UserError if there is none."""
+    """Return the family or factory of a name; raise UserError if the name is unknown."""
     check_name("a family", name, SUCH_AS)
     if ":" in name:
         return import_attribute(name, "a family")
@@ -289,8 +289,8 @@ def _find(name: str) -> Any:
     if point is None:
         hint = did_you_mean(name, [*family_names(), *data_names()])
         if os.path.exists(f"{name}.py"):
-            hint = f"; a family in {name}.py is {name}:ITS_NAME"
-        raise UserError(f"no task family {name!r}{hint} (metarl families lists them)")
+            hint = f"; for a family in {name}.py write {name}:ITS_NAME"
+        raise UserError(f"unknown task family {name!r}{hint} (metarl families lists them)")
     try:
         with guard.user_code():
             return point.load()
@@ -300,7 +300,7 @@ def _find(name: str) -> Any:
 
 
 def _blamed(error: Exception) -> str:
-    """Return what is wrong and the line of the file where it came up."""
+    """Describe an error with its file and line."""
     if isinstance(error, SyntaxError):
         return f"{error.msg} ({os.path.basename(error.filename or '')}, line {error.lineno})"
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -309,21 +309,22 @@ def _blamed(error: Exception) -> str:
 
 
 def import_attribute(name: str, what: str) -> Any:
-    """Return what `module:attribute` names; the current folder is searched last.
+    """Return the object `module:attribute`; the current folder is searched last.
 
     Args:
-        what: it is to be, for messages, such as "a family".
+        name: module and attribute.
+        what: expected kind of object for messages, such as "a family".
 
     Raises:
-        UserError: there is none, or the module cannot be imported.
+        UserError: the attribute does not exist, or the module cannot be imported.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise UserError(f"{what} is named module:attribute, got {name!r}")
+        raise UserError(f"{what} must be named module:attribute, got {name!r}")
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     if module_name.endswith(".py"):
-        raise UserError(f"{what} is named without .py: {name.replace('.py:', ':')}")
+        raise UserError(f"{what} must be named without .py: {name.replace('.py:', ':')}")
     try:
         with guard.user_code():
             module = importlib.import_module(module_name)
@@ -333,8 +334,8 @@ def import_attribute(name: str, what: str) -> Any:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module_name}.".startswith(f"{missing}."):
             raise UserError(
-                f"no module {module_name!r} here or among the installed ones: run this in its"
-                " folder, or put that on PYTHONPATH"
+                f"no module {module_name!r} here or among the installed packages; run this in its"
+                " folder, or add that folder to PYTHONPATH"
             ) from error
         raise UserError(f"{module_name} cannot be imported: {_blamed(error)}") from error
     if not hasattr(module, attribute):

@@ -1,4 +1,4 @@
-"""Distributions of tasks: what varies, where training and held-out tasks come from.
+"""Distributions of tasks: what varies, and how training and held-out tasks are drawn.
 
 A task is a float64 vector whose components have names.
 """
@@ -20,7 +20,7 @@ Tasks = NDArray[np.float64]  # [tasks, task_dim]
 
 
 class TaskDistribution(ABC):
-    """Where tasks are drawn from: named components, a train and a test split."""
+    """Base class for distributions of tasks with named components, a train and a test split."""
 
     names: tuple[str, ...]
 
@@ -33,49 +33,48 @@ class TaskDistribution(ABC):
     def sample(self, rng: np.random.Generator, n: int, split: Split = "train") -> Tasks:
         """Draw n tasks of a split, [n, task_dim].
 
-        They are drawn independently, but for test tasks from a list (`Finite`), of which each is
-        drawn equally often.
+        Tasks are drawn independently. Only test tasks from a list (`Finite`) are drawn equally
+        often.
         """
 
     def stratified(self, rng: np.random.Generator, n: int) -> Tasks:
         """Draw n training tasks that cover their distribution evenly, [n, task_dim].
 
-        Each alone is distributed as `sample` draws it. A distribution that has no such draw of its
-        own samples independently.
+        Each single task has the distribution of `sample`. By default tasks are drawn independently.
         """
         return self.sample(rng, n)
 
     @abstractmethod
     def grid(self, n: int, split: Split = "test") -> Tasks:
-        """Return n tasks that cover a split evenly, [n, task_dim], the same at every call."""
+        """Return n fixed tasks that cover a split evenly, [n, task_dim]."""
 
     @abstractmethod
     def describe(self) -> str:
-        """Return the components and their training values in words."""
+        """Describe the components and their training values."""
 
     @abstractmethod
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the smallest and the largest value of each component, [task_dim] both."""
 
     def extent(self, split: Split = "train") -> Mapping[str, NDArray]:
-        """Return what a split holds, by which it is told from another: arrays by a name each.
+        """Return named arrays that identify the tasks of a split.
 
-        By default the bounds of each component.
+        By default these are the bounds of each component.
         """
         low, high = self.bounds(split)
         return dict(zip(self.names, np.stack([low, high], axis=1), strict=True))
 
     def validation(self, rng: np.random.Generator, n: int) -> Tasks:
-        """Draw n tasks to choose between policies on, [n, task_dim].
+        """Draw n tasks for the choice between policies, [n, task_dim].
 
-        By default they are training tasks, from a random stream of their own.
+        By default they are training tasks from a separate random stream.
         """
         return self.sample(rng, n)
 
     def contains(self, tasks: Tasks) -> NDArray[np.bool_]:
         """Return which tasks [n, task_dim] training may draw, [n].
 
-        By default those within the bounds of the training tasks.
+        By default these are the tasks within the bounds of the training tasks.
         """
         low, high = self.bounds("train")
         return np.all((tasks >= low) & (tasks <= high), axis=1)
@@ -104,8 +103,8 @@ class TaskDistribution(ABC):
 class Uniform(TaskDistribution):
     """Tasks drawn uniformly from a box, such as `Uniform({"velocity": (0.0, 2.0)})`.
 
-    Train and test tasks of one box are kept apart by their random streams; `test` names another
-    box to test on, for extrapolation.
+    Train and test tasks of one box come from different random streams. `test` gives another box for
+    test tasks, for extrapolation.
 
     Raises:
         UserError: a lower bound is not below its upper bound, or `test` has other components.
@@ -148,11 +147,11 @@ class Uniform(TaskDistribution):
         if self.dim == 1:
             unit = (np.arange(n)[:, None] + 0.5) / n
         elif self.dim > 8:
-            # A Latin hypercube: even along each axis, where no lattice of few points is.
+            # A Latin hypercube is even along each axis; a lattice of few points is not.
             order = np.random.default_rng(0).permuted(np.tile(np.arange(n), (self.dim, 1)), axis=1)
             unit = (order.T + 0.5) / n
         else:
-            # Kronecker lattice of the generalized golden ratio: even cover in any dimension.
+            # The Kronecker lattice of the generalized golden ratio covers any dimension evenly.
             ratio = 2.0
             for _ in range(64):
                 ratio = (1.0 + ratio) ** (1.0 / (self.dim + 1))
@@ -181,7 +180,7 @@ class Finite(TaskDistribution):
         balanced: draw each training task equally often, instead of independently.
 
     Raises:
-        UserError: there are no tasks, or they have another number of components than names.
+        UserError: the list is empty, or the number of components differs from the names.
     """
 
     def __init__(
@@ -192,7 +191,7 @@ class Finite(TaskDistribution):
         balanced: bool = False,
     ) -> None:
         if isinstance(names, str):
-            raise UserError(f"names are several, such as ({names!r},), got {names!r}")
+            raise UserError(f"names must be a sequence, such as ({names!r},), got {names!r}")
         if not isinstance(balanced, bool):
             raise UserError(f"balanced must be True or False, got {balanced!r}")
         self.names = tuple(names)

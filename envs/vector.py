@@ -30,7 +30,7 @@ def describe_progress(progress: Sequence[int], tasks: Floats) -> str:
 
 
 def detached(value: Any) -> Any:
-    """Return a value whose arrays nobody else holds: arrays are copied, also inside containers."""
+    """Return a value with copies of its arrays, also inside containers."""
     if isinstance(value, np.ndarray):
         return value.copy()
     if isinstance(value, dict):
@@ -41,16 +41,16 @@ def detached(value: Any) -> Any:
 
 
 def check_movable(name: str, space: gym.Space, model: Any = None) -> None:
-    """Raise UserError if the bounds of actions leave a policy nothing to do.
+    """Raise UserError if the bounds of actions leave a policy nothing to choose.
 
-    They do if every component is locked, or one is at zero because its actuator has no range. A
+    This is so if every component is locked, or if one is zero because its actuator has no range. A
     component that is locked on purpose is allowed.
 
     Args:
-        name: the family's.
-        space: the environment's actions.
-        model: its MuJoCo model, if it has one. Gymnasium's MujocoEnv takes bounds from the model's
-            `actuator_ctrlrange`, which is zero for an actuator without one.
+        name: name of the family.
+        space: space of the environment's actions.
+        model: MuJoCo model of the environment, if any. Gymnasium's MujocoEnv reads bounds from
+            `actuator_ctrlrange`, which is zero for an actuator without a range.
     """
     if not isinstance(space, gym.spaces.Box) or not space.shape or not np.prod(space.shape):
         return
@@ -59,21 +59,21 @@ def check_movable(name: str, space: gym.Space, model: Any = None) -> None:
     if limited is not None and np.shape(limited) == space.shape:
         for i in np.flatnonzero(locked & (space.low == 0) & ~np.asarray(limited, bool)):
             raise UserError(
-                f"{name}: component {i} of the action can only be 0: the actuator"
-                f" {model.actuator(int(i)).name or int(i)!r} has no ctrlrange; give it one in the"
-                ' model (ctrlrange="-1 1"), or set the action_space of the environment, infinite'
-                " where there are no bounds"
+                f"{name}: component {i} of the action can only be 0, because the actuator"
+                f" {model.actuator(int(i)).name or int(i)!r} has no ctrlrange. Set it in the"
+                ' model (ctrlrange="-1 1"), or set the action_space of the environment, with'
+                " infinite bounds if it has none"
             )
     if locked.all():
         raise UserError(
-            f"{name}: the bounds of component 0 of the action are equal, {space.low.flat[0]:g}, and"
-            " those of every other one too: a policy has nothing to choose; give the action_space"
+            f"{name}: low and high are equal in every component of the action (component 0:"
+            f" {space.low.flat[0]:g}), so a policy has nothing to choose. Give the action_space"
             " low < high (in a MuJoCo model, give the actuators a ctrlrange)"
         )
 
 
 def no_entry(family: TaskFamily, key: str, info: Iterable[str]) -> UserError:
-    """Return the error of an entry that `achieved` names and an environment's info lacks."""
+    """Return the error for an entry that `achieved` names and `info` does not have."""
     return UserError(
         f"{family.name}: achieved names {key!r}, but info has"
         f" {', '.join(map(repr, info)) or 'no entries'}"
@@ -86,21 +86,21 @@ class TaskVectorEnv(VectorEnv):
     Sub-environment `t * episodes + e` is episode e of task t.
 
     - `set_tasks` takes effect at the next reset. Without it, every reset of a sub-environment draws
-      a training task of its own.
-    - `reset(seed=...)` takes None, one int (sub-environment i gets seed + i) or a list of ints, and
+      a training task.
+    - `reset(seed=...)` takes None, one int (sub-environment i gets seed + i) or a list of ints.
       `options={"reset_mask": ...}`, booleans [num_envs], resets only some. It returns observations
       [num_envs, *observation_shape] and info with "task" [num_envs, task_dim].
     - `step` takes actions [num_envs, *action_shape]. It returns observations, rewards (float64),
       terminated and truncated (bool), [num_envs] each, and info of arrays [num_envs, ...].
-    - What it returns is the caller's: no later call changes it, and writing to it changes nothing
-      here. `tasks` [num_envs, task_dim], the tasks in force, is a copy too.
+    - Returned arrays are copies: later calls do not change them, and writing to them has no effect
+      here. The current tasks, `tasks` [num_envs, task_dim], are a copy too.
     - With `autoreset_mode` DISABLED a finished sub-environment stays as it is, with reward 0, until
       it is reset. With NEXT_STEP the step after its end resets it, with reward 0.
     - An episode whose simulation diverged is truncated and marked in `info["diverged"]`.
-    - `progress` says what is being done, to be read from another process. An exception from an
+    - `progress` shows the current call and can be read from another process. An exception from an
       environment has it as a note.
 
-    A backend supplies `_begin`, `_advance` and `_observe`.
+    A backend implements `_begin`, `_advance` and `_observe`.
 
     Raises:
         UserError: num_tasks or episodes is below 1, or autoreset_mode is SAME_STEP.
@@ -139,15 +139,15 @@ class TaskVectorEnv(VectorEnv):
         self._truncated = np.zeros(self.num_envs, np.bool_)
         self._ready = np.zeros(self.num_envs, np.bool_)  # has been reset
         self.progress: MutableSequence[int] = [0, 0, -1]
-        """Calls begun, phase (an index of PHASES), sub-environment (-1: all)."""
+        """Number of calls, phase (an index of PHASES), sub-environment (-1: all)."""
 
     @property
     def tasks(self) -> Floats:
-        """The tasks in force, [num_envs, task_dim]; NaN before the first reset."""
+        """Current tasks, [num_envs, task_dim]; NaN before the first reset."""
         return self._tasks.copy()
 
     def set_render_mode(self, mode: str | None) -> None:
-        """Keep a render mode; raise UserError if the metadata does not have it."""
+        """Set the render mode; raise UserError if the metadata does not list it."""
         if mode is not None:
             check_one_of("render_mode", mode, self.metadata.get("render_modes", []))
         self.render_mode = mode
@@ -160,18 +160,18 @@ class TaskVectorEnv(VectorEnv):
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Note on an exception which family and task it comes from."""
+        """Add the family and the task to an exception as a note."""
         try:
             yield
         except BaseException as error:
             error.add_note(f"{self.family.name}: {describe_progress(self.progress, self.tasks)}")
             raise
 
-    # What a backend supplies
+    # Methods of a backend
 
     @abstractmethod
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
-        """Start an episode in each of the sub-environments, of the task in `self.tasks`."""
+        """Start an episode of the task in `self.tasks` in each of the sub-environments."""
 
     @abstractmethod
     def _advance(
@@ -180,9 +180,9 @@ class TaskVectorEnv(VectorEnv):
         """Step the sub-environments ids, or all.
 
         Returns:
-            reward, terminated, truncated (before the horizon) and diverged, [num_envs] each, with
-            None for a flag that no sub-environment has; and info arrays. What they hold for
-            sub-environments outside ids is ignored. The arrays are copied by the caller.
+            reward, terminated, truncated (before the horizon) and diverged, [num_envs] each, and
+            info arrays. A flag may be None if no sub-environment has it. Values of sub-environments
+            outside ids are ignored. The caller copies the arrays.
         """
 
     @abstractmethod
@@ -192,12 +192,12 @@ class TaskVectorEnv(VectorEnv):
     # gymnasium.vector.VectorEnv
 
     def set_tasks(self, tasks: Sequence[Sequence[float]] | Floats | None) -> None:
-        """Give each task's episodes their task from the next reset on, [num_tasks, task_dim].
+        """Set the tasks [num_tasks, task_dim] from the next reset on.
 
-        None draws tasks again.
+        With None, resets draw tasks again.
 
         Raises:
-            UserError: the shape is another one, or a task is not finite.
+            UserError: the shape is wrong, or a task is not finite.
         """
         if tasks is None:
             self._next_tasks = None
@@ -249,7 +249,7 @@ class TaskVectorEnv(VectorEnv):
         self._begun(STEP)
         with self._named():
             reward, terminated, truncated, diverged, info = self._advance(ids, actions)
-        # Copies: a backend may hand out what it will change, and the caller what it keeps.
+        # Copy: a backend may change these arrays later, and the caller may keep them.
         reward, info = np.array(reward, np.float64), detached(info)
         for key in self.family.achieved.values():
             if key not in info:
@@ -292,7 +292,7 @@ class TaskVectorEnv(VectorEnv):
         self._ready[ids] = True
 
     def _draw_task(self, i: int, seed: int | None) -> Floats:
-        # A stream of its own, so that drawing tasks leaves the initial states as they are.
+        # A separate stream, so that drawing tasks does not change the initial states.
         rng = self._task_rngs[i]
         if seed is not None or rng is None:
             rng = self._task_rngs[i] = np.random.default_rng(None if seed is None else [seed, 1])

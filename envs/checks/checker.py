@@ -1,8 +1,7 @@
-"""What is wrong with a task family, in words that say what to do.
+"""Checks of a task family; each finding says how to fix it.
 
-`check_task_family` plays a few episodes and returns all that it found, nothing where all is well.
-The checks stand in `CHECKS`, in order, each with those that it builds on: it is left out where one
-of them found a fault.
+`check_task_family` plays a few episodes and returns all findings. `CHECKS` lists the checks in
+order, each with the checks that it needs. A check is skipped if one of these found a fault.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ class Finding:
     """One fault of a family, or a warning about it, and how to fix it."""
 
     check: str
-    """A name in `CHECKS`."""
+    """Name in `CHECKS`."""
     message: str
     severity: Severity = "fault"
-    """"warning": training is possible, and the message names the consequence or the doubt."""
+    """With "warning", training is possible; the message names the consequence or the doubt."""
 
     def __post_init__(self) -> None:
         check_one_of("severity", self.severity, get_args(Severity))
@@ -49,20 +48,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """A row of `CHECKS`."""
+    """One check."""
 
     words: str
-    """What is so where nothing is found."""
+    """Statement that is true if the check finds nothing."""
     messages: Callable[[TaskFamily], Iterator[str]]
-    """Gives what it finds; a `Doubt` is a warning."""
+    """Yields messages of findings; a `Doubt` is a warning."""
     needs: Sequence[str] = ()
-    """Checks that must have found no fault."""
+    """Checks that must find no fault first."""
 
 
 CHECKS = {
-    "tasks": Check("drawn by the generator they are given, finite, not all the same", check_tasks),
+    "tasks": Check("drawn by the given generator, finite, not all the same", check_tasks),
     "environment": Check("can be made, reset and stepped", check_environment, ("tasks",)),
-    "spaces": Check("a policy reads and acts in them, and every task has the same", check_spaces,
+    "spaces": Check("policies support them, and every task has the same", check_spaces,
                     ("environment",)),
     "episodes": Check("are finite, within the spaces, and end at the horizon", check_episodes,
                       ("spaces",)),
@@ -71,34 +70,34 @@ CHECKS = {
     "gymnasium": Check("reset and step keep Gymnasium's rules", check_gymnasium,
                        ("episodes", "seeding")),
     "copies": Check("share no state", check_copies, ("episodes", "seeding")),
-    "batch": Check("make_vec plays what make plays", check_batch, ("copies",)),
+    "batch": Check("make_vec and make give the same episodes", check_batch, ("copies",)),
     "dependence": Check("observations or rewards depend on the task", check_dependence,
                         ("copies",)),
     "pickling": Check("the family can be sent to a worker process", check_pickling),
-    "worker": Check("plays the same there", check_worker, ("environment", "pickling")),
+    "worker": Check("gives the same episodes there", check_worker, ("environment", "pickling")),
 }  # fmt: skip
-"""What is checked, in order, by name."""
+"""All checks in order, by name."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What became of one check."""
+    """Result of one check."""
 
     name: str
     findings: list[Finding]
     left_out: str | None = None
-    """The check whose fault is the reason why this one was not made."""
+    """Check whose fault is the reason why this one was skipped."""
 
 
 def checks(family: TaskFamily) -> Iterator[Checked]:
-    """Make all checks of a family that can be made, one after the other."""
+    """Run all possible checks of a family in order and yield their results."""
     if not isinstance(family, TaskFamily):
         raise UserError(
-            "check_task_family takes a TaskFamily (make_family gives that of a name), got"
+            "check_task_family needs a TaskFamily (make_family returns one by its name), got"
             f" {kind_of(family)}"
         )
     told: list[str] = []
-    blamed: dict[str, str] = {}  # by check: that whose fault stands in its way
+    blamed: dict[str, str] = {}  # by check: the check whose fault prevents it
     for name, check in CHECKS.items():
         reasons = [blamed[needed] for needed in check.needs if needed in blamed]
         if reasons:
@@ -108,13 +107,13 @@ def checks(family: TaskFamily) -> Iterator[Checked]:
         findings = []
         try:
             with guard.user_code(), warnings.catch_warnings(), kept():
-                warnings.simplefilter("ignore")  # Gymnasium's are heard in a check of their own
+                warnings.simplefilter("ignore")  # a separate check reports Gymnasium's warnings
                 for message in check.messages(family):
                     doubt = isinstance(message, Doubt)
                     findings.append(Finding(name, message, "warning" if doubt else "fault"))
         except Exception as error:  # a user's code may raise anything; the finding names it
             findings.append(Finding(name, raised(error)))
-        # A worker process meets what was met here.
+        # A worker process finds the same faults again.
         findings = [f for f in findings if not any(message in f.message for message in told)]
         told += [finding.message for finding in findings]
         if any(finding.severity == "fault" for finding in findings):
@@ -123,9 +122,9 @@ def checks(family: TaskFamily) -> Iterator[Checked]:
 
 
 def check_task_family(family: TaskFamily) -> list[Finding]:
-    """Return the faults of a family and warnings about it; an empty list if there are none.
+    """Return the findings about a family: faults and warnings, by their `severity`.
 
-    The `severity` of each says which it is. A family that only has warnings may be trained. The
-    checks take seconds: they play episodes in this process and in a worker process.
+    A family that only has warnings may be trained. The checks take seconds, because they play
+    episodes in this process and in a worker process.
     """
     return [finding for checked in checks(family) for finding in checked.findings]

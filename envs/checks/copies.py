@@ -1,6 +1,6 @@
-"""Checks of what episodes and copies of an environment share: seeds, generators, state.
+"""Checks of state that episodes and copies of an environment share, and of seeding.
 
-Each check yields the messages of what it finds.
+Each check yields messages of its findings.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ def check_seeding(family: TaskFamily) -> Iterator[str]:
     elif (difference := first.first_difference(again)) is not None:
         kind, t = difference
         yield (
-            f"an episode depends on what was played before: with the same seed and actions, {kind}"
-            f" differ after {t} steps{_and_uses(used)}; reset must set back all that step changes"
-            " (where the environment is not yours, let the reset of a wrapper do it, or make it"
-            " anew)"
+            f"an episode depends on earlier episodes: with the same seed and actions, {kind}"
+            f" differ after {t} steps{_and_uses(used)}; reset must restore all state that step"
+            " changes (if the environment is not yours, restore it in the reset of a wrapper, or"
+            " make a new environment there)"
         )
     elif (name := _info_difference(first, fresh)) is not None:
         yield Doubt(
             f"info[{name!r}] differs with the same seed and actions: a reward, `achieved` or"
-            " success that reads it is not repeatable; all else is"
+            " success that reads it is not reproducible; everything else is"
         )
     close(env)
     close(other)
 
 
 def unseeded(difference: tuple[str, int], used: Iterable[str]) -> str:
-    """Say that equal seeds and actions gave different episodes, and what may be the cause."""
+    """Return the message that equal seeds and actions gave different episodes, with causes."""
     kind, t = difference
     where = f"step {t}" if t else "reset"
     return (
-        f"the same seed and actions gave other {kind} at {where}{_and_uses(used)}; draw all random"
-        " numbers from self.np_random, which super().reset(seed=seed) seeds; other possible causes"
-        " are state that outlives the episode, the clock, or another process"
+        f"the same seed and actions gave different {kind} at {where}{_and_uses(used)}; draw all"
+        " random numbers from self.np_random, which super().reset(seed=seed) seeds; other possible"
+        " causes are state that outlives the episode, the clock, or another process"
     )
 
 
@@ -87,7 +87,7 @@ def _info_difference(one: Trace, other: Trace) -> str | None:
 
 
 def check_copies(family: TaskFamily) -> Iterator[str]:
-    """Play two copies in turn, then one after the other was closed."""
+    """Play two copies in turn, then close one and play the other again."""
     tasks = family.tasks.grid(2, "train")
     seeds = training_seeds(2)
     with contextlib.ExitStack() as stack:
@@ -105,19 +105,19 @@ def check_copies(family: TaskFamily) -> Iterator[str]:
             return
         if _share_info(family):
             yield (
-                "two copies return the same info dictionary, so that rewards and measures of one"
+                "two copies return the same info dictionary, so rewards and measures of one copy"
                 " are read from the other; return a new dictionary at every step"
             )
         if (difference := alone.first_difference(play(one, seeds[0], mine))) is not None:
             yield (
                 f"{difference[0]} of one copy differ after {difference[1]} steps once another copy"
-                " has been made, played and closed: copies must share nothing, as a module-level"
+                " was made, played and closed: copies must not share state, such as a module-level"
                 f" object or a class attribute; {CONSEQUENCE}"
             )
 
 
 def _share_info(family: TaskFamily) -> bool:
-    """Return whether two environments, as their author made them, return one dictionary."""
+    """Return whether two environments without metarl's wrappers return the same dictionary."""
     infos, seed = [], training_seeds(1)[0]
     with contextlib.ExitStack() as stack:
         for _ in range(2):
@@ -134,11 +134,12 @@ def action_pairs(space: gym.Space, steps: int) -> list[tuple[Any, Any]]:
 
 
 def shared(difference: tuple[str, int], used: Iterable[str]) -> str:
-    """Say that a copy played otherwise beside another one, and what they share, if that is seen."""
+    """Return the message that two copies affect each other, with the shared state if known."""
     kind, t = difference
     where = f"step {t}" if t else "reset"
     seen = (
-        f"two copies stepped in turn give other {kind} at {where} than one alone: they share state"
+        f"two copies stepped in turn give other {kind} at {where} than a single copy: they share"
+        " state"
     )
     if names := _listed(used):
         return (
@@ -148,6 +149,6 @@ def shared(difference: tuple[str, int], used: Iterable[str]) -> str:
         )
     return (
         f"{seen}; possible causes are a module-level object such as a simulator, a class attribute"
-        " that reset, step or set_task changes, or a generator that all copies draw from: give each"
+        " that reset, step or set_task changes, or a generator that all copies use; give each"
         f" copy its own; {CONSEQUENCE}"
     )

@@ -1,6 +1,6 @@
-"""Checks of a family's tasks, of its spaces and of what its episodes consist of.
+"""Checks of a family's tasks, spaces and episodes.
 
-Each check yields the messages of what it finds.
+Each check yields messages of its findings.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ from metarl.envs.policy_spaces import check_pixels, check_policy_spaces
 from metarl.envs.seeds import training_seeds
 
 LARGEST_VECTOR = 10_000
-"""Components of a flat observation beyond which a network of affine layers has a doubt."""
+"""Size of a flat observation above which an MLP deserves a warning."""
 
 IN_A_ROW = 3
-"""Episodes of the first task, played in one environment, as `adapt` does."""
+"""Episodes of the first task that are played in one environment, as in `adapt`."""
 
 LEAST_WITHIN, WIDEST = 0.1, 10.0
-"""Share of a new policy's actions, normal with mean 0 and standard deviation 1, that a range
-should hold, and half the width of a range that they should be seen to fill."""
+"""Limits of an action's range; a new policy's actions have mean 0 and standard deviation 1.
+
+The range should contain at least this share of them, and half its width should be at most WIDEST.
+"""
 
 
 def check_tasks(family: TaskFamily) -> Iterator[str]:
@@ -59,11 +61,11 @@ def check_tasks(family: TaskFamily) -> Iterator[str]:
         if not np.array_equal(drawn, again, equal_nan=True):
             yield (
                 "tasks.sample gives other tasks with a generator of the same seed: it must draw"
-                " from the generator that it is given, and depend on nothing else"
+                " only from the given generator, and depend on nothing else"
             )
             return
         if not np.array_equal(grid, tasks.grid(16, split), equal_nan=True):
-            yield "tasks.grid gives other tasks at the second call: it must give the same ones"
+            yield "tasks.grid gives other tasks at the second call: it must return the same tasks"
             return
         if split == "train" and np.all(drawn == drawn[0]):
             yield "all training tasks are the same: there is nothing to adapt to"
@@ -81,14 +83,13 @@ def check_spaces(family: TaskFamily) -> Iterator[str]:
     try:
         check_pixels(family.name, structure)
     except UserError as error:
-        # A network of a user may read the components of a Dict or Tuple.
+        # A user's network may read the components of a Dict or Tuple.
         yield str(error) if isinstance(structure, gym.spaces.Box) else Doubt(error)
     size = observation.shape[0] if observation.shape and len(observation.shape) == 1 else 0
     if size > LARGEST_VECTOR:
         yield Doubt(
-            f"observations are {size:,} numbers for a network of affine layers; if"
-            " an image is among them, let a wrapper give it alone, as uint8: a convolutional"
-            " network then reads it"
+            f"observations are {size:,} numbers for an MLP; if they include an image, return only"
+            " the image as uint8 with a wrapper, so that a convolutional network reads it"
         )
     if isinstance(action, gym.spaces.Box):
         yield from _range_of_actions(action)
@@ -103,7 +104,7 @@ def check_spaces(family: TaskFamily) -> Iterator[str]:
 
 
 def _range_of_actions(space: gym.spaces.Box) -> Iterator[str]:
-    """Say where bounds leave a policy nothing to choose, or are far from its first actions."""
+    """Yield findings about bounds that leave no choice or do not suit a policy's first actions."""
     low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
     if not low.size:
         return
@@ -113,15 +114,14 @@ def _range_of_actions(space: gym.spaces.Box) -> Iterator[str]:
     locked = low == high
     if locked.all():
         yield (
-            f"the bounds of every action are equal, {space}: whatever a policy does, the"
-            " environment is given the same action; declare the range, or -inf and inf if there is"
-            " none"
+            f"the bounds of every action are equal, {space}: the environment receives the same"
+            " action whatever a policy does; declare the range, or -inf and inf if it has none"
         )
         return
     for i in np.flatnonzero(locked).tolist():
         yield Doubt(
-            f"the bounds of action {i} are equal: it is always {low[i]:g}, and what the policy"
-            " draws for it only adds noise to the gradient; declare its range, or leave it out by a"
+            f"the bounds of action {i} are equal: it is always {low[i]:g}, and the policy's samples"
+            " for it only add noise to the gradient; declare its range, or remove it with a"
             " wrapper"
         )
     half = 0.5 if np.issubdtype(space.dtype, np.integer) else 0.0  # whole numbers are rounded to
@@ -130,17 +130,18 @@ def _range_of_actions(space: gym.spaces.Box) -> Iterator[str]:
         bounds = f"the bounds of action {i} are [{low[i]:g}, {high[i]:g}]"
         if within < LEAST_WITHIN:
             yield Doubt(
-                f"{bounds}: of a new policy's actions, about 1 in size, {1 - within:.0%} are cut to"
-                " a bound; train with --policy.action scale, which maps [-1, 1] onto finite bounds"
+                f"{bounds}: a new policy's actions are about 1 in size, and {1 - within:.0%} of"
+                " them are clipped; train with --policy.action scale, which maps [-1, 1] onto"
+                " finite bounds"
             )
         elif WIDEST < 0.5 * (high[i] - low[i]) < np.inf:
             yield Doubt(
-                f"{bounds}: a new policy's actions are about 1 in size, a small part of that; train"
-                " with --policy.action scale, which maps [-1, 1] onto the bounds"
+                f"{bounds}: a new policy's actions are about 1 in size, a small part of this range;"
+                " train with --policy.action scale, which maps [-1, 1] onto the bounds"
             )
         else:
             continue
-        return  # said once
+        return  # report only one action
 
 
 def _below(x: float) -> float:
@@ -165,34 +166,34 @@ def check_episodes(family: TaskFamily) -> Iterator[str]:
                 if e == 0:
                     doubts.append(said)
         close(env)
-        if not doubted:  # they are told once
+        if not doubted:  # report warnings only once
             yield from doubts
         doubted |= bool(doubts)
 
 
 def _faults(trace: Trace, space: gym.Space, horizon: int) -> Iterator[str]:
-    """Give what is amiss with an episode, in order; each kind of doubt once."""
+    """Yield the faults of an episode in order, and each kind of doubt once."""
     assert isinstance(space, gym.spaces.Box)
     converted = outside = False
     for t, seen in enumerate(trace.observation):
         gives = "reset gives" if t == 0 else f"step {t} gives"
         if seen.shape != space.shape:
-            yield f"{gives} an observation of shape {seen.shape}, the space says {space.shape}"
+            yield f"{gives} an observation of shape {seen.shape}, but the space has {space.shape}"
         if not fits(seen, space):
             yield f"{gives} {misfit(seen, space)}"
         if not converted and (becomes := conversion(seen, space)) is not None:
             converted = True
             yield Doubt(f"{gives} {becomes}")
         if not np.isfinite(seen).all():
-            yield f"{gives} an observation with {seen[~np.isfinite(seen)][0]} in it"
+            yield f"{gives} an observation that contains {seen[~np.isfinite(seen)][0]}"
         for i in np.flatnonzero((seen < space.low) | (seen > space.high)):
             if outside:
                 break
             outside = True
             yield Doubt(
                 f"{gives} {seen.flat[i]:g} as component {i} of the observation, outside the"
-                f" space's [{space.low.flat[i]:g}, {space.high.flat[i]:g}]: nothing is cut to these"
-                " bounds, so policies see it as it is; declare the space wider if it is yours"
+                f" space's [{space.low.flat[i]:g}, {space.high.flat[i]:g}]: observations are not"
+                " clipped, so policies see this value; declare a wider space if it is yours"
             )
     for t, (reward, flags) in enumerate(zip(trace.reward, trace.flags, strict=True)):
         try:
@@ -206,18 +207,18 @@ def _faults(trace: Trace, space: gym.Space, horizon: int) -> Iterator[str]:
     if trace.truncated and steps < horizon:
         yield Doubt(
             f"the environment truncates an episode after {steps} steps, before the family's horizon"
-            f" of {horizon}: if this is its limit of time, set horizon={steps}, or lift the limit;"
-            " if it cuts for another reason, all is well"
+            f" of {horizon}: if this is its time limit, set horizon={steps}, or raise the limit;"
+            " if it truncates for another reason, ignore this"
         )
     if not (trace.terminated or trace.truncated):
-        yield f"an episode goes on after the horizon of {horizon} steps"
+        yield f"an episode continues after the horizon of {horizon} steps"
 
 
 def conversion(seen: NDArray, space: gym.Space) -> str | None:
-    """Say that observations are converted to the type of their space; None if they are not."""
+    """Describe the conversion of observations to their space's type, or return None."""
     if space.dtype is None or np.can_cast(seen.dtype, space.dtype):
         return None
     return (
-        f"{seen.dtype} observations, and they become {space.dtype} as the space says: return"
-        f" np.asarray(observation, np.{space.dtype}) if they should be that"
+        f"{seen.dtype} observations, which are converted to {space.dtype} as the space declares;"
+        f" return np.asarray(observation, np.{space.dtype}) if this is intended"
     )

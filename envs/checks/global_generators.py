@@ -1,4 +1,4 @@
-"""The random generators that all of a process shares: which of them an environment uses."""
+"""Global random generators of a process, and which of them an environment uses."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 
 
 def _generators() -> dict[str, tuple[Callable[[], Any], Callable[[Any], object]]]:
-    """Return how to read and set the state of each global generator, by the name users know."""
+    """Return functions that read and set the state of each global generator, by its usual name."""
     found: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
         "numpy.random": (np.random.get_state, np.random.set_state),
         "random": (random.getstate, random.setstate),
     }
-    torch = sys.modules.get("torch")  # an environment may use it; it is not imported for this
+    torch = sys.modules.get("torch")  # only if an environment already imported it
     if torch is not None:
         found["torch"] = (torch.random.get_rng_state, torch.random.set_rng_state)
     return found
@@ -30,7 +30,7 @@ def _states() -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def watched() -> Iterator[set[str]]:
-    """Give a set that at the end has the names of the global generators that were used."""
+    """Yield a set that at the end contains the names of the global generators that were used."""
     used: set[str] = set()
     before = _states()
     try:
@@ -41,7 +41,7 @@ def watched() -> Iterator[set[str]]:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Put the global generators back at the end as they were."""
+    """Restore the states of the global generators at the end."""
     before = {name: read() for name, (read, _) in _generators().items()}
     try:
         yield

@@ -1,9 +1,8 @@
-"""Checks of what `reset` and `step` return, by their own facts and by Gymnasium's checker.
+"""Checks of the results of `reset` and `step`, by this package and by Gymnasium's checker.
 
-Training depends on some of what Gymnasium's `check_env` warns of and not on the rest. Where it
-does, a check of this package tests the fact itself and names the consequence, since `check_env`
-stops at the first assertion. `SETTLED` lists the messages that need no repetition; all others are
-passed on.
+Training depends only on some of the warnings of Gymnasium's `check_env`. For these, a check of this
+package tests the fact itself and names the consequence, because `check_env` stops at the first
+assertion. The messages in `SETTLED` are not repeated; all others are passed on.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from metarl.envs.seeds import foreign_seed, training_seeds
 SEED = foreign_seed(training_seeds(1)[0])
 
 SETTLED = (
-    # Training does not depend on it.
+    # Training does not depend on these.
     "value is -?infinity",  # bounds of observations are not used; unbounded actions are passed on
-    "alternative render modes",  # made by hand, not by gymnasium.make
-    "different from the unwrapped version",  # wrappers are checked with what they wrap
+    "alternative render modes",  # the environment was not made by gymnasium.make
+    "different from the unwrapped version",  # wrappers are checked with their environment
     "`seed` function is dropped",  # reset(seed=...) is called, and tested by `seeding`
     "`return_info` is deprecated",
     "does not provide a `seed`|does not provide an `options`",  # any **name of keywords will do
@@ -45,7 +44,7 @@ SETTLED = (
     "`info` returned by|second element returned",
     # `seeding` compares whole episodes.
     "non-deterministic|although similar|not equivalent for the same seed",
-    # `spaces` measures the range of actions, and sees what components of observations do.
+    # `spaces` measures the range of actions and checks the components of observations.
     "symmetric and normalized|maximum and minimum values are equal|greater than a high value",
 )
 """Patterns of messages of gymnasium 1.0 to 1.4 that are not passed on."""
@@ -84,7 +83,7 @@ def check_environment(family: TaskFamily) -> Iterator[str]:
         env.close()
     except Exception as error:  # the user's own
         text = f"{type(error).__name__}: {error}".removesuffix(": ")
-        yield Doubt(f"close raises {text}: runs continue, but what it holds may stay open")
+        yield Doubt(f"close raises {text}: runs continue, but its resources may stay open")
 
 
 def check_gymnasium(family: TaskFamily) -> Iterator[str]:
@@ -102,8 +101,8 @@ def check_gymnasium(family: TaskFamily) -> Iterator[str]:
     for text in dict.fromkeys(said):
         if not any(re.search(pattern, text) for pattern in SETTLED):
             yield Doubt(
-                f"gymnasium.utils.env_checker.check_env says: {text.rstrip('.')} (whether training"
-                " depends on it is not known)"
+                f"gymnasium.utils.env_checker.check_env says: {text.rstrip('.')} (it is unknown"
+                " whether training depends on this)"
             )
     close(env)
 
@@ -112,21 +111,20 @@ def _reset_faults(env: gym.Env) -> Iterator[str]:
     declared = inspect.signature(env.reset).parameters.get("seed")
     if declared is not None and declared.default not in (None, inspect.Parameter.empty):
         yield Doubt(
-            f"reset has the default seed={declared.default!r}: episodes that are begun without a"
-            " seed, as other libraries do and --from-scratch does, are all the same; declare"
-            " seed=None"
+            f"reset has the default seed={declared.default!r}: episodes that start without a seed,"
+            " as in other libraries and --from-scratch, are all the same; declare seed=None"
         )
     env.reset(seed=SEED)
     if env.unwrapped.np_random_seed != SEED:
         yield Doubt(
             "reset does not seed self.np_random: the episodes played here do not depend on it, but"
-            " those that draw from it cannot be repeated; begin reset with"
+            " episodes that draw from it cannot be reproduced; begin reset with"
             " super().reset(seed=seed)"
         )
 
 
 def _reuse(env: gym.Env) -> Iterator[str]:
-    """Say if what a call returned changes with the next call."""
+    """Yield a doubt if the result of a call changes with the next call."""
     actions = random_actions(env.action_space, 2)
     observation, info = env.reset(seed=SEED)
     calls = [(observation, info)]
@@ -138,15 +136,15 @@ def _reuse(env: gym.Env) -> Iterator[str]:
     for (seen, said), (later, following) in pairwise(calls):
         if _share(seen, later):
             yield Doubt(
-                "observations of two steps share memory, so that one kept over a step changes:"
-                " training and evaluation copy them; a loop of your own, as around an online"
-                " adapter, must copy them too, or let the environment return a new array"
+                "observations of two steps share memory, so a stored observation changes with the"
+                " next step: training and evaluation copy them; copy them in your own loop, such as"
+                " one with an online adapter, or return a new array from the environment"
             )
             return
         if said is following and said:
             yield Doubt(
-                "steps return the same info dictionary, so that one kept over a step changes:"
-                " training reads it at once; let the environment return a new one"
+                "steps return the same info dictionary, so a stored one changes with the next step:"
+                " training reads it at once; return a new dictionary from the environment"
             )
             return
 

@@ -1,10 +1,10 @@
-"""The quick part of `metarl check`, for the start of a run.
+"""Quick part of `metarl check` for the start of a run.
 
-A family of the user's own is looked at for a fraction of a second: is the same seed the same
-episode, do two copies share state, have observations the type that the space declares? Two copies
-are made for this and closed again, and the global generators are put back, so that the run's own
-numbers stay as they are. An environment that fails in the meantime fails in the run as well, which
-says where; nothing is reported of it here.
+A user's family is checked for a fraction of a second. The same seed must give the same episode, two
+copies must not share state, and observations must have the type of their space. For this, two
+copies are made and closed again. The global generators are restored, so the run's random numbers
+do not change. An environment that fails here also fails in the run, which reports the place;
+therefore nothing is reported here.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from metarl.envs.seeds import training_seeds
 from metarl.envs.vector import PHASES, RESET, STEP
 
 STEPS = 40
-"""Of an episode, at most."""
+"""Largest number of steps of an episode."""
 
 SECONDS = 0.5
-"""After which nothing more is begun; the first episode takes a quarter of it."""
+"""Time limit for new work; the first episode may use a quarter of it."""
 
 _log = logging.getLogger(__name__)
 
 
 def warn_at_start(family: TaskFamily) -> None:
-    """Log what `start_findings` finds, one line each."""
+    """Log the findings of `start_findings`, one line each."""
     for finding in start_findings(family):
         log_finding(family, finding)
 
@@ -51,18 +51,18 @@ def warn_at_start(family: TaskFamily) -> None:
 def log_finding(family: TaskFamily, finding: str) -> None:
     """Log a finding about a family."""
     name = family.source[0] if family.source is not None else family.name
-    _log.warning("warning: %s: %s (metarl check tells more)", name, finding)
+    _log.warning("warning: %s: %s (run metarl check for more)", name, finding)
 
 
 def start_findings(family: TaskFamily, progress: MutableSequence[int] | None = None) -> list[str]:
-    """Return what is wrong with a family's environments, as far as it shows at once.
+    """Return the faults of a family's environments that a quick check finds.
 
     Args:
-        family: those of this package are not looked at.
-        progress: as `TaskVectorEnv.progress`, for who watches from another process.
+        family: the family; families of this package are not checked.
+        progress: as `TaskVectorEnv.progress`, for a reader in another process.
 
     Raises:
-        UserError: the environments cannot be made, or return what they should not.
+        UserError: the environments cannot be made, or return invalid values.
     """
     if family.source is not None and is_built_in(family.source[0]):
         return []
@@ -76,12 +76,12 @@ def start_findings(family: TaskFamily, progress: MutableSequence[int] | None = N
                     found.append(finding)
             except UserError:
                 raise
-            except Exception:  # the run meets it, and says in which task and worker
+            except Exception:  # the run raises it again, with its task and worker
                 pass
-            except BaseException as error:  # sys.exit, for one
+            except BaseException as error:  # such as SystemExit
                 error.add_note(f"{family.name}: in {PHASES[progress[1]]}")
                 raise
-        gc.collect()  # else what is left of a renderer may blacken the frames of later ones
+        gc.collect()  # remains of a renderer could blacken the frames of later ones
     return found
 
 
@@ -112,7 +112,7 @@ def _look(
         return env
 
     one = made(tasks[0])
-    # The space may belong to all copies, and an environment may draw from its own.
+    # Copies may share the space, and an environment may sample from it.
     pairs = action_pairs(copy.deepcopy(one.action_space), min(family.horizon, STEPS))
     mine = [action for action, _ in pairs]
     with watched() as used:

@@ -1,6 +1,6 @@
-"""Checks of what a task does: in one environment and many, here and in a worker process.
+"""Checks of a task's effect in one environment, in many, and in a worker process.
 
-Each check yields the messages of what it finds.
+Each check yields messages of its findings.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def check_batch(family: TaskFamily) -> Iterator[str]:
             alone = play(
                 env, seed, random_actions(env.action_space, min(family.horizon, LONGEST), e)
             )
-            # Vectorised functions may round otherwise on another number of rows.
+            # Vectorised functions may round differently with another number of rows.
             difference = alone.first_difference(together[e], tolerance=1e-5)
             if difference is not None:
                 yield (
@@ -63,15 +63,15 @@ def check_batch(family: TaskFamily) -> Iterator[str]:
 
 
 def _why_otherwise(family: TaskFamily) -> str:
-    """Name what may let one environment among several play otherwise than alone."""
-    rows = "a row that {} returns must depend on that row alone (task[:, 0], not task[0])"
+    """Describe why an environment may behave differently in a vector environment."""
+    rows = "each row that {} returns must depend only on that row (task[:, 0], not task[0])"
     if not isinstance(family, GymnasiumFamily):
         return rows.format("a vectorised function")
     if family.reward is not None:
-        return rows.format("reward") + ", and on nothing that copies share"
+        return rows.format("reward") + ", not on state that copies share"
     return (
-        "possible causes are state that copies share, as a module-level object or a class"
-        " attribute, and a task that set_task does not put in whole"
+        "possible causes are state that copies share, such as a module-level object or a class"
+        " attribute, and a task that set_task sets only in part"
     )
 
 
@@ -88,13 +88,13 @@ def check_dependence(family: TaskFamily) -> Iterator[str]:
             if not _differ(family, pair):
                 yield Doubt(
                     f"{name} changed neither observations nor rewards, from {pair[0, i]:g} to"
-                    f" {pair[1, i]:g}, under {_TRIED}: use it, or leave it out of the task; if it"
-                    " matters only where none of these leads, all is well"
+                    f" {pair[1, i]:g}, under {_TRIED}: use it, or remove it from the task; if it"
+                    " only matters in states that these actions do not reach, ignore this"
                 )
 
 
 def _idle_way(family: TaskFamily, tasks: Tasks) -> Iterator[str]:
-    """Doubt a way into the environment that changes nothing there, where a reward hides that."""
+    """Yield a doubt if setting a task does not change the environment and a reward hides this."""
     if not isinstance(family, GymnasiumFamily) or family.reward is None:
         return
     way = "set_task" if family.set_task else "keywords" if family.keywords else None
@@ -107,18 +107,18 @@ def _idle_way(family: TaskFamily, tasks: Tasks) -> Iterator[str]:
     bare = replace(family, reward=None)
     try:
         idle = not _differ(bare, tasks) and not _infos_differ(bare, tasks)
-    except UserError:  # the environment's own reward, which nothing else uses, is no number
+    except UserError:  # the environment's own, unused reward is not a number
         return
     if idle:
         yield Doubt(
-            f"the reward depends on the task, but {way} changed neither the environment's"
-            f" observations nor its own rewards and info under {_TRIED}: see that it sets what the"
-            " environment reads, or leave it out"
+            f"the reward depends on the task, but {way} did not change the environment's"
+            f" observations, rewards or info under {_TRIED}; make it set the values that the"
+            " environment reads, or remove it"
         )
 
 
 def _infos_differ(family: TaskFamily, tasks: Tasks) -> bool:
-    """Whether what steps say in info differs between tasks, under random actions."""
+    """Return whether the info of steps differs between tasks, under random actions."""
     said = []
     for task in tasks:
         env = family.make(task)
@@ -138,20 +138,20 @@ _TRIED = f"{', '.join(list(BEHAVIOURS)[:-1])} and {list(BEHAVIOURS)[-1]} actions
 
 
 def _differ(family: TaskFamily, tasks: Tasks) -> bool:
-    """Whether tasks differ under some way of acting."""
+    """Return whether tasks differ under one of `BEHAVIOURS`."""
     return any(not all_equal(play_together(family, tasks, way)) for way in BEHAVIOURS.values())
 
 
 def _why_equal(family: TaskFamily, tasks: Tasks) -> str:
     same = f"observations and rewards were the same for every task under {_TRIED}"
-    elsewhere = "; if the task matters only where none of these leads, all is well"
+    elsewhere = "; if it only matters in states that these actions do not reach, ignore this"
     if not isinstance(family, GymnasiumFamily):
-        return Doubt(f"{same}: something in step must depend on the task{elsewhere}")
+        return Doubt(f"{same}: step must depend on the task{elsewhere}")
     if family.reward is not None or family.keywords:
-        what = "reward does" if family.reward is not None else "the keyword arguments do"
-        return Doubt(f"{same}: what {what} must depend on the task{elsewhere}")
+        what = "reward" if family.reward is not None else "the effect of the keyword arguments"
+        return Doubt(f"{same}: {what} must depend on the task{elsewhere}")
     for way in BEHAVIOURS.values():
-        late = []  # the task put in after the reset, where it cannot be lost at it
+        late = []  # with the task set after the reset, which then cannot lose it
         for task in tasks:
             env = family.make_bare()
             family.apply_task(env, tasks[0])
@@ -161,30 +161,30 @@ def _why_equal(family: TaskFamily, tasks: Tasks) -> str:
             close(env)
         if not all_equal(late):
             return (
-                f"the task is lost at reset: {same}, but not if it is put in after the reset; reset"
-                " must leave alone what set_task has set"
+                f"reset loses the task: {same}, but not if it is set after the reset; reset must"
+                " not change the values that set_task sets"
             )
     env = family.make_bare()
     known = set(dir(env.unwrapped))
     family.apply_task(env, tasks[0])
     for made in sorted(set(vars(env.unwrapped)) - known):
         return (
-            f"{same}: set_task sets an attribute {made!r}, which the environment did not have"
-            f" before{did_you_mean(made, known)}"
+            f"{same}: set_task sets a new attribute {made!r}, which the environment did not have"
+            f"{did_you_mean(made, known)}"
         )
-    return Doubt(f"{same}: something in step must depend on what set_task sets{elsewhere}")
+    return Doubt(f"{same}: step must depend on the values that set_task sets{elsewhere}")
 
 
 def check_pickling(family: TaskFamily) -> Iterator[str]:
     if family.source is not None:
-        return  # what cannot be sent, a worker makes anew by the family's name
+        return  # a worker can make the family again from its name
     parts = {f.name: getattr(family, f.name) for f in fields(family)}
     for name, part in {**parts, "the family": family}.items():
         try:
             pickle.dumps(part)
         except Exception as error:  # PicklingError, AttributeError, TypeError, the user's own
             yield (
-                f"{name} cannot be sent to a worker process ({type(error).__name__}: {error}): use"
+                f"{name} cannot be sent to a worker process ({type(error).__name__}: {error}); use"
                 " functions and classes at the top level of a module, no lambda or nested def, and"
                 " open files and simulators in the environment, not in the family"
             )
@@ -195,28 +195,28 @@ def check_worker(family: TaskFamily) -> Iterator[str]:
     tasks = example_tasks(family)
     try:
         here, again = (play_together(family, tasks) for _ in range(2))
-    except Exception:  # told by an earlier check; what is left to ask is whether a worker starts
+    except Exception:  # an earlier check reported it; only check that a worker starts
         here = again = None
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             there = pool.submit(_play_there, pack(family), tasks, here is not None).result()
     except BrokenProcessPool:
-        yield "a worker process died while it played the family; what it printed may say why"
+        yield "a worker process died while it played the family; see its output for the cause"
         return
     except RuntimeError as error:
         if "bootstrapping" not in str(error):
             raise
         yield (
-            "worker processes import the script that starts them: what it does must stand under"
+            "worker processes import the script that starts them; put its code under"
             " if __name__ == '__main__':"
         )
         return
     if here is None or again is None or first_difference(here, again) is not None:
-        return  # nothing that could be compared
+        return  # nothing to compare
     if all_equal(there) and not all_equal(here):
         yield (
-            "every task plays the same in a worker process, and not in this one: the task is lost"
+            "all tasks are the same in a worker process, but not in this one, so the task is lost"
             f" on the way; {_NEEDED_THERE}"
         )
     elif (difference := first_difference(here, there)) is not None:
@@ -229,18 +229,18 @@ def check_worker(family: TaskFamily) -> Iterator[str]:
 
 
 _NEEDED_THERE = (
-    "a possible cause is what only the main program has set: set_task, reward and the environment"
-    " must find all they need in the family or in their module"
+    "a possible cause is a value set only in the main program: set_task, reward and the environment"
+    " must read all values from the family or from their module"
 )
 
 
 def _play_there(parcel: Parcel, tasks: Tasks, play: bool) -> list[list[Trace]]:
-    warnings.simplefilter("ignore")  # as in the parent, where they are heard
+    warnings.simplefilter("ignore")  # the parent reports them
     try:
         family = unpack(parcel)
         if play:
             return play_together(family, tasks)
         family.make().close()
         return []
-    except Exception as error:  # whose traceback stays behind
+    except Exception as error:  # the traceback cannot be sent
         raise UserError(f"in a worker process, {raised(error)}") from None

@@ -1,4 +1,4 @@
-"""Episodes played and compared, and words for what is seen; what `check_task_family` stands on."""
+"""Functions to play and compare episodes, and to describe them, for `check_task_family`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONGEST = 500  # steps of an episode that is compared
 
 
 class Doubt(str):
-    """A message about what a few episodes cannot prove."""
+    """Message about a problem that a few episodes cannot prove."""
 
 
 @dataclass(frozen=True)
@@ -32,24 +32,24 @@ class Trace:
     """One episode of one environment."""
 
     observation: list[Any]
-    """At the reset and after every step."""
+    """Observations at the reset and after every step."""
     reward: list[Any]
     terminated: bool
     truncated: bool
     flags: list[tuple[Any, Any]] = field(default_factory=list)
-    """What each step returned as terminated and truncated, where one environment was played."""
+    """Values of terminated and truncated of each step, if one environment was played."""
     info: list[Any] = field(default_factory=list)
-    """Of the reset and every step, where one environment was played."""
+    """Info of the reset and every step, if one environment was played."""
 
     def first_difference(self, other: Trace, tolerance: float = 0.0) -> tuple[str, int] | None:
-        """Return what differs first and after how many steps, None where nothing does."""
+        """Return what differs first and after how many steps, or None if nothing differs."""
 
         def differ(one: Any, two: Any) -> bool:
             if np.shape(one) != np.shape(two):
                 return True
             try:
                 return not np.allclose(one, two, rtol=tolerance, atol=tolerance, equal_nan=True)
-            except TypeError:  # no numbers
+            except TypeError:  # not numbers
                 return one != two
 
         for t in range(min(len(self.observation), len(other.observation))):
@@ -64,7 +64,7 @@ class Trace:
 
 
 def random_actions(space: gym.Space, steps: int, seed: int = 0) -> list[Any]:
-    """Return actions drawn from a space, the same at every call."""
+    """Return actions drawn from a space with a fixed seed."""
     space.seed(seed)
     return [space.sample() for _ in range(steps)]
 
@@ -76,12 +76,12 @@ def held_actions(space: gym.Space, steps: int, seed: int = 0) -> list[Any]:
 
 
 def lowest_actions(space: gym.Space, steps: int, seed: int = 0) -> list[Any]:
-    """Return the least action of a space, always."""
+    """Return the lowest action of a space for every step."""
     return [_corner(space, random_actions(space, 1)[0], 0.0)] * steps
 
 
 def highest_actions(space: gym.Space, steps: int, seed: int = 0) -> list[Any]:
-    """Return the greatest action of a space, always."""
+    """Return the highest action of a space for every step."""
     return [_corner(space, random_actions(space, 1)[0], 1.0)] * steps
 
 
@@ -94,7 +94,7 @@ def extreme_actions(space: gym.Space, steps: int, seed: int = 0) -> list[Any]:
 
 
 def _corner(space: gym.Space, like: Any, high: Any) -> Any:
-    """Return the action that is greatest where `high` is 1, else least; +-1 where unbounded."""
+    """Return the action that is highest where `high` is 1, else lowest; +-1 if unbounded."""
     if isinstance(space, gym.spaces.Box):
         least = np.where(np.isfinite(space.low), space.low, -1.0)
         most = np.where(np.isfinite(space.high), space.high, 1.0)
@@ -117,11 +117,11 @@ BEHAVIOURS: dict[str, Behaviour] = {
     "constantly highest": highest_actions,
     "extreme": extreme_actions,
 }
-"""Ways of acting, by what they are called."""
+"""Ways of acting by name."""
 
 
 def close(env: gym.Env | VectorEnv) -> None:
-    """Close an environment; a fault in that is told by a check of its own."""
+    """Close an environment; a separate check reports errors of close."""
     with contextlib.suppress(Exception, SystemExit):
         env.close()
 
@@ -132,7 +132,7 @@ def play(
     actions: Iterable[Any],
     after_reset: Callable[[], object] = lambda: None,
 ) -> Trace:
-    """Play one episode of one environment, until it ends or the actions do."""
+    """Play one episode of one environment until the episode or the actions end."""
     observation, info = env.reset(seed=seed)
     after_reset()
     observations, rewards, flags, infos = [np.array(observation)], [], [], [info]
@@ -154,13 +154,13 @@ def play_beside(
     """Play one episode of `env` while another copy is stepped in turn, as in a vector environment.
 
     Args:
-        env: one copy.
-        other: another copy.
-        seeds: of the one and the other.
-        actions: pairs of actions of the one and the other.
+        env: first copy.
+        other: second copy.
+        seeds: seeds of `env` and `other`.
+        actions: pairs of actions of `env` and `other`.
 
     Returns:
-        the episode of `env`.
+        Episode of `env`.
     """
     over = False
 
@@ -178,10 +178,10 @@ def play_beside(
 def play_together(
     family: TaskFamily, tasks: Tasks, behaviour: Behaviour = random_actions
 ) -> list[list[Trace]]:
-    """Play the episodes of each task in one vector environment, of `LONGEST` steps at most.
+    """Play the episodes of each task in one vector environment, at most `LONGEST` steps each.
 
-    Episode e of every task has the seed of the first task's episode e in training, and the actions
-    of `behaviour` with seed e.
+    Episode e of every task has the seed that episode e of the first task has in training, and the
+    actions of `behaviour` with seed e.
     """
     env = family.make_vec(len(tasks), EPISODES, autoreset_mode=AutoresetMode.DISABLED)
     env.set_tasks(tasks)
@@ -219,12 +219,12 @@ def first_difference(
 
 
 def all_equal(traces: Sequence[Sequence[Trace]]) -> bool:
-    """Whether every task's episodes equal those of the first task."""
+    """Return whether every task has the same episodes as the first task."""
     return first_difference([traces[0]] * len(traces), traces) is None
 
 
 def outermost(family: TaskFamily) -> gym.Env:
-    """Return the environment as the user gives it, wrappers included, with a task put in."""
+    """Return the user's environment with its wrappers and a task."""
     task = family.tasks.grid(1, "train")[0]
     if not isinstance(family, GymnasiumFamily):
         env = family.make(task)
@@ -246,13 +246,13 @@ _GYMNASIUMS_OWN = (
 
 
 def short(value: Any) -> str:
-    """Return how a value is written, cut after a hundred characters."""
+    """Return the repr of a value, shortened to a hundred characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def example_tasks(family: TaskFamily) -> Tasks:
-    """Return four training tasks, the same at every call."""
+    """Return four fixed training tasks."""
     drawn = family.tasks.sample(np.random.default_rng(0), 2)
     return np.concatenate([family.tasks.grid(2, "train"), drawn])
 

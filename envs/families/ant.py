@@ -1,11 +1,11 @@
 """Ant families: run in a direction, at a goal velocity, or to a goal, as in Finn et al. 2017.
 
-Rewards are those of its code (rllab) at every variant:
+All variants have the rewards of its code (rllab):
 
     r + 0.05 - 0.005 |a|^2 - 5e-4 |clip(cfrc_ext, -1, 1)|^2
 
-with r of the task and a the action as a share of full strength. Episodes end where the torso leaves
-0.2 <= z <= 1. The variants cannot be compared with each other:
+The task gives r, and a is the action relative to full strength. Episodes end if the torso leaves
+0.2 <= z <= 1. Results of different variants are not comparable:
 
 =============  ============  ==========  =======  ============  ==================================
 variant        physics step  frame skip  horizon  action scale  used by
@@ -16,13 +16,16 @@ variant        physics step  frame skip  horizon  action scale  used by
 ``stock``      0.01 s        5           200      1             the stock Gymnasium body
 =============  ============  ==========  =======  ============  ==================================
 
-The papers of 2019 pay otherwise (0.5 |a|^2 and a bonus of 1), so only their simulator is taken.
-With `icml2017` the model is rllab's (Gymnasium's with another time step and contact impedance),
-velocity is that of the whole body's centre of mass, and 125 observations hold absolute positions,
-the torso's orientation and the centre of mass. Elsewhere velocity is that of the root, and the
-observations are the stock ones; `ant-goal` observes the root's x and y too, without which no policy
-knows where it is. `contact_forces=False` leaves contact forces out of the observations; the reward
-still has its contact cost.
+The papers of 2019 have other rewards (0.5 |a|^2 and a bonus of 1), so these variants only take
+their simulators.
+
+`icml2017` has rllab's model: Gymnasium's with another time step and contact impedance. Its velocity
+is the velocity of the whole body's centre of mass. Its 125 observations include absolute positions,
+the torso's orientation and the centre of mass.
+
+The other variants have the root's velocity and the stock observations. `ant-goal` also observes the
+root's x and y, because a policy needs its position. `contact_forces=False` removes contact forces
+from the observations; the reward keeps its contact cost.
 """
 
 # mujoco is compiled and brings no type stubs.
@@ -61,14 +64,14 @@ ALIVE = 0.05
 
 @dataclass(frozen=True)
 class Scale:
-    """What differs between the ants of the literature."""
+    """Parameters that differ between the ants of the literature."""
 
     horizon: int = 200
     action_scale: float = 1.0
     rllab: bool = False
-    """rllab's model, observations, velocity and initial states, one physics step at a time."""
+    """Use rllab's model, observations, velocity and initial states, with a frame skip of 1."""
     balanced: bool = False
-    """Both directions equally often in a batch of tasks, instead of drawn at random."""
+    """Use both directions equally often in a batch of tasks, instead of random directions."""
 
 
 VARIANTS = {
@@ -88,7 +91,7 @@ def rllab_model(spec: mujoco.MjSpec) -> None:
 
 
 def observe_rllab(sim: Sim, *, contact_forces: bool = True) -> Floats:
-    """rllab's observations [n, 125], or [n, 41] without the clipped contact forces."""
+    """Return rllab's observations [n, 125], or [n, 41] without the clipped contact forces."""
     parts = [sim.qpos, sim.qvel]
     if contact_forces:
         parts.append(np.clip(sim["cfrc_ext"], -1.0, 1.0).reshape(len(sim.qpos), -1))
@@ -96,12 +99,12 @@ def observe_rllab(sim: Sim, *, contact_forces: bool = True) -> Floats:
 
 
 def root_xy(sim: Sim) -> Floats:
-    """Position of the root in the plane, [n, 2]."""
+    """Return the position of the root in the plane, [n, 2]."""
     return sim.qpos[:, :2]
 
 
 def goal_reward(step: Step, position: Callable[[Sim], Floats], **weights: float) -> Reward:
-    """4 - |xy - goal|_1, less costs, with a bonus (Finn et al. 2017)."""
+    """Return 4 - |xy - goal|_1 - costs + bonus (Finn et al. 2017)."""
     x, y = position(step.sim)[:, :2].T.copy()
     distance = np.abs(x - step.task[:, 0]) + np.abs(y - step.task[:, 1])
     rest, info = costs_and_bonus(step, **weights)
@@ -166,7 +169,7 @@ def ant_dir(
 ) -> MujocoFamily:
     """Run forwards or backwards: d v + 0.05 - costs (Finn et al. 2017, arXiv:1703.03400).
 
-    `balanced` draws both directions equally often; by default as the variant's source does.
+    `balanced` draws both directions equally often; the default follows the variant's source.
     """
     body = _variant(variant)
     velocity = centre_of_mass_velocity if body.rllab else forward_velocity

@@ -12,7 +12,7 @@ from metarl.envs.vector import Floats
 
 
 def put_length(env: Any, task: Floats) -> None:
-    """Give a cart's pole its half length; the environment keeps a product of it."""
+    """Set the half length of a cart's pole, and the product that depends on it."""
     env.length = float(task[0])
     env.polemass_length = env.masspole * env.length
 

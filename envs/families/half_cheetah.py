@@ -1,7 +1,7 @@
 """Half-cheetah families: run in a direction, or at a goal velocity.
 
-Three variants are in the literature and cannot be compared with each other. The model, Gymnasium's
-`half_cheetah.xml`, is the same in all of them.
+The literature has three variants, whose results are not comparable. All of them use Gymnasium's
+model `half_cheetah.xml`.
 
 =============  ==========  =======  ============  ==============================================
 variant        frame skip  horizon  action scale  used by
@@ -12,8 +12,8 @@ variant        frame skip  horizon  action scale  used by
 ``stock``      5           200      1             the stock Gymnasium body
 =============  ==========  =======  ============  ==============================================
 
-With `icml2017`, velocity is that of the whole body's centre of mass, which is also observed (20
-observations, the absolute x among them), and the initial positions are perturbed less.
+`icml2017` uses the velocity of the whole body's centre of mass. The centre of mass is also observed
+(20 observations, including the absolute x), and the initial positions have less noise.
 """
 
 # mujoco is compiled and brings no type stubs.
@@ -50,17 +50,17 @@ CONTROL_COST = 0.05
 
 @dataclass(frozen=True)
 class Scale:
-    """What differs between the half-cheetahs of the literature."""
+    """Parameters that differ between the half-cheetahs of the literature."""
 
     frame_skip: int = 5
     horizon: int = 200
     action_scale: float = 1.0
     centre_of_mass: bool = False
-    """As in rllab: velocity of the centre of mass and not of the root, three more observations,
-    and normal noise on the initial pose."""
+    """Use the velocity of the centre of mass instead of the root, three more observations, and
+    normal noise on the initial pose, as in rllab."""
     highest_goal: float = 2.0
     balanced: bool = False
-    """Both directions equally often in a batch of tasks, instead of drawn at random."""
+    """Use both directions equally often in a batch of tasks, instead of random directions."""
 
 
 VARIANTS = {
@@ -72,7 +72,7 @@ VARIANTS = {
 
 
 def observe_with_centre_of_mass(sim: Sim) -> Floats:
-    """rllab's observations [n, 20]: the stock ones and the centre of mass."""
+    """Return rllab's observations [n, 20]: the stock observations and the centre of mass."""
     return np.concatenate([observe_planar(sim), centre_of_mass(sim)], axis=1)
 
 
@@ -113,9 +113,9 @@ def _variant(name: str, horizon: int | None) -> Scale:
 def half_cheetah_dir(
     variant: str = "stock", horizon: int | None = None, balanced: bool | None = None
 ) -> MujocoFamily:
-    """Run forwards or backwards, as the task says (Finn et al. 2017, arXiv:1703.03400).
+    """Run forwards or backwards, depending on the task (Finn et al. 2017, arXiv:1703.03400).
 
-    `balanced` draws both directions equally often; by default as the variant's source does.
+    `balanced` draws both directions equally often; the default follows the variant's source.
     """
     body = _variant(variant, horizon)
     return _half_cheetah(

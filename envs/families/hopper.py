@@ -1,7 +1,7 @@
 """Hopper family: hop forwards as a body that varies.
 
-The simulator is the stock Gymnasium body: 4 physics steps of 0.002 s an environment step, actions
-in +-1. Episodes end where the stock hopper falls.
+The simulator is the stock Gymnasium body: 4 physics steps of 0.002 s per environment step, actions
+in +-1. Episodes end if the hopper falls, as in Gymnasium.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from metarl.envs.registry import register
 
 @register(gymnasium_id="metarl/HopperParams-v0")
 def hopper_params(limit: float = 3.0, horizon: int = 200, frame_skip: int = 4) -> MujocoFamily:
-    """Hop forwards as a body whose parameters vary, for the stock reward (rand_param_envs).
+    """Hop forwards with varying body parameters and the stock reward (rand_param_envs).
 
-    Every mass, inertia and friction is multiplied by 1.5^u and every damping by 1.3^u, with u drawn
-    for each from [-limit, limit]. Constants that MuJoCo derives from them follow, as they do not
-    there.
+    Every mass, inertia and friction is multiplied by 1.5^u and every damping by 1.3^u. Each u is
+    drawn from [-limit, limit]. Unlike in rand_param_envs, constants that MuJoCo derives from the
+    parameters are updated.
     """
     return MujocoFamily(
         name="hopper-params",

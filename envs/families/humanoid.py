@@ -1,8 +1,8 @@
 """Humanoid family: run in a direction of the plane.
 
-The simulator is the stock Gymnasium body: 5 physics steps of 0.003 s an environment step, actions
-in +-0.4, 348 observations; 270 with `contact_forces=False`, which also spares their computation.
-Episodes end where the stock humanoid falls.
+The simulator is the stock Gymnasium body: 5 physics steps of 0.003 s per environment step, actions
+in +-0.4, 348 observations. `contact_forces=False` gives 270 observations and does not compute
+contact forces. Episodes end if the humanoid falls, as in Gymnasium.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from metarl.envs.tasks import Uniform
 
 
 def heading_reward(step: Step) -> Reward:
-    """1.25 v . (cos angle, sin angle) + 5 - 0.1 |a|^2, v the velocity of the centre of mass."""
+    """Return 1.25 v . (cos angle, sin angle) + 5 - 0.1 |a|^2; v is the mass centre's velocity."""
     velocity = (mass_centre_xy(step.sim) - step.before) / step.dt
     angle = step.task[:, 0]
     speed = velocity[:, 0] * np.cos(angle) + velocity[:, 1] * np.sin(angle)
@@ -32,7 +32,8 @@ def heading_reward(step: Step) -> Reward:
 def humanoid_dir(horizon: int = 200, contact_forces: bool = True) -> MujocoFamily:
     """Run in a direction at an angle from [0, 2 pi) (Rakelly et al. 2019, arXiv:1903.08254).
 
-    Velocity weighs 1.25, as there and in the stock reward. Their cost of impact is left out.
+    The velocity has the weight 1.25, as in the paper and the stock reward. The paper's impact cost
+    is left out.
     """
     forces = ("cfrc_ext",) if contact_forces else ()
     return MujocoFamily(

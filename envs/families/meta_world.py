@@ -1,10 +1,10 @@
 """Meta-World's benchmarks for meta-learning (Yu et al. 2020, arXiv:1910.10897; McLean et al. 2025).
 
-A robot arm does one job out of many, ML1, or ten or 45 jobs, ML10 and ML45, with other ones to
-test on. A task is what the benchmark draws: the job and where its object and goal stand. The
-observation holds neither the job nor the goal. Rewards, horizon (500) and the tasks of both splits
-are those of the `metaworld` package, whose environments are stepped one after the other. It needs
-an older MuJoCo, so that it is imported only where one of these families is made.
+In ML1 a robot arm does one job. In ML10 and ML45 it does ten or 45 jobs, and other jobs are for
+tests. The benchmark draws each task: the job, and the positions of its object and goal. The
+observation contains neither the job nor the goal. Rewards, horizon (500) and the tasks of both
+splits come from the `metaworld` package, whose environments are stepped one after the other. The
+package needs an older MuJoCo and is therefore only imported when one of these families is made.
 """
 
 # metaworld and mujoco bring no type stubs.
@@ -32,7 +32,7 @@ from metarl.envs.tasks import Split, TaskDistribution, Tasks
 from metarl.envs.vector import CLOSE, RESET, STEP, Bools, Floats, SingleTaskEnv, TaskVectorEnv
 
 MAX_HORIZON = 500
-# What the environments draw at a reset: where the object starts and, in some, where it shall go.
+# Values drawn at a reset: the object's initial position and, in some environments, the goal.
 PLACES = ("object_x", "object_y", "object_z", "goal_x", "goal_y", "goal_z")
 _DIVERGED = slice(mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADCTRL + 1)
 
@@ -41,7 +41,7 @@ def import_metaworld() -> ModuleType:
     """Return the `metaworld` package.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     try:
         import metaworld
@@ -49,22 +49,22 @@ def import_metaworld() -> ModuleType:
         if error.name != "metaworld":
             raise
         raise UserError(
-            "Meta-World is not installed here; `bash scripts/setup_metaworld.sh FOLDER` makes an"
-            " environment with it and the MuJoCo it needs"
+            "Meta-World is not installed here; run `bash scripts/setup_metaworld.sh FOLDER` to make"
+            " a Python environment with it and the MuJoCo version that it needs"
         ) from error
     return metaworld
 
 
 def jobs() -> list[str]:
-    """Return the names of all jobs; a task's component `job` counts in this list."""
+    """Return the names of all jobs; a task's component `job` is an index of this list."""
     return list(import_metaworld().ALL_V3_ENVIRONMENTS)
 
 
 @functools.cache
 def benchmark_tasks(benchmark: str, job: str | None, seed: int) -> dict[Split, Floats]:
-    """Return a benchmark's tasks by split, [variations, jobs, 1 + 6] (seconds for the large ones).
+    """Return a benchmark's tasks by split, [variations, jobs, 1 + 6]; large ones take seconds.
 
-    The first component is the job; places that a job does not draw are 0.
+    The first component is the job; positions that a job does not draw are 0.
     """
     metaworld = import_metaworld()
     made = getattr(metaworld, benchmark)(*([job] if job else []), seed=seed)
@@ -85,9 +85,9 @@ def benchmark_tasks(benchmark: str, job: str | None, seed: int) -> dict[Split, F
 
 
 class BenchmarkTasks(TaskDistribution):
-    """A benchmark's tasks, made when the first are asked for.
+    """Tasks of a benchmark, made at the first request.
 
-    Jobs are drawn equally often, and no task twice before all have come.
+    Jobs are drawn equally often. No task is drawn twice before all tasks were drawn.
     """
 
     def __init__(self, benchmark: str, job: str | None, seed: int) -> None:
@@ -121,7 +121,7 @@ class BenchmarkTasks(TaskDistribution):
 
 @dataclass(frozen=True, kw_only=True)
 class MetaWorldFamily(TaskFamily):
-    """A benchmark of Meta-World; `job` is the one of ML1, None where the task says it."""
+    """Benchmark of Meta-World; `job` is the job of ML1, or None if it is part of the task."""
 
     job: str | None = None
 
@@ -136,7 +136,7 @@ class MetaWorldFamily(TaskFamily):
         """Return the name of a task's job.
 
         Raises:
-            UserError: there is no such job.
+            UserError: the job does not exist.
         """
         if self.job is not None:
             return self.job
@@ -147,9 +147,9 @@ class MetaWorldFamily(TaskFamily):
 
 
 class MetaWorldVectorEnv(TaskVectorEnv):
-    """Meta-World's environments, about 20 MB each; one whose job has gone waits to be used again.
+    """Vector environment of Meta-World's environments, about 20 MB each; unused ones are kept.
 
-    `info["success"]` is 1 where the job is done at the present state, else 0.
+    `info["success"]` is 1 if the job is done in the current state, else 0.
     """
 
     family: MetaWorldFamily
@@ -163,7 +163,7 @@ class MetaWorldVectorEnv(TaskVectorEnv):
         render_mode: str | None = None,
         **options: Any,
     ) -> None:
-        # A divergence reaches the caller in `info`, and not the screen and a file of MuJoCo's.
+        # `info` reports a divergence, instead of a message and MuJoCo's log file.
         mujoco.set_mju_user_warning(lambda message: None)
         self.render_mode = render_mode
         self._free: dict[str, list[Any]] = {}
@@ -183,7 +183,7 @@ class MetaWorldVectorEnv(TaskVectorEnv):
         self._observation = np.zeros((self.num_envs, *first.observation_space.shape))
 
     def _take(self, job: str) -> Any:
-        """Return an environment of a job that nobody uses."""
+        """Return an unused environment of a job."""
         if self._free.get(job):
             return self._free[job].pop()
         kind = import_metaworld().ALL_V3_ENVIRONMENTS[job]
@@ -199,13 +199,13 @@ class MetaWorldVectorEnv(TaskVectorEnv):
             if self._envs[i] is not None:
                 self._free.setdefault(self._jobs[i], []).append(self._envs[i])
         for i in changed:
-            self._begun(RESET, i)  # an environment takes a while to make
+            self._begun(RESET, i)  # making an environment takes a while
             self._jobs[i], self._envs[i] = wanted[i], self._take(wanted[i])
             if watch is not None:
                 watch.one_more()
         for i, job in wanted.items():
             self._begun(RESET, i)
-            # Nothing else is random: a reset is a function of the task alone.
+            # A reset depends only on the task; nothing else is random.
             self._observation[i] = _reset(self._envs[i], job, self._tasks[i, -len(PLACES) :])
 
     def _advance(
@@ -242,14 +242,14 @@ def _reset(env: Any, job: str, places: Floats) -> Floats:
     """Put an environment at the start of a task and return the observation.
 
     Raises:
-        UserError: the environment does not take the task.
+        UserError: the environment refuses the task.
     """
     low = env._random_reset_space.low
     vector = places[: low.size].copy()
     asked = 0
 
     def drawn() -> Floats:
-        # Where object and goal are too close an environment draws again, for ever if it may.
+        # If object and goal are too close, an environment draws again, without a limit.
         nonlocal asked
         asked += 1
         if asked > 10:
@@ -284,23 +284,23 @@ def _family(
 def metaworld_ml1(
     task: str = "reach-v3", seed: int = 0, horizon: int = MAX_HORIZON
 ) -> MetaWorldFamily:
-    """ML1: one job, 50 places to train and 50 to test on, which `seed` draws."""
+    """ML1: one job, 50 training and 50 test variations, drawn by `seed`."""
     job = task if task.endswith("-v3") else f"{task}-v3"
     known = jobs()
     if job not in known:
         raise UserError(
             f"no Meta-World task {task!r}{did_you_mean(job, known)} (tasks: {', '.join(known)})"
         )
-    return _family("ML1", job, f"a robot arm does {job} at a place it is not told", horizon, seed)
+    return _family("ML1", job, f"a robot arm does {job} at a hidden place", horizon, seed)
 
 
 @register(gymnasium_id="metarl/MetaWorldML10-v0")
 def metaworld_ml10(seed: int = 0, horizon: int = MAX_HORIZON) -> MetaWorldFamily:
-    """ML10: ten jobs to train and five others to test on, 50 places each, which `seed` draws."""
+    """ML10: ten training and five other test jobs, 50 variations each, drawn by `seed`."""
     return _family("ML10", None, "a robot arm does one of ten jobs; five to test", horizon, seed)
 
 
 @register(gymnasium_id="metarl/MetaWorldML45-v0")
 def metaworld_ml45(seed: int = 0, horizon: int = MAX_HORIZON) -> MetaWorldFamily:
-    """ML45: 45 jobs to train and five others to test on, 50 places each, which `seed` draws."""
+    """ML45: 45 training and five other test jobs, 50 variations each, drawn by `seed`."""
     return _family("ML45", None, "a robot arm does one of 45 jobs; five to test", horizon, seed)

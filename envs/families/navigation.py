@@ -1,4 +1,4 @@
-"""A point that walks to a goal it does not see, as in Finn et al. 2017 (arXiv:1703.03400)."""
+"""Navigation of a point to a hidden goal, as in Finn et al. 2017 (arXiv:1703.03400)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REACHED = 0.01  # along each axis
 
 @dataclass(frozen=True, kw_only=True)
 class NavigationFamily(TaskFamily):
-    """Displacements are 0.1 clip(a, -1, 1) with `scaled` actions, clip(a, -0.1, 0.1) without."""
+    """Family of points that move by 0.1 clip(a, -1, 1) if `scaled`, else by clip(a, -0.1, 0.1)."""
 
     scaled: bool = True
 
@@ -37,7 +37,7 @@ class NavigationFamily(TaskFamily):
 
 
 class NavigationVectorEnv(TaskVectorEnv):
-    """All points at once."""
+    """Vector environment of all points."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class NavigationVectorEnv(TaskVectorEnv):
         moves = slice(None) if ids is None else ids
         self._position[moves] += self._gain * action[moves].astype(np.float64)
         gap = self._position - self._tasks
-        # The paper's text says the squared distance; its code, and its figures, the distance.
+        # The paper's text has the squared distance; its code and figures have the distance.
         reward = -np.sqrt(np.square(gap).sum(axis=1))
         reached: Bools = np.all(np.abs(gap) < REACHED, axis=1)
         if self.render_mode:
@@ -89,7 +89,7 @@ class NavigationVectorEnv(TaskVectorEnv):
         return self._position
 
     def render(self) -> Any:
-        """Return a frame [480, 480, 3] of each point: its goal a ring, its path dots."""
+        """Return a frame [480, 480, 3] of each point; the goal is a ring, the path are dots."""
         if self.render_mode is None:
             raise UserError("give render_mode='rgb_array' when making the environment")
         return tuple(_draw(self._tasks[i], self._trails[i]) for i in range(self.num_envs))

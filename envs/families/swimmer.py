@@ -1,7 +1,7 @@
 """Swimmer family: swim at a goal velocity.
 
-The simulator is the stock Gymnasium body: 4 physics steps of 0.01 s an environment step, actions in
-+-1. An episode never ends early.
+The simulator is the stock Gymnasium body: 4 physics steps of 0.01 s per environment step, actions
+in +-1. Episodes never end early.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from metarl.envs.tasks import Uniform
 def swimmer_vel(low: float = 0.1, high: float = 0.2, horizon: int = 200) -> MujocoFamily:
     """Swim at a goal velocity from [low, high] m/s: -|v - g| - 1e-4 |a|^2 (Rothfuss et al. 2019).
 
-    Their code pays +|v - g|, for being far from the goal; the sign here is that of the task.
+    Their code has the reward +|v - g|, which favours a large distance from the goal. This family
+    uses the sign that fits the task.
     """
     return MujocoFamily(
         name="swimmer-vel",

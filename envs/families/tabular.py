@@ -1,8 +1,8 @@
 """Families whose best return is known exactly: random MDPs, and bandits.
 
-A task is the tables themselves, flattened: the mean reward of each state and action, then, where
-there is more than one state, the probability of each next state. So an oracle is told all there is
-to know, and `optimal_return` needs nothing but the task.
+A task vector is the flattened tables: the mean reward of each state and action and, with more than
+one state, the probability of each next state. An oracle therefore observes the complete task, and
+`optimal_return` needs only the task.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _GRID_SEEDS = {"train": 1, "test": 2}
 
 
 class RandomTables(TaskDistribution):
-    """Mean rewards from N(1, 1), transitions from a flat Dirichlet (Duan et al. 2016)."""
+    """Distribution of MDPs: mean rewards from N(1, 1), transitions from a flat Dirichlet.
+
+    Duan et al. 2016 (arXiv:1611.02779).
+    """
 
     def __init__(self, states: int, actions: int) -> None:
         self.states, self.actions = states, actions
@@ -44,7 +47,7 @@ class RandomTables(TaskDistribution):
         return np.concatenate([rewards, transitions.reshape(n, -1)], axis=1)
 
     def grid(self, n: int, split: Split = "test") -> Tasks:
-        """Return n tasks drawn from a stream of the split's own: no lattice has 550 dimensions."""
+        """Return n tasks from a fixed stream of the split; a lattice needs few dimensions."""
         check_one_of("split", split, get_args(Split))
         return self.sample(np.random.default_rng([0, _GRID_SEEDS[split]]), n)
 
@@ -67,12 +70,12 @@ Payoff = Literal["normal", "bernoulli"]
 
 @dataclass(frozen=True, kw_only=True)
 class TabularFamily(TaskFamily):
-    """Finite MDPs; every episode starts in state 0, which is observed as a one-hot vector."""
+    """Family of finite MDPs; episodes start in state 0, and observations are one-hot states."""
 
     states: int
     actions: int
     payoff: Payoff
-    """Rewards drawn from N(mean, 1), or 1 with the mean's probability and else 0."""
+    """Distribution of rewards: N(mean, 1), or 1 with probability `mean` and else 0."""
 
     parallel: ClassVar[bool] = True
 
@@ -99,8 +102,8 @@ class TabularFamily(TaskFamily):
     def optimal_return(self, tasks: Tasks) -> Floats:
         """Return the largest expected return of an episode of each task [n, task_dim], [n].
 
-        By backward induction, V_h(s) = max_a r(s, a) + sum_s' P(s' | s, a) V_{h+1}(s'): no policy
-        earns more, the one that knows the task and counts the steps that are left earns it.
+        Backward induction, V_h(s) = max_a r(s, a) + sum_s' P(s' | s, a) V_{h+1}(s'). The policy
+        that knows the task and the remaining steps reaches this value, and no policy exceeds it.
         """
         rewards, transitions = self.tables(tasks)
         value = np.zeros((len(tasks), self.states))
@@ -110,7 +113,7 @@ class TabularFamily(TaskFamily):
 
 
 class TabularVectorEnv(TaskVectorEnv):
-    """All MDPs at once."""
+    """Vector environment of all MDPs."""
 
     family: TabularFamily
 
@@ -140,7 +143,7 @@ class TabularVectorEnv(TaskVectorEnv):
         self._state = np.zeros(self.num_envs, np.int64)
         self._time = np.zeros(self.num_envs, np.int64)
         self._rngs: list[np.random.Generator | None] = [None] * self.num_envs
-        # Of each episode, drawn at its start: who steps beside it changes nothing.
+        # Drawn at the start of each episode, so other sub-environments do not change it.
         self._chance = np.zeros((self.num_envs, family.horizon))
         self._luck = np.zeros((self.num_envs, family.horizon))
 
@@ -198,7 +201,7 @@ def tabular_mdp(states: int = 10, actions: int = 5, horizon: int = 10) -> Tabula
 
 @register(gymnasium_id="metarl/Bandit-v0")
 def bandit(arms: int = 5, horizon: int = 10) -> TabularFamily:
-    """Bernoulli bandits, arms paying 1 with p ~ U[0, 1] (Duan et al. 2016); one pull a step."""
+    """Bernoulli bandits; arms pay 1 with p ~ U[0, 1] (Duan et al. 2016), one pull per step."""
     if arms < 2:
         raise UserError(f"arms must be at least 2, got {arms}")
     return TabularFamily(

@@ -1,8 +1,8 @@
 """Walker2d families: walk in a direction, at a goal velocity, or as a body that varies.
 
-The simulator is the stock Gymnasium body: 4 physics steps of 0.002 s an environment step, actions
-in +-1. Rothfuss et al. 2019 (arXiv:1810.06784) take 8 (`frame_skip=8`), which makes an episode of
-200 steps 3.2 s long in place of 1.6 s. Episodes end where the stock walker falls.
+The simulator is the stock Gymnasium body: 4 physics steps of 0.002 s per environment step, actions
+in +-1. Rothfuss et al. 2019 (arXiv:1810.06784) use 8 physics steps (`frame_skip=8`); an episode of
+200 steps then takes 3.2 s instead of 1.6 s. Episodes end if the walker falls, as in Gymnasium.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def walker2d_vel(
 
 @register(gymnasium_id="metarl/Walker2dParams-v0")
 def walker2d_params(limit: float = 3.0, horizon: int = 200, frame_skip: int = 4) -> MujocoFamily:
-    """Walk forwards as a body whose parameters vary, for the stock reward (rand_param_envs).
+    """Walk forwards with varying body parameters and the stock reward (rand_param_envs).
 
-    Every mass, inertia and friction is multiplied by 1.5^u and every damping by 1.3^u, with u drawn
-    for each from [-limit, limit]. Constants that MuJoCo derives from them follow, as they do not
-    there.
+    Every mass, inertia and friction is multiplied by 1.5^u and every damping by 1.3^u. Each u is
+    drawn from [-limit, limit]. Unlike in rand_param_envs, constants that MuJoCo derives from the
+    parameters are updated.
     """
     return MujocoFamily(
         name="walker2d-params",

@@ -1,4 +1,4 @@
-"""Environments of one task, and many of them as one vector environment, stepped in this process."""
+"""Environments of one task, and vector environments of many, stepped in this process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 def stacked(values: Sequence[Any]) -> NDArray:
-    """Return an array [n, ...] of n values, of objects where their shapes differ."""
+    """Return an array [n, ...] of n values, or an array of objects if their shapes differ."""
     try:
         return np.array(values)
     except ValueError:
@@ -49,7 +49,7 @@ def stacked(values: Sequence[Any]) -> NDArray:
 
 
 def close(env: gym.Env, name: str) -> None:
-    """Close an environment. If that fails, say so: what was played before is as good as ever."""
+    """Close an environment. A failure is only a warning, because past episodes stay valid."""
     try:
         env.close()
     except (Exception, SystemExit) as error:  # the user's own
@@ -63,7 +63,7 @@ def _warn_once(message: str) -> None:
 
 
 class TaskEnv(gym.Wrapper):
-    """An environment that is given a task before every reset, and pays the family's reward."""
+    """Wrapper that sets a task before every reset and applies the family's reward."""
 
     def __init__(
         self, family: GymnasiumFamily, task: Floats | None, render_mode: str | None = None
@@ -78,7 +78,7 @@ class TaskEnv(gym.Wrapper):
 
     @property
     def task(self) -> Floats | None:
-        """The task of every episode; None: each draws its own."""
+        """Task of every episode; None: each episode draws one."""
         return detached(self._task)
 
     @task.setter
@@ -88,7 +88,7 @@ class TaskEnv(gym.Wrapper):
     def begin(
         self, task: Floats, seed: int | None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Put a task in and start an episode of it."""
+        """Set a task and start an episode."""
         if self.family.keywords and not np.array_equal(task, self._made_for):
             self.env, old = self.family.make_bare(self.render_mode, task), self.env
             self.family.check_spaces(old, self.env)
@@ -118,7 +118,7 @@ class TaskEnv(gym.Wrapper):
         return detached(observation), {**detached(info), "task": self._in_force.copy()}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        given = np.array(action)  # which the environment may write to
+        given = np.array(action)  # the environment may write to it
         observation, *rest = self.env.step(action)
         check_fits(observation, self.observation_space, self.family.name)
         reward, terminated, truncated, info = self.family.plain(*rest)
@@ -128,7 +128,7 @@ class TaskEnv(gym.Wrapper):
             before, self._observation = self._observation, after
             rows = (before[None], given[None], after[None])
             reward = float(self.family.compute_reward(*rows, [info], self._in_force[None])[0])
-        # Copies: an environment may go on with the arrays that it gave.
+        # Copy: an environment may keep using the arrays that it returned.
         return detached(observation), detached(reward), terminated, truncated, detached(info)
 
     def render(self) -> Any:
@@ -139,7 +139,7 @@ class TaskEnv(gym.Wrapper):
 
 
 class GymnasiumVectorEnv(TaskVectorEnv):
-    """Any Gymnasium environment, one copy a sub-environment, stepped one after the other."""
+    """Vector environment of copies of any Gymnasium environment, stepped one after the other."""
 
     family: GymnasiumFamily
 
@@ -174,7 +174,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         self._dtype = self._observation.dtype
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
-        watch = None  # some take their memory at the first reset
+        watch = None  # some allocate their memory at the first reset
         if not self._ready.any():
             watch = Copies(self.family.name, self.num_tasks, self.episodes)
         for i, seed in zip(ids.tolist(), seeds, strict=True):
@@ -191,20 +191,20 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         truncated = np.zeros(self.num_envs, np.bool_)
         moved = np.arange(self.num_envs) if ids is None else ids
         if np.issubdtype(self._observation.dtype, np.floating):
-            # A policy that sees nan acts nan, which no environment should be given: that is the
-            # end of the episode, and whoever sampled it finds the nan in its observations.
+            # A policy that observes nan returns nan, which no environment should receive. The
+            # episode ends here, and the sampler finds the nan in its observations.
             seen = np.isfinite(self._observation[moved]).all(axis=1)
             truncated[moved[~seen]] = True
             moved = moved[seen]
         before, infos = self._observation[moved], []
-        tells = False  # of success
-        # Copies: an environment may write to the action that it is given.
+        tells = False  # any info has success
+        # Copy: an environment may write to its action.
         given, actions = np.asarray(actions)[moved], np.array(actions)
         for i in moved.tolist():
             self._begun(STEP, i)
-            env = self._envs[i].env  # past the TaskEnv, which would pay one row at a time
+            env = self._envs[i].env  # without TaskEnv, which computes one reward at a time
             observation, paid, ended, cut, info = env.step(actions[i])
-            # Types that need no look, which is most of them, cost no call.
+            # Avoid a call for the usual types.
             if (
                 type(info) is not dict
                 or type(paid) not in NUMBERS
@@ -237,7 +237,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
     def _add_success(
         self, told: dict[str, Floats], moved: NDArray[np.int64], infos: list[Any]
     ) -> None:
-        """Add what infos tell of success, unless none of them tells it as a number."""
+        """Add `success` of the infos, if at least one is a number."""
         values = [success(info) for info in infos]
         if any(value is not None for value in values):
             told["success"] = np.zeros(self.num_envs)

@@ -1,17 +1,17 @@
 """Families over any Gymnasium environment, stepped in this process.
 
-How a task reaches the environment is one of four ways, or several together:
+A task reaches the environment in one or several of four ways:
 
-- `set_task(env, task)`, a callable;
-- `keywords=True`: the task's components are keyword arguments of the id or function, and a change
-  of the task makes a new environment, which goes on with the random numbers of the old one;
-- `reward`, a vectorised function that pays by the task;
-- the environment's own `set_task(task)`, or its attribute `task`, which are used with `reward` too
-  (`task_arrival`).
+- `set_task(env, task)`, a callable.
+- `keywords=True`: the task's components are keyword arguments of the id or function. A new task
+  makes a new environment, which continues the random stream of the old one.
+- `reward`, a vectorised function of the task.
+- The environment's own `set_task(task)` or its attribute `task`. They are also used if there is a
+  `reward` (see `task_arrival`).
 
-Observations become flat vectors, but for an image alone (uint8, [height, width] or with channels),
-which stays as it is. A pickled family brings the registration of its Gymnasium id along, which
-another process may not know.
+Observations become flat vectors. A single image (uint8, [height, width] or with channels) is not
+changed. A pickled family includes the registration of its Gymnasium id, because another process may
+not have it.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ Reward = Callable[[NDArray, NDArray, NDArray, Mapping[str, NDArray], Floats], ND
 
 @dataclass(frozen=True, kw_only=True)
 class GymnasiumFamily(TaskFamily):
-    """A family over any Gymnasium environment.
+    """Family over any Gymnasium environment.
 
-    For example, pendulums under different gravity, which is a keyword argument of `Pendulum-v1`:
+    For example, gravity is a keyword argument of `Pendulum-v1`:
 
         GymnasiumFamily(
             name="pendulum-gravity",
@@ -65,16 +65,18 @@ class GymnasiumFamily(TaskFamily):
     """
 
     env: str | Callable[..., gym.Env]
-    """A Gymnasium id, or a function that returns an environment."""
+    """Gymnasium id, or a function that returns an environment."""
     set_task: Callable[[gym.Env, Floats], None] | None = None
-    """Puts a task vector into the unwrapped environment; called before every reset."""
+    """Sets a task vector in the unwrapped environment; called before every reset."""
     keywords: bool = False
-    """The task's components are keyword arguments, floats, of the id or function."""
+    """The task's components are keyword arguments (floats) of the id or function."""
     reward: Reward | None = None
-    """Rewards [n] of n steps at once, in place of the environment's own: a function of the
-    observation before the step [n, *observation_shape], the action that the environment was given
+    """Returns rewards [n] of n steps, which replace the environment's own rewards.
+
+    Its arguments are the observation before the step [n, *observation_shape], the received action
     [n, *action_shape], the next observation, info (arrays [n, ...] by name) and the task
-    [n, task_dim]. n is 1 for a single environment; of several, only those that moved count."""
+    [n, task_dim]. n is 1 for a single environment. In a vector environment it is the number of
+    sub-environments that were stepped."""
     env_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the id or function."""
 
@@ -90,7 +92,7 @@ class GymnasiumFamily(TaskFamily):
             if function is not None and not callable(function):
                 raise UserError(f"{self.name}: {role} must be a function, got {function!r}")
         if self.keywords and self.set_task is not None:
-            raise UserError(f"{self.name}: give set_task or keywords=True, not both")
+            raise UserError(f"{self.name}: use either set_task or keywords=True, not both")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_spec": self._spec()}
@@ -103,7 +105,7 @@ class GymnasiumFamily(TaskFamily):
             gym.registry[spec.id] = spec
 
     def _spec(self) -> EnvSpec | None:
-        """Return the registration of the id, None where there is none that could be sent."""
+        """Return the registration of the id, or None if it does not exist or cannot be sent."""
         spec = gym.registry.get(self.env) if isinstance(self.env, str) else None
         try:
             pickle.dumps(spec)
@@ -112,13 +114,13 @@ class GymnasiumFamily(TaskFamily):
         return spec
 
     def example_task(self) -> Floats:
-        """Return a training task, the same at every call."""
+        """Return a fixed training task."""
         return self.tasks.grid(1, "train")[0]
 
     def make_bare(self, render_mode: str | None = None, task: Floats | None = None) -> gym.Env:
-        """Return the environment cut at the horizon, with flat observations or an image.
+        """Return the environment truncated at the horizon, with flat observations or an image.
 
-        The task matters only with `keywords`; otherwise `apply_task` puts it in.
+        The task only matters with `keywords`; otherwise `apply_task` sets it.
         """
         env = self.make_raw(render_mode, task)
         space = env.observation_space
@@ -132,7 +134,7 @@ class GymnasiumFamily(TaskFamily):
     def columns(self) -> list[tuple[str, int, int]]:
         """Return name, first column and end of each component of the flat observation.
 
-        An empty list if the environment's observations are one array already.
+        The list is empty if the environment's observations are already one array.
         """
         env = self.make_raw()
         space = env.observation_space
@@ -140,12 +142,12 @@ class GymnasiumFamily(TaskFamily):
         return columns(space) if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple) else []
 
     def _cannot_flatten(self, path: tuple[str, ...], leaf: gym.Space, space: gym.Space) -> str:
-        """Say which component is no number, and write the wrapper that leaves it out."""
+        """Describe the component that is not numeric, and the wrapper that removes it."""
         kind = f"a {type(leaf).__name__}"
         if not path or not isinstance(space, gym.spaces.Dict):
             return (
                 f"observations must be numbers (Box, Discrete, MultiDiscrete, MultiBinary, or a"
-                f" Dict or Tuple of those), got {kind}: encode them in the environment, or by"
+                f" Dict or Tuple of these), got {kind}; encode them in the environment, or with"
                 " gym.wrappers.TransformObservation(env, function, space)"
             )
         kept = [
@@ -157,15 +159,15 @@ class GymnasiumFamily(TaskFamily):
         if not isinstance(self.env, str):
             make = f"{getattr(self.env, '__name__', 'make')}(render_mode=render_mode)"
         return (
-            f"the component {'.'.join(path)!r} of the observation is {kind}, which is no number:"
-            " leave it out, or encode it, by a wrapper, and name the function as env:\n\n"
+            f"the component {'.'.join(path)!r} of the observation is {kind}, not a number;"
+            " remove or encode it with a wrapper, and use this function as env:\n\n"
             "    def make_env(render_mode=None):\n"
             f"        env = {make}\n"
             f"        return gym.wrappers.FilterObservation(env, {kept})\n"
         )
 
     def make_raw(self, render_mode: str | None = None, task: Floats | None = None) -> gym.Env:
-        """Return the environment cut at the horizon, with the observations that it gives."""
+        """Return the environment truncated at the horizon, with unchanged observations."""
         options = detached(self.env_options)
         if self.keywords:
             task = self.example_task() if task is None else task
@@ -174,7 +176,7 @@ class GymnasiumFamily(TaskFamily):
             options["render_mode"] = render_mode
         try:
             if isinstance(self.env, str):
-                # What Gymnasium checks at a first step, `metarl check` has told; here it is noise.
+                # `metarl check` reports what Gymnasium checks at the first step.
                 options.setdefault("disable_env_checker", True)
                 env = gym.make(self.env, max_episode_steps=self.horizon, **options)
             else:
@@ -185,10 +187,10 @@ class GymnasiumFamily(TaskFamily):
                     )
                 env = gym.wrappers.TimeLimit(env, self.horizon)
         except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
-            if not isinstance(self.env, str):  # it is the function that needs another package
+            if not isinstance(self.env, str):  # the function needs another package
                 raise UserError(f"{self.name}: env cannot make an environment: {error}") from error
             raise UserError(
-                f"{self.name}: {str(error).removesuffix('.')}: import the package that registers"
+                f"{self.name}: {str(error).removesuffix('.')}; import the package that registers"
                 f" {self.env} in the file that makes the family, or write env='package:Name-v0'"
             ) from error
         except gym.error.Error as error:
@@ -201,19 +203,18 @@ class GymnasiumFamily(TaskFamily):
             said = " ".join(str(error).split(" was raised from the env")[0].split())
             hint = ""
             if "render_mode" in options and "render_mode" in said:
-                hint = "; to be filmed, it must take render_mode=None and hand it on"
+                hint = "; for videos it must accept render_mode=None and pass it on"
             elif self.keywords and "unexpected keyword" not in said:
                 hint = (
-                    "; a task's components are floats: where another kind is wanted, let env be a"
-                    f" function that takes them and hands on int({self.tasks.names[0]}), for"
-                    " instance"
+                    "; a task's components are floats; for another type, let env be a function that"
+                    f" takes them and passes on int({self.tasks.names[0]}), for instance"
                 )
             raise UserError(
                 f"{self.name}: {self.env} cannot be made with {given}: {said}{hint}"
             ) from error
         if not (self.set_task or self.keywords or self.reward or task_arrival.has_own_way(env)):
             raise UserError(
-                f"{self.name}: nothing says how a task gets into {env.unwrapped}: give the family"
+                f"{self.name}: a task cannot be set in {env.unwrapped}. Give the family"
                 " set_task, keywords=True or reward, or the environment a method set_task(task)"
                 " or an attribute task"
             )
@@ -222,7 +223,7 @@ class GymnasiumFamily(TaskFamily):
         return env
 
     def apply_task(self, env: gym.Env, task: Floats, *, verify: bool = False) -> None:
-        """Put a task into an environment made by `make_bare`; `verify` that it arrives."""
+        """Set a task in an environment made by `make_bare`; `verify` that it arrives."""
         name = self.name
         if self.set_task is not None:
             self.set_task(env.unwrapped, task)
@@ -241,10 +242,10 @@ class GymnasiumFamily(TaskFamily):
     def plain(
         self, reward: Any, terminated: Any, truncated: Any, info: Any
     ) -> tuple[float, bool, bool, Any]:
-        """Return what an environment's step returned after the observation, as plain values.
+        """Return reward, flags and info of an environment's step as plain values.
 
         Raises:
-            UserError: one of them is of another kind.
+            UserError: one of them has a wrong type.
         """
         if self.reward is not None:
             reward = 0.0  # the environment's own is not used
@@ -261,15 +262,15 @@ class GymnasiumFamily(TaskFamily):
         infos: Sequence[Mapping[str, Any]],
         tasks: Floats,
     ) -> Floats:
-        """Return the rewards of n steps by the family's `reward`, [n]."""
+        """Return the rewards of n steps, computed by the family's `reward`, [n]."""
         assert self.reward is not None
-        # What only some steps report has no place in an array of all.
+        # Entries that only some steps report are left out.
         names = [name for name in infos[0] if all(name in info for info in infos)]
         info = {name: stacked([info[name] for info in infos]) for name in names}
         reward = np.asarray(self.reward(before, action, after, info, tasks), np.float64)
         if reward.shape != (len(tasks),):
             raise UserError(
-                f"{self.name}: reward must return one number a row, [{len(tasks)}] here,"
+                f"{self.name}: reward must return one number per row, [{len(tasks)}] here,"
                 f" got {list(reward.shape)}; its arguments are arrays of rows, such as task[:, 0]"
             )
         return reward

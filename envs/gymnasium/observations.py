@@ -1,7 +1,7 @@
-"""Observations as policies read them: one flat vector, or one image.
+"""Observations for policies: one flat vector, or one image.
 
-A `Dict` or `Tuple` of numbers becomes a vector as Gymnasium's `flatten` makes it: component after
-component, in the order of the space.
+Gymnasium's `flatten` turns a `Dict` or `Tuple` of numbers into a vector: component after component,
+in the order of the space.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ FLATTENABLE = (
 
 
 def is_image(space: gym.Space) -> bool:
-    """Whether observations are one image: uint8, [height, width] or with channels."""
+    """Return whether observations are one image: uint8, [height, width] or with channels."""
     return (
         isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
     )
 
 
 def has_pixels(space: gym.Space) -> bool:
-    """Whether a space is of pixels, 0 to 255 in two axes or more, whatever its dtype."""
+    """Return whether a space has pixels: 0 to 255 in at least two axes, with any dtype."""
     return (
         isinstance(space, gym.spaces.Box)
         and len(space.shape) >= 2
@@ -43,7 +43,7 @@ def has_pixels(space: gym.Space) -> bool:
 def components(
     space: gym.Space, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Give the components of a space that are no Dict or Tuple, each with the names to it."""
+    """Yield the leaves of nested Dict and Tuple spaces, each with its path of names."""
     if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
         named = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
         for name, inner in named:
@@ -63,9 +63,9 @@ def columns(space: gym.Space) -> list[tuple[str, int, int]]:
 
 
 def fits(observation: Any, space: gym.Space) -> bool:
-    """Whether a space's dtype holds the numbers of an observation; floats may be rounded.
+    """Return whether a space's dtype can hold the numbers of an observation.
 
-    A Dict or Tuple holds them if its components do.
+    Floats may be rounded. A Dict or Tuple fits if all its components fit.
     """
     if isinstance(space, gym.spaces.Dict):
         return all(name in observation and fits(observation[name], s) for name, s in space.items())
@@ -84,7 +84,7 @@ def fits(observation: Any, space: gym.Space) -> bool:
 
 
 def misfit(observation: Any, space: gym.Space) -> str:
-    """Say which dtypes do not go together; `fits` is false."""
+    """Describe dtypes that are incompatible, for an observation that does not fit."""
     if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
         named = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
         for name, inner in named:
@@ -96,19 +96,19 @@ def misfit(observation: Any, space: gym.Space) -> str:
         return f"{len(observation)} components, its observation_space has {len(space)}"
     found = np.asarray(observation).dtype
     return (
-        f"{found} numbers, which its observation_space of {space.dtype} cannot hold: declare the"
+        f"{found} numbers, which its observation_space of {space.dtype} cannot hold; declare the"
         f" space as np.float32, or return np.asarray(observation, np.{space.dtype})"
     )
 
 
 def check_fits(observation: Any, space: gym.Space, name: str) -> None:
-    """Raise UserError unless a space's dtype holds the numbers of an observation."""
+    """Raise UserError unless a space's dtype can hold the numbers of an observation."""
     if not fits(observation, space):
         raise UserError(f"{name}: the environment returned {misfit(observation, space)}")
 
 
 class FlatObservation(gym.wrappers.FlattenObservation):
-    """Gymnasium's own, which refuses observations that it would cut to whole numbers."""
+    """Gymnasium's FlattenObservation that refuses observations which it would truncate."""
 
     def __init__(self, env: gym.Env, name: str) -> None:
         super().__init__(env)
@@ -130,6 +130,6 @@ def structure_of(env: gym.Env) -> gym.Space:
 
 
 def flattened(space: gym.Space) -> gym.Space:
-    """Return the space of one image or flat vector that policies read by default."""
+    """Return the default space for policies: one image or a flat vector."""
     flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
     return space if flat or is_image(space) else gym.spaces.flatten_space(space)

@@ -1,6 +1,6 @@
-"""What `reset` and `step` of an environment return, taken as it is meant or refused.
+"""Conversion and validation of the results of `reset` and `step`.
 
-Numbers may be Python's, NumPy's or arrays without axes; flags may be 0 or 1.
+Numbers may be Python numbers, NumPy numbers or arrays without axes. Flags may be 0 or 1.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from metarl.envs.errors import UserError
 
 NUMBERS = frozenset({float, int, np.float64, np.float32})
 FLAGS = frozenset({bool, np.bool_})
-"""Types that need no look."""
+"""Types that need no conversion."""
 
 
 def number(value: Any) -> float | None:
-    """Return a number, None if it is none: an array with axes, None, text."""
+    """Return a value as a float, or None if it is not a number: an array with axes, None, text."""
     if type(value) in NUMBERS or type(value) in FLAGS:
         return float(value)
     try:
@@ -34,7 +34,7 @@ def plain_step(
     """Return reward, flags and info of a step as plain values.
 
     Raises:
-        UserError: one of them is of another kind; the message says what to return.
+        UserError: one of them has a wrong type; the message names the expected type.
     """
     paid, ended, cut = map(number, (reward, terminated, truncated))
     faults = []
@@ -55,7 +55,7 @@ def plain_reset(result: Any) -> tuple[Any, Mapping[str, Any]]:
     """Return observation and info of a reset.
 
     Raises:
-        UserError: it is something else.
+        UserError: the result is something else.
     """
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
         raise UserError(
@@ -65,7 +65,7 @@ def plain_reset(result: Any) -> tuple[Any, Mapping[str, Any]]:
 
 
 def success(info: Mapping[str, Any]) -> float | None:
-    """Return `info["success"]` as a number, None if it is missing or none."""
+    """Return `info["success"]` as a float, or None if it is missing or not a number."""
     if "success" not in info:
         return None
     value = info["success"]
@@ -73,7 +73,7 @@ def success(info: Mapping[str, Any]) -> float | None:
 
 
 def _said(value: Any) -> str:
-    """Describe a value in few words; an array of one number with the remedy."""
+    """Describe a value briefly; for an array of one number, add the remedy."""
     shape = tuple(getattr(value, "shape", None) or ())
     if shape:
         return f"an array of shape {shape}{' (return its element [0])' if shape == (1,) else ''}"

@@ -1,9 +1,9 @@
-"""How a task gets into an environment by the environment's own way, and whether it arrived.
+"""Setting a task through the environment's own interface, and verification of its arrival.
 
-A way is a method `set_task(task)` or an attribute `task`, of the environment or of a wrapper:
+The interface is a method `set_task(task)` or an attribute `task` of the environment or a wrapper:
 
-- the outermost method is called, and must hand the task on to the ways of all layers below it;
-- above it, or where there is none, the attribute of every layer is set.
+- The outermost method is called. It must pass the task on to the interfaces of all inner layers.
+- The attribute of every layer outside this method is set. Without a method, every layer's is set.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ Floats = NDArray[np.float64]
 
 
 def own_method(env: gym.Env) -> gym.Env | None:
-    """Return the outermost layer with a method `set_task`, None if there is none."""
+    """Return the outermost layer with a method `set_task`, or None."""
     return next((layer for layer in layers(env) if _has_method(layer)), None)
 
 
 def has_own_way(env: gym.Env) -> bool:
-    """Whether an environment or a wrapper has a method `set_task` or an attribute `task`."""
+    """Return whether an environment or a wrapper has a method `set_task` or an attribute `task`."""
     return own_method(env) is not None or any(hasattr(layer, "task") for layer in layers(env))
 
 
 def takes_tasks(env: gym.Env) -> bool:
-    """Whether an environment uses tasks by a way of its own, in a family with a reward too."""
+    """Return whether an environment takes tasks itself, also in a family with a reward."""
     return own_method(env) is not None or any(_holds_a_task(x, only_way=False) for x in layers(env))
 
 
 def give(env: gym.Env, task: Floats, name: str, *, only_way: bool) -> None:
-    """Give a task to an environment by its own ways.
+    """Set a task in an environment through the environment's own interface.
 
     Args:
-        env: the environment, with its wrappers.
-        task: [task_dim]
-        name: of the family, for errors.
-        only_way: the family has no other. Otherwise an attribute `task` that holds something else
-            than numbers is somebody else's, and stays as it is.
+        env: environment with its wrappers.
+        task: task vector, [task_dim].
+        name: name of the family, for errors.
+        only_way: the family has no other way to set a task. Otherwise an attribute `task` that does
+            not hold numbers has another purpose and is not changed.
 
     Raises:
-        UserError: the attribute is no place for a task, or does not keep it.
+        UserError: the attribute cannot hold a task, or does not keep it.
     """
     method = own_method(env)
     above = _above(env, method)
@@ -59,79 +59,79 @@ def give(env: gym.Env, task: Floats, name: str, *, only_way: bool) -> None:
         layer = next(layer for layer in above if hasattr(layer, "task"))
         raise UserError(
             f"{name}: the attribute task of {kind(layer)} is {_short(layer.task)},"  # type: ignore[attr-defined]
-            " no task vector: give the family set_task"
+            " not a task vector; give the family set_task"
         )
     for layer in reversed(holders):
-        with suppress(AttributeError):  # a wrapper's property that shows the one inside
+        with suppress(AttributeError):  # a wrapper's property that returns an inner attribute
             layer.task = task  # type: ignore[attr-defined]
         if not _reads(layer, task):
             raise UserError(
-                f"{name}: the attribute task of {kind(layer)} does not keep the task that it is"
-                f" given, {task.tolist()}; it is {_short(layer.task)}"  # type: ignore[attr-defined]
+                f"{name}: the attribute task of {kind(layer)} does not keep the task"
+                f" {task.tolist()}; it is {_short(layer.task)}"  # type: ignore[attr-defined]
             )
 
 
 def give_and_verify(env: gym.Env, task: Floats, other: Floats, name: str, **options: Any) -> None:
-    """Do as `give`, and make sure that the method hands the task on to what lies below it.
+    """Call `give`, and verify that the method passes the task on to the inner layers.
 
     Args:
-        env: the environment, with its wrappers.
-        task: [task_dim]
-        other: another task, which is given as well where the first one shows no effect.
-        name: of the family, for errors.
-        options: of `give`.
+        env: environment with its wrappers.
+        task: task vector, [task_dim].
+        other: another task, which is also tried if the first one has no visible effect.
+        name: name of the family, for errors.
+        options: options of `give`.
 
     Raises:
-        UserError: a layer with a way of its own is not reached; or as `give` does.
+        UserError: the task does not reach a layer with its own interface; or as in `give`.
     """
     method = own_method(env)
     below = [] if method is None else _below(env, method)
     missed = _missed(below, lambda: give(env, task, name, **options), task)
-    if missed:  # the task may have been in force already
+    if missed:  # the task may already have been set
         missed = _missed(missed, lambda: give(env, other, name, **options), other)
         give(env, task, name, **options)
     for layer in missed:
         own = "set_task(task)" if _has_method(layer) else "task = task"
         keeper = [outer for outer in _above(env, layer) if _has_method(outer)][-1]
         raise UserError(
-            f"{name}: set_task of {kind(keeper)} keeps the task for itself, and {kind(layer)},"
-            f" inside it, has a way of its own that is never used: hand the task on in set_task"
+            f"{name}: set_task of {kind(keeper)} does not pass the task on, so it never reaches"
+            f" {kind(layer)}, which is inside; pass the task on in set_task"
             f" (self.unwrapped.{own})"
         )
 
 
 def verify_given(env: gym.Env, task: Floats, name: str, way: str) -> None:
-    """Raise UserError if the family's own way left out a layer that waits for a task of its own.
+    """Raise UserError if the family's way to set a task misses a layer with its own interface.
 
     Args:
-        env: the environment, with its wrappers, after the task was given.
-        task: [task_dim]
-        name: of the family.
+        env: environment with its wrappers, after the task was set.
+        task: task vector, [task_dim].
+        name: name of the family.
         way: "set_task", which gets the unwrapped environment, or "keywords".
     """
     found = list(layers(env))
     for layer in found if way == "keywords" else found[:-1]:
         if _has_method(layer):
             raise UserError(
-                f"{name}: {kind(layer)} has a method set_task, which the family's {way} would leave"
-                f" uncalled: leave {way} out, so that the method gets the task"
+                f"{name}: {kind(layer)} has a method set_task, which is not called if the family"
+                f" has {way}; remove {way}, so that the method gets the task"
             )
         held = getattr(layer, "task", None)
         if isinstance(held, np.ndarray) and held.shape == task.shape and not _reads(layer, task):
             raise UserError(
                 f"{name}: {kind(layer)} has an attribute task, which stays {held.tolist()} with the"
-                f" family's {way}: leave {way} out, so that the attribute is set"
+                f" family's {way}; remove {way}, so that the attribute is set"
             )
 
 
 def _above(env: gym.Env, method: gym.Env | None) -> list[gym.Env]:
-    """Return the layers outside of one, or all."""
+    """Return the layers outside of the layer `method`, or all layers without one."""
     found = list(layers(env))
     return found if method is None else found[: found.index(method)]
 
 
 def _below(env: gym.Env, method: gym.Env) -> list[gym.Env]:
-    """Return the layers inside of one that have a way of their own."""
+    """Return the layers inside of the layer `method` that have their own interface."""
     found = list(layers(env))
     inside = found[found.index(method) + 1 :]
     return [x for x in inside if _has_method(x) or _holds_a_task(x, only_way=False)]
@@ -142,14 +142,14 @@ def _has_method(layer: gym.Env) -> bool:
 
 
 def _holds_a_task(layer: gym.Env, only_way: bool) -> bool:
-    """Whether a layer has an attribute `task` that may be a task vector, or becomes one."""
+    """Return whether a layer has an attribute `task` that may hold a task vector."""
     if not hasattr(layer, "task"):
         return False
     held = layer.task  # type: ignore[attr-defined]
     if held is None:
         return True
     if isinstance(held, bool | int | np.integer):
-        return only_way  # else most likely a number among the environment's own tasks
+        return only_way  # otherwise it is probably an index of the environment's own tasks
     try:
         return np.asarray(held).dtype.kind in "fiu"
     except (TypeError, ValueError):
@@ -157,7 +157,7 @@ def _holds_a_task(layer: gym.Env, only_way: bool) -> bool:
 
 
 def _reads(layer: gym.Env, task: Floats) -> bool:
-    """Whether the attribute `task` of a layer is this task."""
+    """Return whether the attribute `task` of a layer equals this task."""
     try:
         return np.array_equal(np.asarray(layer.task, np.float64), task)  # type: ignore[attr-defined]
     except (AttributeError, TypeError, ValueError):
@@ -165,10 +165,10 @@ def _reads(layer: gym.Env, task: Floats) -> bool:
 
 
 def _missed(candidates: list[gym.Env], apply: Callable[[], None], task: Floats) -> list[gym.Env]:
-    """Return the layers that show no trace of what was applied.
+    """Return the layers without a visible effect of `apply`.
 
-    A trace is a call of the method, an attribute `task` that reads back, or any attribute that
-    holds something else than before.
+    An effect is a call of the method, an attribute `task` that equals the task, or any attribute
+    with a new value.
     """
     before = [_held(layer) for layer in candidates]
     with _listening(candidates) as called:
@@ -182,7 +182,7 @@ def _missed(candidates: list[gym.Env], apply: Callable[[], None], task: Floats) 
 
 @contextmanager
 def _listening(candidates: list[gym.Env]) -> Iterator[set[int]]:
-    """Note the layers whose method is called."""
+    """Record the layers whose method is called."""
     called: set[int] = set()
     heard = []
     for layer in candidates:
@@ -207,7 +207,7 @@ def _noted(layer: gym.Env, called: set[int]) -> Callable[..., Any]:
 
 
 def _held(layer: gym.Env) -> dict[str, Any]:
-    """Return a layer's attributes; arrays as copies, for they may be written into."""
+    """Return a layer's attributes, with copies of arrays, which may be changed in place."""
     found = {k: v for k, v in getattr(layer, "__dict__", {}).items() if k != "set_task"}
     return {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in found.items()}
 

@@ -1,4 +1,4 @@
-"""The layers of an environment: its wrappers, and those that normalize as they go."""
+"""Layers of an environment, and detection of wrappers with running statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metarl.envs.errors import UserError
 
 
 def layers(env: gym.Env) -> Iterator[gym.Env]:
-    """Give an environment's wrappers from the outside in, then the unwrapped environment."""
+    """Yield an environment's wrappers from the outside in, then the unwrapped environment."""
     while isinstance(env, gym.Wrapper):
         yield env
         env = env.env
@@ -25,17 +25,17 @@ def kind(env: gym.Env) -> str:
 
 
 def refuse_running_statistics(env: gym.Env, name: str) -> None:
-    """Raise UserError if a layer of an environment normalizes by statistics that it keeps.
+    """Raise UserError if a layer of an environment normalizes by running statistics.
 
-    They change from episode to episode: the same behaviour is paid otherwise later on, and looks
-    like a gain of adaptation. A wrapper whose statistics are frozen is accepted.
+    These change from episode to episode, so the same behaviour has another reward later, which
+    looks like a gain of adaptation. A wrapper with frozen statistics is accepted.
     """
     found = " and ".join(kind(layer) for layer in layers(env) if _normalizes(layer))
     if found:
         raise UserError(
-            f"{name}: {found} inside the environment normalizes by running statistics, which change"
-            " from episode to episode and look like a gain of adaptation: leave it out;"
-            " --policy.normalize normalizes observations, and rewards may take a constant factor"
+            f"{name}: {found} inside the environment normalizes by running statistics. They change"
+            " from episode to episode and look like a gain of adaptation. Remove it; use"
+            " --policy.normalize for observations and a constant factor for rewards"
             " (gym.wrappers.TransformReward)"
         )
 
@@ -48,7 +48,7 @@ def _normalizes(layer: gym.Env) -> bool:
 
 
 def _is_running(value: Any) -> bool:
-    """Whether this is like Gymnasium's RunningMeanStd: mean, variance, count and an update."""
+    """Return whether a value has mean, var, count and update, as Gymnasium's RunningMeanStd."""
     if isinstance(value, gym.Env) or not callable(getattr(type(value), "update", None)):
         return False
     found = vars(value) if hasattr(value, "__dict__") else {}

@@ -1,6 +1,6 @@
-"""Gymnasium's own locomotion bodies (v5), vectorised: what a `MujocoFamily` of an id starts from.
+"""Vectorised versions of Gymnasium's locomotion bodies (v5), the defaults of a `MujocoFamily`.
 
-Observations, initial states and terminations equal the stock ones bit for bit.
+Observations, initial states and terminations equal the stock environments bit for bit.
 """
 
 # mujoco is compiled and brings no type stubs.
@@ -25,7 +25,7 @@ from metarl.envs.vector import Bools, Floats
 def stock_pose(
     rng: np.random.Generator, model: mujoco.MjModel, noise: float, normal_velocity: bool = False
 ) -> tuple[Floats, Floats]:
-    """Draw qpos, then qvel, uniformly within the noise; or velocities normally."""
+    """Draw qpos, then qvel, uniformly within the noise, or normal velocities."""
     qpos = model.qpos0 + rng.uniform(-noise, noise, model.nq)
     if normal_velocity:
         return qpos, noise * rng.standard_normal(model.nv)
@@ -33,25 +33,25 @@ def stock_pose(
 
 
 def rllab_pose(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floats]:
-    """Draw qpos, then qvel: 0.01 and 0.1 N(0, 1) around rest, at the model's `init_qpos` if any."""
+    """Draw qpos, then qvel: 0.01 N(0, 1) around `init_qpos` or qpos0, and 0.1 N(0, 1)."""
     named = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_NUMERIC, "init_qpos")
     pose = model.qpos0 if named < 0 else model.numeric(named).data
     return pose + 0.01 * rng.standard_normal(model.nq), 0.1 * rng.standard_normal(model.nv)
 
 
 def observe_planar(sim: Sim, *, bound: float | None = None) -> Floats:
-    """Positions but for the root's x, then velocities, cut at the bound if there is one."""
+    """Return positions without the root's x, then velocities, clipped if there is a bound."""
     qvel = sim.qvel if bound is None else np.clip(sim.qvel, -bound, bound)
     return np.concatenate([sim.qpos[:, 1:], qvel], axis=1)
 
 
 def observe_swimmer(sim: Sim) -> Floats:
-    """Positions but for the root's x and y, then velocities."""
+    """Return positions without the root's x and y, then velocities."""
     return np.concatenate([sim.qpos[:, 2:], sim.qvel], axis=1)
 
 
 def observe_ant(sim: Sim, *, position: bool = False, contact_forces: bool = True) -> Floats:
-    """Positions (x and y only where asked for), velocities, clipped contact forces of the parts."""
+    """Return positions (x and y only with `position`), velocities and clipped contact forces."""
     parts = [sim.qpos[:, 0 if position else 2 :], sim.qvel]
     if contact_forces:
         parts.append(np.clip(_flat(sim["cfrc_ext"][:, 1:]), -1.0, 1.0))
@@ -59,7 +59,7 @@ def observe_ant(sim: Sim, *, position: bool = False, contact_forces: bool = True
 
 
 def observe_humanoid(sim: Sim, *, contact_forces: bool = True) -> Floats:
-    """Positions but for x and y, velocities; inertias, velocities and forces of the parts."""
+    """Return positions without x and y, velocities; inertias, velocities and forces of parts."""
     parts = [sim.qpos[:, 2:], sim.qvel, _flat(sim["cinert"][:, 1:]), _flat(sim["cvel"][:, 1:])]
     parts.append(sim["qfrc_actuator"][:, 6:])
     if contact_forces:
@@ -72,38 +72,38 @@ def _flat(values: NDArray) -> NDArray:
 
 
 def hopper_falls(sim: Sim) -> Bools:
-    """Fallen, tilted by 0.2 rad, or beyond 100 in any coordinate."""
+    """Return whether the hopper fell, is tilted by 0.2 rad, or has a coordinate beyond 100."""
     z, angle = sim.qpos[:, 1], sim.qpos[:, 2]
     rest = np.concatenate([sim.qpos[:, 2:], sim.qvel], axis=1)
     return ~((np.abs(rest) < 100.0).all(axis=1) & (z > 0.7) & (np.abs(angle) < 0.2))
 
 
 def walker2d_falls(sim: Sim) -> Bools:
-    """Below 0.8 m, above 2 m, or tilted by 1 rad."""
+    """Return whether the walker is below 0.8 m, above 2 m, or tilted by 1 rad."""
     z, angle = sim.qpos[:, 1], sim.qpos[:, 2]
     return ~((z > 0.8) & (z < 2.0) & (np.abs(angle) < 1.0))
 
 
 def ant_falls(sim: Sim) -> Bools:
-    """Torso not within 0.2 <= z <= 1, or a state that is not finite."""
+    """Return whether the torso is outside 0.2 <= z <= 1, or the state is not finite."""
     z = sim.qpos[:, 2]
     finite = np.isfinite(sim.qpos).all(axis=1) & np.isfinite(sim.qvel).all(axis=1)
     return ~(finite & (z >= 0.2) & (z <= 1.0))
 
 
 def humanoid_falls(sim: Sim) -> Bools:
-    """Torso not within 1 < z < 2."""
+    """Return whether the torso is outside 1 < z < 2."""
     z = sim.qpos[:, 2]
     return ~((z > 1.0) & (z < 2.0))
 
 
 def torso_xy(sim: Sim) -> Floats:
-    """Torso's position as stock Ant reads it, [simulations, 2]."""
+    """Return the torso's position as in stock Ant, [simulations, 2]."""
     return sim["xpos"][:, 1, :2].copy()
 
 
 def mass_centre_xy(sim: Sim) -> Floats:
-    """Centre of mass as stock Humanoid reads it, [simulations, 2]."""
+    """Return the centre of mass as in stock Humanoid, [simulations, 2]."""
     return sim["subtree_com"][:, 1, :2].copy()
 
 
@@ -115,7 +115,7 @@ def stock_reward(
     alive: float = 0.0,
     falls: Callable[[Sim], Bools] | None = None,
 ) -> Reward:
-    """speed v + alive (while it has not fallen) - control |a|^2."""
+    """Return speed v + alive (if it has not fallen) - control |a|^2."""
     velocity = forward_velocity(step)
     bonus = alive if falls is None else alive * ~falls(step.sim)
     rest, info = costs_and_bonus(step, control=control, bonus=bonus)
@@ -123,14 +123,14 @@ def stock_reward(
 
 
 def stock_ant_reward(step: Step) -> Reward:
-    """v + 1 (while it has not fallen) - 0.5 |a|^2 - 5e-4 |clip(cfrc_ext, -1, 1)|^2."""
+    """Return v + 1 (if it has not fallen) - 0.5 |a|^2 - 5e-4 |clip(cfrc_ext, -1, 1)|^2."""
     velocity = (torso_xy(step.sim)[:, 0] - step.before[:, 0]) / step.dt
     rest, info = costs_and_bonus(step, control=0.5, contact=5e-4, bonus=1.0 * ~ant_falls(step.sim))
     return velocity + rest, {"x_velocity": velocity, **info}
 
 
 def stock_humanoid_reward(step: Step) -> Reward:
-    """1.25 v + 5 (while it has not fallen) - 0.1 |a|^2 - min(5e-7 |cfrc_ext|^2, 10)."""
+    """Return 1.25 v + 5 (if it has not fallen) - 0.1 |a|^2 - min(5e-7 |cfrc_ext|^2, 10)."""
     velocity = (mass_centre_xy(step.sim)[:, 0] - step.before[:, 0]) / step.dt
     rest, info = costs_and_bonus(step, control=0.1, bonus=5.0 * ~humanoid_falls(step.sim))
     impact = np.minimum(5e-7 * np.square(step.sim["cfrc_ext"]).sum(axis=(1, 2)), 10.0)
@@ -140,7 +140,7 @@ def stock_humanoid_reward(step: Step) -> Reward:
 
 @dataclass(frozen=True, kw_only=True)
 class Body:
-    """A stock body: what a `MujocoFamily` of its id takes where it is given nothing else."""
+    """Stock body: defaults of a `MujocoFamily` with its id."""
 
     xml: str
     frame_skip: int
@@ -215,11 +215,11 @@ def find_body(env: str) -> Body:
     """Return the stock body of a Gymnasium id.
 
     Raises:
-        UserError: there is none.
+        UserError: the id has no stock body.
     """
     if env not in BODIES:
         raise UserError(
-            f"no native body {env!r}{did_you_mean(env, BODIES)} (there are {', '.join(BODIES)};"
-            " give an xml, or take a GymnasiumFamily for any other environment)"
+            f"no native body {env!r}{did_you_mean(env, BODIES)} (bodies: {', '.join(BODIES)};"
+            " give an xml, or use a GymnasiumFamily for any other environment)"
         )
     return BODIES[env]

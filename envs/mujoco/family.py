@@ -1,11 +1,11 @@
-"""The native backend: every simulation of every task in one `mujoco.batch.Batch`.
+"""Native backend: all simulations of all tasks in one `mujoco.batch.Batch`.
 
-A `MujocoFamily` gives a model, or the id of a stock Gymnasium body, and vectorised functions over
-all simulations; `MujocoVectorEnv` steps them in one call. States, observations and terminations
-equal those of the stock Gymnasium environment stepped alone, bit for bit, at any number of threads.
+A `MujocoFamily` has a model, or the id of a stock Gymnasium body, and vectorised functions over all
+simulations. `MujocoVectorEnv` steps them in one call. States, observations and terminations equal
+the stock Gymnasium environment bit for bit, at any number of threads.
 
-A simulation that diverges is reset by MuJoCo in the middle of a step and looks healthy afterwards;
-only its warning counters tell. They are compared after every step, and the episode is truncated
+MuJoCo resets a diverging simulation in the middle of a step, and its state looks normal afterwards.
+Only the warning counters show it. They are compared after every step; the episode is then truncated
 and marked in `info["diverged"]`.
 """
 
@@ -42,16 +42,16 @@ except ImportError:  # an older MuJoCo
     Batch = SerialBatch
 
 _DIVERGED = slice(mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADCTRL + 1)
-_COUNT = 1  # of (last info, number of warnings)
+_COUNT = 1  # index in (last info, number of warnings)
 _CONTACT_FORCES = "cfrc_ext"
 
 STOCK: Any = None
-"""Left out: what the stock body has."""
+"""Default: the value of the stock body."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MujocoFamily(TaskFamily):
-    """A family over one MuJoCo model, stepped natively.
+    """Family over one MuJoCo model, stepped natively.
 
     For example, stock Gymnasium hoppers of different masses:
 
@@ -66,19 +66,19 @@ class MujocoFamily(TaskFamily):
             horizon=200,
         )
 
-    Whatever is left out is that of the stock body. With a model file of your own, give `xml`,
-    `frame_skip`, `observe`, `reward` and `initial_state`. All functions but `initial_state` and
-    `edit` are called for all simulations at once. Use functions of a module: lambdas cannot be
+    Missing values come from the stock body. With your own model file, set `xml`, `frame_skip`,
+    `observe`, `reward` and `initial_state`. All functions except `initial_state` and `edit` are
+    called for all simulations at once. Use functions of a module, because lambdas cannot be
     pickled.
 
     Raises:
-        UserError: there is no such body or field, a part is missing, or a number is below 1.
+        UserError: a body or field does not exist, a part is missing, or a number is below 1.
     """
 
     env: str | None = None
-    """A Gymnasium id that gives whatever is left out below (one of `mujoco_bodies.BODIES`)."""
+    """Gymnasium id of the stock body for missing values (one of `bodies.BODIES`)."""
     xml: str = STOCK
-    """Model file: a path, or a name among Gymnasium's own MuJoCo models."""
+    """Model file: a path, or the name of one of Gymnasium's MuJoCo models."""
     frame_skip: int = STOCK
     """Physics steps per environment step."""
     observe: Callable[[Sim], Floats] = STOCK
@@ -86,31 +86,31 @@ class MujocoFamily(TaskFamily):
     reward: Callable[[Step], tuple[Floats, dict[str, Any]]] = STOCK
     """Rewards [simulations], and info arrays [simulations, ...] by name."""
     initial_state: Callable[[np.random.Generator, mujoco.MjModel], tuple[Floats, Floats]] = STOCK
-    """Draws the qpos [nq] and qvel [nv] that one episode starts from."""
+    """Draws the initial qpos [nq] and qvel [nv] of one episode."""
     track: Callable[[Sim], Floats] = STOCK
-    """What a reward needs to know of the state before the step, [simulations, ...]; by default,
-    with a reward of your own, the root's x [simulations]."""
+    """Values of the state before the step that the reward needs, [simulations, ...]. With your own
+    reward the default is the root's x [simulations]."""
     terminated: Callable[[Sim], Bools] | None = None
-    """Whether the task has ended in the present state, [simulations]; without env, None means
+    """Whether the task has ended in the current state, [simulations]. Without env, None means
     never."""
     fields: tuple[str, ...] = ()
-    """Derived fields of MjData that the functions above read, as `sim["xpos"]`. They lag a physics
-    step behind, as in Gymnasium, unless a `stage` is given. Contact forces (`cfrc_ext`) cost about
-    10 microseconds per environment step; they are zero at the start of an episode, as in Gymnasium,
-    unless a stage is given."""
+    """Derived fields of MjData that the functions above read, such as `sim["xpos"]`. As in
+    Gymnasium they are one physics step old, unless a `stage` is given. Contact forces (`cfrc_ext`)
+    take about 10 microseconds per environment step. As in Gymnasium they are zero at the start of
+    an episode, unless a stage is given."""
     model_fields: Callable[[mujoco.MjModel, Tasks], Mapping[str, NDArray]] | None = None
-    """Fields of MjModel, [n, ...] each, that tasks [n, task_dim] change; constants that MuJoCo
+    """Fields of MjModel, [n, ...] each, that tasks [n, task_dim] change. Constants that MuJoCo
     derives from them (mj_setConst) are recomputed."""
     edit: Callable[[mujoco.MjSpec], None] | None = None
-    """Changes the model before it is compiled, to add sensors for instance."""
+    """Changes the model before it is compiled, for example to add sensors."""
     stage: int = int(mujoco.mjtStage.mjSTAGE_NONE)
-    """Stages to compute at the new state (mjtStage); mjSTAGE_NONE leaves derived fields one physics
-    step behind."""
+    """Last stage to compute at the new state (mjtStage). With mjSTAGE_NONE derived fields are one
+    physics step old."""
     action_scale: float = 1.0
-    """The policy's action for a full-strength control: actions in [-s, s] map to the bounds. The
+    """Size s of a full-strength action: actions in [-s, s] map to the bounds of the controls. The
     control of an actuator without `ctrlrange` is the action divided by s, without bounds."""
     camera: str | None = "track"
-    """Camera of the model to render with; a free camera, if the model has none of that name."""
+    """Camera of the model for rendering; a free camera if the model does not have this one."""
 
     parallel: ClassVar[bool] = Batch is not SerialBatch
 
@@ -130,7 +130,7 @@ class MujocoFamily(TaskFamily):
         parts = ("xml", "frame_skip", "observe", "reward", "initial_state")
         if missing := [part for part in parts if getattr(self, part) is None]:
             raise UserError(
-                f"{self.name}: give {', '.join(missing)}, or env for those of a stock body"
+                f"{self.name}: missing {', '.join(missing)}; give them, or env for a stock body"
             )
         check_whole(f"{self.name}: frame_skip", self.frame_skip, 1)
         if not 0.0 < self.action_scale < math.inf:
@@ -154,12 +154,12 @@ class MujocoFamily(TaskFamily):
 
     @functools.cached_property
     def model(self) -> mujoco.MjModel:
-        """The compiled model."""
+        """Compiled model."""
         return load_model(self.xml, self.edit)
 
 
 class MujocoVectorEnv(TaskVectorEnv):
-    """All simulations of a `MujocoFamily`, on `threads` threads of one batch."""
+    """Vector environment of a `MujocoFamily`, with `threads` threads of one batch."""
 
     family: MujocoFamily
 
@@ -179,7 +179,7 @@ class MujocoVectorEnv(TaskVectorEnv):
         self.model = model
         self.dt = model.opt.timestep * family.frame_skip
         forces = _CONTACT_FORCES in family.fields
-        # MuJoCo computes contact forces on request, from a simulation's whole data: keep them.
+        # Contact forces need a simulation's complete data, so the batch must be persistent.
         self.batch = Batch(model, max(num_tasks * episodes, 1), threads, persistent=forces)
         self._forces = np.zeros((self.batch.nsim, model.nbody, 6)) if forces else None
         derived: dict[str, NDArray] = {
@@ -188,7 +188,7 @@ class MujocoVectorEnv(TaskVectorEnv):
         if self._forces is not None:
             derived[_CONTACT_FORCES] = self._forces
         self.sim = Sim(self.batch.bind("qpos"), self.batch.bind("qvel"), derived)
-        # What the family's functions see: a slip there must not change the simulations.
+        # Read-only for the family's functions, which must not change the simulations.
         self._shown_sim = Sim(
             read_only(self.sim.qpos),
             read_only(self.sim.qvel),
@@ -220,14 +220,14 @@ class MujocoVectorEnv(TaskVectorEnv):
         self._before = self._track()
 
     def _track(self) -> Floats:
-        """Return what a reward needs to know of the present state, apart from it."""
+        """Return a copy of the values of the current state that a reward needs."""
         return detached(self.family.track(self._shown_sim))
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
         if self.family.model_fields is not None:
             self._put_model_fields(ids, self.family.model_fields(self.model, self._tasks[ids]))
-        # Stage 0 clears what a finished episode left behind (a warm start would change the
-        # trajectory) without computing anything yet.
+        # Stage 0 clears the data of the last episode without computing anything. A warm start
+        # would change the trajectory.
         self.batch.reset(ids, stage=0)
         for i, seed in zip(ids, seeds, strict=True):
             if seed is not None or self._rngs[i] is None:
@@ -273,7 +273,7 @@ class MujocoVectorEnv(TaskVectorEnv):
                 self.batch.expand(name)[ids] = values
             except ValueError as error:
                 raise UserError(
-                    f"{self.family.name}: model_fields gave {name!r}: {error}"
+                    f"{self.family.name}: model_fields returned {name!r}: {error}"
                 ) from error
         self.batch.set_const(ids)
 
@@ -288,7 +288,7 @@ class MujocoVectorEnv(TaskVectorEnv):
         return self.family.observe(self._shown_sim)
 
     def render(self) -> Any:
-        """Return one frame of each sub-environment, or show the first (render_mode 'human')."""
+        """Return a frame of each sub-environment, or show the first one (render_mode 'human')."""
         if self.render_mode is None:
             raise UserError("give render_mode='rgb_array' when making the environment")
         if self._renderer is None:

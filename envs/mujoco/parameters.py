@@ -1,4 +1,4 @@
-"""Tasks that vary a body: masses, inertias, dampings and frictions."""
+"""Tasks that vary a body's masses, inertias, dampings and frictions."""
 
 # mujoco is compiled and brings no type stubs.
 # pyright: reportAttributeAccessIssue=false
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from metarl.envs.tasks import Tasks, Uniform
 
-# Field, what its components are called, and the base of the multiplier.
+# Field, name of its components, and base of the multiplier.
 _SCALED = (
     ("body_mass", "mass", 1.5),
     ("body_inertia", "inertia", 1.5),
@@ -21,7 +21,7 @@ _SCALED = (
 
 
 def parameter_tasks(model: mujoco.MjModel, limit: float) -> Uniform:
-    """Return exponents in [-limit, limit], one for each parameter of the model that is not zero.
+    """Return exponents in [-limit, limit], one for each nonzero parameter of the model.
 
     The parameters are the masses and inertias of bodies, dampings of joints and frictions of
     geoms (rand_param_envs of Rothfuss et al. 2019 and Rakelly et al. 2019).
@@ -42,14 +42,14 @@ def parameter_tasks(model: mujoco.MjModel, limit: float) -> Uniform:
 def scaled_parameters(model: mujoco.MjModel, tasks: Tasks) -> dict[str, NDArray]:
     """Return the model's fields under tasks of `parameter_tasks`, [tasks, ...] each.
 
-    A parameter is multiplied by 1.5^u, a damping by 1.3^u, u its component.
+    A damping is multiplied by 1.3^u and any other parameter by 1.5^u; u is its component.
     """
     fields, start = {}, 0
     for field, _, base in _SCALED:
         stock = getattr(model, field)
         varied = np.flatnonzero(stock)
         values = np.repeat(stock.reshape(1, -1), len(tasks), axis=0)
-        # Contiguous, so that a power has the same last bit however many tasks there are.
+        # Contiguous, so that the last bit of a power does not depend on the number of tasks.
         exponent = np.ascontiguousarray(tasks[:, start : start + len(varied)])
         values[:, varied] *= np.power(base, exponent)
         fields[field] = values.reshape(len(tasks), *stock.shape)

@@ -1,4 +1,4 @@
-"""Parts that task rewards are put together from: velocities, costs, directions and goals."""
+"""Components of task rewards: velocities, costs, directions and goals."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ UNITS = {
 
 
 def root_x(sim: Sim) -> Floats:
-    """Forward position of the root, m."""
+    """Return the forward position of the root, m."""
     return sim.qpos[:, 0].copy()
 
 
 def forward_velocity(step: Step) -> Floats:
-    """Forward velocity of the root over the step, m/s; `track` gives its x."""
+    """Return the forward velocity of the root over the step, m/s; `track` must be `root_x`."""
     return (step.sim.qpos[:, 0] - step.before) / step.dt
 
 
 def centre_of_mass(sim: Sim) -> Floats:
-    """Centre of mass, [simulations, 3]; needs `add_centre_of_mass` and a stage."""
+    """Return the centre of mass, [simulations, 3]; needs `add_centre_of_mass` and a stage."""
     return sim["sensordata"][:, :3]
 
 
 def centre_of_mass_velocity(step: Step) -> Floats:
-    """Forward velocity of the centre of mass at the new state, m/s; needs the same."""
-    return step.sim["sensordata"][:, 3].copy()  # the simulations' own memory
+    """Return the forward velocity of the centre of mass in the new state, m/s; needs the same."""
+    return step.sim["sensordata"][:, 3].copy()  # a view of the simulations' memory
 
 
 def costs_and_bonus(
     step: Step, *, control: float, contact: float = 0.0, bonus: float | NDArray = 0.0
 ) -> Reward:
-    """bonus - control |a|^2 - contact |clip(cfrc_ext, -1, 1)|^2, a the action applied."""
+    """Return bonus - control |a|^2 - contact |clip(cfrc_ext, -1, 1)|^2; a is the applied action."""
     cost = control * np.square(step.action, dtype=np.float64).sum(axis=1)
     info = {"reward_ctrl": -cost}
     if contact:
@@ -53,7 +53,7 @@ def costs_and_bonus(
 def direction_reward(
     step: Step, velocity: Callable[[Step], Floats] = forward_velocity, **weights: float
 ) -> Reward:
-    """d v, less costs, with a bonus; d the task's direction (Finn et al. 2017)."""
+    """Return d v - costs + bonus; d is the task's direction (Finn et al. 2017)."""
     speed = velocity(step)
     rest, info = costs_and_bonus(step, **weights)
     return step.task[:, 0] * speed + rest, {"x_velocity": speed, **info}
@@ -62,7 +62,7 @@ def direction_reward(
 def velocity_reward(
     step: Step, velocity: Callable[[Step], Floats] = forward_velocity, **weights: float
 ) -> Reward:
-    """-|v - g|, less costs, with a bonus; g the task's goal velocity (Finn et al. 2017)."""
+    """Return -|v - g| - costs + bonus; g is the task's goal velocity (Finn et al. 2017)."""
     speed = velocity(step)
     rest, info = costs_and_bonus(step, **weights)
     return -np.abs(speed - step.task[:, 0]) + rest, {"x_velocity": speed, **info}
@@ -71,7 +71,7 @@ def velocity_reward(
 def direction_tasks(balanced: bool) -> Finite:
     """Return the tasks forwards (1) and backwards (-1), drawn independently or equally often.
 
-    Drawn independently, a batch has more of one than of the other, which pushes all policies that
-    way. That is noise, but may carry a run over the plateau where no policy adapts yet.
+    A batch of independent draws usually has more tasks of one direction, which pushes all policies
+    that way. This is noise, but it can help a run over the plateau where no policy adapts yet.
     """
     return Finite(("direction",), [[-1.0], [1.0]], balanced=balanced)

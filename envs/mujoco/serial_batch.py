@@ -1,7 +1,7 @@
-"""The part of `mujoco.batch.Batch` that the native families use, one simulation after the other.
+"""Serial version of `mujoco.batch.Batch`, restricted to the methods that native families use.
 
-For MuJoCo versions without `mujoco.batch` (Meta-World pins 3.3.0). The results equal those of
-`Batch` bit for bit; only its threads are missing.
+It is for MuJoCo versions without `mujoco.batch` (Meta-World pins 3.3.0). Its results equal the
+results of `Batch` bit for bit; it only has no threads.
 """
 
 # mujoco is compiled and brings no type stubs.
@@ -22,7 +22,7 @@ from metarl.envs.errors import did_you_mean
 Ids = Sequence[int] | NDArray | None
 
 _SPEC = int(mujoco.mjtState.mjSTATE_INTEGRATION)
-# Fields of MjData that are parts of the integration state, and their bits.
+# Fields of MjData that belong to the integration state, and their bits.
 _STATE = {
     name: int(getattr(mujoco.mjtState, f"mjSTATE_{bit}"))
     for name, bit in {
@@ -38,11 +38,11 @@ _NONE, _POS, _VEL, _ACC = (
 
 
 class SerialBatch:
-    """`nsim` simulations of a model, each an MjData; `nthread` is taken and not used.
+    """Batch of `nsim` simulations of a model, each an MjData; `nthread` has no effect.
 
-    `bind` returns live arrays [nsim, ...]: what is written to a part of the state (qpos, ctrl, …)
-    holds from the next call on, other fields are refreshed by every call. `warning` is
-    [nsim, kinds of mjtWarning, (last info, number)].
+    `bind` returns live arrays [nsim, ...]. Values written to the state (qpos, ctrl, …) take effect
+    at the next call. Every call refreshes the other fields. `warning` is [nsim, kinds of
+    mjtWarning, (last info, number)].
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class SerialBatch:
         return self._bound[name]
 
     def expand(self, name: str) -> NDArray:
-        """Give each simulation a field of MjModel, or of its options as `opt.NAME`, of its own."""
+        """Copy a field of MjModel, or of its options (`opt.NAME`), for each simulation."""
         if name not in self._expanded:
             holder, field = _holder(self.model, name)
             if not isinstance(getattr(holder, field, None), (np.ndarray, float, int)):
@@ -87,11 +87,11 @@ class SerialBatch:
         return self._expanded[name]
 
     def expanded(self, name: str) -> NDArray | None:
-        """Return the values of a field that `expand` gave each simulation, else None."""
+        """Return the values of a field that `expand` copied, or None."""
         return self._expanded.get(name)
 
     def set_const(self, ids: Ids = None) -> None:
-        """Compute anew what follows from expanded fields, as `mj_setConst` does."""
+        """Recompute constants that depend on expanded fields, as `mj_setConst` does."""
         scratch = mujoco.MjData(self.model)
         for i in self._each(ids):
             model = self._load(i)
@@ -109,7 +109,7 @@ class SerialBatch:
             self._save(i)
 
     def forward(self, ids: Ids = None, stage: int = _ACC) -> None:
-        """Compute the stages up to `stage` at the present state."""
+        """Compute the stages up to `stage` at the current state."""
         for i in self._each(ids):
             _compute(self._load(i), self._data[i], stage)
             self._save(i)
@@ -123,7 +123,7 @@ class SerialBatch:
             self._save(i)
 
     def get_model(self, sim: int, model: mujoco.MjModel | None = None) -> mujoco.MjModel:
-        """Write a simulation's model into `model`, by default a copy, and return it."""
+        """Write a simulation's model into `model`, or into a copy by default, and return it."""
         own = self._load(sim)
         if model is None:
             return copy.copy(own)
@@ -135,9 +135,9 @@ class SerialBatch:
         return model
 
     def get_data(self, sim: int, data: mujoco.MjData | None = None) -> mujoco.MjData:
-        """Write a simulation's state into `data`, by default a copy of it all, and return it.
+        """Write a simulation's state into `data`, or copy all data by default, and return it.
 
-        A persistent batch returns the simulation's own data, whole; do not write into it.
+        A persistent batch returns the complete data of the simulation; do not write into it.
         """
         if data is None:
             self._load(sim)
@@ -149,7 +149,7 @@ class SerialBatch:
         return range(self.nsim) if ids is None else map(int, ids)
 
     def _load(self, i: int) -> mujoco.MjModel:
-        """Take over what was written since the last call, and return the simulation's model."""
+        """Apply values written since the last call, and return the simulation's model."""
         model = self._models[i]
         for name, values in self._expanded.items():
             holder, field = _holder(model, name)
@@ -167,14 +167,14 @@ class SerialBatch:
 
 
 def _arrays(held: mujoco.MjModel | mujoco.MjData) -> Iterator[tuple[str, NDArray]]:
-    """Give the array fields of a model or data and their names."""
+    """Yield the array fields of a model or data with their names."""
     for name in dir(held):
         if name[0] != "_" and isinstance(field := getattr(held, name), np.ndarray):
             yield name, field
 
 
 def _holder(model: mujoco.MjModel, name: str) -> tuple[Any, str]:
-    """Return the object that has a model field, and the field's name there."""
+    """Return the object that has a model field, and the field's name in it."""
     return (model.opt, name[4:]) if name.startswith("opt.") else (model, name)
 
 
@@ -190,7 +190,7 @@ def _compute(model: mujoco.MjModel, data: mujoco.MjData, stage: int) -> None:
         mujoco.mj_sensorVel(model, data)
 
 
-# The fields of MjData that `bind` takes; those of constraints change their size from step to step.
+# Fields of MjData that `bind` accepts; fields of constraints change their size at every step.
 DATA_FIELDS = frozenset(_STATE) | {
     name
     for name, _ in _arrays(mujoco.MjData(mujoco.MjModel.from_xml_string("<mujoco/>")))

@@ -1,4 +1,4 @@
-"""What functions over all simulations see, as a `Sim` or, for a reward, a `Step`; and models."""
+"""Arguments of functions over all simulations (`Sim`, `Step`), and loading of models."""
 
 # mujoco is compiled and brings no type stubs.
 # pyright: reportAttributeAccessIssue=false
@@ -22,7 +22,7 @@ from metarl.envs.vector import Floats
 
 @dataclass(frozen=True)
 class Sim:
-    """The state of all simulations; arrays are live and read-only, [simulations, ...]."""
+    """State of all simulations; arrays are live and read-only, [simulations, ...]."""
 
     qpos: Floats
     qvel: Floats
@@ -32,25 +32,25 @@ class Sim:
         """Return a derived field of MjData, such as sim["xpos"].
 
         Raises:
-            UserError: the family does not ask for the field.
+            UserError: the field is not among the family's fields.
         """
         if name not in self.derived:
-            raise UserError(f"sim[{name!r}] is not there: add {name!r} to the family's fields")
+            raise UserError(f"sim[{name!r}] is missing; add {name!r} to the family's fields")
         return self.derived[name]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of all simulations, as a reward sees it; arrays are [simulations, ...]."""
+    """One step of all simulations, the argument of a reward; arrays are [simulations, ...]."""
 
     sim: Sim
     before: Floats
-    """What the family's `track` gave before the step."""
+    """Result of the family's `track` before the step."""
     action: NDArray[np.float32]
-    """The action applied: scaled and clipped to the actuators' bounds."""
+    """Applied action: scaled and clipped to the actuators' bounds."""
     task: Floats
     dt: float
-    """Seconds of simulated time that a step takes."""
+    """Simulated time of a step, in seconds."""
 
 
 Reward = tuple[Floats, dict[str, Any]]  # [simulations], and info arrays
@@ -64,9 +64,9 @@ def read_only(array: NDArray) -> NDArray:
 
 
 def control_bounds(model: mujoco.MjModel) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the least and the greatest control of each actuator, [nu] both.
+    """Return the smallest and the largest control of each actuator, [nu] both.
 
-    MuJoCo has a range of zeros for an actuator without `ctrlrange`, and does not apply it.
+    For an actuator without `ctrlrange`, MuJoCo stores zeros, which it does not apply.
     """
     low, high = model.actuator_ctrlrange.astype(np.float32).T
     limited = model.actuator_ctrllimited.astype(bool)
@@ -74,24 +74,23 @@ def control_bounds(model: mujoco.MjModel) -> tuple[NDArray[np.float32], NDArray[
 
 
 def _ignore(message: str) -> None:
-    """Take a warning and do nothing."""
+    """Ignore a warning."""
 
 
 def load_model(xml: str, edit: Callable[[mujoco.MjSpec], None] | None = None) -> mujoco.MjModel:
-    """Return the compiled model of a file: a path, or a name among Gymnasium's own models.
+    """Return the compiled model of a file: a path, or the name of one of Gymnasium's models.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file does not exist.
     """
     path = xml
     if not os.path.exists(path):
         assets = os.path.join(os.path.dirname(gym.__file__), "envs", "mujoco", "assets")
         path = os.path.join(assets, xml)
     if not os.path.exists(path):
-        raise UserError(f"no model file {xml!r}, nor one of Gymnasium's of that name")
-    # MuJoCo prints its warnings and appends them to a log file in the current folder. Those
-    # of a divergence reach the caller in `info`; those of the stock models' deprecated
-    # elements are nobody's concern here.
+        raise UserError(f"no model file {xml!r}, and Gymnasium has no model of that name")
+    # MuJoCo prints its warnings and appends them to a log file in the current folder. `info`
+    # reports divergences, and warnings about deprecated elements of stock models are irrelevant.
     mujoco.set_mju_user_warning(_ignore)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,8 +1,8 @@
 """Handwritten-like characters made from a seed, for few-shot classification without a download.
 
-A character is a program of strokes, as of Lake et al. 2015 (doi:10.1126/science.aab3050), much
-simplified: quadratic curves through points of a coarse grid. A drawing of it moves the points a
-little, then the whole by a random affine map.
+A character is a program of strokes, as in Lake et al. 2015 (doi:10.1126/science.aab3050), but much
+simpler: quadratic curves with points of a coarse grid. A drawing moves the points a little and then
+applies a random affine map.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from metarl.envs.registry import register_data
 from metarl.envs.supervised.few_shot import TRAINING, FewShotFamily
 
 _POINTS = 24  # along a stroke
-_JITTER = 0.035  # of a stroke's points, the character's size being 1
+_JITTER = 0.035  # of a stroke's points, relative to the character's size
 
 
 @functools.lru_cache(maxsize=4)
@@ -26,7 +26,7 @@ def draw_characters(
 ) -> NDArray[np.uint8]:
     """Return drawings of characters, white on black, [classes, drawings, size, size].
 
-    The same numbers give the same drawings; a character does not depend on how many there are.
+    Equal arguments give equal drawings. A character does not depend on the number of classes.
     """
     if min(classes, drawings) < 1 or size < 8:
         raise UserError(
@@ -43,7 +43,7 @@ def draw_characters(
 def _drawings(rng: np.random.Generator, drawings: int, size: int) -> NDArray[np.uint8]:
     """Return drawings of one character, [drawings, size, size]."""
     strokes = int(rng.integers(2, 5))
-    # Each stroke is a curve from one place of a 4 x 4 grid, bent towards a second, to a third.
+    # Each stroke is a curve between two points of a 4 x 4 grid, bent towards a third point.
     grid = rng.integers(0, 4, size=(strokes, 3, 2)) / 3.0 - 0.5
     points = grid + rng.normal(0.0, _JITTER, (drawings, strokes, 3, 2))
     t = np.linspace(0.0, 1.0, _POINTS)[:, None]
@@ -76,9 +76,9 @@ def characters(
     size: int = 28,
     alphabet: int = 0,
 ) -> FewShotFamily:
-    """Handwritten-like characters made from a seed, `alphabet`; ways=5, or ways=(3,8) for several.
+    """Handwritten-like characters made from the seed `alphabet`; ways=5, or ways=(3,8) for a range.
 
-    Of 400 classes 256 are for training, 64 for validation and 80 for test tasks.
+    With 400 classes, 256 are for training, 64 for validation and 80 for test tasks.
     """
     images = draw_characters(classes, drawings, size, alphabet)
     return FewShotFamily(

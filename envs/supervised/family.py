@@ -1,4 +1,4 @@
-"""Families of supervised tasks: a task vector says what to learn, and examples are drawn of it."""
+"""Families of supervised tasks: a task vector defines a task, and examples are drawn from it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from metarl.envs.tasks import Tasks
 Floats = NDArray[np.float64]
 
 # Finn et al. 2017, section 5.1 and appendix A.1, and the authors' code, on sinusoids: 70,000
-# iterations of 25 tasks, Adam at 0.001. Where a part adapts, or a context, the sizes are those of
-# Zintgraf et al. 2019 (section 5.1: 1.0), and of a search on validation tasks.
+# iterations of 25 tasks, Adam at 0.001. The step sizes of ANIL and CAVIA are from Zintgraf et al.
+# 2019 (section 5.1: 1.0) and from a search on validation tasks.
 TRAINING: Mapping[str, Any] = {
     "iterations": 20000,
     "tasks": 25,
@@ -37,20 +37,20 @@ TRAINING: Mapping[str, Any] = {
     "anil": {"inner.step_sizes": (0.01,)},
     "cavia": {"inner.step_sizes": (1.0,), "inner.context": 4},
 }
-"""Values of the config that a run on functions starts from."""
+"""Default config values of runs on functions."""
 
 
 class Data(NamedTuple):
-    """N examples of each of T tasks."""
+    """Batch of N examples of each of T tasks."""
 
     inputs: NDArray[np.float32]
     """[T, N, *input_shape]"""
     targets: NDArray
-    """[T, N, size] float32 to regress on, or [T, N] int64 class numbers."""
+    """[T, N, size] float32 for regression, or [T, N] int64 class numbers."""
     valid: NDArray[np.bool_]
-    """[T, N]; False where a task has fewer examples than others."""
+    """[T, N]; False for padding of tasks with fewer examples."""
     classes: NDArray[np.bool_] | None = None
-    """[T, C]; which classes a task has; None: all of them."""
+    """[T, C]; the classes of each task. None: all classes."""
 
 
 Kind = Literal["regression", "classification"]
@@ -58,14 +58,14 @@ Kind = Literal["regression", "classification"]
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedFamily(Family, ABC):
-    """Supervised tasks that differ by a task vector."""
+    """Base class of supervised tasks that differ by a task vector."""
 
     domain: ClassVar[str] = "supervised"
 
     queries: int = 10
-    """Examples a task, or a class of it, that the adapted model is trained by."""
+    """Query examples per task, or per class, in training."""
     test_queries: int = 100
-    """The same in evaluation."""
+    """Query examples per task, or per class, in evaluation."""
 
     kind: ClassVar[Kind] = "regression"
 
@@ -91,12 +91,12 @@ class SupervisedFamily(Family, ABC):
     @property
     @abstractmethod
     def outputs(self) -> int:
-        """Numbers to regress on, or classes of a task at most."""
+        """Size of a regression target, or largest number of classes of a task."""
 
     @property
     @abstractmethod
     def support_size(self) -> int:
-        """Examples of a task's support at most."""
+        """Largest number of examples in a task's support."""
 
     @abstractmethod
     def draw(
@@ -105,7 +105,10 @@ class SupervisedFamily(Family, ABC):
         """Draw `supports` supports of tasks [T, task_dim], then a query disjoint from them.
 
         Args:
-            queries: examples of the query, a task's or a class's; 0: there is no query.
+            tasks: task vectors.
+            rng: random generator.
+            supports: number of supports.
+            queries: examples of the query, per task or per class; 0: without a query.
         """
 
 
@@ -114,7 +117,7 @@ class FunctionFamily(SupervisedFamily):
     """Regression on y = function(x, task), for numbers x drawn uniformly from an interval.
 
     Raises:
-        UserError: shots, queries or test_queries is no whole number of at least 1.
+        UserError: shots, queries or test_queries is not a whole number of at least 1.
     """
 
     function: Callable[[Floats, Tasks], Floats]
@@ -153,7 +156,7 @@ class FunctionFamily(SupervisedFamily):
 
     def at(self, x: Floats, tasks: Tasks) -> Data:
         """Return the examples at x, [T, N]."""
-        y = self.function(x.copy(), tasks.copy())  # which are the function's to write to
+        y = self.function(x.copy(), tasks.copy())  # the function may write to its arguments
         inputs, targets = (values[..., None].astype(np.float32) for values in (x, y))
         return Data(inputs, targets, np.ones(x.shape, bool))
 

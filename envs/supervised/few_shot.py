@@ -1,6 +1,6 @@
-"""Few-shot classification: N classes of a data set make a task, K examples of each its support.
+"""Few-shot classification: a task has N classes of a data set, its support K examples of each.
 
-Classes of training, validation and test tasks are apart.
+Training, validation and test tasks have disjoint classes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from metarl.envs.tasks import TaskDistribution, Tasks
 Part = Literal["train", "validation", "test"]
 
 SHARES = {"validation": 0.16, "test": 0.2}
-"""Of the classes, where they are not named: 64, 16 and 20 of 100, as of miniImageNet."""
+"""Default shares of the classes: 64, 16 and 20 of 100, as in miniImageNet."""
 
 _GRIDS = {"train": 1, "validation": 2, "test": 3}
 
-# Finn et al. 2017, appendix A.1: steps of 0.4 on 5-way Omniglot. Where a part adapts or a context,
-# sizes and learning rates were chosen on validation classes.
+# Finn et al. 2017, appendix A.1: steps of 0.4 on 5-way Omniglot. Step sizes and learning rates of
+# algorithms that adapt a part or a context were chosen on validation classes.
 TRAINING: Mapping[str, Any] = {
     "iterations": 1000,
     "tasks": 8,
@@ -35,18 +35,18 @@ TRAINING: Mapping[str, Any] = {
     "outer.learning_rate": 3e-3,
     "maml-trpo": {"outer.learning_rate": 3e-3},
     "reptile": {"inner.steps": 5, "inner.step_sizes": (0.1,)},
-    # A pull of 2, as in the paper, lets a task go no further than one step of MAML's.
+    # With 2, as in the paper, a task moves no further than in one step of MAML.
     "imaml": {"inner.updates": 16, "inner.proximal": 0.1, "inner.step_sizes": (0.4,)},
     "anil": {"inner.step_sizes": (0.4,)},
     "cavia": {"inner.step_sizes": (1.0,), "inner.context": 100, "policy.hidden": (64,)},
     "protomaml": {"inner.step_sizes": (0.05,), "outer.learning_rate": 1e-3},
     "leopard": {"inner.step_sizes": (0.1,), "policy.hidden": (64,), "outer.learning_rate": 1e-3},
 }
-"""Values of the config that a run on images starts from."""
+"""Default config values of runs on images."""
 
 
 def _kept(images: ArrayLike) -> NDArray:
-    """Return images that nobody writes to: a copy, unless they are read-only."""
+    """Return read-only images: a copy, unless they are already read-only."""
     array = np.asarray(images)
     if array.flags.writeable:
         array = array.copy()
@@ -55,7 +55,7 @@ def _kept(images: ArrayLike) -> NDArray:
 
 
 class Episodes(TaskDistribution):
-    """Tasks of some classes, drawn without replacement: class numbers, -1 where there are fewer."""
+    """Distribution of tasks: classes drawn without replacement, padded with -1."""
 
     def __init__(self, parts: Mapping[Part, NDArray[np.int64]], ways: tuple[int, int]) -> None:
         self.parts = {part: _kept(classes) for part, classes in parts.items()}
@@ -66,7 +66,7 @@ class Episodes(TaskDistribution):
         check_one_of("split", split, get_args(Part))
         classes = self.parts[split]  # type: ignore[index]
         if len(classes) < self.ways[1]:
-            raise UserError(f"{self.ways[1]} ways need as many {split} classes: {len(classes)}")
+            raise UserError(f"{self.ways[1]} ways, but only {len(classes)} {split} classes")
         order = rng.random((n, len(classes))).argsort(axis=1)
         tasks = classes[order[:, : self.ways[1]]].astype(np.float64)
         low, high = self.ways
@@ -76,7 +76,7 @@ class Episodes(TaskDistribution):
         return tasks
 
     def grid(self, n: int, split: str = "test") -> Tasks:
-        """Return n tasks drawn from a stream of the split's own."""
+        """Return n tasks from a fixed random stream of the split."""
         check_one_of("split", split, get_args(Part))
         return self.sample(np.random.default_rng([0, _GRIDS[split]]), n, split)
 
@@ -101,7 +101,7 @@ class Episodes(TaskDistribution):
         """Return the task vector of named components; see `TaskDistribution.vector`.
 
         Raises:
-            UserError: also if a value is no class number, or given twice, or they are too few.
+            UserError: also if a value is not a class number or is repeated, or classes are missing.
         """
         task = super().vector(components)
         known = np.unique(np.concatenate([*self.parts.values()]))
@@ -121,28 +121,28 @@ class Episodes(TaskDistribution):
 
 @dataclass(frozen=True, eq=False)
 class FewShotFamily(SupervisedFamily):
-    """N-way K-shot classification of any labelled images or vectors.
+    """Family of N-way K-shot classification of any labelled images or vectors.
 
-    Arrays are copied, so that later changes of them change no task. Images that are read-only, as
-    of `np.load(path, mmap_mode="r")`, are taken as they are.
+    Arrays are copied, so later changes do not affect tasks. Read-only images, such as
+    `np.load(path, mmap_mode="r")`, are not copied.
 
     Args:
         images: [n, height, width], [n, height, width, channels], [n, channels, height, width] or
-            vectors [n, size]; bytes are scaled to [0, 1], floats are taken as they are.
+            vectors [n, size]; bytes are scaled to [0, 1], floats are not changed.
         labels: [n], numbers or names.
-        ways: classes of a task, or the fewest and the most of them.
+        ways: number of classes of a task, or its smallest and largest value.
         shots: examples of each class in the support.
         queries: examples of each class in the query, disjoint from the support, in training.
         test_queries: the same in evaluation.
-        train, validation, test: labels of the classes of each kind of tasks. Without `train`, the
-            last 20 % of the sorted labels are for test tasks and the 16 % before them for
-            validation, unless named, and all that are left are for training. With `train`, `test`
-            must be given too, and there are validation tasks only if `validation` is given.
+        train, validation, test: labels of the classes of each part. Without `train`, the last 20 %
+            of the sorted labels are for test tasks and the 16 % before them for validation, unless
+            these are given. The rest is for training. With `train`, `test` is required, and
+            validation tasks exist only if `validation` is given.
 
     Raises:
-        UserError: images and labels have other shapes; a pixel is not finite; ways is below 2, or
-            shots, queries or test_queries below 1; a named class has no image, is in two parts, or
-            has too few examples; training or test tasks have fewer classes than ways.
+        UserError: Images and labels have wrong shapes, or a pixel is not finite. Ways is below 2,
+            or shots, queries or test_queries is below 1. A named class has no image, is in two
+            parts, or has too few examples. Training or test tasks have fewer classes than ways.
     """
 
     images: ArrayLike
@@ -159,7 +159,7 @@ class FewShotFamily(SupervisedFamily):
     tasks: Episodes = field(init=False)
     pixels: NDArray = field(init=False, repr=False)
     members: NDArray[np.int64] = field(init=False, repr=False)
-    """[classes, most]; numbers of a class's images, -1 beyond its last."""
+    """[classes, most]; numbers of a class's images, padded with -1."""
 
     kind: ClassVar[Kind] = "classification"
     training: ClassVar[Mapping[str, Any]] = TRAINING
@@ -187,16 +187,15 @@ class FewShotFamily(SupervisedFamily):
         for part, chosen in parts.items():
             if len(chosen) < ways[1] and part != "validation":
                 raise UserError(
-                    f"{self.name}: {ways[1]} ways need as many {part} classes, there are"
-                    f" {len(chosen)} of {len(classes)}: lower ways, or name more classes"
+                    f"{self.name}: {ways[1]} ways need at least that number of {part} classes, got"
+                    f" {len(chosen)} of {len(classes)}; lower ways, or name more classes"
                 )
             for c in chosen:
                 if counts[c] < needed:
                     raise UserError(
-                        f"{self.name}: class {classes[c]} has {counts[c]} examples, and"
-                        f" {self.shots} shots with {needed - self.shots} queries need {needed}:"
-                        " lower shots,"
-                        " queries or test_queries"
+                        f"{self.name}: class {classes[c]} has {counts[c]} examples, but"
+                        f" {self.shots} shots with {needed - self.shots} queries need {needed};"
+                        " lower shots, queries or test_queries"
                     )
         members = np.full((len(classes), int(counts.max())), -1)
         order = np.argsort(which, kind="stable")
@@ -236,8 +235,8 @@ class FewShotFamily(SupervisedFamily):
         for one, other in (("train", "test"), ("train", "validation"), ("validation", "test")):
             if len(both := np.intersect1d(found[one], found[other])):
                 raise UserError(
-                    f"{self.name}: class {classes[both[0]]} is in both {one} and {other}: tasks to"
-                    " test on must be of other classes"
+                    f"{self.name}: class {classes[both[0]]} is in both {one} and {other}; parts"
+                    " must have disjoint classes"
                 )
         return {"train": found["train"], "validation": found["validation"], "test": found["test"]}
 
@@ -269,7 +268,7 @@ class FewShotFamily(SupervisedFamily):
         sets = [first[..., : self.shots]]
         query = first[..., self.shots : self.shots + queries]
         for _ in range(supports - 1):
-            # Further supports are drawn anew, of what is no query.
+            # Further supports are drawn again, from examples outside the query.
             keys = np.where(own < 0, 2.0, rng.random(own.shape))
             if queries:
                 keys[(own[..., None] == query[:, :, None, :]).any(axis=3)] = 3.0

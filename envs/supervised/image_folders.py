@@ -1,4 +1,4 @@
-"""Data sets of few-shot classification that a user has as folders: Omniglot, miniImageNet."""
+"""Data sets of few-shot classification in a user's folders: Omniglot, miniImageNet."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def omniglot(
 ) -> FewShotFamily:
     """Omniglot (Lake et al. 2015) from a folder with images_background and images_evaluation.
 
-    Below each are ALPHABET/CHARACTER/*.png. The background's characters are for training, but every
-    eighth, which is for validation; the evaluation's are for test tasks. With `rotations` each
-    character turned by 90, 180 and 270 degrees is a class of its own (Santoro et al. 2016). Strokes
-    are 1, paper is 0.
+    Each of them contains ALPHABET/CHARACTER/*.png. Characters of images_background are for
+    training, except every eighth, which is for validation. Characters of images_evaluation are for
+    test tasks. With `rotations`, a character turned by 90, 180 or 270 degrees is another class
+    (Santoro et al. 2016). Strokes are 1, paper is 0.
     """
     root = _folder("omniglot", folder)
     images: list[NDArray] = []
@@ -66,8 +66,8 @@ def mini_imagenet(
 ) -> FewShotFamily:
     """miniImageNet (Vinyals et al. 2016; split of Ravi & Larochelle 2017) from a folder.
 
-    It holds train, val and test with a folder of images for each class; or images, and train.csv,
-    val.csv and test.csv with the columns filename and label.
+    The folder contains either train, val and test, each with a folder of images for each class, or
+    images, and train.csv, val.csv and test.csv with the columns filename and label.
     """
     root = _folder("mini-imagenet", folder)
     images: list[NDArray] = []
@@ -96,8 +96,8 @@ def _classes(root: Path, place: str) -> dict[str, list[Path]]:
     folders = sorted(path for path in (root / place).glob("*") if path.is_dir())
     if not folders:
         raise UserError(
-            f"mini-imagenet: {root} has neither {place}.csv nor a folder {place} with one for each"
-            " class"
+            f"mini-imagenet: {root} has neither {place}.csv nor a folder {place} with a folder for"
+            " each class"
         )
     return {path.name: _images(path) for path in folders}
 
@@ -113,7 +113,7 @@ def _family(
     test_queries: int,
 ) -> FewShotFamily:
     pixels = np.stack(images)
-    pixels.flags.writeable = False  # so that the family makes no copy
+    pixels.flags.writeable = False  # the family then makes no copy
     return FewShotFamily(
         pixels, labels, ways, shots, queries=queries, test_queries=test_queries,
         name=name, description=f"few-shot classification on {name}",
@@ -124,8 +124,8 @@ def _family(
 def _folder(name: str, folder: str) -> Path:
     if not folder or not Path(folder).is_dir():
         raise UserError(
-            f"{name} needs its folder, such as --family-options folder=data/{name}: there is none"
-            f" called {folder!r}"
+            f"{name} needs its folder, such as --family-options folder=data/{name}; {folder!r}"
+            " does not exist"
         )
     return Path(folder)
 

@@ -1,4 +1,4 @@
-"""Sinusoids, the regression that MAML was introduced by."""
+"""Regression on sinusoids, as in Finn et al. 2017 (arXiv:1703.03400)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sinusoid(
 ) -> FunctionFamily:
     """y = A sin(x - p), A from [0.1, 5], p from [0, phases], x from [-5, 5] (Finn et al. 2017).
 
-    Nichol et al. 2018 take phases of up to 2 pi.
+    Nichol et al. 2018 use phases up to 2 pi.
     """
     return FunctionFamily(
         name="sinusoid",
