@@ -29,7 +29,7 @@ def test_adapting_by_hand_and_by_the_method_agree():
     env = gym.make("metarl/Navigation2D-v0", goal=(0.3, 0.2), horizon=15)
     policy = meta.adapt(env, steps=1, episodes=6, seed=4)
     rollout = collect_episodes(
-        env, meta.policy, meta.params, episodes=6, horizon=15, address=RandomKey(4, split="test")
+        env, meta.policy, meta.params, episodes=6, horizon=15, key=RandomKey(4, split="test")
     )
     with ChunkPool(1) as pool:
         advantage, _ = estimate(rollout, meta.config.advantage, meta.config.baseline, {}, pool)

@@ -65,11 +65,11 @@ def benchmark(
             row["calls"] = process_group.traffic.calls - before.calls
             row["bytes"] = process_group.traffic.bytes - before.bytes
             row["steps"] = process_group.total(sum(rollout.env_steps for rollout in seen))
-            address = RandomKey(
+            key = RandomKey(
                 config.seed, row["iteration"] - 1, first_task=trainer.source.block.start
             )
             row["seconds_ceiling"] = sum(
-                replay(trainer, rollout, dataclasses.replace(address, inner_step=k))
+                replay(trainer, rollout, dataclasses.replace(key, inner_step=k))
                 for k, rollout in enumerate(seen)
             )
             rows.append(row)
@@ -130,7 +130,7 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
     config, domain = trainer.config, trainer.domain
     family, policy = domain.environments(trainer.family), domain.policy(trainer.model)
     count, episodes = 8, 5
-    tasks, address = family.tasks.grid(count), RandomKey(config.seed)
+    tasks, key = family.tasks.grid(count), RandomKey(config.seed)
     adapter = trainer.inner_loop.adapter
     fast, slow, _ = adapter.split(trainer.state.params)
     params = adapter.params(stack(fast, count), slow, count)
@@ -161,12 +161,10 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
             seconds["async_vector_env"].append((time.perf_counter() - start) / steps)
             for name, collector in collectors.items():
                 start = time.perf_counter()
-                rollout = collector.collect(params, tasks, address)
+                rollout = collector.collect(params, tasks, key)
                 seconds[name].append((time.perf_counter() - start) / rollout.env_steps)
                 if name == "one_process":
-                    seconds["plain_loop"].append(
-                        loop_seconds(family, plain, rollout, address, config)
-                    )
+                    seconds["plain_loop"].append(loop_seconds(family, plain, rollout, key, config))
     each = {name: np.array(values[1:]) for name, values in seconds.items()}
     return {
         "environments": count * episodes,
@@ -188,7 +186,7 @@ def loop_seconds(
     family: TaskFamily,
     envs: Sequence[gym.Env],
     rollout: Rollout,
-    address: RandomKey,
+    key: RandomKey,
     config: Config,
 ) -> float:
     """Return the seconds of an env step where a plain loop takes a rollout's actions."""
@@ -203,7 +201,7 @@ def loop_seconds(
     seed_of = foreign_seed if isinstance(family, GymnasiumFamily) else int
     start = time.perf_counter()
     for i, env in enumerate(envs):
-        for episode, seed in enumerate(address.episode_seeds(i, episodes)):
+        for episode, seed in enumerate(key.episode_seeds(i, episodes)):
             if isinstance(family, GymnasiumFamily):  # a reset may have undone it
                 family.apply_task(env, tasks[i])
             env.reset(seed=seed_of(seed))
@@ -239,7 +237,7 @@ def _step_all(
     return env.num_envs * steps
 
 
-def replay(trainer: Trainer, rollout: Rollout, address: RandomKey) -> float:
+def replay(trainer: Trainer, rollout: Rollout, key: RandomKey) -> float:
     """Return the seconds that physics alone takes for a rollout's actions; 0 if not native.
 
     Contact forces, which are fetched one simulation at a time, are not included.
@@ -252,7 +250,7 @@ def replay(trainer: Trainer, rollout: Rollout, address: RandomKey) -> float:
         len(tasks), config.episodes, autoreset_mode=AutoresetMode.DISABLED, threads=config.threads
     )
     env.set_tasks(tasks)
-    env.reset(seed=[s for t in range(len(tasks)) for s in address.episode_seeds(t, env.episodes)])
+    env.reset(seed=[s for t in range(len(tasks)) for s in key.episode_seeds(t, env.episodes)])
     action = env_action(rollout.action.numpy(), env.single_action_space, config.action_mode)
     control = (action / np.float32(family.action_scale)).astype(np.float64)
     control = np.ascontiguousarray(
