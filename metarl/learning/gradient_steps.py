@@ -39,8 +39,8 @@ class GradientSteps(OuterOptimizer):
     """Upper bound on the norm of the gradient. A longer gradient is scaled down before it enters
     the moments of the optimizer, which it would distort for hundreds of steps."""
     max_kl: float = of_policies(0.05)
-    """Upper bound on the mean KL between adapted policies and the policies that drew the query
-    samples. Steps stop beyond the bound, and the whole update is shortened until it is within."""
+    """Upper bound on the mean KL between adapted and sampling policies on the query samples. Steps
+    stop beyond the bound, and the whole update is shortened until it is within."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

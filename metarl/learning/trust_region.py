@@ -32,9 +32,7 @@ class TrustRegion(OuterOptimizer):
     needs_policy: ClassVar[bool] = True
 
     max_kl: float = 0.01
-    """Upper bound on the mean KL between adapted policies and the policies that drew the query
-    samples.
-    """
+    """Upper bound on the mean KL between adapted and sampling policies on the query samples."""
     cg_iterations: int = 10
     """Iterations of the conjugate gradient method."""
     cg_damping: float = 1e-5
