@@ -99,7 +99,8 @@ class MetaPolicy:
         """Training family, of environments or of supervised tasks.
 
         Raises:
-            UserError: the family cannot be created, or the policy cannot be used with its changes. Changes of its horizon or task range are logged in one line.
+            UserError: the family cannot be created, or the policy cannot be used with its
+                changes. Changes of its horizon or task range are logged in one line.
         """
         family = find_family(self.config.family, **self.config.family_options)
         self.check_family(family)
