@@ -1,4 +1,4 @@
-"""Pictures of an evaluation, each as PNG and SVG."""
+"""Figures of an evaluation, each as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from metarl.plots.drawing import (
 _LABELS = {
     "random": "random initialization",
     "pretrained": "pretrained on all tasks",
-    "oracle": "oracle, told its task",
+    "oracle": "oracle, observes its task",
 }
-_SEVERAL = 6  # values of a task component, shared by tasks, that stand side by side
+_SEVERAL = 6  # maximum number of distinct task values that are drawn side by side
 
 
 def _title(setting: Mapping[str, Any]) -> str:
@@ -48,7 +48,7 @@ def _with_unit(name: str, setting: Mapping[str, Any]) -> str:
 
 
 def plot_evaluation(result: EvaluationResult, path: Path) -> list[Path]:
-    """Draw return against inner steps, a line a policy with its 95 % interval over tasks."""
+    """Plot return against inner steps: a line per policy with its 95 % interval over tasks."""
     setting = result.setting
     figure = new_figure(6.4, 4.8)
     axes = figure.add_subplot()
@@ -76,16 +76,18 @@ def plot_evaluation(result: EvaluationResult, path: Path) -> list[Path]:
 
 
 def _measured(result: EvaluationResult) -> str:
-    """Return what a result measures, in words for an axis."""
+    """Return the measure of a result as an axis label."""
     if "horizon" in result.setting:
         return f"return (sum of {result.setting['horizon']} rewards)"
     return result.curve.measure.name
 
 
 def plot_functions(result: EvaluationResult, path: Path) -> list[Path]:
-    """Draw the first tasks' functions: true, before and after adaptation; and other predictors'.
+    """Plot the functions of the first tasks: true, before and after adaptation, and from
+    references.
 
-    As figure 2 of Finn et al. 2017. Nothing is drawn if the tasks are not functions.
+    The figure follows figure 2 of Finn et al. 2017. Nothing is drawn if the tasks are not
+    functions.
     """
     rows = {name: c for name, c in result.rows.items() if c.functions is not None}
     if "functions" not in result.setting or not rows:
@@ -122,10 +124,10 @@ def plot_functions(result: EvaluationResult, path: Path) -> list[Path]:
 
 
 def plot_tasks(result: EvaluationResult, path: Path) -> list[Path]:
-    """Draw each task's return before and after adaptation against its goal.
+    """Plot each task's return before and after adaptation against its goal.
 
-    Where the family says what comes of a task's component, that is drawn against it too. Of tasks
-    that are classes nothing is drawn.
+    If the family reports the achieved value of a task component, it is plotted against the goal
+    too. Nothing is drawn for classification tasks.
     """
     setting, curve = result.setting, result.curve
     goals, names = np.array(setting["tasks"]), setting["components"]
@@ -201,9 +203,9 @@ def _returns_in_the_plane(result: EvaluationResult, goals: Floats, shown: Sequen
 
 
 def plot_paths(result: EvaluationResult, path: Path) -> list[Path]:
-    """Draw where one episode of the first tasks leads, before and after adaptation.
+    """Plot the path of one episode of the first tasks, before and after adaptation.
 
-    Nothing is drawn, and no path returned, for a family whose tasks are not places.
+    If tasks are not positions, nothing is drawn and no file path is returned.
     """
     setting, paths = result.setting, result.curve.paths
     if len(paths) != 2:
