@@ -110,7 +110,7 @@ def test_an_oracle_takes_no_step(tmp_path, capsys, monkeypatch):
     assert mentions(capsys.readouterr().err, "oracle", "--task", "goal_x", "goal_y")
     monkeypatch.setattr(videos, "prepare", lambda: None)
     monkeypatch.setattr(videos, "record", lambda policies, *_, **__: policies)
-    assert list(film(str(tmp_path / "told.safetensors"), [])) == ["told its task"]
+    assert list(film(str(tmp_path / "told.safetensors"), [])) == ["observes its task"]
 
 
 def test_adapt_takes_the_requested_number_of_steps():
