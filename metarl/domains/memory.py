@@ -87,9 +87,7 @@ def need(
     RolloutBuffer(policy, tasks, episodes, horizon, [str(i) for i in range(info_keys)], measure)
     one = sum(sizes)
     batch = 3 * 4 * steps  # advantage, weight, log density
-    beside = (
-        4 * policy.network.output_dim + 4 * 8
-    ) * steps  # noise; float64 returns, values ...
+    beside = (4 * policy.network.output_dim + 4 * 8) * steps  # noise; float64 returns, values ...
     kept = rollouts * (one + batch) + (one if workers else 0) + beside
     forward = 4 * policy.network.activations * episodes * horizon  # one task
     graphs = min(4 * chunks, tasks) + fisher_fraction * tasks

@@ -33,7 +33,7 @@ class AdaptedPredictor:
     def predict(self, inputs: ArrayLike) -> NDArray:
         """Return predictions for inputs [n, *shape]: values [n, size], or classes [n].
 
-        With the `four_blocks` network, inputs of one call are normalized together.
+        With the `conv4` network, inputs of one call are normalized together.
 
         Raises:
             UserError: the inputs have another shape or are not finite.
