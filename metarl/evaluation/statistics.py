@@ -27,8 +27,8 @@ def interquartile_mean(values: Floats, axis: int = -1) -> Floats:
     """Return the mean of the middle half. A quarter, rounded down, is cut at either end.
 
     Agarwal et al. 2021 (arXiv:2108.13264): it combines the robustness of a median with the
-    stability of a mean. NaN is left out, for instance for a task whose every episode diverged. Without other
-    values, the result is NaN.
+    stability of a mean. NaN is left out, for instance for a task whose every episode diverged.
+    Without other values, the result is NaN.
     """
     ordered = np.sort(np.moveaxis(values, axis, -1), axis=-1)  # NaN is last
     known = np.isfinite(ordered).sum(axis=-1, keepdims=True)
