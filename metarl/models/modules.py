@@ -1,7 +1,7 @@
-"""Networks of users: any `torch.nn.Module` as a pure function of its parameters.
+"""Users' networks: any `torch.nn.Module` as a pure function of its parameters.
 
 A module is called for one task at a time, with plain batches [samples, ...]. Results therefore do
-not depend on how many tasks are computed together.
+not depend on the number of tasks that are computed together.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ Factory = Callable[[gym.Space, int], nn.Module]
 PREFIX = "network."
 """Prefix of the names of a module's parameters."""
 
-_TRIED = 2  # inputs that a module is tried with
+_TRIED = 2  # number of inputs in a test call of a module
 
 
 class ModuleNetwork(Network):
     """A `torch.nn.Module` that reads inputs [samples, ...] and returns [samples, outputs].
 
-    The module is used as the factory leaves it, in training mode. Its buffers are constants. The
-    submodule `head`, if there is one, is the last layer for algorithms that adapt it alone. Inputs
-    of a Dict or Tuple reach it as such, with one tensor for each component. A context input is
-    appended to a vector; it is the last component of a Tuple, and `context` in a Dict.
+    The module is used as the factory returns it, in training mode. Its buffers are constants. The
+    submodule `head`, if it exists, is the last layer for algorithms that adapt only the last layer.
+    Inputs of a Dict or Tuple are passed unflattened, with one tensor for each component. A context
+    input is appended to a vector; it is the last component of a Tuple, and `context` in a Dict.
 
     Args:
-        factory: makes the module.
-        label: its name, for messages.
-        space: of the inputs as the environment gives them.
+        factory: factory of the module.
+        label: name of the module, for messages.
+        space: space of the inputs as the environment returns them.
         outputs: size of the output.
         context_dim: size of a context input.
 
     Raises:
-        UserError: the module cannot be made, or is not such a function.
+        UserError: the module cannot be created, or is not such a function.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class ModuleNetwork(Network):
         return {PREFIX + name: tuple(p.shape) for name, p in found}
 
     def init(self, rng: np.random.Generator) -> Params:
-        """Return the parameters of a new module, whose torch generator is seeded by `rng`."""
+        """Return the parameters of a new module, whose torch generator is seeded from `rng`."""
         made = self._make(rng)
         return {
             PREFIX + name: p.detach().to(torch.float32).clone()
@@ -135,20 +135,20 @@ class ModuleNetwork(Network):
     def adapts(self, name: str, part: Part) -> bool:
         if part == "upper":
             raise UserError(
-                f"policy.network {self.label} has no upper layers that are known: take an algorithm"
+                f"policy.network {self.label} has no known upper layers: use an algorithm"
                 " that adapts all parameters, such as maml-trpo"
             )
         parameter = self._template.get_parameter(name.removeprefix(PREFIX))
         if part == "head" and not hasattr(self._template, "head"):
             raise UserError(
                 f"policy.network {self.label} must name its last layer head for an algorithm that"
-                " adapts the last layer alone: self.head = torch.nn.Linear(...)"
+                " adapts only the last layer: self.head = torch.nn.Linear(...)"
             )
         inside = part == "all" or name.startswith(f"{PREFIX}head.")
         return parameter.requires_grad and inside
 
     def module(self, params: Params) -> nn.Module:
-        """Return a module of the given parameters, [...] each."""
+        """Return a module with the given parameters, [...] each."""
         made = copy.deepcopy(self._template)
         with torch.no_grad():
             for name, p in made.named_parameters():
@@ -164,12 +164,12 @@ class ModuleNetwork(Network):
                 raise
             except Exception as error:
                 raise UserError(
-                    f"policy.network {self.label} cannot be made for {self.inputs.given} and"
+                    f"policy.network {self.label} cannot be created for {self.inputs.given} and"
                     f" {self._outputs} outputs: {type(error).__name__}: {error}"
                 ) from error
         if not isinstance(made, nn.Module):
             raise UserError(
-                f"policy.network {self.label} must make a torch.nn.Module, got"
+                f"policy.network {self.label} must return a torch.nn.Module, got"
                 f" {type(made).__name__}"
             )
         if not any(p.requires_grad for p in made.parameters()):
@@ -177,29 +177,30 @@ class ModuleNetwork(Network):
         return made.to(torch.float32)
 
     def _check_layers(self) -> None:
-        """Refuse layers whose output depends on chance or on what was computed before."""
+        """Refuse layers whose output is random or depends on earlier calls."""
         for name, layer in self._template.named_modules():
             where = f"policy.network {self.label}: {name} is {layer}"
             if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0.0:
-                raise UserError(f"{where}: sampling and learning would differ, leave it out")
+                raise UserError(f"{where}: sampling and learning would differ; remove it")
             if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats:
                 raise UserError(
-                    f"{where}: by running statistics sampling and learning would differ, take"
+                    f"{where}: with running statistics, sampling and learning would differ; use"
                     " LayerNorm or GroupNorm"
                 )
 
     def _check_buffers(self) -> None:
-        """Refuse buffers that are drawn at random: they would not be part of a checkpoint."""
+        """Refuse random buffers, because checkpoints would not contain them."""
         other = dict(self._make(np.random.default_rng(1)).named_buffers())
         for name, buffer in self._template.named_buffers():
             if name not in other or not torch.equal(buffer, other[name]):
                 raise UserError(
                     f"policy.network {self.label}: buffer {name} is random: make it a parameter"
-                    " with requires_grad=False, which checkpoints hold"
+                    " with requires_grad=False, which checkpoints contain"
                 )
 
     def _tried(self) -> int:
-        """Return how many numbers a forward pass keeps for one input; refuse other outputs."""
+        """Return the number of activations of a forward pass per input; refuse wrong output
+        shapes."""
         kept = [math.prod(self.input_shape)]
 
         def count(layer: nn.Module, inputs: Any, output: Any) -> None:
@@ -229,7 +230,7 @@ class ModuleNetwork(Network):
         return sum(kept)
 
     def _call(self, params: Params, inputs: Any) -> Tensor:
-        # functional_call swaps parameters in and out, which threads must not do to one module.
+        # functional_call swaps parameters in and out, which threads must not do on a shared module.
         module = getattr(self._local, "module", None)
         if module is None:
             module = self._local.module = copy.deepcopy(self._template)
@@ -238,12 +239,12 @@ class ModuleNetwork(Network):
 
 
 class Inputs:
-    """Inputs of a module: from the one array that a rollout keeps to the space's components.
+    """Inputs of a module: converts the stored array of a rollout to the components of the space.
 
     Args:
-        space: of the inputs, before they are flattened.
+        space: space of the inputs, before flattening.
         context_dim: size of a context input.
-        label: of the network, for messages.
+        label: name of the network, for messages.
     """
 
     def __init__(self, space: gym.Space, context_dim: int, label: str) -> None:
@@ -257,13 +258,13 @@ class Inputs:
         self.shape: tuple[int, ...] = tuple(shape)
         if context_dim and self.images:
             raise UserError(
-                f"policy.network {label} reads images, which a task's context cannot be appended"
-                " to: give observations as a Dict, which gets the entry context"
+                f"policy.network {label} reads images, to which a task's context cannot be appended"
+                ": use Dict observations, which get the entry context"
             )
 
     @property
     def given(self) -> gym.Space:
-        """The space that the module is made for: the inputs with the context."""
+        """Input space of the module: the inputs with the context."""
         if not self.context_dim:
             return self.space
         more = gym.spaces.Box(-np.inf, np.inf, (self.context_dim,), np.float32)
@@ -276,14 +277,14 @@ class Inputs:
 
     @property
     def all_floats(self) -> bool:
-        """Whether every component is of floating-point numbers."""
+        """Whether all components are floating-point numbers."""
         return all(
             isinstance(leaf, gym.spaces.Box) and np.issubdtype(leaf.dtype, np.floating)
             for _, leaf in components(self.space)
         )
 
     def example(self, count: int) -> Tensor:
-        """Return inputs of a sample of the space each, [count, *shape]."""
+        """Return example inputs from the space, [count, *shape] each."""
         space = copy.deepcopy(self.space)
         space.seed(0)
         drawn = [space.sample() for _ in range(count)]
@@ -292,7 +293,7 @@ class Inputs:
         return torch.from_numpy(np.stack([np.asarray(x, dtype) for x in flat]))
 
     def split(self, x: Tensor, context: Tensor | None) -> Any:
-        """Return inputs [samples, *shape] as the module reads them."""
+        """Return inputs [samples, *shape] in the module's format."""
         if context is not None:
             context = context.expand(len(x), self.context_dim)
         if self.flat:
@@ -307,10 +308,10 @@ class Inputs:
 
 
 def check_normalized(network: Network) -> None:
-    """Raise UserError if inputs of a network cannot be scaled by a mean and a deviation."""
+    """Raise UserError if the inputs of a network cannot be normalized."""
     if isinstance(network, ModuleNetwork) and not network.inputs.all_floats:
         raise UserError(
-            f"policy.normalize scales floating-point numbers, and policy.network {network.label}"
+            f"policy.normalize scales floating-point numbers, but policy.network {network.label}"
             f" reads {network.space}: scale them in the network"
         )
 
@@ -330,7 +331,7 @@ def _split(space: gym.Space, x: Tensor, start: int) -> tuple[Any, int]:
         return tuple(parts), start
     end = start + gym.spaces.flatdim(space)
     part = x[:, start:end]
-    if isinstance(space, gym.spaces.Discrete):  # kept as one-hot vectors
+    if isinstance(space, gym.spaces.Discrete):  # stored as one-hot vectors
         return part.argmax(1) + int(space.start), end
     if isinstance(space, gym.spaces.MultiDiscrete):
         sizes = [int(n) for n in space.nvec.flatten()]
