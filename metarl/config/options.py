@@ -43,14 +43,14 @@ class Config:
     """
 
     family: str = ""
-    """Task family: a name that `metarl families` lists, or module:attribute of your own."""
+    """Task family: a name that `metarl families` lists, or module:attribute."""
     family_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the family; --family-options on the command line."""
     preset: str | None = None
     """Preset that sets the defaults; None: no preset."""
     algorithm: Algorithm = field(default_factory=lambda: find_algorithm("maml-trpo"))
-    """Meta-learning algorithm: a name that `metarl algorithms` lists, or module:attribute of your
-    own. Its parts have the options inner.*, meta.*, outer.*, advantage.* and baseline.*."""
+    """Meta-learning algorithm: a name that `metarl algorithms` lists, or module:attribute. Its
+    parts have the options inner.*, meta.*, outer.*, advantage.* and baseline.*."""
     policy: ModelOptions = field(default_factory=PolicyOptions)
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Policy that the run started from, its iteration and checksum; empty: a random start."""

@@ -121,7 +121,7 @@ def resolve(
 
     Args:
         preset: the name of a recipe, such as "icml2017"; None: no preset.
-        family: a name that `metarl families` lists, or "module:attribute" of your own.
+        family: a name that `metarl families` lists, or "module:attribute".
         algorithm: a name that `metarl algorithms` lists, "module:attribute", or the algorithm.
         overrides: values by key; options of parts have keys like "inner.step_sizes".
             `family_options` is a mapping that is added to the preset's.

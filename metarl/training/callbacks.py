@@ -174,7 +174,7 @@ class CallbackList:
         proposing = [c for c in self._all if type(c).tasks is not Callback.tasks]
         if len(proposing) > 1:
             raise UserError(
-                f"callbacks {' and '.join(c.name for c in proposing)} both propose tasks; only one may"
+                f"callbacks {' and '.join(c.name for c in proposing)} both propose tasks; one may"
             )
         self.proposes = bool(proposing)
         """Whether one of them proposes tasks."""

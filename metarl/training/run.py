@@ -270,7 +270,7 @@ def schedule_change(config: Config, planned: int, iteration: int) -> str | None:
 def _check_arguments(config: Any, resume: Any, start: int | None, init: Any) -> None:
     if not isinstance(config, Config):
         raise UserError(
-            f"train takes a Config, which metarl.resolve returns, got {kind_of(config)}; a family is"
+            f"train takes a Config, from metarl.resolve, got {kind_of(config)}; a family is"
             f" passed to resolve by its name, {SUCH_AS}"
         )
     if resume not in (True, False, "auto"):

@@ -21,7 +21,7 @@ class Check:
     """Options of `metarl check`."""
 
     family: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[FAMILY]")] = ""
-    """Task family: a name that `metarl families` lists, or module:attribute of your own."""
+    """Task family: a name that `metarl families` lists, or module:attribute."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value."""
 
