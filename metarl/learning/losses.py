@@ -178,7 +178,6 @@ def trait(loss: Loss, name: str) -> bool:
 
     `of_policies`: it supports only samples of policies. `reusable`: several steps on one batch are
     allowed. `whole_episodes`: it needs the samples of an episode together, in order.
-    times on one batch. `whole_episodes`: it needs the samples of an episode together, in order.
     """
     return bool(getattr(loss, name, getattr(getattr(loss, "func", None), name, False)))
 

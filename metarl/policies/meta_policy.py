@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 
 def checked_step_sizes(name: str, sizes: Sequence[float] | NDArray | None) -> tuple[float, ...]:
-    """Return an option's step sizes, or () if it is None.
+    """Return an option's step sizes; () for None.
 
     Raises:
         UserError: they are not positive numbers, one for each step.

@@ -37,8 +37,8 @@ def findings(rows: Sequence[Mapping[str, Any]], *, stratified: bool = False) -> 
         said[0] += " This is not significantly different from zero."
     checks = (
         ("inner_kl", lambda x: x < _LITTLE_KL,
-         "An inner step moves policies by a mean KL of only {:.2g}: adaptation has almost no effect,"
-         " because steps are small or rewards hardly differ. Larger inner.step_sizes, or"
+         "An inner step moves policies by a mean KL of only {:.2g}: adaptation has almost no"
+         " effect, because steps are small or rewards hardly differ. Larger inner.step_sizes, or"
          " inner.min_kl 0.5, which scales the step, increase it."),
         ("inner_kl", lambda x: x > _LARGE_KL,
          "An inner step moves policies by a mean KL of {:.2g}, more than its samples support."
