@@ -8,9 +8,9 @@ pretrained, it shows the return before any step.
 
 Each run uses one thread, and the plot shows processor time. Several of these scripts may therefore
 share a machine and an output folder, each with some of the algorithms. An existing run is resumed,
-and existing evaluations are reused. The same command therefore continues an interrupted comparison, and
-a command with all algorithms joins the parts. Under torchrun, the ranks share the tasks of each run
-and of each evaluation.
+and existing evaluations are reused. The same command therefore continues an interrupted
+comparison, and a command with all algorithms joins the parts. Under torchrun, the ranks share the
+tasks of each run and of each evaluation.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ class Supervised(Domain):
             )
         if algorithm.task_conditioned and classes:
             raise UserError(
-                f"{name} does not support classification: classes have no task vector"
+                f"{name} does not support classification: it has no task vector to condition on"
             )
         inputs = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
         context = context_dim(algorithm, family.tasks.dim)

@@ -50,7 +50,7 @@ def benchmark(
     """Run one warm-up iteration and `repeats` measured ones; return rates, seconds and memory.
 
     Rates are env steps per second over all ranks. Seconds and memory are for this rank. All values
-    are medians over the iterations. Without native physics, there is no ceiling (None).
+    are medians over the iterations. The ceiling is missing (None) without native physics.
     """
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
