@@ -276,8 +276,7 @@ def beside_references(compared: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def gaps_closed(compared: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the table of the gap between random and oracle that policies close; empty without
-    rows."""
+    """Return the table of the gap that policies close; empty without rows."""
     if not compared:
         return []
     lines = [

@@ -27,8 +27,7 @@ _COMMANDS = "metarl.cli.commands"
 
 @cache
 def commands() -> dict[str, str]:
-    """Return the help of each command by name, from the files' docstrings, without importing
-    them."""
+    """Return the help of each command by name, from the docstrings, without imports."""
     files = {file.name: file for file in resources.files(_COMMANDS).iterdir()}
     return {
         name.removesuffix(".py"): ast.get_docstring(ast.parse(files[name].read_text("utf-8"))) or ""

@@ -64,8 +64,7 @@ class Train:
 
     @staticmethod
     def starting(arguments: Sequence[str]) -> Config:
-        """Return the config that the flags modify: a preset's, or the config of the run to
-        continue."""
+        """Return the config that the flags modify: of a preset, or of the run to continue."""
         folder = peek(arguments, "--resume")
         if folder not in (None, _AUTO):
             from metarl.runs.folder import run_config

@@ -35,8 +35,9 @@ CHOICES = ("outer", "baseline", "policy.network", "policy.distribution")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Config of a training run. `metarl.resolve` creates one from a preset, a family and an
-    algorithm.
+    """Config of a training run.
+
+    `metarl.resolve` returns the config of a preset, a family and an algorithm.
 
     Raises:
         UserError: a value is out of range.

@@ -78,8 +78,7 @@ class TaskSamples(ABC):
         return {}
 
     def mean_returns(self) -> Tensor | None:
-        """Return the mean return of each task after adaptation, [T] float64; None for a data
-        set."""
+        """Return each task's mean return after adaptation, [T] float64; None for a data set."""
         return None
 
     @abstractmethod

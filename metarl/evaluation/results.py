@@ -35,12 +35,11 @@ class EvaluationResult:
         return {self.name: self.curve, **{name: self.references[name] for name in names}}
 
     def gap_closed(self, curve: Curve) -> list[tuple[float, float, float]] | None:
-        """Return the share of the gap between random and oracle that a policy closes, with its
-        interval.
+        """Return the share of the gap between random and oracle that a policy closes.
 
-        (adapted - random) / (oracle - random) after each number of steps, from means over tasks.
-        `random` is the initialization before any step. None without an oracle, or if the oracle's
-        mean is not above random.
+        (adapted - random) / (oracle - random) after each number of steps, from means over tasks,
+        each with its interval. `random` is the initialization before any step. None without an
+        oracle, or if the oracle's mean is not above random.
         """
         oracle = next((c for c in self.rows.values() if c.role == "oracle"), None)
         random = next((c for c in self.rows.values() if c.role == "untrained"), None)
@@ -68,8 +67,7 @@ class EvaluationResult:
         return " ".join([self.curve.verdict(), *self._worth(self.curve)])
 
     def _worth(self, curve: Curve) -> list[str]:
-        """Return sentences on meta-training's part of the gain, from gains and returns paired by
-        task."""
+        """Return sentences on meta-training's part of the gain, from values paired by task."""
         others = {name: c for name, c in self.rows.items() if c.reference}
         if len(curve.returns) < 2 or curve.reference:
             return []
@@ -145,6 +143,5 @@ class EvaluationResult:
         return as_text(tables(self.to_json()))
 
     def task_table(self) -> str:
-        """Return a plain-text table of the policy with a row per task and a column per step
-        count."""
+        """Return a plain-text table of the policy: a row per task, a column per step count."""
         return as_text([task_table(self.to_json())])

@@ -38,8 +38,7 @@ _CHUNK = 4  # tasks
 
 
 def scratch_policy(options: PolicyOptions, family: TaskFamily) -> PolicyModel:
-    """Return the policy network for the training, without the parts that only meta-training
-    uses."""
+    """Return the policy network for the training, without settings of meta-training."""
     options = dataclasses.replace(options, normalize=False)
     return make_policy(options, *policy_spaces(family, options.network))
 

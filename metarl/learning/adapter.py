@@ -68,8 +68,7 @@ class Adapter:
         check_one_of("learned", self.learned, get_args(Learned))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each meta-parameter: the model's parameters and learned step
-        sizes."""
+        """Return the shapes of the model's parameters and of the learned step sizes."""
         own = self.model.shapes()
         shapes = dict(own)
         if self.learned != "no":
@@ -116,8 +115,7 @@ class Adapter:
         )
 
     def mean_step_sizes(self, meta: Params, steps: int) -> list[float]:
-        """Return the sizes of `steps` inner steps: given, fitted, or the mean of the learned
-        sizes."""
+        """Return the sizes of `steps` steps: given, fitted, or the mean of learned sizes."""
         sizes = list(self.step_sizes)
         if self.fitted:
             sizes = [float(meta[FACTOR]) * size for size in sizes]
@@ -138,8 +136,7 @@ class Adapter:
         return self.fast != "context" and self.model.adapts(name, self.fast)
 
     def start(self, fast: Params, slow: Params, support: Samples) -> Params:
-        """Return theta_0, stacked: the fast parameters, including those generated from the
-        support."""
+        """Return theta_0, stacked, including the parameters generated from the support."""
         generated = self.model.start({**slow, **fast}, support)
         if not generated:
             return fast

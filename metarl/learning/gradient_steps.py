@@ -188,8 +188,7 @@ def optimizer_part(optimizer: type[torch.optim.Optimizer]) -> type[GradientSteps
 
 
 def _plain_default(parameter: inspect.Parameter) -> Any:
-    """Return the default of an argument if it is a number, a bool or a tuple of numbers; else
-    None."""
+    """Return an argument's default if it is a number, a bool or a tuple of numbers; else None."""
     default, annotation = parameter.default, parameter.annotation
     if isinstance(default, tuple):
         return default if all(isinstance(x, int | float) for x in default) else None

@@ -114,8 +114,7 @@ class InnerLoop:
         return adapted
 
     def start(self, fast: Params, slow: Params, support: Samples) -> Params:
-        """Return theta_0, stacked, with the parameters that the model generates from the
-        support."""
+        """Return theta_0, stacked, including the parameters generated from the support."""
         if not self.adapter.model.generated:
             return fast
 
@@ -128,8 +127,7 @@ class InnerLoop:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _fit(self, adapted: Adapted, new: Params, batch: Samples, kl: float) -> Params:
-        """Fit the step size factor to a KL of the first step, and return the parameters after
-        it."""
+        """Fit the step size factor to a KL of the first step; return the parameters after it."""
         start, slow = adapted.iterates[0], adapted.slow
         for _ in range(_FITS):
             before = adapted.meta[FACTOR]

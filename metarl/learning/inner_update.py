@@ -16,8 +16,7 @@ from metarl.parts import Part, fixed, of_policies
 
 @dataclass(frozen=True, kw_only=True)
 class InnerUpdate(Part):
-    """Base class of inner updates, the adaptation of one task. The fields are the options
-    `inner.*`."""
+    """Base class of inner updates: adaptation of a task. Fields are the options `inner.*`."""
 
     section: ClassVar[str] = "inner"
 

@@ -55,8 +55,7 @@ class Distribution(Part):
         return dataclasses.replace(self, space=space)
 
     def check(self, space: gym.Space) -> None:
-        """Raise UserError if the distribution does not fit an action space; by default a flat
-        Box."""
+        """Raise UserError if an action space is not supported; by default, a flat Box is."""
         self.require_box(space)
 
     def require_box(self, space: gym.Space) -> None:

@@ -128,8 +128,7 @@ class SquashedGaussian(Gaussian):
         return super().log_prob(dist, bounded.atanh()) - slope
 
     def entropy(self, dist: Dist) -> Tensor:
-        """Return the Gaussian's entropy plus E[log(1 - tanh(u)^2)], with Gauss-Hermite
-        quadrature."""
+        """Return the Gaussian's entropy plus E[log(1 - tanh(u)^2)] (Gauss-Hermite quadrature)."""
         nodes, weights = _hermite(dist["mean"])
         u = dist["mean"].unsqueeze(-1) + dist["log_std"].exp().unsqueeze(-1) * nodes
         # log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)), which does not overflow.

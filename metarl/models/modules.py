@@ -199,8 +199,7 @@ class ModuleNetwork(Network):
                 )
 
     def _tried(self) -> int:
-        """Return the number of activations of a forward pass per input; refuse wrong output
-        shapes."""
+        """Return the activations of a forward pass per input; refuse wrong output shapes."""
         kept = [math.prod(self.input_shape)]
 
         def count(layer: nn.Module, inputs: Any, output: Any) -> None:

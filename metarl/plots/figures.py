@@ -83,8 +83,7 @@ def _measured(result: EvaluationResult) -> str:
 
 
 def plot_functions(result: EvaluationResult, path: Path) -> list[Path]:
-    """Plot the functions of the first tasks: true, before and after adaptation, and from
-    references.
+    """Plot the first tasks' functions: true, before and after adaptation, and references.
 
     The figure follows figure 2 of Finn et al. 2017. Nothing is drawn if the tasks are not
     functions.

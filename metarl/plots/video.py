@@ -130,8 +130,7 @@ def _display() -> bool:
 
 @functools.cache
 def draws(backend: str) -> bool:
-    """Return whether MuJoCo renders with a backend here, such as "egl"; tested in another
-    process."""
+    """Return whether MuJoCo renders with a backend here, such as "egl". Starts a process."""
     environment = {**os.environ, "MUJOCO_GL": backend}
     try:
         done = subprocess.run(

@@ -83,8 +83,7 @@ class Iteration:
 
 
 class Callback:
-    """Base class of callbacks. A function of an `Iteration` is also a callback, called like
-    `saved`.
+    """Base class of callbacks. A function of an `Iteration` is also one, called like `saved`.
 
     With several processes, callbacks run on rank 0.
     """
@@ -106,12 +105,10 @@ class Callback:
         return None
 
     def update(self, iteration: Iteration) -> None:
-        """Update the state after an iteration. The iteration's checkpoint contains the new
-        state."""
+        """Update the state after an iteration. The iteration's checkpoint contains it."""
 
     def saved(self, iteration: Iteration) -> None:
-        """Process an iteration whose metrics and checkpoint are on the disk. The run waits for
-        it."""
+        """Process an iteration with metrics and checkpoint on the disk. The run waits for it."""
 
     def close(self, error: BaseException | None) -> None:
         """Release resources at the end of a run; `error` is the error that ended it, if any."""

@@ -44,8 +44,7 @@ class Report:
 
 
 def _is_newer(path: Path, what: Path) -> bool:
-    """Whether a file exists and is at least as new as a run's newest checkpoint, or a policy's
-    file."""
+    """Whether a file is at least as new as a run's newest checkpoint, or a policy's file."""
     from metarl.policies.loading import newest_checkpoint
 
     source = newest_checkpoint(what) if what.is_dir() else what
