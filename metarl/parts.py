@@ -43,7 +43,7 @@ class Part:
     policies: bool = fixed(True)
     """Whether policies draw the samples."""
     source: str = dataclasses.field(default="", compare=False, metadata={"option": False})
-    """Name that the part was chosen by, such as `module:attribute`; empty if it is the part's `name`."""
+    """Name that the part was chosen by, such as `module:attribute`; empty for its `name`."""
 
     def without_policies(self) -> Self:
         """Return the part for examples of a data set."""

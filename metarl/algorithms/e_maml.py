@@ -123,7 +123,7 @@ def leave_one_out(tasks: Tensor, values: Tensor) -> Tensor:
 
 e_maml = Algorithm(
     name="e-maml",
-    summary="adds what pre-update sampling earns for the post-update return",
+    summary="adds the credit of pre-update sampling for the post-update return",
     citation="Stadie et al. 2018, arXiv:1803.01118; Al-Shedivat et al. 2018, arXiv:1710.03641",
     meta=SamplingCredit(),
 )

@@ -150,7 +150,7 @@ def _check_same(config: Config, said: Mapping[str, Any]) -> None:
     for key, value in own.items():
         if said.get(key, value) != value:
             raise UserError(
-                f"the run to resume has the {key} {value}, not {said[key]}: leave that out, or"
+                f"the run to resume has the {key} {value}, not {said[key]}: remove that, or"
                 " start a new run"
             )
 

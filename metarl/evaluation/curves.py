@@ -36,7 +36,7 @@ class Measure:
     key: str
     """Name in a data frame."""
     name: str
-    """Name in tables and pictures."""
+    """Name in tables and figures."""
     sign: float
     """1 if more is better, -1 if less is."""
     digits: int

@@ -88,7 +88,7 @@ class EvaluationResult:
                 said.append(
                     f"The random initialization gains {measure.number(np.nanmean(own))}; {earned}."
                 )
-                said.append(f"Before any step meta-training earns {curve.lead(other, 0)}.")
+                said.append(f"Before any step, meta-training adds {curve.lead(other, 0)}.")
             if other.role == "from-scratch":
                 said.append(
                     f"After one step it earns {curve.lead(other)} more than training {name}."

@@ -85,7 +85,7 @@ def write_report(
     if (folder / "video.mp4").exists():
         parts.append(_video(folder / "video.mp4"))
     else:
-        parts.append(f"<p>{html.escape(no_video or 'None was made.')}</p>")
+        parts.append(f"<p>{html.escape(no_video or 'No video was recorded.')}</p>")
     if run is not None:
         parts.append(f"<h2>Config</h2>{_json(run['config'])}")
         parts.append(f"<h2>Versions of the training</h2>{_json(run['versions'])}")

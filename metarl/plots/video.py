@@ -105,7 +105,7 @@ def choose_gl() -> None:
         if draws(backend):
             os.environ["MUJOCO_GL"] = backend
             return
-    tried = f"MUJOCO_GL={asked} does not draw" if asked else "neither EGL nor OSMesa draws"
+    tried = f"MUJOCO_GL={asked} does not work" if asked else "neither EGL nor OSMesa works"
     raise UserError(f"no video: {tried} here; on Debian or Ubuntu: apt-get install libegl1 libgl1")
 
 

@@ -45,7 +45,7 @@ def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
     """Return a meta-policy.
 
     Args:
-        what: a run folder, of which the newest checkpoint is read; a checkpoint file of a run; a
+        what: a run folder (its newest checkpoint is read); a checkpoint file of a run; a
             file that `MetaPolicy.save` wrote; or the name of a shipped policy.
         config: config of the run, if its algorithm, network or distribution has no importable name.
 

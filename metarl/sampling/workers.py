@@ -403,7 +403,7 @@ def make_collector(
     """Return a sampler of a family's episodes: in threads, worker processes or this process.
 
     Families that run in parallel threads never need processes. With `check`, the environments are
-    checked first in the place where they will be stepped; findings are logged.
+    checked first, in the process that will step them; findings are logged.
     """
     if family.parallel or workers == 0:
         if check:

@@ -1,4 +1,4 @@
-"""Write one HTML page about a run: returns, pictures, a video, config and versions."""
+"""Write one HTML page about a run: returns, figures, a video, config and versions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMPORTS = ("metarl.evaluation.evaluate", "metarl.plots.report")
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write one HTML page about a run: returns, pictures, a video, config and versions."""
+    """Write one HTML page about a run: returns, figures, a video, config and versions."""
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY ...")]
     """A run folder, a policy file or the name of a shipped policy, and others for comparison. An
@@ -116,7 +116,7 @@ def report(command: Report) -> int:
         evaluate_into(command.what, folder, threads=command.threads, **options)
     if read_metrics(folder):
         plot_learning([folder], folder / "learning.png")
-    why = "" if command.video else "None was asked for."
+    why = "" if command.video else "No video was requested."
     if command.video and not (earlier.fresh and _is_newer(folder / "video.mp4", Path(what))):
         try:
             film(what, ()).save(folder / "video.mp4")
