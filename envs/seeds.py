@@ -17,7 +17,7 @@ def foreign_seed(seed: int | None) -> int | None:
 def training_seeds(episodes: int, task: int = 0) -> list[int]:
     """Return the seeds of a task's first episodes in a training run of seed 0.
 
-    They are those of `metarl.sampling.seeding`, whose keys begin with run, iteration, phase
+    They are those of `metarl.sampling.seeding`, whose addresses begin with run, iteration, phase
     and inner step; 2 is the phase "reset".
     """
     return np.random.SeedSequence((0, 0, 2, 0, task)).generate_state(episodes).tolist()
