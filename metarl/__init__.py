@@ -15,8 +15,8 @@ if is_the_program():
     end_at_once()  # on Ctrl-C; imports take a second or two
     ignore_at_the_end()
 
-# Without it MKL's results depend on where in memory an array lies, and so on the number of
-# threads. It is read at the process's first matrix product; an existing value is left alone.
+# Without it, MKL's results depend on the memory address of an array, and therefore on the number of
+# threads. MKL reads it at the first matrix product; an existing value is kept.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 from metarl.envs import UserError, check_task_family  # also registers the families with Gymnasium
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from metarl.training.callbacks import Callback
     from metarl.training.run import train
 
-# What needs torch is imported when it is first asked for (PEP 562).
+# Modules that need torch are imported on first access (PEP 562).
 _LAZY = {
     "Algorithm": "algorithms",
     "Callback": "training.callbacks",

@@ -1,8 +1,7 @@
-"""Parts of a run: frozen dataclasses whose fields are the run's options.
+"""Parts of a run: frozen dataclasses whose fields are the options of the run.
 
-A part is chosen by a name of its kind, by `module:attribute`, or given as an object. Its options
-have the keys `SECTION.FIELD`, such as `outer.max_kl`. An option of a part that was not chosen is
-unknown.
+A part is chosen by name, by `module:attribute`, or given as an object. Its options have the keys
+`SECTION.FIELD`, such as `outer.max_kl`. Options of parts that were not chosen are unknown.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from metarl.envs.registry import import_attribute
 
 
 def fixed(default: Any) -> Any:
-    """Return a dataclass field that belongs to the part's definition and is not an option."""
+    """Return a dataclass field that belongs to the definition of a part and is not an option."""
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: default, metadata={"option": False})
     return dataclasses.field(default=default, metadata={"option": False})
 
 
 def of_policies(default: Any) -> Any:
-    """Return a dataclass field that is an option where policies draw the samples, see `Part`."""
+    """Return a dataclass field that is an option only if policies draw the samples, see `Part`."""
     return dataclasses.field(default=default, metadata={"of_policies": True})
 
 
@@ -34,8 +33,8 @@ def of_policies(default: Any) -> Any:
 class Part:
     """Base class of parts. Subclasses are frozen dataclasses; each field is an option.
 
-    A part that is used without policies, on examples of a data set, has no options about them: no
-    KL, for instance. `without_policies` makes such a part.
+    A part that is used without policies, on examples of a data set, has no options that need
+    policies, for instance for a KL. `without_policies` returns such a part.
     """
 
     section: ClassVar[str] = ""
@@ -44,10 +43,10 @@ class Part:
     policies: bool = fixed(True)
     """Whether policies draw the samples."""
     source: str = dataclasses.field(default="", compare=False, metadata={"option": False})
-    """Name that the part was chosen by, such as `module:attribute`; empty for its own name."""
+    """Name that the part was chosen by, such as `module:attribute`; empty for its `name`."""
 
     def without_policies(self) -> Self:
-        """Return the part as it is used on examples of a data set."""
+        """Return the part for examples of a data set."""
         return dataclasses.replace(self, policies=False)
 
     def option_fields(self) -> dict[str, dataclasses.Field[Any]]:
@@ -88,27 +87,27 @@ class Part:
         return f"{self.section}.{name}" if self.section else name
 
     def require(self, name: str, holds: bool, what: str) -> None:
-        """Raise UserError with the option's key and value unless a condition holds."""
+        """Raise UserError with the option's key and value if a condition does not hold."""
         if not holds:
             raise UserError(f"{self.key(name)} must be {what}, got {getattr(self, name)}")
 
     def require_positive(self, *names: str) -> None:
-        """Raise UserError unless these options are positive and finite."""
+        """Raise UserError if one of these options is not positive and finite."""
         for name in names:
             self.require(name, 0.0 < getattr(self, name) < math.inf, "positive and finite")
 
     def require_not_negative(self, *names: str) -> None:
-        """Raise UserError unless these options are finite and at least 0."""
+        """Raise UserError if one of these options is not finite or is negative."""
         for name in names:
             self.require(name, 0.0 <= getattr(self, name) < math.inf, "finite and not negative")
 
     def require_fraction(self, *names: str) -> None:
-        """Raise UserError unless these options are in [0, 1]."""
+        """Raise UserError if one of these options is outside [0, 1]."""
         for name in names:
             self.require(name, 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")
 
     def require_at_least(self, least: int, *names: str) -> None:
-        """Raise UserError unless these options are at least a number."""
+        """Raise UserError if one of these options is below a minimum."""
         for name in names:
             self.require(name, getattr(self, name) >= least, f"at least {least}")
 
@@ -123,17 +122,17 @@ def find_part(
     known: Callable[[str], Any],
     adapt: Callable[[Any], Any] = lambda found: found,
 ) -> P | None:
-    """Return a part, made if it is a class, with the name that it was chosen by.
+    """Return a part with the name that it was chosen by; a class is instantiated.
 
     Args:
         what: a name, `module:attribute`, or the part itself.
-        base: class of the part.
-        label: what it is, for messages.
-        known: returns what a name without a module stands for.
-        adapt: makes a part of other objects.
+        base: base class of the part.
+        label: kind of part, for messages.
+        known: returns the part of a name without a module.
+        adapt: converts other objects to a part.
 
     Returns:
-        None for something else.
+        None if `what` is something else.
 
     Raises:
         UserError: the module cannot be imported.
@@ -159,7 +158,7 @@ def find_part(
 
 
 def importable_name(what: Any) -> str:
-    """Return `module:attribute` of a user's class or function, "" if it has no such name."""
+    """Return `module:attribute` of a user's class or function, or "" if it has no such name."""
     module, name = getattr(what, "__module__", None), getattr(what, "__qualname__", "")
     if module in (None, "__main__") or module.split(".")[0] in ("metarl", "torch"):
         return ""
@@ -179,13 +178,13 @@ def converted(key: str, value: Any, like: Any, annotation: str = "") -> Any:
     """Return an option's value as plain Python: NumPy scalars and lists become numbers and tuples.
 
     Args:
-        key: of the option, for messages.
-        value: as given.
-        like: another value of the option, whose type it must have.
-        annotation: the option's type as text; "| None" also allows None.
+        key: key of the option, for messages.
+        value: given value.
+        like: another value of the option; it determines the type.
+        annotation: type of the option as text; "| None" also allows None.
 
     Raises:
-        UserError: the value is of another type.
+        UserError: the value has another type.
     """
     value = value.tolist() if hasattr(value, "tolist") else value
     if value is None and "None" in annotation:

@@ -1,4 +1,4 @@
-"""JSON of what users give: NumPy's numbers and arrays, tuples and paths become plain values."""
+"""JSON of user values: NumPy numbers and arrays, tuples and paths become plain values."""
 
 from __future__ import annotations
 
@@ -11,26 +11,24 @@ from metarl.envs.errors import UserError
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON gives it back: texts, numbers, lists and dicts."""
+    """Return a value after a JSON round trip: strings, numbers, lists and dicts."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return [plain(v) for v in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    return value.tolist() if hasattr(value, "tolist") else value  # of NumPy
+    return value.tolist() if hasattr(value, "tolist") else value  # NumPy
 
 
 def json_text(data: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
-    """Return data as a JSON text.
+    """Return data as JSON text.
 
     Raises:
-        UserError: it holds something else than texts, numbers, lists and dicts of these.
+        UserError: the data contain other types than strings, numbers, lists and dicts of these.
     """
     return json.dumps(plain(data), indent=indent, sort_keys=sort_keys, default=_refuse)
 
 
 def _refuse(value: Any) -> Any:
-    raise UserError(
-        f"{value!r} cannot be kept in a file: give numbers, texts, or lists and dicts of these"
-    )
+    raise UserError(f"{value!r} cannot be saved: use numbers, strings, or lists and dicts of these")

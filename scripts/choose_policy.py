@@ -2,8 +2,8 @@
 
     python scripts/choose_policy.py runs/dir --out half-cheetah-dir.safetensors
 
-Validation tasks and episodes have random streams of their own: the test tasks that
-`metarl evaluate` draws are not looked at.
+Validation tasks and episodes have separate random streams. The test tasks of `metarl evaluate` are
+not used.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class Arguments:
     out: Path
     """Policy file to write."""
     steps: int = 1
-    """Inner steps after which returns are compared."""
+    """Number of inner steps before the compared returns."""
     last: int = 5
-    """Checkpoints to compare, from the newest back."""
+    """Number of newest checkpoints to compare."""
     tasks: int = 20
-    """Validation tasks."""
+    """Number of validation tasks."""
     episodes: int = 20
-    """Episodes a task."""
+    """Episodes per task."""
 
 
 def validation_return(path: Path, *, steps: int = 1, tasks: int = 20, episodes: int = 20) -> float:
-    """Return what a checkpoint earns after so many inner steps on validation tasks."""
+    """Return a checkpoint's mean return after `steps` inner steps on validation tasks."""
     result = metarl.evaluate(path, tasks=tasks, episodes=episodes, steps=steps, split="validation")
     return result.curve.returns[-1]
 
@@ -48,7 +48,7 @@ def main(arguments: Arguments) -> None:
         scores[path] = validation_return(path, **options)
         print(f"{path.stem}: {scores[path]:.1f} after {arguments.steps} steps, validation tasks")
     if not scores:
-        raise SystemExit(f"{arguments.run} holds no checkpoints")
+        raise SystemExit(f"{arguments.run} contains no checkpoints")
     best = max(scores, key=scores.__getitem__)
     metarl.load(best).save(arguments.out)
     print(f"saved {best.stem} as {arguments.out}")

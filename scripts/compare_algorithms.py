@@ -2,12 +2,14 @@
 
     python scripts/compare_algorithms.py navigation-2d --env-steps 5000000 --out runs/compare
 
-Each run's end is evaluated on the same held-out tasks, after one inner step (the oracle, which is
-told its task, before any). The plot shows training tasks, and of pretrained the return before any
-step. Runs take one thread each, and the plot shows processor time: so several of these scripts may
-share a machine and an output folder, each with some of the algorithms. A run that exists already is
-resumed, and what was evaluated is not evaluated again; so a broken comparison goes on where it
-stopped, and one with all the algorithms joins the parts. Started by torchrun, the ranks share the
+The last checkpoint of each run is evaluated on the same held-out tasks after one inner step. The
+oracle, which observes its task, is evaluated before any step. The plot shows training tasks; for
+pretrained, it shows the return before any step.
+
+Each run uses one thread, and the plot shows processor time. Several of these scripts may therefore
+share a machine and an output folder, each with some of the algorithms. An existing run is resumed,
+and existing evaluations are reused. The same command therefore continues an interrupted
+comparison, and a command with all algorithms joins the parts. Under torchrun, the ranks share the
 tasks of each run and of each evaluation.
 """
 
@@ -35,7 +37,7 @@ from metarl.runs.metrics import read_metrics
 Run = dict[str, Any]
 Results = dict[str, dict[int, Run]]  # by algorithm and seed
 OF_POLICIES = [name for name, found in algorithms().items() if found.head == "meta"]
-"""Other algorithms are for few-shot classification alone."""
+"""Algorithms for policies. The others support only few-shot classification."""
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Arguments:
     algorithms: tuple[str, ...] = field(default_factory=lambda: tuple(OF_POLICIES))
     """Algorithms to compare."""
     tasks: int | None = None
-    """Tasks a meta-iteration; by default the preset's."""
+    """Tasks per meta-iteration; by default the preset's."""
     env_steps: int = 5_000_000
     """Budget of each run."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -72,7 +74,7 @@ def run_config(arguments: Arguments, name: str, seed: int) -> Config:
     horizon = metarl.MetaPolicy({}, base).family.horizon
     iterations = max(1, arguments.env_steps // (rollouts * base.tasks * base.episodes * horizon))
     if not base.outer.learns:
-        iterations = 1  # nothing changes
+        iterations = 1  # training changes nothing
     return dataclasses.replace(base, iterations=iterations, checkpoint_every=iterations)
 
 
@@ -88,7 +90,7 @@ def measured(folder: Path, steps: int, process_group: ProcessGroup) -> Run:
         "iterations": len(rows),
         "env_steps": [row["env_steps"] for row in rows],
         "minutes": (np.cumsum([row["seconds_processor"] for row in rows]) / 60).tolist(),
-        # Of several inner steps the first; before any where there is none.
+        # The first of several inner steps; without inner steps, the return before any.
         "returns": [np.nan if r is None else r for r in (row["returns"][:2][-1] for row in rows)],
         "before": result.curve.returns[0],
         "after": result.curve.returns[-1],
@@ -99,7 +101,7 @@ def measured(folder: Path, steps: int, process_group: ProcessGroup) -> Run:
 
 
 def plot(results: Results, family: str, path: Path) -> None:
-    """Draw means over seeds and five iterations, with a band from the worst seed to the best."""
+    """Plot means over seeds and five iterations, with a band from the worst to the best seed."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)

@@ -1,9 +1,8 @@
-"""Train the rows of few-shot classification on several seeds; write a table of accuracies.
+"""Train algorithms for few-shot classification on several seeds; write a table of accuracies.
 
     python scripts/compare_classifiers.py characters --family-options size=14 --out runs/classifiers
 
-Accuracies are those of the same test tasks after 0, 1, ... inner steps. Runs that exist are gone on
-with.
+Accuracies are for the same test tasks after 0, 1, ... inner steps. Existing runs are continued.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Arguments:
     algorithms: tuple[str, ...] = ROWS
     """Algorithms to compare."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of each."""
+    """Seeds of each algorithm."""
     iterations: int = 2000
     """Meta-iterations of each run."""
     network: str = "mlp"
@@ -49,15 +48,15 @@ class Arguments:
     hidden: tuple[int, ...] = (128, 64)
     """Hidden layers of the mlp."""
     tasks: int = 600
-    """Test tasks."""
+    """Number of test tasks."""
     steps: int = 3
-    """Inner steps."""
+    """Number of inner steps."""
     threads: int = 1
     """Threads of training and evaluation."""
 
 
 def cells(name: str, curve: Curve, minutes: float | None) -> list[str]:
-    """Return a row: accuracies with half their 95 % interval over tasks, the seeds', the gain."""
+    """Return a row: accuracies with half their 95 % interval over tasks, by seed, and the gain."""
     values = [
         f"{mean:.1f} ± {(high - low) / 2:.1f}"
         for mean, (low, high) in zip(curve.returns, curve.ci95, strict=True)
@@ -65,7 +64,7 @@ def cells(name: str, curve: Curve, minutes: float | None) -> list[str]:
     if curve.algorithm == "nearest-prototype":
         return [name, *values[:1], *[""] * len(values), "", ""]
     mean, low, high = curve.gain()
-    gain = f"{mean:+.1f}" + (", none that can be told" if low <= 0.0 <= high else "")
+    gain = f"{mean:+.1f}" + (", not significant" if low <= 0.0 <= high else "")
     by_seed = np.nanmean(curve.per_seed[:, :, 1], axis=1)
     seeds = ", ".join(f"{x:.1f}" for x in by_seed) if len(by_seed) > 1 else ""
     return [name, *values, gain, seeds, "" if minutes is None else f"{minutes:.1f}"]
@@ -96,7 +95,7 @@ def main(arguments: Arguments) -> int:
         )  # fmt: skip
         shown[name] = cells(name, result.curve, sum(minutes) / len(minutes))
         for other, curve in result.references.items():
-            if other != "random":  # which has the step sizes of the row beside it
+            if other != "random":  # which uses the step sizes of the same row
                 shown.setdefault(other, cells(other, curve, None))
         lines = [heads, ["---"] * len(heads), *shown.values()]
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

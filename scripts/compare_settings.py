@@ -1,10 +1,10 @@
-"""Is another setting better? Trains each over several seeds; compares at equal env steps and time.
+"""Train settings over several seeds and compare them at equal env steps and time.
 
     python scripts/compare_settings.py half-cheetah-vel \
         --settings preset outer.fisher_fraction=0.3 --iterations 60 --out runs/settings
 
-A setting is options of `metarl train` joined by commas, or `preset` for none. Runs lie in --out:
-stopped anywhere, the same command goes on where it was.
+A setting is a list of options of `metarl train` joined by commas, or `preset` for none. Runs are in
+--out. After an interruption, the same command continues.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from metarl.cli.errors import exit_code
 from metarl.runs.metrics import read_metrics
 
 LAST = 5
-"""Iterations that a figure is the mean of: one batch of tasks alone is noisy."""
+"""Number of iterations in a mean: a single batch of tasks is noisy."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Arguments:
     out: Path
     """Folder for the runs."""
     settings: tuple[str, ...]
-    """Such as `preset outer.max_kl=0.02 tasks=40,episodes=10 stratified=False`."""
+    """Settings, such as `preset outer.max_kl=0.02 tasks=40,episodes=10 stratified=False`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each setting."""
     iterations: int = 40
@@ -42,13 +42,13 @@ class Arguments:
     preset: str = "metarl2026"
     """Preset of all runs."""
     family_options: tuple[str, ...] = ()
-    """Options of the family, as `metarl train` takes them."""
+    """Options of the family, as in `metarl train`."""
     jobs: int = 1
-    """Trainings at a time; they share the processors."""
+    """Number of parallel trainings; they share the processors."""
 
 
 def flags_of(setting: str, seed: int, arguments: Arguments) -> list[str]:
-    """Options of `metarl train` but for threads and folder."""
+    """Return the options of `metarl train`, except threads and folder."""
     flags = [arguments.family, "--preset", arguments.preset, "--seed", str(seed)]
     flags += ["--iterations", str(arguments.iterations)]
     if arguments.family_options:
@@ -64,7 +64,7 @@ def flags_of(setting: str, seed: int, arguments: Arguments) -> list[str]:
 
 
 def score(rows: Sequence[Mapping[str, Any]], minutes: float) -> float:
-    """Return what a run earns after one step when it has taken so much processor time."""
+    """Return a run's return after one inner step at the given processor time."""
     taken = np.cumsum([row["seconds_processor"] for row in rows]) / 60.0
     end = max(int(np.searchsorted(taken, minutes, side="right")), LAST)
     found = [row["return_post"] for row in rows[:end][-LAST:]]
@@ -77,7 +77,7 @@ def main(arguments: Arguments) -> int:
         setting: [arguments.out / f"{setting}-{seed}" for seed in arguments.seeds]
         for setting in arguments.settings
     }
-    # Seeds outside, settings inside: what is not yet done lacks seeds, not settings.
+    # Seeds in the outer loop: an interrupted comparison lacks seeds, not settings.
     wanted = {
         folders[setting][i]: flags_of(setting, seed, arguments)
         for i, seed in enumerate(arguments.seeds)

@@ -1,9 +1,9 @@
-"""Kill random ranks of runs under torchrun --max-restarts; compare their ends, time the restarts.
+"""Kill random ranks of runs under torchrun --max-restarts; compare results, time the restarts.
 
 python scripts/kill_ranks.py OUT [--kills 20] [--ranks 2]
 
-Each kill is of a run of its own, at a random moment, and by SIGKILL. A run must end as one that was
-left alone, and leave no process.
+Each kill uses a separate run, a random moment and SIGKILL. A run must end like an undisturbed run,
+and leave no process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def wait(condition, process: subprocess.Popen) -> float:
 
 
 def end_of(folder: Path) -> str:
-    """Everything that a run learned and recorded, as text."""
+    """Return everything that a run learned and recorded, as text."""
     newest = sorted((folder / "checkpoints").glob("*.safetensors"))[-1]
     tensors, _ = load(newest)
     rows = [{k: v for k, v in row.items() if not measured_time(k)} for row in read_metrics(folder)]

@@ -1,6 +1,6 @@
-"""Rows of the records in docs/results.md, and the page and pictures that are made from them.
+"""Rows of the records in docs/results.md, and the page and figures that are generated from them.
 
-`reproduce.py` fills docs/records/ROW.json; all that is here is made from these files alone.
+`reproduce.py` writes docs/records/ROW.json. Everything here is generated from these files alone.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ BEGIN, END = "<!-- records: written by scripts/reproduce.py -->", "<!-- end of r
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: what is trained, for how long, and what it stands beside."""
+    """A row of the table: its training, budget and reference values."""
 
     family: str
     variant: str
     env_steps: float
-    """Budget of each seed."""
+    """Env steps of each seed."""
     published: Sequence[float | None] = (None, None, None)
     """Returns after 1, 2 and 3 inner steps if the variant is not icml2017, see `published_of`."""
     source: str = ""
     options: Sequence[str] = ()
-    """Further options of the family."""
+    """Additional options of the family."""
     flags: Sequence[str] = ()
-    """Further options of the trainings."""
+    """Additional options of the trainings."""
     kept: int = 20
-    """Checkpoints that a run keeps, about."""
+    """Approximate number of checkpoints that a run keeps."""
     last: int = 5
-    """Newest of them among which one is chosen on validation tasks."""
+    """Number of the newest checkpoints to choose from on validation tasks."""
     judged_after: int = 1
-    """Inner steps after which their returns are compared."""
+    """Number of inner steps before the compared returns."""
     judged_on: int = 20
-    """Validation tasks on which they are compared."""
+    """Number of validation tasks for the comparison."""
 
 
 FINN, PROMP = "Finn et al. 2017", "Rothfuss et al. 2019"
@@ -80,28 +80,28 @@ PUBLISHED = {
         "random": (-78.6, -62.8, -48.6, -35.6),
     },
 }
-"""Mean returns over 40 held-out tasks after 0, 1, 2 and 3 inner steps, variant icml2017: the
-stored evaluation of the authors of arXiv:1703.03400. An oracle takes no step."""
+"""Mean returns over 40 held-out tasks after 0, 1, 2 and 3 inner steps, variant icml2017: the stored
+evaluation of the authors of arXiv:1703.03400. An oracle takes no step."""
 
 
 ROWS = {
-    # What `make train` leaves a user with is its last iterate.
+    # `make train` produces the last iterate.
     "make-train": Row("half-cheetah-dir", "icml2017", 6.4e6, last=1),
-    # Without a cosine a long run on direction falls again (docs/results.md).
+    # Without a cosine schedule, a long run on direction deteriorates again (docs/results.md).
     "half-cheetah-dir-icml2017": Row(
         "half-cheetah-dir", "icml2017", 24e6, flags=("--outer.schedule", "cosine")
     ),
     "half-cheetah-vel-icml2017": Row("half-cheetah-vel", "icml2017", 32e6),
-    # Episodes that end early take fewer env steps than the budget; here 8M, less on the ants.
-    # Checkpoints differ there by what a second step brings, and hardly by the first; and by less
-    # than two choices of 20 tasks do.
+    # Episodes that end early take fewer env steps than the budget: 8M here, less on the ants. The
+    # checkpoints differ in the gain of the second step, hardly in that of the first. These
+    # differences are smaller than the ones between two choices of 20 tasks.
     "navigation-2d-icml2017": Row(
         "navigation-2d", "icml2017", 8.64e6, judged_after=2, judged_on=80
     ),
     "half-cheetah-dir-promp2019": Row(
         "half-cheetah-dir", "promp2019", 9.6e6, (310.0, None, 405.0), f"{PROMP}; learn2learn"
     ),
-    # The published figure is of goals of up to 2 m/s; the authors' code has 3. A larger least step
+    # The published figure is for goals of up to 2 m/s; the authors' code has 3. A larger least step
     # goes farther there than the preset's (docs/results.md).
     "half-cheetah-vel-promp2019": Row(
         "half-cheetah-vel",
@@ -129,7 +129,7 @@ PICTURED = (
 
 
 def draw_training(name: str, found: dict[str, Any], path: Path) -> None:
-    """Draw every seed's return after one step during training."""
+    """Plot every seed's return after one step during training."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -156,7 +156,7 @@ STYLES = {
 
 
 def draw_references(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw policies and references against inner steps, beside those of Finn et al. 2017."""
+    """Plot policies and references against inner steps, together with Finn et al. 2017."""
     columns = min(3, len(records))
     rows = math.ceil(len(records) / columns)
     figure = Figure(figsize=(4.2 * columns, 0.8 + 3.6 * rows), layout="constrained")
@@ -188,7 +188,7 @@ def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any
     """Return the tables of all rows in Markdown.
 
     Args:
-        records: of the rows.
+        records: records of the rows.
         repeats: further records of these rows, by "ROW.NAME".
     """
     compared = [one for one in records if "references" in one]
@@ -243,7 +243,7 @@ def seeds_and_draws(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def beside_references(compared: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the table of policies and references with tuned step sizes; no lines for no rows."""
+    """Return the table of policies and references with tuned step sizes; empty without rows."""
     if not compared:
         return []
     lines = [
@@ -276,7 +276,7 @@ def beside_references(compared: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def gaps_closed(compared: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the table of how far policies go from random to oracle; no lines for no rows."""
+    """Return the table of the gap that policies close; empty without rows."""
     if not compared:
         return []
     lines = [
@@ -295,16 +295,16 @@ def gaps_closed(compared: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def gap_closed(returns: Mapping[str, Sequence[float]]) -> str:
-    """Return (adapted - random) / (oracle - random) after one step, of mean returns by policy.
+    """Return (adapted - random) / (oracle - random) after one step, from mean returns by policy.
 
-    Random is taken before any step; the oracle, which takes none, as its mean over all.
+    Random is the return before any step. The oracle takes no steps; its mean over all is used.
     """
     floor, ceiling = returns["random"][0], float(np.mean(returns["oracle"]))
     return f"{(returns['MAML'][1] - floor) / (ceiling - floor):.2f}"
 
 
 def commands(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a list of the commands that write the rows, and of the trainings they start."""
+    """Return a list of the commands that write the rows, and of the trainings that they start."""
     lines = ["Each row's command, and that of its trainings:", ""]
     places: dict[str, list[str]] = {}
     for one in records:
@@ -331,9 +331,9 @@ def processor(found: Mapping[str, Any]) -> str:
 
 
 def both_means(found: Mapping[str, Any]) -> list[str]:
-    """Return interquartile means after 0, 1, 2 and 3 steps, and plain ones in brackets.
+    """Return interquartile means after 0, 1, 2 and 3 steps, and plain means in brackets.
 
-    The published figures are plain means, which a few hard tasks may carry far.
+    The published figures are plain means, which a few hard tasks may dominate.
     """
     plain = np.mean(found["by_seed"], axis=0)
     pairs = zip(found["interquartile_mean"], plain, strict=True)
@@ -341,7 +341,7 @@ def both_means(found: Mapping[str, Any]) -> list[str]:
 
 
 def published_of(row: Row, policy: str) -> Sequence[float | None]:
-    """Return a policy's published returns after 0, 1, 2 and 3 steps; None or less where unknown."""
+    """Return a policy's published returns after 0, 1, 2 and 3 steps; None or fewer if unknown."""
     if row.variant == "icml2017":
         return PUBLISHED[row.family][policy]
     return (None, *row.published) if policy == "MAML" else ()
@@ -354,7 +354,7 @@ def by_seed(found: dict[str, Any]) -> str:
 
 
 def repeated(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Return the table of repetitions, each beside its record; no lines, if there are none."""
+    """Return the table of repetitions, each next to its record; empty without repetitions."""
     if not repeats:
         return []
     lines = [
@@ -377,7 +377,7 @@ def repeated(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, 
 
 
 def write_docs(docs: Path = DOCS) -> str:
-    """Write all records' tables into docs/results.md, draw the pictures, and return the page."""
+    """Write all records' tables into docs/results.md, draw the figures, and return the page."""
     stored = [docs / "records" / f"{name}.json" for name in ROWS]
     records = [json.loads(path.read_text("utf-8")) for path in stored if path.exists()]
     again = sorted((docs / "records").glob("*.*.json"))

@@ -2,14 +2,17 @@
 
     python scripts/reproduce.py navigation-2d-icml2017 --seeds 0 1 2 3 4 --jobs 2
 
-Each seed is a run of `metarl train` whose checkpoint is chosen on validation tasks; all seeds are
+Each seed is a run of `metarl train`. Its checkpoint is chosen on validation tasks. All seeds are
 evaluated on the same held-out tasks. With --references, pretrained policies and an oracle are
-trained on as many env steps, and compared with step sizes that one procedure chooses for all of
-them on validation tasks. Runs, choices and evaluations lie in --out: stopped anywhere, the same
-command goes on where it was. Started by torchrun on machines that share --out, each rank trains
-some of the runs. A row's figures are stored in docs/records/ROW.json; the tables in docs/results.md
-and their pictures are made from these files alone, and without a row that is all it does. With
---repeat NAME, on another machine say, the figures are stored beside the record's, in
+trained on the same number of env steps. The comparison uses step sizes that one procedure chooses
+for all policies on validation tasks.
+
+Runs, choices and evaluations are in --out. After an interruption, the same command continues. Under
+torchrun on machines that share --out, each rank trains some of the runs.
+
+The figures of a row are stored in docs/records/ROW.json. The tables in docs/results.md and their
+figures are generated from these files alone. Without a row, only this is done. With --repeat NAME,
+for instance on another machine, the figures are stored next to the record, in
 docs/records/ROW.NAME.json.
 """
 
@@ -40,7 +43,7 @@ from metarl.runs.metrics import read_metrics
 
 TRAINED = Path(__file__).parents[1] / "metarl" / "trained"
 REFERENCES = ("pretrained", "oracle")
-LONGEST = 30 * 24 * 3600.0  # seconds that ranks wait for the trainings of the others
+LONGEST = 30 * 24 * 3600.0  # seconds to wait for the trainings of other ranks
 
 
 @dataclass
@@ -48,29 +51,30 @@ class Arguments:
     """Reproduce rows of the table in docs/results.md: train, choose, evaluate, write."""
 
     rows: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Names of rows; none writes the table from what is recorded."""
+    """Names of rows; without a name, only write the tables from the records."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the trainings."""
     jobs: int = 1
-    """Trainings at a time; they share the processors."""
+    """Number of parallel trainings; they share the processors."""
     preset: str = "metarl2026"
-    """Preset of the trainings. With another than the default nothing is recorded in docs."""
+    """Preset of the trainings. Only results of the default preset are recorded in docs."""
     env_steps: float | None = None
-    """Budget of each seed; by default the row's. Another one is not recorded in docs."""
+    """Budget of each seed; by default the row's. Results of another budget are not recorded in
+    docs."""
     ship: bool = False
-    """Put the median seed's policy into metarl/trained, by the name of its row."""
+    """Copy the median seed's policy to metarl/trained, with the name of its row."""
     references: bool = False
     """Also train the references pretrained and oracle."""
     reference_seeds: tuple[int, ...] = (0,)
-    """Seeds of the pretrained policies; the oracle's is the first of them."""
+    """Seeds of the pretrained policies; the oracle uses the first one."""
     repeat: str = ""
-    """Store the figures as a repetition of the record, by this name: of another machine, say."""
+    """Store the figures as a repetition of the record with this name, for instance of a machine."""
     out: Path = field(default_factory=lambda: Path("runs/reproduce"))
     """Folder for runs, chosen policies and evaluations."""
 
 
 def flags_of(row: Row, arguments: Arguments, algorithm: str = "maml-trpo") -> list[str]:
-    """Options of `metarl train` but for seed, threads and folder."""
+    """Return the options of `metarl train`, except seed, threads and folder."""
     options = [] if row.family == "navigation-2d" else [f"variant={row.variant}", *row.options]
     base = metarl.resolve(arguments.preset, row.family, algorithm)
     horizon = metarl.envs.make_family(row.family, **parse_options(options)).horizon
@@ -101,20 +105,20 @@ def choose(folder: Path, row: Row) -> dict[str, Any]:
         best = max(found, key=lambda one: one["return"]) | how | {"compared": found}
         write_atomically(store, json.dumps(best, indent=2).encode())
     best = json.loads(store.read_text("utf-8"))
-    # A name alone: runs may be moved, and read from another working directory.
+    # Only the name: runs may be moved, and read from another working directory.
     return best | {"checkpoint": str(folder / "checkpoints" / Path(best["checkpoint"]).name)}
 
 
 def check_kept(path: Path, arguments: Arguments) -> None:
-    """Raise UserError if a new record would lack seeds or references of the one that is there."""
+    """Raise UserError if a new record would lack seeds or references of the existing record."""
     if not path.exists():
         return
     found = json.loads(path.read_text("utf-8"))
     lost = sorted(set(found["seeds"]) - set(arguments.seeds))
     if lost:
-        raise UserError(f"{path} also has seeds {lost}: give them to --seeds, or remove it first")
+        raise UserError(f"{path} also has seeds {lost}: add them to --seeds, or remove it first")
     if "references" in found and not arguments.references:
-        raise UserError(f"{path} has references: give --references, or remove it first")
+        raise UserError(f"{path} has references: use --references, or remove it first")
 
 
 def record(
@@ -151,9 +155,9 @@ def record(
 def compare(
     name: str, policies: Sequence[MetaPolicy], references: Mapping[str, Sequence[Path]]
 ) -> dict[str, Any]:
-    """Return the returns of chosen checkpoints beside the references', by tuned step sizes.
+    """Return the returns of chosen checkpoints and of the references, with tuned step sizes.
 
-    Also MAML's lead over each after one step, paired by task, and its 95 % interval.
+    Include MAML's lead over each after one step, paired by task, and its 95 % interval.
     """
     result = metarl.evaluate(policies, references=references, tune_step_sizes=True, name=name)
     found = {
@@ -172,7 +176,7 @@ def compare(
 
 
 def summary(result: EvaluationResult) -> dict[str, Any]:
-    """Returns after 0 ... 3 steps: by seed, their interquartile mean, and the worst seed."""
+    """Return values after 0 ... 3 steps: by seed, their interquartile mean, and the worst seed."""
     scores = result.curve.per_seed  # [seeds, tasks, steps + 1]
     by_seed = np.nanmean(scores, axis=1)
     flat = scores.reshape(-1, scores.shape[-1])
@@ -188,9 +192,9 @@ def summary(result: EvaluationResult) -> dict[str, Any]:
 def main(arguments: Arguments, process_group: ProcessGroup) -> int:
     for name in arguments.rows:
         if name not in ROWS:
-            raise UserError(f"no row {name!r} (rows: {', '.join(ROWS)})")
+            raise UserError(f"unknown row {name!r} (rows: {', '.join(ROWS)})")
     if arguments.ship and arguments.repeat:
-        raise UserError("--ship is of a record, and --repeat of another run of it: leave one out")
+        raise UserError("--ship needs a record, but --repeat is another run of it: remove one")
     recorded = arguments.env_steps is None and arguments.preset == Arguments.preset
     for name in arguments.rows:
         row = ROWS[name]

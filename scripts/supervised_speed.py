@@ -1,10 +1,10 @@
-"""Meta-gradients of MAML a second, beside a plain torch.func loop on the same episodes.
+"""Measure MAML meta-gradients per second, compared with a plain torch.func loop on the same tasks.
 
     python scripts/supervised_speed.py
 
 Sinusoids (40-40, 10 shots, 25 tasks) and characters (four blocks of 32 filters, 5-way 1-shot, 8
-tasks), one inner step, second order. The plain loop is what a user writes: vmap of grad over tasks
-where the network allows it, else task by task. Both gradients are compared first.
+tasks), one inner step, second order. The plain loop is typical user code: vmap of grad over tasks
+if the network allows it, else task by task. Both gradients are compared first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ THREADS, SECONDS = 2, 10.0
 
 
 class Blocks(torch.nn.Module):
-    """The four blocks in torch's own layers."""
+    """The four blocks with torch's layers."""
 
     def __init__(self, filters: int, features: int, ways: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def sine_network() -> torch.nn.Module:
 
 
 def named_as_torch(meta: Params, sine: bool) -> Params:
-    """Return the meta-parameters by the names and in the layout of the torch module."""
+    """Return the meta-parameters with the names and layout of the torch module."""
     found = {}
     for name, p in meta.items():
         part, kind = name.split(".")
@@ -88,7 +88,7 @@ def plain(network: torch.nn.Module, sine: bool, size: float) -> Callable[..., Te
 
 
 def rate(function: Callable[[], object], tasks: int) -> float:
-    """Return tasks a second."""
+    """Return tasks per second."""
     function()
     count, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < SECONDS:

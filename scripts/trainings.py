@@ -1,4 +1,4 @@
-"""Trainings that the scripts start: a process each, gone on with where one was stopped."""
+"""Trainings that scripts start, one process each. A stopped training is continued."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from metarl.runs.metrics import read_metrics
 
 
 def train(folder: Path, flags: Sequence[str], jobs: int) -> None:
-    """Run `metarl train` in a folder, or go on with the run there; its output is kept beside it.
+    """Run `metarl train` in a folder, or continue the run there; save its output next to it.
 
     Args:
-        flags: of the run, --iterations among them, but for its folder and threads.
-        jobs: trainings that share the processors.
+        flags: options of the run including --iterations, but without its folder and threads.
+        jobs: number of trainings that share the processors.
 
     Raises:
-        UserError: it failed; the run there has other options, or is longer.
+        UserError: the training failed; or the existing run has other options, or is longer.
     """
     threads = max(1, available_threads() // jobs)
     where = ["--out", str(folder), "--resume", "auto", "--threads", str(threads)]
     command = [sys.executable, "-m", "metarl", "train", *flags, *where]
-    # A rank's script starts processes that are no ranks.
+    # A rank's script starts processes that are not ranks.
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     log = folder.with_name(f"{folder.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
         if subprocess.run(command, stdout=file, stderr=file, env=alone).returncode:
-            raise UserError(f"{' '.join(command)} failed; {log} says why")
+            raise UserError(f"{' '.join(command)} failed; see {log}")
     wanted, done = int(flags[flags.index("--iterations") + 1]), len(read_metrics(folder))
     if done > wanted:
         raise UserError(f"{folder} has {done} iterations, not {wanted}: choose another --out")
 
 
 def train_all(wanted: Mapping[Path, Sequence[str]], jobs: int) -> None:
-    """Train in each folder with its flags, so many at a time; see `train`.
+    """Train in each folder with its flags, at most `jobs` at a time; see `train`.
 
     Raises:
-        UserError: one failed. Those that run end first, and no other begins.
+        UserError: one failed. Running trainings finish first, and no further one starts.
     """
     failed = threading.Event()
 

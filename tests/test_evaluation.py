@@ -101,18 +101,18 @@ def test_a_policy_that_cannot_adapt_gains_nothing():
 
 def test_k_steps_draw_k_plus_one_sets_of_episodes(monkeypatch):
     meta = navigator()
-    addresses = []
+    keys = []
     from metarl.sampling.rollouts import Collector
 
     collect = Collector.collect
 
-    def watch(self, params, tasks, address, **options):
-        addresses.append((address.split, address.inner_step))
-        return collect(self, params, tasks, address, **options)
+    def watch(self, params, tasks, key, **options):
+        keys.append((key.split, key.inner_step))
+        return collect(self, params, tasks, key, **options)
 
     monkeypatch.setattr(Collector, "collect", watch)
     found = evaluate(meta, tasks=3, episodes=2, steps=3, threads=1)
-    assert addresses == [("test", k) for k in range(4)] * 2  # the policy, then the random one
+    assert keys == [("test", k) for k in range(4)] * 2  # the policy, then the random one
     assert found.curve.per_task.shape == (3, 4)
     assert found.curve.step_sizes == [0.5, 0.25, 0.25]
     assert found.references["random"].step_sizes == [0.5, 0.25, 0.25]

@@ -178,7 +178,7 @@ def test_transitions_adapt_as_episodes_do():
             current = adapter.adapted()  # nothing new: takes no step
         rollout = collect_episodes(
             meta.family.make(np.array([4.0])), policy, current.params, episodes=3,
-            horizon=meta.family.horizon, address=RandomKey(5, split="test", inner_step=k),
+            horizon=meta.family.horizon, key=RandomKey(5, split="test", inner_step=k),
         )  # fmt: skip
         assert int(rollout.valid.sum()) == 12
         for e in range(3):

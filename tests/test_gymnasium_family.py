@@ -240,7 +240,7 @@ def test_a_nan_observation_never_reaches_the_policy_and_is_reported_with_its_tas
         with refused("observation", 9.0, error=NonFiniteError):  # the task's component
             InnerLoop(adapter, pool).run(sample, params, 2, steps=1, query=False)
     with refused("observation", 3, error=NonFiniteError):  # the step
-        collect_episodes(Blind(), policy, params, episodes=1, horizon=9, address=RandomKey(0))
+        collect_episodes(Blind(), policy, params, episodes=1, horizon=9, key=RandomKey(0))
 
 
 def test_a_reward_of_another_shape_is_refused():

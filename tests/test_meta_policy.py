@@ -29,7 +29,7 @@ def test_adapting_by_hand_and_by_the_method_agree():
     env = gym.make("metarl/Navigation2D-v0", goal=(0.3, 0.2), horizon=15)
     policy = meta.adapt(env, steps=1, episodes=6, seed=4)
     rollout = collect_episodes(
-        env, meta.policy, meta.params, episodes=6, horizon=15, address=RandomKey(4, split="test")
+        env, meta.policy, meta.params, episodes=6, horizon=15, key=RandomKey(4, split="test")
     )
     with ChunkPool(1) as pool:
         advantage, _ = estimate(rollout, meta.config.advantage, meta.config.baseline, {}, pool)
@@ -138,7 +138,7 @@ def test_an_oracle_takes_no_step(tmp_path, capsys, monkeypatch):
     assert mentions(capsys.readouterr().err, "oracle", "--task", "goal_x", "goal_y")
     monkeypatch.setattr(videos, "prepare", lambda: None)
     monkeypatch.setattr(videos, "record", lambda policies, *_, **__: policies)
-    assert list(film(str(tmp_path / "told.safetensors"), [])) == ["told its task"]
+    assert list(film(str(tmp_path / "told.safetensors"), [])) == ["observes its task"]
 
 
 def test_adapt_takes_the_requested_number_of_steps():

@@ -43,14 +43,14 @@ def test_collect_matches_a_plain_loop_over_single_environments(pool):
     family = make_family("half-cheetah-vel", horizon=25)
     tasks = family.tasks.grid(3)
     params = per_task_params(POLICY, 3)
-    address = RandomKey(seed=4, iteration=7, inner_step=1)
-    rollout = Collector(family, POLICY, 3, 2, pool).collect(params, tasks, address)
+    key = RandomKey(seed=4, iteration=7, inner_step=1)
+    rollout = Collector(family, POLICY, 3, 2, pool).collect(params, tasks, key)
     assert rollout.observation.shape == (3, 2, 25, 17)
     assert rollout.env_steps == 150
     assert rollout.valid.all()
     for t in range(3):
-        noise = POLICY.noise(address.noise(t), 2, 25)
-        for e, seed in enumerate(address.episode_seeds(t, 2)):
+        noise = POLICY.noise(key.noise(t), 2, 25)
+        for e, seed in enumerate(key.episode_seeds(t, 2)):
             env = gym.make("HalfCheetah-v5", max_episode_steps=25)
             observation, _ = env.reset(seed=seed)
             for h in range(25):
@@ -116,12 +116,12 @@ def test_python_environments_stay_in_the_thread_that_made_them(pool):
 def test_a_single_environment_gives_the_episodes_of_the_vector(pool):
     family = make_family("half-cheetah-dir", horizon=5)
     params = POLICY.init(np.random.default_rng(0))
-    address = RandomKey(3, split="test", inner_step=2)
+    key = RandomKey(3, split="test", inner_step=2)
     together = Collector(family, POLICY, 1, 3, pool).collect(
-        stack(params, 1), np.array([[1.0]]), address
+        stack(params, 1), np.array([[1.0]]), key
     )
     alone = collect_episodes(
-        family.make(np.array([1.0])), POLICY, params, episodes=3, horizon=5, address=address
+        family.make(np.array([1.0])), POLICY, params, episodes=3, horizon=5, key=key
     )
     for name in ("observation", "action", "reward", "last_observation"):
         a, b = getattr(together, name), getattr(alone, name)
@@ -223,28 +223,28 @@ def test_a_policy_of_other_sizes_is_refused(pool):
     with refused("navigation-2d", "(2,)", "(17,)"):
         Collector(make_family("navigation-2d"), POLICY, 1, 1, pool)
     with refused("CountingEnv", "(1,)", "(17,)"):
-        collect_episodes(CountingEnv(), POLICY, {}, episodes=1, horizon=1, address=RandomKey(0))
+        collect_episodes(CountingEnv(), POLICY, {}, episodes=1, horizon=1, key=RandomKey(0))
 
 
 # Random streams -----------------------------------------------------------------------------------
 
 
-def test_streams_differ_by_every_part_of_their_address():
-    addresses = [
+def test_streams_differ_by_every_part_of_their_key():
+    keys = [
         (0, 0, "noise", 0, 0), (1, 0, "noise", 0, 0), (0, 1, "noise", 0, 0),
         (0, 0, "reset", 0, 0), (0, 0, "noise", 1, 0), (0, 0, "noise", 0, 1),
         (0, 0, "test-noise", 0, 0), (0, 0, "validation-noise", 0, 0),
     ]  # fmt: skip
-    draws = [tuple(stream(*address).integers(1 << 60, size=2)) for address in addresses]
-    assert len(set(draws)) == len(addresses)
-    assert tuple(stream(*addresses[0]).integers(1 << 60, size=2)) == draws[0]
+    draws = [tuple(stream(*key).integers(1 << 60, size=2)) for key in keys]
+    assert len(set(draws)) == len(keys)
+    assert tuple(stream(*keys[0]).integers(1 << 60, size=2)) == draws[0]
 
 
 def test_streams_of_an_episode_do_not_depend_on_the_number_of_episodes():
     few = episode_seeds(0, 0, "reset", 0, 3, episodes=3)
     assert episode_seeds(0, 0, "reset", 0, 3, episodes=10)[:3] == few
-    address = RandomKey(0)
-    few, more = (POLICY.noise(address.noise(2), episodes, 4) for episodes in (3, 5))
+    key = RandomKey(0)
+    few, more = (POLICY.noise(key.noise(2), episodes, 4) for episodes in (3, 5))
     assert np.array_equal(few, more[:3])
 
 
@@ -335,7 +335,7 @@ def test_success_at_any_step_of_an_episode_counts(pool):
         env = Announcing()
         env.length = length
         rollout = collect_episodes(
-            env, policy, params, episodes=2, horizon=5, address=RandomKey(seed=0)
+            env, policy, params, episodes=2, horizon=5, key=RandomKey(seed=0)
         )
         assert rollout.success is not None
         assert rollout.success.tolist() == [[done, done]]

@@ -51,10 +51,10 @@ def params_for(policy: PolicyModel, tasks: int) -> Params:
 
 
 def in_process(
-    family: TaskFamily, tasks: np.ndarray, address: RandomKey, policy: PolicyModel = POLICY
+    family: TaskFamily, tasks: np.ndarray, key: RandomKey, policy: PolicyModel = POLICY
 ) -> Rollout:
     collector = Collector(family, policy, len(tasks), 3, ChunkPool(1))
-    return collector.collect(params_for(policy, len(tasks)), tasks, address)
+    return collector.collect(params_for(policy, len(tasks)), tasks, key)
 
 
 def assert_equal(a: Rollout, b: Rollout) -> None:
@@ -237,8 +237,8 @@ def collector(shared, faults) -> Iterator[WorkerCollector]:
     faults.unlink(missing_ok=True)
 
 
-def sample(collector: WorkerCollector, address: RandomKey = RandomKey(2)) -> Rollout:  # noqa: B008
-    return collector.collect(params_for(POLICY, 4), TASKS, address)
+def sample(collector: WorkerCollector, key: RandomKey = RandomKey(2)) -> Rollout:  # noqa: B008
+    return collector.collect(params_for(POLICY, 4), TASKS, key)
 
 
 @pytest.mark.parametrize(
@@ -420,8 +420,8 @@ def test_the_benchmark_compares_workers_with_one_process_and_async_vector_env(ca
 
 
 def test_the_plain_loop_replays_the_rollout():
-    family, address = walk(), RandomKey(3)
-    rollout = in_process(family, TASKS, address)
+    family, key = walk(), RandomKey(3)
+    rollout = in_process(family, TASKS, key)
     paid = []
 
     class Noted(gym.Wrapper):
@@ -431,7 +431,7 @@ def test_the_plain_loop_replays_the_rollout():
             return result
 
     envs = [Noted(raw_environment(family, task)) for task in TASKS]
-    loop_seconds(family, envs, rollout, address, Config(family="walk"))
+    loop_seconds(family, envs, rollout, key, Config(family="walk"))
     np.testing.assert_array_equal(np.float32(paid), rollout.reward[rollout.valid].numpy())
 
 

@@ -1,6 +1,6 @@
-"""The algorithms, one file each. The docstring of a file is the algorithm's pseudocode.
+"""Algorithms, one file each. The docstring of a file is the algorithm's pseudocode.
 
-To add one, add a file to this folder with an `Algorithm`.
+To add one, add a file with an `Algorithm` to this folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Algorithm", "algorithms", "find_algorithm"]
 
 @cache
 def algorithms() -> dict[str, Algorithm]:
-    """Return the algorithms of this package by name, references last, and the oracle after them."""
+    """Return the built-in algorithms by name: meta-learners, then references, then the oracle."""
     found: dict[str, Algorithm] = {}
     for module in pkgutil.iter_modules(__path__):
         for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
@@ -34,10 +34,10 @@ def algorithms() -> dict[str, Algorithm]:
 
 
 def find_algorithm(what: str | Algorithm) -> Algorithm:
-    """Return an algorithm by its name, or by `module:attribute`; an algorithm is returned as it is.
+    """Return an algorithm by name or `module:attribute`. An `Algorithm` is returned unchanged.
 
     Raises:
-        UserError: there is none, or the module cannot be imported.
+        UserError: it does not exist, or the module cannot be imported.
     """
     if isinstance(what, Algorithm):
         return what

@@ -1,4 +1,4 @@
-"""An algorithm: an inner update, a meta-gradient and an outer optimizer, with their options."""
+"""Algorithm: an inner update, a meta-gradient and an outer optimizer, with their options."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from metarl.models.predictors import Head
 from metarl.parts import Part
 
 TaskWeights = Callable[[Tensor], Tensor]
-"""Mean returns of all tasks after adaptation, [T] float64 -> weights of the tasks, [T]."""
+"""Mean returns of all tasks after adaptation, [T] float64 -> task weights, [T]."""
 
 Role = Literal["meta-learner", "pretrained", "untrained", "oracle"]
-"""What an algorithm is in an evaluation. All but meta-learners are references: one policy trained
-on all tasks, a random initialization, a policy that observes its task."""
+"""Role in an evaluation. All roles except meta-learner are references: one policy trained on all
+tasks, a random initialization, a policy that observes its task."""
 
 SECTIONS = ("inner", "meta", "outer", "advantage", "baseline")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """One meta-learning algorithm.
+    """Meta-learning algorithm.
 
     Raises:
-        UserError: a part is of another kind, or parts do not go together.
+        UserError: a part has the wrong type, or the parts are incompatible.
     """
 
     name: str
@@ -45,29 +45,29 @@ class Algorithm:
     inner: InnerUpdate = field(default_factory=GradientUpdate)
     meta: MetaGradient = field(default_factory=Unrolled)
     outer: OuterOptimizer = field(default_factory=TrustRegion)
-    """Also the name of an outer optimizer, or a class of torch.optim."""
+    """An outer optimizer, the name of one, or a class of torch.optim."""
     advantage: Advantages | None = field(default_factory=Advantages)
     baseline: Baseline | None = field(default_factory=LinearFeatures)
     outer_loss: Loss | None = None
-    """Loss of the adapted policies on the query samples. None: the likelihood ratio of policies, or
-    the inner loss on a data set."""
+    """Loss of the adapted policies on the query samples. None: the likelihood ratio for policies,
+    or the inner loss for a data set."""
     task_weights: TaskWeights | None = None
-    """Weights of the tasks in the meta-objective, for a worst case or CVaR; scaled to mean 1.
-    None: all weigh the same."""
+    """Task weights in the meta-objective, for instance for a worst case or CVaR; scaled to mean 1.
+    None: equal weights."""
     regularizer: Regularizer | None = None
     """Meta-parameters -> a number that is added to the meta-objective."""
     head: Head = "meta"
-    """Where the last layer of a classifier starts."""
+    """Source of the initial last layer of a classifier."""
     task_conditioned: bool = False
-    """The policy observes the task vector, and takes no inner step in evaluation."""
+    """The policy observes the task vector and takes no inner step in evaluation."""
     role: Role = "meta-learner"
-    """What it is in an evaluation, see `Role`."""
+    """Role in an evaluation, see `Role`."""
     source: str = field(default="", compare=False)
-    """Name that `find_algorithm` finds it by; empty for one that has none."""
+    """Name for `find_algorithm`; empty for an algorithm without one."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise UserError(f"an algorithm's name must be a text, got {self.name!r}")
+            raise UserError(f"an algorithm's name must be a string, got {self.name!r}")
         object.__setattr__(self, "outer", find_outer(self.outer))
         if self.baseline is not None:
             object.__setattr__(self, "baseline", find_baseline(self.baseline))
@@ -92,16 +92,16 @@ class Algorithm:
         if isinstance(self.outer, TrustRegion) and not isinstance(self.meta, FirstOrder):
             raise UserError(
                 f"{self.name}: a trust region needs an unrolled meta-gradient, got"
-                f" {type(self.meta).__name__}: take another outer optimizer, such as adam"
+                f" {type(self.meta).__name__}: use another outer optimizer, such as adam"
             )
         if self.outer.needs_policy and not self.meta.needs_query:
             raise UserError(
                 f"{self.name}: outer {self.outer.name} needs samples of the adapted policies, and"
-                f" {type(self.meta).__name__} draws none: take another outer optimizer, such as"
+                f" {type(self.meta).__name__} draws none: use another outer optimizer, such as"
                 " adam"
             )
         if self.outer_loss is not None and self.outer.loss(self.outer_loss) is not self.outer_loss:
-            raise UserError(f"{self.name}: outer {self.outer.name} has an outer loss of its own")
+            raise UserError(f"{self.name}: outer {self.outer.name} has its own outer loss")
         if not self.meta.needs_query and self.outer.policies:
             # No samples of adapted policies: there is no KL to bound.
             object.__setattr__(self, "outer", self.outer.without_policies())
@@ -109,16 +109,16 @@ class Algorithm:
 
     @property
     def reference(self) -> bool:
-        """Whether meta-learners are compared with it."""
+        """Whether it is a reference for meta-learners."""
         return self.role != "meta-learner"
 
     def sections(self) -> dict[str, Part]:
-        """Return the parts that have options, by the section of their keys."""
+        """Return the parts with options, by the section of their keys."""
         parts = {name: getattr(self, name) for name in SECTIONS}
         return {name: part for name, part in parts.items() if part is not None}
 
     def own_options(self) -> dict[str, Any]:
-        """Return the options that the algorithm itself sets, by key."""
+        """Return the options that the algorithm sets, by key."""
         return {
             part.key(name): value
             for part in self.sections().values()

@@ -14,6 +14,6 @@ anil = Algorithm(
     name="anil",
     summary="only the last layer adapts, not the standard deviation",
     citation="Raghu et al. 2020, arXiv:1909.09157",
-    # A part of the parameters goes as far as all with a larger step.
+    # With fewer parameters, the same change needs a larger step.
     inner=GradientUpdate(adapts="head", step_sizes=(0.5,)),
 )

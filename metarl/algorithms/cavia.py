@@ -1,6 +1,6 @@
 """Fast context adaptation (Zintgraf et al. 2019): only a context input adapts.
 
-As `maml_trpo`, with a context c as a further input, which starts at zero for every task:
+As `maml_trpo`, with a context c as additional input, which starts at zero for every task:
 
             c' = 0 - alpha grad_c L_support(theta, c = 0)
 """

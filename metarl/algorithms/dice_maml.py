@@ -1,6 +1,6 @@
 """MAML with the loaded DiCE inner objective (Foerster et al. 2018; Farquhar et al. 2019).
 
-As `maml_trpo`, with an inner objective whose higher derivatives carry the scores of earlier
+As `maml_trpo`, with an inner objective whose higher derivatives contain the scores of earlier
 actions:
 
             theta' = theta - alpha grad L_dice(theta)           `dice` in metarl/learning/losses.py
@@ -40,6 +40,6 @@ dice_maml = Algorithm(
     name="dice-maml",
     summary="loaded DiCE inner objective: higher-order terms, unbiased at decay 1",
     citation="Foerster et al. 2018, arXiv:1802.05098; Farquhar et al. 2019, arXiv:1909.10549",
-    # Unbiased, its variance at 200 steps kept it from learning (docs/results.md).
+    # decay 1 is unbiased; its variance at 200 steps prevented learning (docs/results.md).
     inner=DiceUpdate(),
 )

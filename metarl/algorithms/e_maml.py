@@ -1,10 +1,10 @@
 """E-MAML (Stadie et al. 2018): credit the pre-update sampling for the post-update return.
 
-As `maml_trpo`, with one more term in the meta-gradient:
+As `maml_trpo`, with an additional term in the meta-gradient:
 
         g = d/dtheta mean (L_query(theta') - credit * log pi_theta(support actions))
 
-where credit is what the task's query episodes earned beyond what was to be expected.
+where credit is the return of a task's query episodes minus its expected value.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from metarl.models.networks import Dist
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingCredit(Unrolled):
-    """The exact meta-gradient, with the term of the sampling distribution."""
+    """The exact meta-gradient, plus the term of the sampling distribution."""
 
     needs_policy: ClassVar[bool] = True
 
-    # 1 is the paper's weight, unbiased, with the variance of the score of all samples of a task.
+    # 1 is the weight of the paper: unbiased, with the variance of the score of all task samples.
     sampling_coef: float = 1.0
     """Weight of the term that credits pre-update sampling for the post-update return."""
 
@@ -58,18 +58,20 @@ _LEAST_SCALE = 0.1
 
 
 def sampling_credit(query: Batch, process_group: ProcessGroup = ALONE) -> Tensor:
-    """Return what each task's support episodes earned beyond what was to be expected, [T].
+    """Return each task's return after adaptation minus its expected value, as credit, [T].
 
-    T are the tasks of this rank; what is to be expected of one is told by those of all ranks.
+    T are the tasks of this rank. The expected value is estimated from the tasks of all ranks.
 
-    Stadie et al. 2018, eq. 4 (arXiv:1803.01118): the gradient of E[R'], R' the return after
-    adaptation, has the term E[(R' - b) grad log pi(support)] besides the policy gradient of the
-    query episodes. The baseline b of a task, see `leave_one_out`, does not depend on its own
-    episodes, so that it leaves the expectation as it is. A query loss is a mean over steps of
-    advantages in units of their scale, and this is in the same units: divided by the mean length of
-    a query episode and by the scale, or where that is more by a tenth of the root mean square of
-    all tasks' scales: a task whose query episodes all earn the same has next to none. A task whose
-    every query episode diverged is credited nothing.
+    Stadie et al. 2018, eq. 4 (arXiv:1803.01118): let R' be the return after adaptation. Besides the
+    policy gradient of the query episodes, the gradient of E[R'] has the term E[(R' - b) grad log
+    pi(support)]. The baseline b of a task, see `leave_one_out`, does not depend on the task's own
+    episodes, so it does not change the expectation.
+
+    A query loss is a mean over steps of advantages, in units of their scale. The credit has the
+    same units: it is divided by the mean length of a query episode and by the scale. The scale is
+    bounded below by a tenth of the root mean square of all tasks' scales. Without this bound, a
+    task whose query episodes have equal returns would have a scale near zero. If every query
+    episode of a task diverged, its credit is 0.
     """
     after, scales = query.rollout, query.advantage_scale
     assert after is not None
@@ -85,11 +87,11 @@ def sampling_credit(query: Batch, process_group: ProcessGroup = ALONE) -> Tensor
 
 
 def leave_one_out(tasks: Tensor, values: Tensor) -> Tensor:
-    """Return each task's value as the other tasks predict it, [T] float64.
+    """Return a prediction of each task's value from the other tasks, [T] float64.
 
-    The prediction is that of a linear regression on 1, the task vector and its squares, fitted to
-    the others; where they are too few for that, fewer than four a feature, it is their mean. A
-    single task is predicted 0. Values that are NaN predict nothing, and are predicted NaN.
+    The prediction is a linear regression on 1, the task vector and its squares, fitted to the other
+    tasks. With fewer than four tasks per feature, it is the mean of the other tasks. A single task
+    has prediction 0. NaN values are not used, and their prediction is NaN.
 
     Args:
         tasks: [T, task_dim] float64.
@@ -105,14 +107,14 @@ def leave_one_out(tasks: Tensor, values: Tensor) -> Tensor:
     others = (y.sum() - y) / (count - 1)
     dim = x.shape[1]
     if dim and count >= _TASKS_PER_FEATURE * (1 + 2 * dim):
-        # Scaled for the sake of rounding alone: the span of the features is the same.
+        # Scaling only reduces rounding: the span of the features does not change.
         spread = x.std(dim=0, correction=0)
         z = (x - x.mean(dim=0)) / torch.where(spread > 0.0, spread, 1.0)
         features = torch.cat([torch.ones(count, 1, dtype=x.dtype), z, z.square()], dim=1)
         # The residual of a fit without task t is e_t / (1 - h_t), h the diagonal of the hat matrix.
         hat = features @ torch.linalg.pinv(features, rtol=1e-10)
         left = 1.0 - hat.diagonal()
-        alone = left < 1e-6  # nothing is known of a task that alone has some feature
+        alone = left < 1e-6  # the other tasks cannot predict this task
         fitted = y - (y - hat @ y) / torch.where(alone, 1.0, left)
         others = torch.where(alone, others, fitted)
     predicted[known] = others
@@ -121,7 +123,7 @@ def leave_one_out(tasks: Tensor, values: Tensor) -> Tensor:
 
 e_maml = Algorithm(
     name="e-maml",
-    summary="adds what pre-update sampling earns for the post-update return",
+    summary="adds the credit of pre-update sampling for the post-update return",
     citation="Stadie et al. 2018, arXiv:1803.01118; Al-Shedivat et al. 2018, arXiv:1710.03641",
     meta=SamplingCredit(),
 )

@@ -1,6 +1,6 @@
 """First-order MAML with a trust region (Finn et al. 2017, section 5.2).
 
-As `maml_trpo`, with d theta' / d theta taken for the identity:
+As `maml_trpo`, with the identity as d theta' / d theta:
 
         g = mean dL_query / d theta'
 """

@@ -6,8 +6,8 @@ As `maml_reinforce`, with K inner steps:
         g = d/d(theta, alpha) mean sum_k w_k L_query(theta_k)   of first order at first
         (theta, alpha) = Adam step along g                      on a cosine schedule
 
-The weights w_k move from all alike to the last alone over the first `anneal_fraction` of the run;
-from then on the meta-gradient is of second order.
+The weights w_k start equal. Over the first `anneal_fraction` of the run, they move to the last
+step. After that, the meta-gradient is second order.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from metarl.learning.meta_gradients.unrolled import Unrolled
 
 @dataclass(frozen=True, kw_only=True)
 class Annealed(Unrolled):
-    """Multi-step loss and first order at first; the exact gradient of the last loss later."""
+    """Multi-step loss and first-order gradient early; exact gradient of the last loss later."""
 
     anneal_fraction: float = 0.3
     """Share of the run in which the losses of earlier inner steps fade out and the meta-gradient is
-    of first order; afterwards it is of second order."""
+    first order; afterwards it is second order."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_fraction("anneal_fraction")
 
     def annealed(self, progress: float) -> float:
-        """Return the progress of annealing, 1 or more when it is over."""
+        """Return the progress of annealing; 1 or more after its end."""
         return progress / self.anneal_fraction if self.anneal_fraction else 1.0
 
     def curvature(self, progress: float) -> float:
@@ -56,7 +56,7 @@ class Annealed(Unrolled):
 def annealed_weights(steps: int, progress: float) -> tuple[float, ...]:
     """Return the weights of the losses of iterates 1 ... K (Antoniou et al. 2019, section 4).
 
-    Uniform at progress 0; by progress 1 all the weight is on the last.
+    Uniform at progress 0; all weight is on the last iterate from progress 1.
     """
     progress = min(max(progress, 0.0), 1.0)
     early = (1.0 - progress) / max(steps, 1)

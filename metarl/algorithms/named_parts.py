@@ -31,11 +31,11 @@ def find_outer(what: Any) -> OuterOptimizer:
     """Return an outer optimizer.
 
     Args:
-        what: the optimizer itself, the name of one (`trust-region`, `clipped`, `adamw`, ...),
+        what: an outer optimizer, the name of one (`trust-region`, `clipped`, `adamw`, ...),
             `module:attribute`, or a class of torch.optim.
 
     Raises:
-        UserError: it is something else.
+        UserError: the value is something else.
     """
 
     def adapt(found: Any) -> Any:
@@ -58,11 +58,10 @@ def find_baseline(what: Any) -> Baseline:
     """Return a baseline.
 
     Args:
-        what: the baseline itself, the name of one (`linear`, `zero`, `critic`), or
-            `module:attribute`.
+        what: a baseline, the name of one (`linear`, `zero`, `critic`), or `module:attribute`.
 
     Raises:
-        UserError: it is something else.
+        UserError: the value is something else.
     """
     made = find_part(what, Baseline, "baseline", BASELINES.get)
     if made is None:

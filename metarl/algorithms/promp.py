@@ -53,5 +53,5 @@ promp = Algorithm(
     citation="Rothfuss et al. 2019, arXiv:1810.06784",
     inner=GradientUpdate(loss=likelihood_ratio),
     meta=InnerKLPenalty(),
-    outer=ClippedSurrogate(),  # five steps on the whole batch, as the authors' code takes
+    outer=ClippedSurrogate(),  # five steps on the whole batch, as in the authors' code
 )

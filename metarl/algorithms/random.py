@@ -1,4 +1,4 @@
-"""Reference: the random initialization, which training leaves as it is (Finn et al. 2017)."""
+"""Reference: the random initialization; training does not change it (Finn et al. 2017)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from metarl.learning.outer import NoUpdate
 
 random = Algorithm(
     name="random",
-    summary="reference: the random initialization, which training leaves as it is",
+    summary="reference: the random initialization, which training does not change",
     citation="Finn et al. 2017, arXiv:1703.03400",
     meta=FirstOrder(),
     outer=NoUpdate(),

@@ -20,7 +20,7 @@ reptile = Algorithm(
     name="reptile",
     summary="moves towards the adapted parameters; samples no query episodes",
     citation="Nichol et al. 2018, arXiv:1803.02999",
-    # With one step it is joint training: what differs are further steps on new samples.
+    # With one step, it is joint training. Its effect comes from further steps on new samples.
     inner=GradientUpdate(loss=likelihood_ratio, steps=4),
     meta=Reptile(),
     outer=Adam(learning_rate=3e-3),

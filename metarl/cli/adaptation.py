@@ -1,4 +1,4 @@
-"""Options and steps that the commands on one task share: adapt, export, record, report."""
+"""Options and steps of the commands on one task: adapt, export, record, report."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from metarl.envs.registry import make_family
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptation:
-    """How a policy is adapted to a task."""
+    """Options of the adaptation to a task."""
 
     steps: int = 1
     """Number of inner steps."""
     episodes: int = 20
     """Episodes for each inner step."""
     step_sizes: tuple[float, ...] = ()
-    """Size of each inner step, the last repeated; by default the policy's own."""
+    """Size of each inner step, the last repeated; by default the policy's step sizes."""
     seed: int = 0
     """Seed of the episodes."""
 
     def options(self) -> dict[str, Any]:
-        """Return the other arguments of `MetaPolicy.adapt`, without task and steps."""
+        """Return the arguments of `MetaPolicy.adapt` other than task and steps."""
         sizes = self.step_sizes or None
         return {"episodes": self.episodes, "seed": self.seed, "step_sizes": sizes}
 
@@ -48,7 +48,7 @@ def one_of(what: Sequence[str]) -> str:
 
 
 def parse_task(family: Family, texts: Sequence[str]) -> NDArray[np.float64]:
-    """Return the task vector of ("velocity=1.7",); say which component is outside training.
+    """Return the task vector of ("velocity=1.7",). Report components outside the training range.
 
     Raises:
         UserError: a text is not component=value, or a component is unknown, missing or repeated.
@@ -58,7 +58,7 @@ def parse_task(family: Family, texts: Sequence[str]) -> NDArray[np.float64]:
         family.tasks.names, task, *family.tasks.bounds(), strict=True
     ):
         if not low <= value <= high:
-            outside = f"{name}={value:g} is outside the tasks of training, [{low:g}, {high:g}]"
+            outside = f"{name}={value:g} is outside the training tasks, [{low:g}, {high:g}]"
             note(f"note: {outside}")
     return task
 
@@ -67,7 +67,7 @@ def parse_tasks(family: Family, texts: Sequence[str]) -> NDArray[np.float64]:
     """Return the tasks [n, task_dim] of ("velocity=1.7", "velocity=2.5").
 
     Raises:
-        UserError: as `parse_task` does.
+        UserError: see `parse_task`.
     """
     size = family.tasks.dim
     each = [texts[i : i + size] for i in range(0, len(texts), size)]
@@ -83,7 +83,7 @@ def _vector(family: Family, texts: Sequence[str]) -> NDArray[np.float64]:
         try:
             components[name] = float(value)
         except ValueError as error:
-            raise UserError(f"a task is written component=value, got {text!r}") from error
+            raise UserError(f"a task must be component=value, got {text!r}") from error
     return family.tasks.vector(components)
 
 
@@ -109,12 +109,12 @@ def film(
         family = make_family(policy.config.family, **policy.config.family_options)
         task = policy.provenance["task"] if not texts else parse_task(family, texts)
         if task is None:
-            raise UserError(f"{what} does not know its task: give it with --task")
+            raise UserError(f"{what} does not contain its task: give it with --task")
         policies = {f"after {steps_of(policy.provenance['steps'])}": policy}
     else:
         meta = load(what)
         family = meta.family
-        # Not the first task of the grid: in the middle of the plane there is nothing to see.
+        # Not the first task of the grid: in the middle of the plane, nothing is visible.
         task = parse_task(family, texts) if texts else family.tasks.grid(4)[-1]
         options: dict[str, Any] = {"episodes": episodes, "seed": seed, "step_sizes": step_sizes}
 
@@ -122,7 +122,7 @@ def film(
             return meta.adapt(task, steps=steps, **options)
 
         if meta.algorithm.task_conditioned:
-            policies = {"told its task": after(0)}
+            policies = {"observes its task": after(0)}
         else:
             policies = {"before adaptation": after(0), f"after {steps_of(steps)}": after(steps)}
     return videos.record(

@@ -1,4 +1,4 @@
-"""Words of a command line, before it is parsed as a whole."""
+"""Checks of command line words before full parsing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from metarl.envs.errors import UserError
 
 
 def check_file(flag: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
-    """Raise UserError where a file cannot be written, or its name says another format."""
+    """Raise UserError if a file cannot be written, or its suffix means another format."""
     if path is None or path.is_char_device() or path.is_fifo():
         return
     if path.is_dir():
@@ -21,19 +21,18 @@ def check_file(flag: str, path: Path | None, suffixes: Sequence[str] = ()) -> No
 
 
 def check_place(flag: str, folder: Path) -> None:
-    """Raise UserError where nothing may be written in a folder, or a file stands in its place or in
-    that of one above it."""
+    """Raise UserError if a folder is not writable, or if it or a parent is a file."""
     for path in (folder, *folder.parents):
         if path.is_file():
-            raise UserError(f"{path} is a file, and results need a folder: name one with {flag}")
+            raise UserError(f"{path} is a file, but results need a folder: name one with {flag}")
         if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
-            raise UserError(f"nothing may be written in {path}: name another place with {flag}")
+            raise UserError(f"{path} is not writable: name another folder with {flag}")
         if path.is_dir():
             return
 
 
 def peek(arguments: Sequence[str], flag: str) -> str | None:
-    """Return the value of a flag before the command line is parsed as a whole."""
+    """Return the value of a flag before the command line is fully parsed."""
     for i, argument in enumerate(arguments):
         if argument == flag and i + 1 < len(arguments):
             return arguments[i + 1]

@@ -1,7 +1,7 @@
-"""How commands fail: one line that says what is wrong and what to do, and an exit code.
+"""Errors of commands: one line with the problem and the remedy, and an exit code.
 
-2: the user can fix it. 130: Ctrl-C. 141: the reader of the output has left, as `head` does. A
-fault of the program raises, with its traceback.
+2: the user can fix it. 130: Ctrl-C. 141: the reader of the output closed it, like `head`. A bug in
+the program raises, with its traceback.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from metarl.cli.streams import results, results_apart
 from metarl.envs.errors import UserError, raised
 from metarl.envs.guard import is_of_user_code
 
-_ROOM = "make room there, or choose another place"
-_RIGHTS = "choose a place that may be written to, or change its rights"
+_ROOM = "free some space there, or choose another place"
+_RIGHTS = "choose a writable place, or change its permissions"
 _REMEDIES = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
@@ -26,15 +26,15 @@ _REMEDIES = {
     errno.EACCES: _RIGHTS,
     errno.EPERM: _RIGHTS,
     errno.EROFS: _RIGHTS,
-    errno.ENOENT: "is its folder still there?",
-    errno.ENOTDIR: "a file stands where a folder is needed",
-    errno.EISDIR: "a folder stands where a file is needed",
+    errno.ENOENT: "check that its folder still exists",
+    errno.ENOTDIR: "a file is in the place of a folder",
+    errno.EISDIR: "a folder is in the place of a file",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Return a command's exit code; tell its error in a line."""
+    """Run a command and return its exit code. Print an error as one line."""
     with results_apart(to_the_end=is_the_program()):
         return _exit_code(command)
 
@@ -58,19 +58,19 @@ def _exit_code(command: Callable[[], int]) -> int:
 
 def _out_of_memory(error: Exception) -> int | None:
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return _told("out of memory: take fewer tasks or episodes, or a smaller network", error)
+        return _told("out of memory: use fewer tasks or episodes, or a smaller network", error)
     return None
 
 
 def _of_user_code(error: Exception) -> int | None:
-    """Tell an environment's error; with `python -X dev` it raises, with its traceback."""
+    """Print an environment's error. With `python -X dev`, it raises with its traceback."""
     if not is_of_user_code(error) or sys.flags.dev_mode:
         return None
     return _told(": ".join([*getattr(error, "__notes__", ()), raised(error)]), error)
 
 
 def _of_the_system(error: Exception) -> int | None:
-    """Tell what the operating system refuses."""
+    """Print an error of the operating system."""
     if not isinstance(error, OSError):
         return None
     if isinstance(error, BrokenPipeError) and _reader_left():
@@ -82,9 +82,9 @@ def _of_the_system(error: Exception) -> int | None:
 
 
 def _reader_left() -> bool:
-    """Return whether nobody reads standard output any more; if so it is silent from then on."""
+    """Return whether the reader of standard output is gone; if so, silence it from now on."""
     poll = select.poll()
-    poll.register(results(), 0)  # errors and hang-ups are told without being asked for
+    poll.register(results(), 0)  # errors and hang-ups are always reported
     left = bool(poll.poll(0))
     if left:
         os.dup2(os.open(os.devnull, os.O_WRONLY), results().fileno())
@@ -92,6 +92,6 @@ def _reader_left() -> bool:
 
 
 def _told(message: str, error: Exception) -> int:
-    if not getattr(error, "elsewhere", False):  # or the rank that it is of tells it
+    if not getattr(error, "elsewhere", False):  # otherwise its own rank prints it
         print(f"error: {message}", file=sys.stderr)
     return 2

@@ -1,6 +1,6 @@
-"""Ctrl-C: one line and exit code 130 from the first import on.
+"""Ctrl-C: one line and exit code 130, from the first import.
 
-Imported before all else, and so without anything heavy.
+Imported before all other modules, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from types import FrameType
 
 
 def is_the_program() -> bool:
-    """Whether this process is the command `metarl`, or `python -m metarl`, not a user's script."""
+    """Whether this process is the command `metarl` or `python -m metarl`, not a user's script."""
     options = sys.orig_argv[1:]
-    if options[:1] == ["-u"]:  # as torchrun starts it
+    if options[:1] == ["-u"]:  # torchrun adds this option
         options = options[1:]
     return os.path.basename(sys.argv[0]) == "metarl" or options[:2] == ["-m", "metarl"]
 
 
 def end_at_once() -> None:
-    """From here on Ctrl-C ends the process in a line.
+    """Let Ctrl-C end the process with one line from now on.
 
-    For imports: there is nothing to clean up yet, and a KeyboardInterrupt within an import comes
-    out as some other error, or not at all. The same where the interpreter shuts down.
+    For imports: no cleanup is needed yet, and a KeyboardInterrupt inside an import may become
+    another error or be lost. The same holds during interpreter shutdown.
     """
     signal.signal(signal.SIGINT, _end)
 
 
 def ignore_at_the_end() -> None:
-    """Let Ctrl-C change nothing any more once all is done and Python takes itself apart.
+    """Ignore Ctrl-C after the command is done, during interpreter shutdown.
 
-    It gives up its handlers then, and the exit code of a finished command would be lost. For the
-    program's first lines: what is registered first is called last.
+    Python removes its handlers then, and the exit code of a finished command would be lost.
+    Register this in the first lines of the program: what is registered first is called last.
     """
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
     os.write(2, b"interrupted\n")
-    # Imports start processes too (glfw asks one for its version); each would have its last words.
+    # Imports also start processes (glfw asks one for its version). Each would print the line.
     for tasks in glob.glob("/proc/self/task/*/children"):
         with contextlib.suppress(OSError), open(tasks, encoding="utf-8") as children:
             for child in children.read().split():
@@ -53,7 +53,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, Ctrl-C raises KeyboardInterrupt, so that what was begun is cleaned up."""
+    """Let Ctrl-C raise KeyboardInterrupt inside this context, so that cleanup runs."""
     if signal.getsignal(signal.SIGINT) is not _end:
         yield
         return

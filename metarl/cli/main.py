@@ -1,6 +1,6 @@
-"""The command line: finds a command, parses its options and runs it.
+"""Command line: find a command, parse its options and run it.
 
-Exit codes: 0 done, 2 the user can fix it, 130 Ctrl-C, 143 SIGTERM, 1 anything else.
+Exit codes: 0 done, 2 an error that the user can fix, 130 Ctrl-C, 143 SIGTERM, 1 other errors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COMMANDS = "metarl.cli.commands"
 
 @cache
 def commands() -> dict[str, str]:
-    """Return the help of each command by name: the docstrings of their files, none imported."""
+    """Return the help of each command by name, from the docstrings, without imports."""
     files = {file.name: file for file in resources.files(_COMMANDS).iterdir()}
     return {
         name.removesuffix(".py"): ast.get_docstring(ast.parse(files[name].read_text("utf-8"))) or ""
@@ -57,7 +57,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     if name not in (known := commands()):
         raise UserError(
-            f"no command {name!r}{did_you_mean(name, known)} (commands: {', '.join(known)})"
+            f"unknown command {name!r}{did_you_mean(name, known)} (commands: {', '.join(known)})"
         )
     from metarl.cli.parsing import parse
 
@@ -84,7 +84,7 @@ def _run(arguments: list[str]) -> int:
 
 def _join_help_lines(kind: Any) -> None:
     """Make each option's help text one paragraph; tyro would keep the line breaks of the source."""
-    from docstring_parser import parse_from_object  # tyro reads docstrings by it
+    from docstring_parser import parse_from_object  # tyro uses it to read docstrings
 
     documented = (parent for parent in kind.__mro__ if dataclasses.is_dataclass(parent))
     texts = {p.arg_name: p.description for c in documented for p in parse_from_object(c).params}

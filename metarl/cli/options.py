@@ -1,4 +1,4 @@
-"""The options of a config as fields of a command."""
+"""Options of a config as fields of a command."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def with_options(kind: type, config: Config) -> type:
 
 
 def given(command: Any, config: Config, arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the values of the config's options that the words of a command line give, by key."""
+    """Return the values of config options that a command line gives, by key."""
     keys = ["preset", "algorithm", "family_options", *config.options()]
     values = {key: getattr(command, key.replace(".", "__")) for key in said(arguments, keys)}
     values["family"] = command.family
@@ -99,7 +99,7 @@ def _helps(kind: type) -> Mapping[str, str]:
         if dataclasses.is_dataclass(parent):
             found += parse_from_object(parent).params
         for entry in found:
-            # torch names the default too, and tyro adds it.
+            # torch also writes the default, and tyro adds it again.
             text = re.sub(r"\(default: .*\)$", "", " ".join((entry.description or "").split()))
             texts[entry.arg_name] = text.strip()
     return texts

@@ -1,7 +1,7 @@
-"""Reading a command line: every word is checked here, then tyro makes the command of it.
+"""Command line parsing: check every word, then let tyro create the command.
 
-tyro also prints the help. What it would refuse is found first, so that the message is one line that
-names the flag, its value and the remedy.
+tyro also prints the help. Errors are found before tyro sees them, so that the message is one line
+with the flag, its value and the remedy.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from metarl.envs.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag of a command and the values that it takes."""
+    """Flag of a command, with its accepted values."""
 
     name: str
-    """With its dashes."""
+    """Name with its dashes."""
     kind: type
     """bool, int, float, str or Path."""
     choices: tuple[str, ...] = ()
     several: bool = False
     optional: bool = False
-    """Whether it takes None."""
+    """Whether it accepts None."""
 
     @property
     def switch_off(self) -> str:
@@ -40,7 +40,7 @@ class Flag:
         return f"--{section}{dot}no-{name}"
 
     def check(self, word: str) -> None:
-        """Raise UserError unless a word is a value of the flag."""
+        """Raise UserError if a word is not a value of the flag."""
         if self.optional and word == "None":
             return
         if self.choices:
@@ -58,19 +58,19 @@ class Flag:
         try:
             self.kind(word)
         except ValueError as error:
-            several = "; several values stand apart, as in 0.1 0.05" if self.several else ""
+            several = "; separate several values by spaces, as in 0.1 0.05" if self.several else ""
             raise UserError(f"{self.name} must be {wanted}, got {word!r}{several}") from error
 
 
 def parse(kind: type, arguments: Sequence[str], *, prog: str, description: str) -> Any:
-    """Return the command that a command line describes.
+    """Parse a command line into a command.
 
     Args:
-        kind: dataclass of the command's options, without nested ones.
+        kind: dataclass of the command's options, without nested dataclasses.
 
     Raises:
         UserError: a word is not understood.
-        SystemExit: help was asked for and is printed.
+        SystemExit: help was requested and is printed.
     """
     words = list(arguments)
     if {"-h", "--help"}.isdisjoint(words):
@@ -83,10 +83,11 @@ def parse(kind: type, arguments: Sequence[str], *, prog: str, description: str) 
 
 
 def first_name(words: Sequence[str], switches: Collection[str]) -> str:
-    """Return the first word that is neither a flag nor a flag's value; "" if there is none.
+    """Return the first word that is neither a flag nor a flag's value; "" without one.
 
     Args:
-        switches: the flags without a value. All others take one, or several numbers or name=value.
+        switches: flags without a value. All others take one value, or several numbers or
+        name=value.
     """
     after_flag = False
     for word in words:
@@ -100,7 +101,7 @@ def first_name(words: Sequence[str], switches: Collection[str]) -> str:
 
 
 def flags_of(kind: type) -> dict[str, Flag]:
-    """Return the flags of a command's dataclass by their names, those that turn off included."""
+    """Return the flags of a command's dataclass by name, including the negated switches."""
     found: dict[str, Flag] = {}
     for name, hint in _hints(kind).items():
         if any(marker is tyro.conf.Positional for marker in _markers(hint)):
@@ -135,7 +136,7 @@ def _flag(name: str, hint: Any) -> Flag:
         optional = type(None) in typing.get_args(kind)
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     if typing.get_origin(kind) is tuple:
-        # A flag that is repeated takes one value each time.
+        # A repeatable flag takes one value each time.
         several = tyro.conf.UseAppendAction not in _markers(hint)
         kind = typing.get_args(kind)[0]
     choices: tuple[str, ...] = ()
@@ -145,7 +146,7 @@ def _flag(name: str, hint: Any) -> Flag:
 
 
 def _names(kind: type) -> int | None:
-    """Return how many names the command takes before its flags; None: any number."""
+    """Return the number of names that the command takes before its flags; None: any number."""
     found = 0
     for hint in _hints(kind).values():
         if any(marker is tyro.conf.Positional for marker in _markers(hint)):
@@ -156,7 +157,7 @@ def _names(kind: type) -> int | None:
 
 
 def _checked(words: Sequence[str], flags: dict[str, Flag], names: int | None) -> list[str]:
-    """Return the words with the names first, once all are understood."""
+    """Check all words and return them with the names first."""
     found: list[str] = []
     rest: list[str] = []
     given: dict[str, list[str]] = {}  # values by flag
@@ -189,7 +190,7 @@ def _checked(words: Sequence[str], flags: dict[str, Flag], names: int | None) ->
             i += 1
         if flag.several and flag.name in given:
             together = " ".join([flag.name, *given[flag.name], *values])
-            raise UserError(f"{flag.name} is given twice: name all values after one, {together}")
+            raise UserError(f"{flag.name} is given twice: put all values after one, {together}")
         given[flag.name] = values
         if not values and not flag.several:
             raise UserError(f"{name} needs a value")
@@ -202,7 +203,7 @@ def _checked(words: Sequence[str], flags: dict[str, Flag], names: int | None) ->
 
 
 def _fits(flag: Flag, word: str) -> bool:
-    """Return whether a word is one more value of a flag that takes several, and not a name."""
+    """Return whether a word is another value of a flag with several values, not a name."""
     if flag.kind is str and not flag.choices:
         return "=" in word
     return flag.kind not in (int, float) or _is_number(word)

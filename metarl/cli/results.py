@@ -1,4 +1,4 @@
-"""Evaluates policies into a folder: evaluation.json and pictures."""
+"""Evaluation of policies into a folder: evaluation.json and figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def results_folder(what: str, out: Path | None = None) -> Path:
-    """Make and return the folder for what is found out about a policy: its run's, if it has one."""
+    """Create and return the folder for results of a policy: its run folder, if it has one."""
     from metarl.runs.folder import short_name
 
     source = Path(what)
@@ -36,7 +36,7 @@ def evaluate_into(
     process_group: ProcessGroup | None = None,
     **options: Any,
 ) -> tuple[EvaluationResult, list[Path]] | None:
-    """Evaluate policies; leave the result and its pictures in the first one's folder, or out.
+    """Evaluate policies; write the result and its figures to the first one's folder, or to `out`.
 
     Args:
         task: chosen tasks, as component=value.
@@ -60,7 +60,7 @@ def evaluate_into(
     seeds = list(members.values())
     process_group = process_group or ALONE
     if out is not None:
-        check_place("--out", out)  # before anything is measured
+        check_place("--out", out)  # before the evaluation
     if task:
         options["tasks"] = parse_tasks(seeds[0].source, task)
     result = evaluate(

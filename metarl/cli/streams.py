@@ -1,7 +1,7 @@
-"""Standard output is for results. All else that is written while a command runs, by a user's
-environment or a simulator's C++ code for instance, goes to standard error.
+"""Streams of a command: standard output contains only results.
 
-A character that the output's encoding lacks is written in plain letters.
+All other output goes to standard error, for instance from a user's environment or a simulator's C++
+code. Characters that the output's encoding lacks are replaced by plain letters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def say(*words: Any) -> None:
 
 
 def note(line: str) -> None:
-    """Print what is no result."""
+    """Print a note to standard error."""
     print(line, file=sys.stderr)
 
 
@@ -47,7 +47,7 @@ codecs.register_error("metarl.plain", _plainly)
 
 
 def _writable(stream: Any) -> Any:
-    """Let a stream write every character, unless its user has said how (PYTHONIOENCODING)."""
+    """Let a stream write every character, unless PYTHONIOENCODING is set."""
     if getattr(stream, "errors", "") in ("strict", "surrogateescape", "backslashreplace"):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="metarl.plain")
@@ -56,10 +56,10 @@ def _writable(stream: Any) -> Any:
 
 @contextlib.contextmanager
 def results_apart(*, to_the_end: bool) -> Iterator[None]:
-    """Keep standard output for `say`; what else is written to it goes to standard error.
+    """Keep standard output for `say`. Other writes to it go to standard error.
 
     Args:
-        to_the_end: leave it so afterwards, for what user code prints while Python ends.
+        to_the_end: keep the redirection afterwards, for output of user code during shutdown.
     """
     global _results
     before, out = _results, _writable(sys.stdout)
@@ -67,7 +67,7 @@ def results_apart(*, to_the_end: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if _number(out) == _STANDARD_OUTPUT:
             _results = stack.enter_context(_moved(out, to_the_end))
-        else:  # Python's own alone was replaced, as in a notebook
+        else:  # only Python's stream was replaced, as in a notebook
             _results = out
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         try:
@@ -85,12 +85,12 @@ def _number(stream: Any) -> int:
 
 @contextlib.contextmanager
 def _moved(out: TextIO, to_the_end: bool) -> Iterator[TextIO]:
-    """Give a stream of results, and let descriptor 1 be standard error's."""
+    """Yield a stream for results, and redirect descriptor 1 to standard error."""
     out.flush()
     kept = os.dup(_STANDARD_OUTPUT)
     try:
         os.dup2(2, _STANDARD_OUTPUT)
-    except OSError:  # there is no standard error
+    except OSError:  # no standard error exists
         os.dup2(os.open(os.devnull, os.O_WRONLY), _STANDARD_OUTPUT)
     buffering = out.line_buffering
     with contextlib.suppress(AttributeError, ValueError):
@@ -99,7 +99,7 @@ def _moved(out: TextIO, to_the_end: bool) -> Iterator[TextIO]:
     try:
         yield stream
     finally:
-        with contextlib.suppress(OSError):  # a reader that left was told of by then
+        with contextlib.suppress(OSError):  # a closed pipe was already reported
             stream.close()
         if not to_the_end:
             with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The commands that train: train, benchmark."""
+"""Training commands: train, benchmark."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ _AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Options of `metarl train`; those of the config are added by `with_options`."""
+    """Options of `metarl train`; `with_options` adds the options of the config."""
 
     out: Path | None = None
     """New run folder; by default runs/FAMILY-PRESET-ALGORITHM-SEED."""
     resume: Path | None = None
-    """Run folder to continue, up to --iterations; other options are taken from the run. auto:
-    continue the run in --out if there is one, else start it, for jobs that may be restarted."""
+    """Run folder to continue, up to --iterations; other options come from the run. auto: continue
+    the run in --out if it exists, else start it, for jobs that may be restarted."""
     start: Annotated[int | None, tyro.conf.arg(name="from")] = None
     """With --resume: iteration of the checkpoint to continue from; by default the newest."""
     init: str | None = None
-    """Policy to start from: the name of a shipped one, a run folder or a policy file. Its tasks and
-    settings may be others; the network must be the same."""
+    """Policy to start from: the name of a shipped one, a run folder or a policy file. Tasks and
+    settings may differ; the network must be the same."""
     callback: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Callback as module:attribute, such as metarl:EarlyStopping."""
     log: Annotated[tuple[Literal["wandb", "mlflow"], ...], tyro.conf.UseAppendAction] = ()
     """Also record metrics with Weights & Biases or MLflow."""
     rank_timeout: float = LIMIT_SECONDS
-    """Under torchrun: seconds after which a rank that the others wait for is considered dead."""
+    """Under torchrun: seconds of waiting for a rank after which it is considered dead."""
 
     @staticmethod
     def rewritten(arguments: Sequence[str]) -> list[str]:
-        """Return the words with flags that are options of a supervised family as such."""
+        """Return the words, with options of a supervised family rewritten as `--family-options`."""
         return _family_flags(arguments)
 
     @staticmethod
     def starting(arguments: Sequence[str]) -> Config:
-        """Return the config that the flags change: a preset's, or that of the run to continue."""
+        """Return the config that the flags modify: of a preset, or of the run to continue."""
         folder = peek(arguments, "--resume")
         if folder not in (None, _AUTO):
             from metarl.runs.folder import run_config
@@ -75,7 +75,7 @@ class Train:
 
     @staticmethod
     def resolved(config: Config, arguments: Sequence[str], said: Mapping[str, Any]) -> Config:
-        """Return the config that follows from the options that were given."""
+        """Return the config that results from the given options."""
         if peek(arguments, "--resume") in (None, _AUTO):
             return _resolved(config, said)
         _check_same(config, said)
@@ -87,37 +87,37 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Options of `metarl benchmark`; those of the config are added by `with_options`."""
+    """Options of `metarl benchmark`; `with_options` adds the options of the config."""
 
     repeats: int = 3
-    """Iterations to measure, after one to warm up."""
+    """Measured iterations, after one warm-up iteration."""
     json: bool = False
     """Print one JSON object."""
     rank_timeout: float = LIMIT_SECONDS
-    """Under torchrun: seconds after which a rank that the others wait for is considered dead."""
+    """Under torchrun: seconds of waiting for a rank after which it is considered dead."""
 
     @staticmethod
     def starting(arguments: Sequence[str]) -> Config:
-        """Return the config that the flags change: a preset's."""
+        """Return the config that the flags modify: a preset's."""
         family = _family_named(arguments)
         if family in data_names():
-            make_family(family)  # raises: there is no simulation to measure
+            make_family(family)  # raises: no simulation to measure
         return _starting_config(arguments, family="half-cheetah-dir", preset="pearl2019")
 
     @staticmethod
     def resolved(config: Config, arguments: Sequence[str], said: Mapping[str, Any]) -> Config:
-        """Return the config that follows from the options that were given."""
+        """Return the config that results from the given options."""
         for key in ("iterations", "checkpoint_every"):
             if key in said:
                 flag = f"--{key.replace('_', '-')}"
-                raise UserError(f"{flag} has no effect: --repeats says how many are measured")
+                raise UserError(f"{flag} has no effect: --repeats sets the number of iterations")
         return _resolved(config, said)
 
 
 def _family_flags(arguments: Sequence[str]) -> list[str]:
-    """Return `--shots 10` as `--family-options shots=10`, where shots is the family's option.
+    """Return `--shots 10` as `--family-options shots=10` if shots is an option of the family.
 
-    Of a family of supervised tasks; a flag of the command itself is the command's.
+    This applies to families of supervised tasks. Flags of the command have precedence.
     """
     family = _family_named(arguments)
     options = option_defaults(family) if family in data_names() else {}
@@ -144,25 +144,25 @@ def _family_flags(arguments: Sequence[str]) -> list[str]:
 
 
 def _check_same(config: Config, said: Mapping[str, Any]) -> None:
-    """Raise UserError if the words name another family, preset or algorithm than a run's."""
+    """Raise UserError if the words name another family, preset or algorithm than the run's."""
     own = {
         "family": config.family, "preset": config.preset, "algorithm": config.algorithm.source,
     }  # fmt: skip
     for key, value in own.items():
         if said.get(key, value) != value:
             raise UserError(
-                f"the run to resume has the {key} {value}, not {said[key]}: leave that out, or"
+                f"the run to resume has the {key} {value}, not {said[key]}: remove that, or"
                 " start a new run"
             )
 
 
 def _family_named(arguments: Sequence[str]) -> str:
-    """Return the family that a command line names, wherever it stands; "" for none."""
+    """Return the family that a command line names, at any position; "" for none."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0]
     config = Config(algorithm=_algorithm_named(arguments))
     for name, word in _chosen(arguments).items():
-        with contextlib.suppress(UserError):  # a network of data sets; parsing says what is wrong
+        with contextlib.suppress(UserError):  # a network of data sets; parsing reports errors
             config = config.with_options({name: word})
     flags = flags_of(with_options(Train, config)) | flags_of(Benchmark)
     return first_name(arguments, [name for name, flag in flags.items() if flag.kind is bool])
@@ -173,13 +173,13 @@ def _algorithm_named(arguments: Sequence[str]) -> Algorithm:
 
 
 def _chosen(arguments: Sequence[str]) -> dict[str, str]:
-    """Return the parts that a command line chooses, by the option that does."""
+    """Return the parts that a command line chooses, by option."""
     words = {name: peek(arguments, f"--{name}") for name in CHOICES}
     return {name: word for name, word in words.items() if word is not None}
 
 
 def _family_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the options of the family that a command line gives; parsing refuses what is wrong."""
+    """Return the family options of a command line. Parsing refuses invalid ones."""
     words = list(arguments)
     if "--family-options" not in words:
         return {}
@@ -198,7 +198,7 @@ def _starting_config(arguments: Sequence[str], *, family: str, preset: str = "")
 
 
 def _resolved(start: Config, said: Mapping[str, Any]) -> Config:
-    """Return the config of the values that were given, and what follows from them."""
+    """Return the config with the given values and the values that follow from them."""
     apart = ("family", "preset", "algorithm")
     values = {key: value for key, value in said.items() if key not in apart}
     if "workers" in start.options():
@@ -214,11 +214,11 @@ def train(command: Any) -> int:
     auto = command.resume == Path(_AUTO)
     resume = None if auto else command.resume
     if resume is not None and command.out not in (None, resume):
-        raise UserError(f"--resume continues in {resume}; leave --out out")
+        raise UserError(f"--resume continues in {resume}; remove --out")
     if resume is not None and command.init is not None:
         raise UserError(
-            f"--init {command.init} is where a new run starts, and --resume continues {resume}:"
-            " leave one of them out"
+            f"--init {command.init} starts a new run, but --resume continues {resume}:"
+            " remove one of them"
         )
     if resume is None and command.start is not None:
         raise UserError(f"--from {command.start} needs the run: --resume FOLDER")
@@ -280,7 +280,7 @@ def _train(
         tell(f"stopped after iteration {done}; continue with: {again}")
         return 128 + (stop.signal or signal.SIGTERM)  # on another rank, if not on this one
     elif process_group.is_main and not bar.shown:
-        tell(f"nothing to do: {folder} has its {done} iterations; give more with --iterations")
+        tell(f"nothing to do: {folder} has its {done} iterations; set more with --iterations")
         return 0
     tell(f"done: {done} iterations, {meta.provenance['env_steps']:,} {config.domain.unit}")
     tell(f"next: metarl evaluate {quote(str(folder))}")

@@ -1,4 +1,4 @@
-"""The config of a run: its own options and the options of its parts."""
+"""Config of a run: its own options and the options of its parts."""
 
 from __future__ import annotations
 
@@ -35,46 +35,48 @@ CHOICES = ("outer", "baseline", "policy.network", "policy.distribution")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One training run. `metarl.resolve` makes one from a preset, a family and an algorithm.
+    """Config of a training run.
+
+    `metarl.resolve` returns the config of a preset, a family and an algorithm.
 
     Raises:
         UserError: a value is out of range.
     """
 
     family: str = ""
-    """Task family: a name that `metarl families` lists, or module:attribute of your own."""
+    """Task family: a name that `metarl families` lists, or module:attribute."""
     family_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the family; --family-options on the command line."""
     preset: str | None = None
-    """Preset that sets the defaults; None takes none."""
+    """Preset that sets the defaults; None: no preset."""
     algorithm: Algorithm = field(default_factory=lambda: find_algorithm("maml-trpo"))
-    """Meta-learning algorithm: a name that `metarl algorithms` lists, or module:attribute of your
-    own. Its parts have the options inner.*, meta.*, outer.*, advantage.* and baseline.*."""
+    """Meta-learning algorithm: a name that `metarl algorithms` lists, or module:attribute. Its
+    parts have the options inner.*, meta.*, outer.*, advantage.* and baseline.*."""
     policy: ModelOptions = field(default_factory=PolicyOptions)
     origin: Mapping[str, Any] = field(default_factory=dict)
-    """Policy that the run started from, its iteration and checksum; empty: it began at random."""
+    """Policy that the run started from, its iteration and checksum; empty: a random start."""
     iterations: int = 100
     """Meta-iterations in total, including those before a resume."""
     tasks: int = 40
     """Tasks per meta-iteration."""
     stratified: bool = False
-    """Spread the tasks of an iteration evenly over their distribution instead of drawing them
+    """Spread the tasks of an iteration evenly over their distribution instead of sampling them
     independently."""
     episodes: int = 20
     """Episodes per task, for each inner step and for the outer step."""
     seed: int = 0
     """Seed of all random numbers."""
     threads: int = field(default_factory=lambda: available_threads())
-    """Threads for the physics and for the update; results do not depend on their number."""
+    """Threads for physics and update. Results do not depend on their number."""
     workers: int = 0
     """Worker processes for environments without a native backend; 0 steps them in this process.
     Results do not depend on their number."""
     worker_timeout: float = 60.0
     """Seconds after which an environment that does not return from a step is considered dead."""
     device: str = "cpu"
-    """Where the update runs: cpu, or cuda on a GPU."""
+    """Device of the update: cpu, or cuda on a GPU."""
     checkpoint_every: int = 10
-    """Iterations between checkpoints that are kept; the newest one is always kept."""
+    """Iterations between kept checkpoints; the newest one is always kept."""
 
     own: ClassVar[tuple[str, ...]] = (
         "iterations", "tasks", "stratified", "episodes", "seed", "threads", "workers",
@@ -91,7 +93,7 @@ class Config:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0.0 < self.worker_timeout < math.inf:
             raise UserError(f"worker_timeout must be positive, got {self.worker_timeout}")
-        # As a file of the run gives them back: a tuple is a list there.
+        # As in a file of the run: tuples become lists there.
         object.__setattr__(self, "family_options", plain(self.family_options))
 
     @property
@@ -111,7 +113,7 @@ class Config:
 
     @property
     def advantage(self) -> Advantages | None:
-        """How advantages are estimated; None on data sets."""
+        """Estimation of advantages; None on data sets."""
         return self.algorithm.advantage
 
     @property
@@ -126,7 +128,7 @@ class Config:
 
     @property
     def action_mode(self) -> ActionMode:
-        """How a policy's actions are fitted to the environment's bounds."""
+        """Mapping of a policy's actions to the environment's bounds."""
         assert isinstance(self.policy, PolicyOptions)
         return self.policy.action
 
@@ -136,11 +138,11 @@ class Config:
         return () if self.policy.policies else ("episodes", "workers", "worker_timeout")
 
     def sections(self) -> dict[str, Part]:
-        """Return the parts that have options: the policy and its parts, those of the algorithm."""
+        """Return the parts with options: the policy and its parts, and the algorithm's parts."""
         return {**self.policy.parts, "policy": self.policy, **self.algorithm.sections()}
 
     def options(self) -> dict[str, Any]:
-        """Return every option's value by key, those of parts as "inner.steps"."""
+        """Return every option's value by key; options of parts have keys like "inner.steps"."""
         values = {k: getattr(self, k) for k in self.own if k not in self.hidden_options}
         for name, part in self.sections().items():
             if name in CHOICES:
@@ -152,10 +154,10 @@ class Config:
         """Return the config with other values by key.
 
         Args:
-            known_only: leave out the values of options that the config does not have.
+            known_only: ignore the values of options that the config does not have.
 
         Raises:
-            UserError: an option is unknown, or a value is of another type or out of range.
+            UserError: an option is unknown, or a value has another type or is out of range.
         """
         config = self
         for name in CHOICES:  # a part first, then its options
@@ -182,7 +184,7 @@ class Config:
         return dataclasses.replace(config._with_parts(parts), **run)
 
     def _with_part(self, name: str, what: Any) -> Config:
-        """Return the config with another part; options that it shares with the old one stay."""
+        """Return the config with another part. Options that both parts share keep their values."""
         old = self.sections()[name]
         if what == (old.source or old.name):  # type: ignore[attr-defined]
             return self
@@ -223,7 +225,7 @@ class Config:
         )
 
     def _unnamed_parts(self) -> list[str]:
-        """Return the parts of the policy that are not found again by their names."""
+        """Return the parts of the policy that cannot be found again by name."""
         unnamed = []
         for name, part in self.policy.parts.items():
             fresh = Config.of(self.family, "maml-trpo", self.family_options)
@@ -238,7 +240,7 @@ class Config:
 
     @cached_property
     def is_named(self) -> bool:
-        """Whether the algorithm is found again by its name."""
+        """Whether the algorithm can be found again by its name."""
         source = self.algorithm.source
         if not source:
             return False
@@ -246,15 +248,15 @@ class Config:
         own = {k: v for k, v in self.options().items() if k.partition(".")[0] in SECTIONS}
         try:
             return found.with_options(own).algorithm == self.algorithm
-        except UserError:  # another part was put into a named algorithm
+        except UserError:  # a part of a named algorithm was replaced
             return False
 
     @staticmethod
     def from_json(data: Mapping[str, Any], given: Config | None = None) -> Config:
-        """Return the config that `to_json` wrote.
+        """Return the config from the result of `to_json`.
 
         Args:
-            given: has the algorithm and the parts that were given as objects.
+            given: config with the algorithm and the parts that were given as objects.
 
         Raises:
             UserError: the algorithm or an option is unknown, or a value is not allowed.
@@ -285,7 +287,7 @@ class Config:
         family_options: Mapping[str, Any] | None = None,
         preset: str | None = None,
     ) -> Config:
-        """Return the config of the defaults of an algorithm on a family."""
+        """Return the config with the defaults of an algorithm on a family."""
         domain = domain_named(family, family_options)
         return Config(
             family=family,
@@ -298,15 +300,15 @@ class Config:
 
 def _given_as_object(what: str, name: str, option: str) -> UserError:
     return UserError(
-        f"{what} {name} was given as an object and cannot be imported: give metarl.load the config,"
-        f" or train with {option} module:attribute"
+        f"{what} {name} was given as an object and cannot be imported: pass the config to"
+        f" metarl.load, or train with {option} module:attribute"
     )
 
 
 def available_threads() -> int:
-    """Return the processors this process may use, container limits included.
+    """Return the number of processors that this process may use, including container limits.
 
-    Several processes of a group on one machine share them.
+    Processes of a group on the same machine share them.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
@@ -320,6 +322,6 @@ def available_threads() -> int:
 
 
 def default_workers() -> int:
-    """Return the number of workers of a command, which unlike a script can always start them."""
+    """Return the default number of workers of a command, which can always start them."""
     processors = available_threads()
     return processors if processors > 1 else 0

@@ -1,4 +1,4 @@
-"""The config that follows from a recipe, a family, an algorithm and a user's own values."""
+"""Config from a recipe, a family, an algorithm and a user's values."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters of a paper or of this package, as a file of `recipes` has them.
+    """Hyperparameters of a paper or of this package, from a file in `recipes`.
 
-    Values are by key. A key such as `outer.trust-region.max_kl` is that of an option of one part.
+    Values are by key. A key such as `outer.trust-region.max_kl` belongs to an option of one part.
     """
 
     source: str
     variant: str = ""
-    """The variant that a family is made in, if it has variants."""
+    """Variant of the family, if it has variants."""
     domain: str = "reinforcement"
     usual_for: tuple[str, ...] = ()
-    """Families that `metarl train` takes it for if no preset is named."""
+    """Families for which `metarl train` uses it if no preset is given."""
     options: Values = field(default_factory=dict)
     variants: Mapping[str, Values] = field(default_factory=dict)
     algorithms: Mapping[str, Values] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Recipe:
 
 
 def _flat(values: Values, prefix: str = "") -> dict[str, Any]:
-    """Return nested tables as one, with dotted keys."""
+    """Return nested tables as one table with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -90,7 +90,7 @@ def find_recipe(name: str) -> Recipe:
     """Return a recipe by name.
 
     Raises:
-        UserError: there is none.
+        UserError: it does not exist.
     """
     check_name("a preset", name, "such as 'icml2017', or None for none")
     known = recipes()
@@ -103,7 +103,7 @@ def find_recipe(name: str) -> Recipe:
 
 
 def usual_preset(family: str) -> str | None:
-    """Return the preset that `metarl train` takes for a family if none is named."""
+    """Return the preset that `metarl train` uses for a family if none is given."""
     return next((name for name, recipe in recipes().items() if family in recipe.usual_for), None)
 
 
@@ -115,37 +115,37 @@ def resolve(
 ) -> Config:
     """Return the config of a run.
 
-    Later values override earlier ones: the defaults, the family's own (of supervised tasks), the
-    preset's, those that the algorithm sets itself, and the overrides. A family that has variants is
-    made in the preset's, unless its options say otherwise.
+    Later values override earlier ones: the defaults, the family's values (supervised tasks), the
+    preset's, the algorithm's, and the overrides. A family with variants uses the preset's variant,
+    unless its options select another.
 
     Args:
         preset: the name of a recipe, such as "icml2017"; None: no preset.
-        family: a name that `metarl families` lists, or "module:attribute" for one of your own.
+        family: a name that `metarl families` lists, or "module:attribute".
         algorithm: a name that `metarl algorithms` lists, "module:attribute", or the algorithm.
-        overrides: values by key, those of a part as "inner.step_sizes"; `family_options` is a
-            mapping that is added to the preset's.
+        overrides: values by key; options of parts have keys like "inner.step_sizes".
+            `family_options` is a mapping that is added to the preset's.
 
     Raises:
-        UserError: there is no such family, preset, algorithm or option, a value is out of range, or
-            the preset is not for this kind of family.
+        UserError: the family, preset, algorithm or option does not exist, a value is out of range,
+            or the preset is for another kind of family.
     """
     check_name("a family", family, SUCH_AS)
     if overrides is not None and not isinstance(overrides, Mapping):
         raise UserError(
-            f"overrides are values by key, such as {{'inner.steps': 2}}, got {kind_of(overrides)}"
+            f"overrides must be values by key, as in {{'inner.steps': 2}}, got {kind_of(overrides)}"
         )
-    # A command's help may have none yet, and a user's own file is imported where it is made.
+    # A command's help may have no family yet. A user's file is imported with its family.
     if family and ":" not in family:
         import_source(family)
     said = dict(overrides or {})
     options = dict(said.pop("family_options", {}))
     recipe = None if preset is None else find_recipe(preset)
     if recipe is not None:
-        # A family that cannot be made, as without an option that comes later, is not judged.
+        # A family that cannot be created, for instance without a later option, is not checked.
         if (domain := domain_name(family, options)) not in (None, recipe.domain):
             raise UserError(
-                f"preset {preset} is for {recipe.domain} learning, {family} is {domain}"
+                f"preset {preset} is for {recipe.domain} learning, but {family} is {domain}"
             )
         if recipe.variant and family and "variant" in option_defaults(family):
             options = {"variant": recipe.variant, **options}
@@ -164,9 +164,9 @@ def resolve(
 
 
 def reference_step_sizes(config: Config, algorithm: str) -> tuple[float, ...]:
-    """Return the sizes of the inner steps that a reference algorithm is evaluated with.
+    """Return the inner step sizes for the evaluation of a reference algorithm.
 
-    They are the preset's for it; empty if the preset has none or the config goes its own way.
+    These are the preset's step sizes. Empty if the preset has none or the config differs from it.
     """
     if config.preset is None:
         return ()

@@ -1,9 +1,9 @@
-"""Where chunks of tasks are computed: a pool of threads, one intra-op thread each, and ranks.
+"""Pool of threads that computes chunks of tasks, with one intra-op thread each.
 
 torch's own intra-op threads spin at barriers and collapse on a shared machine. Here each thread
-takes whole chunks, whose number and shape do not depend on the number of threads, so that sums
-over chunks in their order are bit-identical at any number of threads. Where there are several
-ranks, each has a pool for tasks of its own, and `ranks` puts together what they find.
+processes whole chunks. Their number and shape do not depend on the number of threads, and sums over
+chunks are computed in order. Results are therefore bit-identical for any number of threads. With
+several ranks, each rank has a pool for its own tasks, and its process group combines the results.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Y = TypeVar("Y")
 
 
 class ChunkPool:
-    """Maps a function over chunks on `threads` threads (1: in the calling thread)."""
+    """Pool that maps a function over chunks on `threads` threads (1: in the calling thread)."""
 
     def __init__(self, threads: int = 1, process_group: ProcessGroup = ALONE) -> None:
         if threads < 1:
@@ -42,7 +42,7 @@ class ChunkPool:
         futures = [self._executor.submit(function, chunk) for chunk in chunks]
         try:
             return [future.result() for future in futures]
-        finally:  # after an error or Ctrl-C nothing is closed under a thread that works with it
+        finally:  # after an error or Ctrl-C, no resource is closed while a thread uses it
             for future in futures:
                 future.cancel()
             wait(futures)

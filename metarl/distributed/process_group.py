@@ -1,13 +1,13 @@
-"""The process group of one run: each process has its own tasks, and all take every step together.
+"""Process group of one run: each process has its own tasks, and all take every step together.
 
 `ProcessGroup` is a group of one process. `TorchProcessGroup` is a group of the processes that
-torchrun starts, on torch.distributed's gloo. Results have the same bits for any number of ranks:
-tasks are split into contiguous blocks of whole chunks, and sums over chunks are added in the order
-of the tasks.
+torchrun starts, on torch.distributed's gloo. Results are bit-identical for any number of ranks:
+tasks are split into contiguous blocks of whole chunks, and sums over chunks are added in task
+order.
 
-No rank waits for one that failed: each collective begins with a short message of every rank to
-every other, which says what it is about to do or that it has an error. In the second case all raise
-the error of the first that has one.
+No rank waits for a failed one. At the start of each collective, every rank sends a short message to
+every other. It contains the rank's next operation, or that it has an error. If there is an error,
+all raise the error of the first rank that has one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# Its functions take the group of the time of this import as a default argument. An optimizer also
-# imports it; were that first, the group would outlive its end, and Python could end while a thread
-# of gloo drops its last tensor: "terminate called without an active exception".
+# Its functions use the group at the time of this import as a default argument. Optimizers also
+# import it. If that import came first, the group would outlive its end, and Python could end while
+# a gloo thread drops its last tensor: "terminate called without an active exception".
 import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed import (
@@ -42,54 +42,54 @@ from metarl.envs.errors import UserError
 X = TypeVar("X")
 
 CHUNK = 4
-"""Tasks that are computed at once: the working set stays in cache."""
+"""Number of tasks computed at once; their working set fits into the cache."""
 
 LIMIT_SECONDS = 900.0
-"""Longest time to wait for the other ranks."""
+"""Maximum time to wait for the other ranks."""
 
 
 class ProcessGroupError(UserError):
-    """The ranks cannot go on together: one was lost, or did not come in time."""
+    """The ranks cannot continue together: one was lost, or did not answer in time."""
 
 
 @dataclass
 class Traffic:
-    """What a rank's collectives took so far."""
+    """Cost of a rank's collectives so far."""
 
     calls: int = 0
     bytes: int = 0
-    """That it sent."""
+    """Number of sent bytes."""
     seconds: float = 0.0
-    """Those in which it waited for the others included."""
+    """Duration, including waiting for the others."""
 
 
 class ProcessGroup:
-    """One process: what all ranks do together is what it does alone."""
+    """Group of one process; collectives return this process's values."""
 
     rank = 0
     size = 1
     limit = float("inf")
-    """Seconds to wait for the others."""
+    """Maximum seconds to wait for the others."""
 
     def __init__(self) -> None:
         self.traffic = Traffic()
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes the files and talks to the user."""
+        """Whether this rank writes the files and prints output."""
         return self.rank == 0
 
     def block(self, tasks: int) -> slice:
-        """Return this rank's tasks: contiguous, whole chunks.
+        """Return the slice of this rank's tasks: contiguous, whole chunks.
 
         Raises:
-            UserError: there are fewer chunks than ranks.
+            UserError: fewer chunks than ranks.
         """
         chunks = -(-tasks // CHUNK)
         if chunks < self.size:
             raise UserError(
                 f"{tasks} tasks are {chunks} chunks of {CHUNK}, too few for {self.size} ranks:"
-                f" start {chunks}, or take more tasks"
+                f" start {chunks}, or use more tasks"
             )
         first, last = (chunks * r // self.size for r in (self.rank, self.rank + 1))
         return slice(first * CHUNK, min(last * CHUNK, tasks))
@@ -99,47 +99,47 @@ class ProcessGroup:
         return count
 
     def largest(self, count: int) -> int:
-        """Return the largest of a count over ranks."""
+        """Return the maximum of a count over ranks."""
         return count
 
     def any(self, flag: bool) -> bool:
-        """Whether a flag is set on some rank."""
+        """Whether a flag is set on any rank."""
         return flag
 
     def sum_in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the sum of all ranks' tensors of one shape, added from first to last."""
+        """Return the sum of all ranks' tensors of one shape, added in rank order."""
         total = parts[0].clone()
         for part in parts[1:]:
             total += part
         return total
 
     def gather(self, values: Tensor) -> Tensor:
-        """Return the values of all ranks, [t, ...] each, in the order of the ranks, [T, ...]."""
+        """Return the values of all ranks, [t, ...] each, in rank order, [T, ...]."""
         return values
 
     def from_main(self, value: X) -> X:
-        """Return what rank 0 gives; what others give is not looked at."""
+        """Return the value of rank 0; the values of other ranks are ignored."""
         return value
 
     def check_same(self, vector: Tensor) -> None:
-        """Raise ProcessGroupError on all ranks where one holds other bits than rank 0 sends."""
+        """Raise ProcessGroupError on all ranks if the bits of any rank differ from rank 0's."""
 
     @contextlib.contextmanager
     def errors_shared(self) -> Iterator[None]:
-        """What is raised within on one rank is raised on all, at their next collective.
+        """Raise an exception of one rank on all ranks, at their next collective.
 
-        The end is a collective too. Of several errors all raise that of the first rank; on others
-        than that it has the attribute `elsewhere`.
+        The end of the context is also a collective. If there are several errors, all ranks raise
+        the error of the first rank. On other ranks, it has the attribute `elsewhere`.
         """
         yield
 
 
 ALONE = ProcessGroup()
-"""This process, for what is not shared with others."""
+"""Group of only this process, for values that are not shared."""
 
 
 class _Step(IntEnum):
-    """What a rank says that it is about to do."""
+    """Next operation of a rank, as announced to the others."""
 
     FAULT = 0
     END = 1
@@ -151,10 +151,10 @@ class _Step(IntEnum):
 
 
 class TorchProcessGroup(ProcessGroup):
-    """The processes of torch.distributed's default group, which must be gloo's.
+    """Processes of torch.distributed's default group, which must use gloo.
 
     Args:
-        limit: seconds to wait for the others in a collective.
+        limit: maximum seconds to wait for the others in a collective.
     """
 
     def __init__(self, limit: float = LIMIT_SECONDS) -> None:
@@ -172,8 +172,9 @@ class TorchProcessGroup(ProcessGroup):
         return any(self._meet(_Step.COUNT, int(flag)))
 
     def sum_in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        # Each rank adds one range of the coordinates of all parts, in order, and hands it out: the
-        # bits of one process, and traffic that does not grow with the number of ranks.
+        # Each rank adds one range of coordinates over all parts, in order, and sends it to the
+        # others: the bits equal those in one process, and the traffic does not grow with the number
+        # of ranks.
         own = torch.stack(list(parts)).flatten(1)
         counts = self._meet(_Step.SUM, len(own))
         ends = [own.shape[1] * (r + 1) // self.size for r in range(self.size)]
@@ -208,7 +209,7 @@ class TorchProcessGroup(ProcessGroup):
         same = self._meet(_Step.COUNT, int(sent.numpy().tobytes() == vector.numpy().tobytes()))
         if not all(same):
             raise ProcessGroupError(
-                f"rank {same.index(0)} holds other parameters than rank 0: are their processors and"
+                f"rank {same.index(0)} has other parameters than rank 0: are their processors and"
                 " versions the same?"
             )
 
@@ -217,7 +218,7 @@ class TorchProcessGroup(ProcessGroup):
         try:
             yield
         except ProcessGroupError:
-            raise  # all have it, or there is no one left to tell
+            raise  # all have it, or no other rank is left
         except Exception as error:
             if error is not self._agreed:
                 self._meet(_Step.FAULT, error=error)
@@ -225,10 +226,11 @@ class TorchProcessGroup(ProcessGroup):
         self._meet(_Step.END)
 
     def _meet(self, step: _Step, count: int = 0, error: Exception | None = None) -> list[int]:
-        """Return every rank's count, once all are about to take the same step.
+        """Return every rank's count, after all announced the same operation.
 
         Raises:
-            Exception: the error of the first rank that has one. Where that is this one, it returns.
+            Exception: the error of the first rank that has one. On that rank, it is not raised
+            here.
         """
         message = torch.tensor([step, count] * self.size)
         told = self._exchange(message).view(-1, 2).tolist()
@@ -244,13 +246,13 @@ class TorchProcessGroup(ProcessGroup):
             raise found
         if len(set(steps)) > 1:
             names = ", ".join(f"{r}: {_Step(s).name}" for r, s in enumerate(steps))
-            raise ProcessGroupError(f"the ranks went different ways ({names})")
+            raise ProcessGroupError(f"the ranks took different steps ({names})")
         return [count for _, count in told]
 
     def _exchange(
         self, given: Tensor, sizes: Sequence[int] = (), sizes_back: Sequence[int] = ()
     ) -> Tensor:
-        """Send a part of a vector to each rank, and return what came from each, in their order."""
+        """Send a part of a vector to each rank, and return the received parts in rank order."""
         back = given.new_empty(sum(sizes_back) if sizes_back else len(given))
         own = sizes[self.rank] if sizes else len(given) // self.size
         with self._collective((len(given) - own) * given.element_size()):
@@ -268,7 +270,7 @@ class TorchProcessGroup(ProcessGroup):
 
     @staticmethod
     def _wait(work: Any) -> None:
-        """Wait for a collective, and let signals be handled meanwhile."""
+        """Wait for a collective, and handle signals meanwhile."""
         while True:
             try:
                 work.wait(timedelta(seconds=0.5))
@@ -287,7 +289,7 @@ class TorchProcessGroup(ProcessGroup):
             who = f"rank {self.rank} of {self.size}"
             if waited >= 0.9 * self.limit:
                 raise ProcessGroupError(
-                    f"{who} waited {self.limit:g} s for the others, one of which hangs; give a"
+                    f"{who} waited {self.limit:g} s for the others, one of which hangs; set a"
                     " longer --rank-timeout if they take that long"
                 ) from error
             raise ProcessGroupError(
@@ -309,24 +311,24 @@ def _portable(error: Exception | None) -> Exception | None:
 
 
 def local_ranks() -> int:
-    """Return how many ranks share this machine, 1 where torchrun started none."""
+    """Return the number of ranks on this machine; 1 without torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def device_of(device: str) -> str:
-    """Return the device of this rank: "cuda" is one GPU a rank."""
+    """Return the device of this rank: "cuda" is one GPU per rank."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and local_ranks() > 1 else device
 
 
 @contextlib.contextmanager
 def joined(limit: float = LIMIT_SECONDS) -> Iterator[ProcessGroup]:
-    """Give the ranks that torchrun started, or this process alone.
+    """Yield the group of torchrun's ranks, or a group of only this process.
 
     Args:
-        limit: seconds to wait for the others in a collective.
+        limit: maximum seconds to wait for the others in a collective.
 
     Raises:
-        ProcessGroupError: not all of them came.
+        ProcessGroupError: some ranks did not connect.
     """
     if not (limit > 0.0 and limit < float("inf")):
         raise UserError(f"rank_timeout must be positive, got {limit}")
@@ -351,11 +353,11 @@ def joined(limit: float = LIMIT_SECONDS) -> Iterator[ProcessGroup]:
 
 
 def _attempt(store: Store, rank: int, size: int, limit: float) -> str:
-    """Return a name that all ranks of this start have in common, and no earlier start had.
+    """Return a name that is common to all ranks of this start, and different from earlier starts.
 
-    torchrun keeps its store when it starts the ranks again, and in it the addresses of those that
-    were before. So rank 0 calls, each rank answers what it heard with a word of its own, and knows
-    by that word, once rank 0 says it back, that what it heard is not from before.
+    torchrun keeps its store when it restarts the ranks, including the addresses of earlier ranks.
+    Therefore rank 0 sends a call. Each rank answers it with its own word. If rank 0 repeats that
+    word, the rank knows that the call is not from an earlier start.
     """
     end = time.monotonic() + limit
     word = secrets.token_hex(8)

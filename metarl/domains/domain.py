@@ -1,4 +1,4 @@
-"""The interface of reinforcement and supervised learning: models, losses, samples, metrics."""
+"""Common interface of reinforcement and supervised learning: models, losses, samples, metrics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from metarl.sampling.trajectories import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Part):
-    """What adapts: a network, and what a domain adds to it. Its options are `policy.*`."""
+    """Options of the model: a network and the domain's additions. The options are `policy.*`."""
 
     section: ClassVar[str] = "policy"
 
@@ -42,23 +42,23 @@ class ModelOptions(Part):
 
     @property
     def parts(self) -> dict[str, Part]:
-        """The parts inside, by the option that names them."""
+        """Return the nested parts, by the option that names them."""
         return {"policy.network": self.network}
 
 
 @dataclass
 class TaskSamples(ABC):
-    """The samples of one iteration: what the inner loop asks for, and what was seen."""
+    """Samples of one iteration, on request of the inner loop, and what was observed."""
 
     key: RandomKey
     tasks: Tasks
     """[T, task_dim] of this process."""
     context: Params
-    """What a task-conditioned model observes of its task, as an entry of its parameters."""
+    """Observation of the task by a task-conditioned model, as an entry of its parameters."""
     seconds: float = 0.0
-    """Spent on sampling so far."""
+    """Seconds spent on sampling so far."""
     rollouts: list[Rollout] = field(default_factory=list)
-    """The rollouts so far, support first; none of a data set."""
+    """Rollouts so far, support first; empty for a data set."""
 
     @abstractmethod
     def sample(self, params: Params, k: int) -> Samples:
@@ -67,10 +67,10 @@ class TaskSamples(ABC):
     @property
     @abstractmethod
     def count(self) -> int:
-        """Environment steps or examples that were sampled."""
+        """Number of sampled environment steps or examples."""
 
     def observed(self, params: Params) -> Params:
-        """Return meta-parameters with the observations taken into their running statistics."""
+        """Return meta-parameters whose running statistics include the observations."""
         return params
 
     def updated_baseline(self) -> Params:
@@ -78,7 +78,7 @@ class TaskSamples(ABC):
         return {}
 
     def mean_returns(self) -> Tensor | None:
-        """Return the mean return of each task after adaptation, [T] float64; None of a data set."""
+        """Return each task's mean return after adaptation, [T] float64; None for a data set."""
         return None
 
     @abstractmethod
@@ -88,17 +88,17 @@ class TaskSamples(ABC):
         Args:
             before: meta-parameters at the start of the iteration.
             after: meta-parameters at its end.
-            stats: measured by the outer step.
+            stats: statistics of the outer step.
         """
 
 
 class TaskSource(ABC):
-    """Where a run's tasks and samples come from."""
+    """Source of a run's tasks and samples."""
 
     spaces: tuple[gym.Space, gym.Space] | None = None
-    """Observation and action space of the environments; None of a data set."""
+    """Observation and action space of the environments; None for a data set."""
     independent_of_policy: ClassVar[bool]
-    """Whether samples do not depend on parameters: then all are drawn before anything adapts."""
+    """Whether samples do not depend on parameters. Then all are drawn before adaptation."""
 
     def __init__(
         self,
@@ -116,15 +116,15 @@ class TaskSource(ABC):
 
     @property
     def tasks(self) -> int:
-        """Tasks of this process in an iteration."""
+        """Number of tasks of this process in an iteration."""
         return self.block.stop - self.block.start
 
     def draw_tasks(self, key: RandomKey, tasks: Tasks | None = None) -> tuple[Tasks, Params]:
-        """Return this process's tasks of an iteration, and what is observed of them.
+        """Return this process's tasks of an iteration, and the model's observation of them.
 
         Args:
-            key: names the random stream.
-            tasks: all tasks of the iteration, [T, task_dim]; by default they are drawn.
+            key: key of the random stream.
+            tasks: all tasks of the iteration, [T, task_dim]; by default they are sampled.
         """
         distribution = self.family.tasks
         draw = distribution.stratified if self.stratified else distribution.sample
@@ -137,20 +137,20 @@ class TaskSource(ABC):
 
     @abstractmethod
     def open(self, key: RandomKey, baseline: Params, tasks: Tasks | None = None) -> TaskSamples:
-        """Begin an iteration.
+        """Start an iteration.
 
         Args:
-            key: names its random streams.
+            key: key of the random streams.
             baseline: state of the baseline.
-            tasks: all tasks of the iteration, [T, task_dim]; by default they are drawn.
+            tasks: all tasks of the iteration, [T, task_dim]; by default they are sampled.
         """
 
     @abstractmethod
     def chunk(self, batches: list[Samples], device: str) -> int:
-        """Return how many tasks are differentiated together."""
+        """Return the number of tasks that are differentiated together."""
 
-    def close(self) -> None:  # noqa: B027  (most hold nothing)
-        """Release what it holds."""
+    def close(self) -> None:  # noqa: B027  (most have no resources)
+        """Release resources."""
 
 
 class Domain(ABC):
@@ -164,10 +164,10 @@ class Domain(ABC):
 
     @abstractmethod
     def algorithm(self, algorithm: Algorithm, family: str) -> Algorithm:
-        """Return an algorithm as it is used here.
+        """Return an algorithm adjusted to this domain.
 
         Raises:
-            UserError: it cannot be; the message names the family.
+            UserError: the domain does not support the algorithm. The message names the family.
         """
 
     @property
@@ -184,16 +184,16 @@ class Domain(ABC):
         """Return the model for a family's tasks.
 
         Raises:
-            UserError: it does not fit the family.
+            UserError: the model does not fit the family.
         """
 
     def environments(self, family: Family) -> TaskFamily:
-        """Return a family as one of environments.
+        """Return a family as a family of environments.
 
         Raises:
             UserError: its tasks are supervised.
         """
-        raise UserError(f"{family.name} has supervised tasks, and this needs environments")
+        raise UserError(f"{family.name} has supervised tasks, but environments are needed here")
 
     def policy(self, model: Model) -> PolicyModel:
         """Return a model as a policy.
@@ -201,7 +201,7 @@ class Domain(ABC):
         Raises:
             UserError: it is a predictor.
         """
-        raise UserError("a predictor of supervised tasks does not act, and this needs a policy")
+        raise UserError("a policy is needed here, got a predictor of supervised tasks")
 
     def predictor(self, model: Model) -> Predictor:
         """Return a model as a predictor.
@@ -209,7 +209,7 @@ class Domain(ABC):
         Raises:
             UserError: it is a policy.
         """
-        raise UserError("a policy adapts to environments, and this needs supervised tasks")
+        raise UserError("supervised tasks are needed here, got a policy for environments")
 
     @abstractmethod
     def inner_loss(self, model: Model) -> Loss:
@@ -220,16 +220,16 @@ class Domain(ABC):
         """Return the outer loss for algorithms that do not define one."""
 
     def adapter(self, algorithm: Algorithm, model: Model) -> Adapter:
-        """Return how tasks adapt."""
+        """Return the adapter of an algorithm and a model."""
         return algorithm.inner.adapter(model, self.inner_loss(model))
 
     def check(  # noqa: B027  (there may be nothing to check)
         self, adapter: Adapter, pool: ChunkPool, fast: Params, slow: Params, samples: Samples
     ) -> None:
-        """Raise UserError unless learning sees the first samples as they were drawn.
+        """Raise UserError if learning sees other densities of the first samples than sampling.
 
         Args:
-            fast: theta_0, stacked; with `slow` the parameters that the samples were drawn with.
+            fast: theta_0, stacked; `fast` and `slow` are the parameters that drew the samples.
         """
 
     @abstractmethod
@@ -241,7 +241,7 @@ class Domain(ABC):
         pool: ChunkPool,
         **options: Any,
     ) -> TaskSource:
-        """Return where the samples come from; see the implementations for the options."""
+        """Return the source of samples; see the implementations for the options."""
 
 
 def scaled_tasks(family: Family, tasks: NDArray) -> Tensor:
@@ -252,10 +252,10 @@ def scaled_tasks(family: Family, tasks: NDArray) -> Tensor:
 
 
 def context_dim(algorithm: Algorithm, task_dim: int) -> int:
-    """Return the size of the context input that an algorithm's model has."""
+    """Return the size of the context input of an algorithm's model."""
     return task_dim if algorithm.task_conditioned else algorithm.inner.context_dim
 
 
 def replaced(algorithm: Algorithm, **parts: Any) -> Algorithm:
-    """Return an algorithm with other parts."""
+    """Return an algorithm with some parts replaced."""
     return dataclasses.replace(algorithm, **parts)

@@ -1,4 +1,4 @@
-"""The domain of a family."""
+"""Domain of a family."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def domain_of(family: Family) -> Domain:
 
 
 def domain_named(family: str, options: Mapping[str, Any] | None = None) -> Domain:
-    """Return the domain of a family by its name; reinforcement learning if it cannot be made.
+    """Return the domain of a family by name; reinforcement learning if it cannot be created.
 
-    Making the family raises its error.
+    The error is raised later, when the family is created.
     """
     return DOMAINS[domain_name(family, options) or Reinforcement.name]

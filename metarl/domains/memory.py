@@ -1,8 +1,8 @@
-"""How much memory a run needs, estimated before it starts.
+"""Estimate of the memory that a run needs, before it starts.
 
-What rollouts take is exact, and so nearly is what the linear baseline takes: a run is refused if
-they do not fit. What an update takes besides is an estimate: if it does not fit, there is a
-warning. Copies of an environment are watched as they are made, see `metarl.envs.memory`.
+The size of rollouts is exact, and the size of the linear baseline is almost exact. A run is refused
+if they do not fit. The size of an update is an estimate; if it does not fit, a warning is given.
+Memory of environments is checked as they are created, see `metarl.envs.memory`.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import RolloutBuffer
 
 GRAPH = 4.0
-"""Floats that two derivatives through an inner step hold for each float of the forward pass, as
-measured: navigation-2d, 8 tasks of 100 and 200 episodes, two threads, rose by 0.60 and 1.12 GB."""
+"""Floats for two derivatives through an inner step, for each float of the forward pass. Measured:
+navigation-2d, 8 tasks of 100 and 200 episodes, two threads, increase of 0.60 and 1.12 GB."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes."""
+    """Memory need in bytes."""
 
     rollouts: int
     """Samples kept at once: exact."""
     update: int
-    """What parameters of all tasks and the gradient's graph take besides: an estimate."""
+    """Parameters of all tasks and the gradient's graph, in addition: an estimate."""
     baseline: int = 0
-    """What fitting the linear baseline takes besides, before the update."""
+    """Fit of the linear baseline before the update, in addition."""
     tasks: int = 0
     episodes: int = 0
-    """Of a task."""
+    """Number of episodes per task."""
 
     @property
     def least(self) -> int:
@@ -65,16 +65,16 @@ def need(
     threads: int = 1,
     baseline: Baseline | None = None,
 ) -> Need:
-    """Return what `rollouts` samples of all tasks' episodes take, and an update on them.
+    """Return the memory for `rollouts` samples of all tasks' episodes, and for an update on them.
 
     Args:
-        rollouts: kept at once, K + 1 in training.
-        workers: processes; they share one more rollout's memory with this one.
-        info_keys: how many entries of the environments' info that are kept.
-        chunks: chunks of four tasks whose graphs are held at once, one a thread.
-        fisher_fraction: part of the samples whose graphs are held for all tasks at once.
-        threads: that fit the baseline.
-        baseline: fitted to each rollout.
+        rollouts: number of rollouts kept at once, K + 1 in training.
+        workers: number of processes; they share one additional rollout with this process.
+        info_keys: number of kept entries of the environments' info.
+        chunks: number of chunks of four tasks with graphs in memory at once, one per thread.
+        fisher_fraction: fraction of the samples with graphs in memory for all tasks at once.
+        threads: number of threads that fit the baseline.
+        baseline: baseline that is fitted to each rollout.
     """
     steps = tasks * episodes * horizon
 
@@ -87,9 +87,9 @@ def need(
     RolloutBuffer(policy, tasks, episodes, horizon, [str(i) for i in range(info_keys)], measure)
     one = sum(sizes)
     batch = 3 * 4 * steps  # advantage, weight, log density
-    beside = (4 * policy.network.output_dim + 4 * 8) * steps  # noise; returns, values … in float64
+    beside = (4 * policy.network.output_dim + 4 * 8) * steps  # noise; float64 returns, values ...
     kept = rollouts * (one + batch) + (one if workers else 0) + beside
-    forward = 4 * policy.network.activations * episodes * horizon  # of one task
+    forward = 4 * policy.network.activations * episodes * horizon  # one task
     graphs = min(4 * chunks, tasks) + fisher_fraction * tasks
     parameters = 4 * sum(math.prod(shape) for shape in policy.shapes().values())
     iterates = (rollouts + 1) * tasks * parameters  # one more for sampling
@@ -107,22 +107,22 @@ def need(
 
 
 def check_memory(needed: Need, name: str, processes: int = 1) -> None:
-    """Refuse what cannot fit into memory; warn where an update may not.
+    """Refuse a run that cannot fit into memory; warn if an update may not fit.
 
     Args:
-        needed: by one process.
-        name: of the family.
-        processes: that share the memory, and need as much each.
+        needed: memory need of one process.
+        name: name of the family.
+        processes: number of processes that share the memory, with the same need each.
 
     Raises:
-        UserError: the rollouts and the baseline alone are larger than the memory that is free.
+        UserError: the rollouts and the baseline alone exceed the free memory.
     """
     free = available()
     least, total = processes * needed.least, processes * needed.total
     if free is None or total <= free:
         return
     now = [f", now {count}" if count else "" for count in (needed.episodes, needed.tasks)]
-    said = f"this needs {{}} GB of memory, and {free / 1e9:.1f} GB are free: take fewer episodes"
+    said = f"this needs {{}} GB of memory, and {free / 1e9:.1f} GB are free: use fewer episodes"
     said += f" (--episodes{now[0]}) or tasks (--tasks{now[1]}), or a shorter horizon for {name}"
     if least > free:
         raise UserError(said.format(f"{total / 1e9:.1f}"))

@@ -51,13 +51,13 @@ from metarl.sampling.workers import START_SECONDS, AnyCollector, make_collector
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOptions(ModelOptions):
-    """The policy: a network and a distribution over actions."""
+    """Policy: a network and a distribution over actions."""
 
     network: NetworkPart = fixed(AutoPolicyNetwork())
     distribution: Distribution = fixed(AutoDistribution())
     action: ActionMode = "clip"
-    """How actions are fitted to the environment's bounds: clip cuts them off there; scale maps
-    [-1, 1] onto the bounds first."""
+    """Mapping of actions to the environment's bounds: clip clips them; scale first maps [-1, 1] to
+    the bounds."""
     normalize: bool = False
     """Scale observations by their running mean and standard deviation."""
 
@@ -135,12 +135,12 @@ def make_policy(
     """Return the policy for an environment's spaces.
 
     Args:
-        observations: flat or images, unless the network reads others.
-        actions: of the environment.
+        observations: observation space, flat or images; other spaces if the network reads them.
+        actions: action space of the environment.
         context: size of the network's context input.
 
     Raises:
-        UserError: the network or the distribution does not fit, or options have no effect.
+        UserError: the network or the distribution does not fit, or an option has no effect.
     """
     distribution = options.distribution.over(actions)
     if not type(distribution).__module__.startswith("metarl."):
@@ -160,7 +160,7 @@ def make_policy(
 
 
 def _check_bounds(mode: ActionMode, distribution: Distribution, actions: gym.spaces.Box) -> None:
-    """Raise UserError unless actions can be mapped onto the bounds of a Box as they are."""
+    """Raise UserError if the policy's actions cannot be mapped to the bounds of a Box."""
     if mode == "scale" and not bounded(actions).any():
         raise UserError(f"policy.action scale has no effect on unbounded actions, {actions}")
     if not distribution.scaled:
@@ -171,16 +171,16 @@ def _check_bounds(mode: ActionMode, distribution: Distribution, actions: gym.spa
         )
     if mode != "scale" and not ((actions.low == -1.0).all() and (actions.high == 1.0).all()):
         raise UserError(
-            f"policy.distribution {distribution.label} draws actions in [-1, 1], and the bounds are"
+            f"policy.distribution {distribution.label} draws actions in [-1, 1], but the bounds are"
             f" {actions}: add policy.action scale"
         )
 
 
 def policy_spaces(family: TaskFamily, network: NetworkPart) -> tuple[gym.Space, gym.Space]:
-    """Return the spaces of a family's environments as a network reads and acts in them.
+    """Return the spaces of a family's environments as the network uses them.
 
     Raises:
-        UserError: it cannot.
+        UserError: the network does not support the spaces.
     """
     structure, action = spaces_of(family, structured=True)
     observation = flattened(structure)
@@ -195,14 +195,14 @@ def spaces_of(family: TaskFamily, *, structured: bool = False) -> tuple[gym.Spac
     """Return the observation and the action space of a family's environments.
 
     Args:
-        structured: give a Dict or Tuple as such, not flattened.
+        structured: return a Dict or Tuple unchanged, not flattened.
     """
     with guard.opened(family.make) as env:
         observation = structure_of(env) if structured else env.observation_space
         action = env.action_space
     if is_image(observation):
-        # A closed renderer that Python takes apart later takes the OpenGL context of a living one
-        # along, which gives black frames from then on.
+        # If Python deallocates a closed renderer later, it destroys the OpenGL context of a living
+        # renderer. All later frames would be black.
         del env
         gc.collect()
     return observation, action
@@ -274,7 +274,7 @@ class Environments(TaskSource):
 
 @dataclass
 class EpisodeSamples(TaskSamples):
-    """The episodes of one iteration."""
+    """Episodes of one iteration."""
 
     source: Environments = field(kw_only=True)
     baseline: Params = field(kw_only=True)
@@ -340,15 +340,16 @@ def rollout_metrics(
 
     Args:
         params: meta-parameters after the update.
-        space: actions of the environments.
-        rollouts: of this process's tasks; fewer than planned if the iteration broke off.
-        episodes: of all tasks together.
-        process_group: has the other tasks.
+        space: action space of the environments.
+        rollouts: rollouts of this process's tasks; fewer than planned if the iteration stopped
+        early.
+        episodes: number of episodes of all tasks.
+        process_group: group with the other tasks.
     """
     returns = [
         float(process_group.gather(rollout.mean_returns()).nanmean()) for rollout in rollouts
     ]
-    # Reptile samples nothing with its last parameters: those before count.
+    # Reptile samples nothing with its last parameters; the samples before them count instead.
     query = algorithm.meta.needs_query
     planned = algorithm.inner.steps + query
     adapted_all = len(returns) == planned and (query or planned > 1)
@@ -371,7 +372,7 @@ def rollout_metrics(
 def _clip_fraction(
     rollout: Rollout, space: gym.Space, mode: ActionMode, process_group: ProcessGroup
 ) -> float:
-    """Return the share of the components of actions that a Box's bounds cut; else NaN."""
+    """Return the share of action components that the bounds of a Box clip; NaN for other spaces."""
     cut = beyond_bounds(rollout.action.numpy(), space, mode)
     if cut is None:
         return math.nan

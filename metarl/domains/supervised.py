@@ -53,7 +53,7 @@ from metarl.sampling.rollouts import RandomKey
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorOptions(ModelOptions):
-    """The network of a regressor or classifier."""
+    """Network of a regressor or classifier."""
 
     network: NetworkPart = fixed(AutoPredictorNetwork())
 
@@ -74,9 +74,9 @@ class Supervised(Domain):
     unit: ClassVar[str] = "examples"
 
     def algorithm(self, algorithm: Algorithm, family: str) -> Algorithm:
-        """Return an algorithm without what only policies have.
+        """Return an algorithm without the parts that need policies.
 
-        Adam replaces a trust region, and the model's loss the usual ones of policies.
+        Adam replaces a trust region. The model's loss replaces the default losses of policies.
         """
         inner, loss, last = algorithm.inner, algorithm.inner.loss, algorithm.outer_loss
         outer = algorithm.outer
@@ -93,7 +93,7 @@ class Supervised(Domain):
             if needed:
                 raise UserError(
                     f"{algorithm.name} needs a policy, for {reason}; the tasks of {family} are"
-                    " supervised ones: take another algorithm, such as maml-trpo"
+                    " supervised: use another algorithm, such as maml-trpo"
                 )
         if loss in _USUAL:
             inner = dataclasses.replace(inner, policies=False, loss=None)
@@ -128,7 +128,7 @@ class Supervised(Domain):
             )
         if algorithm.task_conditioned and classes:
             raise UserError(
-                f"{name} does not support classification: there is no task vector to condition on"
+                f"{name} does not support classification: it has no task vector to condition on"
             )
         inputs = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
         context = context_dim(algorithm, family.tasks.dim)
@@ -139,14 +139,14 @@ class Supervised(Domain):
             return Classifier(network=network)
         if not isinstance(network, MLP):
             raise UserError(
-                f"{name} makes the last layer itself, and policy.network"
-                f" {options.network.source or options.network.name} has its own: take another"
+                f"{name} creates the last layer itself, but policy.network"
+                f" {options.network.source or options.network.name} has its own: use another"
                 " algorithm, such as maml-trpo"
             )
         if algorithm.head == "prototypes" and not (network.encoder or network.hidden):
             raise UserError(
-                f"{name} makes the last layer from the support, and learns the layers below it:"
-                f" give policy.hidden, such as 64, for inputs of {list(shape)}"
+                f"{name} creates the last layer from the support, and learns the layers below it:"
+                f" set policy.hidden, such as 64, for inputs of {list(shape)}"
             )
         return Classifier(network=network, head=algorithm.head)
 
@@ -179,8 +179,8 @@ class Supervised(Domain):
 class DataSource(TaskSource):
     """Examples of a family of supervised tasks.
 
-    All inner steps descend the same support, except those of a meta-gradient without query, which
-    take minibatches of their own.
+    All inner steps use the same support. Exception: with a meta-gradient without query, each step
+    uses a new minibatch.
     """
 
     independent_of_policy: ClassVar[bool] = True
@@ -190,7 +190,7 @@ class DataSource(TaskSource):
         return ExampleSamples(key, *self.draw_tasks(key, tasks), source=self)
 
     def chunk(self, batches: list[Samples], device: str) -> int:
-        """Return so many tasks that a call costs less than its numbers, within the cache."""
+        """Return the number of tasks per call: enough to hide call overhead, within the cache."""
         model = self.adapter.model
         assert isinstance(model, Predictor)
         if device != "cpu":
@@ -199,12 +199,12 @@ class DataSource(TaskSource):
         return min(max(_CACHED // each, 1), self.count)
 
 
-_CACHED = 1 << 18  # activations, 1 MB of them
+_CACHED = 1 << 18  # number of activations, 1 MB
 
 
 @dataclass
 class ExampleSamples(TaskSamples):
-    """The examples of one iteration."""
+    """Examples of one iteration."""
 
     source: DataSource = field(kw_only=True)
     _examples: list[Examples] = field(default_factory=list)
@@ -253,11 +253,11 @@ class ExampleSamples(TaskSamples):
 
 
 def make_examples(data: Data, context: Tensor | None = None) -> Examples:
-    """Return drawn examples as tensors; every valid one of a task weighs the same."""
+    """Return examples as tensors. All valid examples of a task have the same weight."""
     count = data.valid.sum(axis=1, keepdims=True).clip(min=1)
     weight = (data.valid / count).astype(np.float32)
     return Examples(
-        inputs=torch.tensor(data.inputs),  # a copy: a family may draw into the same arrays again
+        inputs=torch.tensor(data.inputs),  # a copy: a family may reuse its arrays
         targets=torch.tensor(data.targets),
         weight=torch.from_numpy(weight),
         classes=None if data.classes is None else torch.tensor(data.classes),

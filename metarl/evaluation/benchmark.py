@@ -1,12 +1,12 @@
-"""`metarl benchmark`: sampling and training speed against the physics ceiling, in one run.
+"""`metarl benchmark`: sampling and training speed relative to the physics ceiling, in one run.
 
-The ceiling is the batched physics engine alone, replaying the very actions that the policy took
-from the same initial states. It is measured in turn with the training iterations, so that a
-machine whose speed drifts slows both.
+The ceiling is the batched physics engine alone. It replays the policy's actions from the same
+initial states. The measurement alternates with training iterations, so that a drift of the
+machine's speed affects both.
 
-Families without a native backend are stepped in turn by one process, by worker processes and by
-Gymnasium's `AsyncVectorEnv`. A plain loop replays the actions of the one process, without policy
-or records.
+Families without a native backend are stepped in turn in one process, in worker processes and in
+Gymnasium's `AsyncVectorEnv`. A plain loop replays the actions of the one process, without policy or
+records.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Run one warm-up iteration and `repeats` measured ones; return rates, seconds and memory.
 
-    Rates are env steps per second of all ranks. Seconds and memory are of this rank. All are
-    medians over the iterations. Without native physics the ceiling is None.
+    Rates are env steps per second over all ranks. Seconds and memory are for this rank. All values
+    are medians over the iterations. The ceiling is missing (None) without native physics.
     """
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
@@ -65,11 +65,11 @@ def benchmark(
             row["calls"] = process_group.traffic.calls - before.calls
             row["bytes"] = process_group.traffic.bytes - before.bytes
             row["steps"] = process_group.total(sum(rollout.env_steps for rollout in seen))
-            address = RandomKey(
+            key = RandomKey(
                 config.seed, row["iteration"] - 1, first_task=trainer.source.block.start
             )
             row["seconds_ceiling"] = sum(
-                replay(trainer, rollout, dataclasses.replace(address, inner_step=k))
+                replay(trainer, rollout, dataclasses.replace(key, inner_step=k))
                 for k, rollout in enumerate(seen)
             )
             rows.append(row)
@@ -85,7 +85,7 @@ def benchmark(
     ceiling = rate("seconds_ceiling") if native else None
     collect, train = rate("seconds_rollout"), rate("seconds_iteration")
     phases = sorted({key for row in rows for key in row if key.startswith("seconds_")})
-    # After the trainer's own workers have ended.
+    # After the end of the trainer's own workers.
     alone = process_group.size == 1 and not family.parallel
     processes = _compare_processes(trainer, repeats) if alone else None
     result: dict[str, Any] = {
@@ -115,7 +115,7 @@ def benchmark(
     if processes is not None:
         result["processes"] = processes
     if native:
-        # Ratios pair by pair, so that drift between iterations cancels.
+        # Ratios of pairs, so that drift between iterations cancels.
         result["collect_to_ceiling"] = median(
             [row["seconds_ceiling"] / row["seconds_rollout"] for row in rows]
         )
@@ -130,7 +130,7 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
     config, domain = trainer.config, trainer.domain
     family, policy = domain.environments(trainer.family), domain.policy(trainer.model)
     count, episodes = 8, 5
-    tasks, address = family.tasks.grid(count), RandomKey(config.seed)
+    tasks, key = family.tasks.grid(count), RandomKey(config.seed)
     adapter = trainer.inner_loop.adapter
     fast, slow, _ = adapter.split(trainer.state.params)
     params = adapter.params(stack(fast, count), slow, count)
@@ -141,7 +141,7 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with contextlib.ExitStack() as closing:
         closing.enter_context(own_settings())
-        vector = gym.vector.AsyncVectorEnv(make)  # forks: before there are workers
+        vector = gym.vector.AsyncVectorEnv(make)  # forks, so it must be created before the workers
         closing.callback(vector.close)
         collectors = {
             name: make_collector(
@@ -155,18 +155,16 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
         plain = [raw_environment(family, task) for task in tasks]
         for env in plain:
             closing.callback(env.close)
-        for _ in range(1 + repeats):  # the first to warm up
+        for _ in range(1 + repeats):  # the first one is a warm-up
             start = time.perf_counter()
             steps = _step_all(vector, family.horizon, policy, params, count, config)
             seconds["async_vector_env"].append((time.perf_counter() - start) / steps)
             for name, collector in collectors.items():
                 start = time.perf_counter()
-                rollout = collector.collect(params, tasks, address)
+                rollout = collector.collect(params, tasks, key)
                 seconds[name].append((time.perf_counter() - start) / rollout.env_steps)
                 if name == "one_process":
-                    seconds["plain_loop"].append(
-                        loop_seconds(family, plain, rollout, address, config)
-                    )
+                    seconds["plain_loop"].append(loop_seconds(family, plain, rollout, key, config))
     each = {name: np.array(values[1:]) for name, values in seconds.items()}
     return {
         "environments": count * episodes,
@@ -180,7 +178,7 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
 
 
 def raw_environment(family: TaskFamily, task: NDArray) -> gym.Env:
-    """Return a task's environment as its own package makes it, without the family's around it."""
+    """Return a task's environment as its package creates it, without the family's wrappers."""
     return family.make_raw(task=task) if isinstance(family, GymnasiumFamily) else family.make(task)
 
 
@@ -188,10 +186,10 @@ def loop_seconds(
     family: TaskFamily,
     envs: Sequence[gym.Env],
     rollout: Rollout,
-    address: RandomKey,
+    key: RandomKey,
     config: Config,
 ) -> float:
-    """Return the seconds of an env step where a plain loop takes a rollout's actions."""
+    """Return the seconds per env step of a plain loop that replays a rollout's actions."""
     episodes = rollout.valid.shape[1]
     actions = [
         env_action(action.numpy(), env.action_space, config.action_mode)
@@ -199,12 +197,12 @@ def loop_seconds(
     ]
     lengths = rollout.valid.sum(-1).tolist()
     tasks = rollout.tasks.numpy()
-    # The environments of such a family stand here without it.
+    # Environments of a GymnasiumFamily are used here without the family's wrappers.
     seed_of = foreign_seed if isinstance(family, GymnasiumFamily) else int
     start = time.perf_counter()
     for i, env in enumerate(envs):
-        for episode, seed in enumerate(address.episode_seeds(i, episodes)):
-            if isinstance(family, GymnasiumFamily):  # a reset may have undone it
+        for episode, seed in enumerate(key.episode_seeds(i, episodes)):
+            if isinstance(family, GymnasiumFamily):  # a reset may have undone the task
                 family.apply_task(env, tasks[i])
             env.reset(seed=seed_of(seed))
             for action in actions[i][episode, : lengths[i][episode]]:
@@ -220,7 +218,7 @@ def _step_all(
     tasks: int,
     config: Config,
 ) -> int:
-    """Step a vector environment with the policy, all recorded, and return the env steps."""
+    """Step a vector environment with the policy, record everything, and return the env steps."""
     episodes = env.num_envs // tasks
     rng = RandomKey(config.seed).noise(0)
     noise = torch.from_numpy(policy.noise(rng, tasks, episodes * steps)).chunk(steps, dim=1)
@@ -239,10 +237,10 @@ def _step_all(
     return env.num_envs * steps
 
 
-def replay(trainer: Trainer, rollout: Rollout, address: RandomKey) -> float:
-    """Return the seconds that physics alone takes for a rollout's actions; 0 if not native.
+def replay(trainer: Trainer, rollout: Rollout, key: RandomKey) -> float:
+    """Return the seconds of physics alone for a rollout's actions; 0 if not native.
 
-    Contact forces, which are fetched one simulation at a time, are not included.
+    Contact forces are excluded, because they are fetched one simulation at a time.
     """
     family, config = trainer.family, trainer.config
     if not isinstance(family, MujocoFamily):
@@ -252,7 +250,7 @@ def replay(trainer: Trainer, rollout: Rollout, address: RandomKey) -> float:
         len(tasks), config.episodes, autoreset_mode=AutoresetMode.DISABLED, threads=config.threads
     )
     env.set_tasks(tasks)
-    env.reset(seed=[s for t in range(len(tasks)) for s in address.episode_seeds(t, env.episodes)])
+    env.reset(seed=[s for t in range(len(tasks)) for s in key.episode_seeds(t, env.episodes)])
     action = env_action(rollout.action.numpy(), env.single_action_space, config.action_mode)
     control = (action / np.float32(family.action_scale)).astype(np.float64)
     control = np.ascontiguousarray(

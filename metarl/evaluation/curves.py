@@ -1,4 +1,4 @@
-"""The returns, or another measure, of one row of an evaluation after 0 ... K inner steps."""
+"""Curves of an evaluation: returns, or another measure, after 0 ... K inner steps, per row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from metarl.evaluation.statistics import (
 )
 
 RowRole = Literal[Role, "nearest-prototype", "from-scratch"]
-"""Role of a row of an evaluation: its algorithm's, or a reference without an algorithm."""
+"""Role of a row of an evaluation: its algorithm's role, or a reference without an algorithm."""
 
 ROLES: tuple[RowRole, ...] = (
     "meta-learner", "nearest-prototype", "pretrained", "untrained", "oracle", "from-scratch",
@@ -36,14 +36,14 @@ class Measure:
     key: str
     """Name in a data frame."""
     name: str
-    """Name in tables and pictures."""
+    """Name in tables and figures."""
     sign: float
-    """1 where more is better, -1 where less is."""
+    """1 if more is better, -1 if less is."""
     digits: int
-    """After the decimal point."""
+    """Number of digits after the decimal point."""
 
     def number(self, value: float | np.floating, *, signed: bool = True) -> str:
-        """Return a value as it is printed."""
+        """Return a value in its printed format."""
         return f"{value:{'+' if signed else ''}.{self.digits}f}"
 
 
@@ -59,30 +59,30 @@ class Curve:
     step_sizes: list[float]
     """Sizes of the K steps; empty for an oracle, which takes no step."""
     per_seed: Floats
-    """Mean over episodes, [seeds, tasks, K + 1]; each seed is another training."""
+    """Mean over episodes, [seeds, tasks, K + 1]; each seed is a separate training."""
     algorithm: str = "maml-trpo"
     seeds: list[int] = field(default_factory=lambda: [0])
     achieved: Mapping[str, Floats] = field(default_factory=dict)
     """Achieved value of a component of the task, [tasks, K + 1]: the mean over steps, episodes and
     seeds. If the components are a position in the plane, the mean over the ends of episodes."""
     paths: Mapping[str, Floats] = field(default_factory=dict)
-    """Positions in one episode of each of the first tasks, [tasks, K + 1, time], NaN after its
+    """Positions in one episode of each of the first tasks, [tasks, K + 1, time]; NaN after its
     end."""
     success: Floats | None = None
-    """Share of the episodes with success, [tasks, K + 1], if the environments say."""
+    """Success rate, [tasks, K + 1], if the environments report success."""
     functions: Floats | None = None
-    """Predictions for the first tasks, [tasks, K + 1, points], if inputs are numbers."""
+    """Predictions for the first tasks, [tasks, K + 1, points], if inputs are scalars."""
     measure: Measure = RETURN
     role: RowRole = "meta-learner"
     per_episode: Floats | None = None
-    """Return of each episode, [seeds, tasks, K + 1, episodes], NaN where it diverged; None on a
-    data set."""
+    """Return of each episode, [seeds, tasks, K + 1, episodes]; NaN if it diverged; None for a data
+    set."""
     episode_success: Floats | None = None
-    """1 for an episode in which the task is done, else 0, [seeds, tasks, K + 1, episodes]."""
+    """1 for an episode with success, else 0, [seeds, tasks, K + 1, episodes]."""
 
     @property
     def reference(self) -> bool:
-        """Whether meta-learners are compared with it."""
+        """Whether it is a reference for meta-learners."""
         return self.role != "meta-learner"
 
     @property
@@ -92,14 +92,14 @@ class Curve:
 
     @property
     def returns(self) -> list[float]:
-        """Mean over tasks after each number of steps; NaN where no task has a value."""
+        """Mean over tasks after each number of steps; NaN if no task has a value."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of a mean over nothing
+            warnings.simplefilter("ignore", RuntimeWarning)  # from a mean over no values
             return np.nanmean(self.per_task, axis=0).tolist()
 
     @property
     def ci95(self) -> list[tuple[float, float]]:
-        """Bootstrap 95 % interval over tasks of each mean."""
+        """Bootstrap 95 % interval over tasks for each mean."""
         return [bootstrap_interval(known(column)) for column in self.per_task.T]
 
     @property
@@ -128,13 +128,13 @@ class Curve:
 
     @property
     def iqm_ci95(self) -> list[tuple[float, float]]:
-        """Bootstrap 95 % interval over seeds and tasks of each; NaN for a single seed."""
+        """Bootstrap 95 % interval over seeds and tasks for each; NaN for a single seed."""
         return [interquartile_mean_interval(scores) for scores in np.moveaxis(self.per_seed, 2, 0)]
 
     def gain(self, steps: int = 1) -> tuple[float, float, float]:
         """Return the mean gain of `steps` inner steps and its interval, paired by task.
 
-        More is better, whatever the measure.
+        Positive is better for every measure.
         """
         gains = known(self.gains(steps))
         if not len(gains):
@@ -142,38 +142,38 @@ class Curve:
         return (float(gains.mean()), *bootstrap_interval(gains))
 
     def gains(self, steps: int = 1) -> Floats:
-        """Return each task's gain of `steps` inner steps, [tasks]; more is better."""
+        """Return each task's gain from `steps` inner steps, [tasks]; positive is better."""
         return self.measure.sign * (self.per_task[:, steps] - self.per_task[:, 0])
 
     def lead(self, other: Curve, steps: int = 1) -> Difference:
-        """Return how much better it is than another on the same tasks after `steps` inner steps.
+        """Return the advantage over another curve on the same tasks after `steps` inner steps.
 
-        Paired by task, means over seeds; more is better, whatever the measure.
+        It is paired by task, with means over seeds. Positive is better for every measure.
         """
         ours, theirs = (self.measure.sign * c.per_task[:, steps] for c in (self, other))
         return difference(ours, theirs, self.measure)
 
     def verdict(self) -> str:
-        """Say in one sentence whether adaptation gains anything."""
+        """Return one sentence on whether adaptation improves the measure."""
         if len(self.returns) < 2:
             return "No inner step was taken."
         if self.role == "oracle":
-            return "An oracle is told its task and takes no inner step."
+            return "An oracle observes its task and takes no inner step."
         mean, low, high = self.gain()
         said, gains = self.measure.number, known(self.gains())
         if not len(gains):
             return "No task has a return before and after a step: every episode diverged."
         improved = f"{100.0 * float((gains > 0.0).mean()):.0f} % of tasks improve"
         if len(gains) < 2:
-            return f"One step gains {said(mean)} on a single task; several give an interval."
+            return f"One step gains {said(mean)} on a single task; an interval needs several tasks."
         if len(gains) < FEWEST:
             return (
                 f"One step gains {said(mean)} on {len(gains)} tasks ({improved});"
-                f" whether that is chance takes at least {FEWEST} tasks to tell."
+                f" a 95 % interval needs at least {FEWEST} tasks."
             )
         if low <= 0.0 <= high:
             return (
-                f"The gain of one adaptation step cannot be told from zero:"
+                f"The gain of one adaptation step is not significantly different from zero:"
                 f" {said(mean)}, 95 % interval [{said(low)}, {said(high)}]."
             )
         word = "gains" if mean > 0.0 else "LOSES"
@@ -184,7 +184,7 @@ class Curve:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; a number that is not finite is null."""
+        """Return JSON values; a number that is not finite is null."""
         result = {
             "algorithm": self.algorithm,
             "role": self.role,
@@ -220,7 +220,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference over tasks and its interval."""
+    """Mean difference over tasks, with its interval."""
 
     mean: float
     low: float
@@ -239,18 +239,18 @@ def difference(ours: Floats, theirs: Floats, measure: Measure) -> Difference:
 
 
 def known(values: Floats) -> Floats:
-    """Leave out tasks whose every episode diverged."""
+    """Return the values without tasks whose every episode diverged."""
     return values[np.isfinite(values).reshape(len(values), -1).all(axis=1)]
 
 
 def _mean(values: Floats) -> float:
-    """Return the mean of what is known; NaN of nothing."""
+    """Return the mean of the known values; NaN without any."""
     found = known(values)
     return float(found.mean()) if len(found) else math.nan
 
 
 def finite(value: Any) -> Any:
-    """Return plain JSON values with null for each number that is not finite."""
+    """Return JSON values, with null for each number that is not finite."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):

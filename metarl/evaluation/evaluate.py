@@ -1,8 +1,8 @@
-"""How well a meta-policy adapts: returns after 0 ... K inner steps on held-out tasks.
+"""Evaluation of adaptation: returns after 0 ... K inner steps on held-out tasks.
 
-Returns after k steps come from separate episodes: K steps take K + 1 samples. The policy is
-adapted to each task by the same inner loop as in training. References are evaluated on the same
-tasks with the same random numbers: always a random initialization, others as given.
+Returns after k steps come from separate episodes: K steps take K + 1 samples. The policy adapts to
+each task with the same inner loop as in training. References are evaluated on the same tasks with
+the same random numbers. A random initialization is always included, other references on request.
 """
 
 from __future__ import annotations
@@ -68,45 +68,45 @@ def evaluate(
     """Measure a meta-policy's returns after 0 ... `steps` inner steps on held-out tasks.
 
     Returns:
-        an `EvaluationResult`. `table()` and `verdict()` are text, `to_json()` is the content of
-        evaluation.json, `to_frame()` has a row for each episode. `curve.per_task` has the returns
-        [tasks, steps + 1], `references` the curves of references by name.
+        an `EvaluationResult`. `table()` and `verdict()` return text, `to_json()` returns the
+        content of evaluation.json, `to_frame()` has a row for each episode. `curve.per_task`
+        contains the returns [tasks, steps + 1], `references` the curves of references by name.
 
     Args:
-        meta_policy: a meta-policy, or what `load` takes; or several seeds of one.
-        tasks: number of held-out tasks. If there are fewer different ones, they are repeated. Or
-            chosen tasks, [n, task_dim]; they may lie outside the tasks of training.
-        family_options: options of the family that differ from training, such as another horizon
-            or range of tasks. Observations, actions and task components must stay.
+        meta_policy: a meta-policy, or an argument of `load`; or several seeds of one.
+        tasks: number of held-out tasks; repeated if fewer different tasks exist. Or chosen tasks,
+            [n, task_dim]; they may lie outside the training tasks.
+        family_options: options of the family that differ from training, for instance another
+            horizon or task range. Observations, actions and task components must stay the same.
         episodes: episodes per task, for each inner step and for each measured return.
-        seed: seed of the episodes, and of drawn tasks; the same for every policy.
-        step_sizes: one for each step, the last repeated; by default the policy's own.
+        seed: seed of the episodes and of drawn tasks; the same for every policy.
+        step_sizes: one for each step, the last repeated; by default the policy's step sizes.
         references: other policies of the family, evaluated on the same tasks. An untrained one
-            replaces the random initialization that is always there; with an oracle, which takes
-            no steps, the gap closed is known.
+            replaces the default random initialization. With an oracle, which takes no steps, the
+            gap closed is known.
         random_step_sizes: step sizes of the random initialization; by default its preset's, or the
             policy's.
         pretrained_step_sizes: step sizes of pretrained references; by default their preset's, or
             their own.
-        tune_step_sizes: choose the first step's size for each policy, references included, by the
-            return after it on as many validation tasks; later steps take half of it. Sizes that are
-            given, or that a policy learned, are kept.
-        deterministic: act by the mean instead of a sample, in the returns only.
-        drawn: draw the tasks at random, as the papers do, instead of covering the test split
+        tune_step_sizes: choose the first step size for each policy, including references, by the
+            return after the first step on the same number of validation tasks. Later steps use half
+            of it. Given or learned sizes are kept.
+        deterministic: act with the mean instead of a sample, only for the measured returns.
+        drawn: sample the tasks at random, as in the papers. By default, they cover the test split
             evenly, which estimates the mean over the split with less variance.
-        split: "validation" draws other tasks and episodes, for choosing between policies.
-        threads: for physics and updates, by default one per available processor; results do not
-            depend on their number.
-        workers: processes for environments without a native backend; 0 steps them in this one.
+        split: "validation" uses other tasks and episodes, for choosing between policies.
+        threads: threads for physics and updates; by default one per available processor. Results do
+            not depend on their number.
+        workers: processes for environments without a native backend; 0 steps them in this process.
         from_scratch: also train on each task from scratch, with the env steps of adaptation and
-            with ten times as many; also by PPO of stable-baselines3, if it is installed.
+            with ten times as many. Also train with PPO of stable-baselines3, if it is installed.
         scratch_learning_rate: learning rate of the built-in training from scratch.
-        name: name of the policy in tables and pictures.
-        process_group: processes that share the tasks; all return the whole result.
+        name: name of the policy in tables and figures.
+        process_group: processes that share the tasks; all return the complete result.
 
     Raises:
-        UserError: a number is out of range, the family cannot be made, a reference is of another
-            family, or adaptation leads to numbers that are not finite.
+        UserError: a number is out of range, the family cannot be created, a reference belongs to
+            another family, or adaptation leads to numbers that are not finite.
         CheckpointError: a policy cannot be loaded.
     """
     members = seeds_of(meta_policy, name)
@@ -115,7 +115,7 @@ def evaluate(
         episodes=episodes, steps=steps, seed=seed, deterministic=deterministic, workers=workers
     )
     if tune_step_sizes and split == "validation":
-        raise UserError("tune_step_sizes chooses on the validation tasks: evaluate on split 'test'")
+        raise UserError("tune_step_sizes uses the validation tasks: evaluate on split 'test'")
     _check_learning_rate(scratch_learning_rate, from_scratch)
     given = {
         "step_sizes": step_sizes, "random_step_sizes": random_step_sizes,
@@ -181,22 +181,22 @@ def _check_learning_rate(rate: float, used: bool) -> None:
 def _evaluated_family(
     policies: Sequence[MetaPolicy], overrides: Mapping[str, Any] | None
 ) -> tuple[Family, list[str]]:
-    """Return the family to evaluate on, and how it differs from training, in words.
+    """Return the evaluation family and its differences from training, in words.
 
     Args:
         overrides: options that differ from training.
 
     Raises:
-        UserError: a policy cannot be used on it.
+        UserError: a policy cannot be used with it.
     """
     given = overrides or {}
     if not (isinstance(given, Mapping) and all(isinstance(key, str) for key in given)):
-        raise UserError(f"family_options are values by name, got {overrides!r}")
+        raise UserError(f"family_options must be values by name, got {overrides!r}")
     first = policies[0]
     family = first.source
     spaces_of = EVALUATORS[family.domain].spaces
     if overrides:
-        # Files of older versions do not hold what identifies their family.
+        # Files of older versions contain no fingerprint of the family.
         before = fingerprint(family, spaces_of(family))
         policies = [replace(p, trained_on={**before, **p.trained_on}) for p in policies]
         config = first.config

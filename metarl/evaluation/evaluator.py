@@ -1,4 +1,4 @@
-"""The interface of evaluation on environments and on supervised tasks: what measures a policy."""
+"""Common interface of evaluation on environments and on supervised tasks."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from metarl.runs.fingerprint import Spaces
 from metarl.sampling.rollouts import RandomKey
 
 Sizes = Sequence[float] | Callable[[MetaPolicy], Sequence[float]] | None
-"""Sizes of the inner steps, given or by policy; None: the policy's own."""
+"""Sizes of the inner steps, given or by policy; None: the policy's step sizes."""
 
 EPISODES = 20
-"""Episodes of a task, unless others are asked for."""
+"""Default number of episodes per task."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How policies are measured; see `evaluate`.
+    """Options of an evaluation; see `evaluate`.
 
     Raises:
         UserError: a number is out of range.
@@ -62,15 +62,15 @@ class OneTask:
 
 
 class Evaluator(ABC):
-    """Measures policies on the same tasks and with the same random numbers.
+    """Base class of evaluators, which use the same tasks and random numbers for all policies.
 
     Args:
-        family: the tasks are of this one.
+        family: family of the tasks.
         tasks: [T, task_dim]
-        key: names the random streams.
-        options: number of steps and so on.
+        key: key of the random streams.
+        options: number of steps and other options.
         pool: threads, and the processes that share the tasks.
-        check: look at the environments first, once.
+        check: check the environments first, once.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Evaluator(ABC):
     @property
     @abstractmethod
     def measure(self) -> Measure:
-        """The measure of its curves."""
+        """Measure of the curves."""
 
     @staticmethod
     @abstractmethod
@@ -98,7 +98,7 @@ class Evaluator(ABC):
 
     @staticmethod
     def spaces(family: Family) -> Spaces | None:
-        """Return the observation and action space of environments; None of a data set."""
+        """Return the observation and action space of environments; None for a data set."""
         return None
 
     @staticmethod
@@ -112,7 +112,7 @@ class Evaluator(ABC):
         seed: int = 0,
         step_sizes: Sequence[float] | None = None,
     ) -> OneTask:
-        """Adapt a policy to one task as `MetaPolicy.adapt` does, and measure it before and after.
+        """Adapt a policy to one task like `MetaPolicy.adapt`, and measure it before and after.
 
         Raises:
             UserError: an option has no effect.
@@ -131,12 +131,12 @@ class Evaluator(ABC):
         return {}
 
     def settled(self, curves: Mapping[str, Curve]) -> dict[str, Curve]:
-        """Return all curves once all are known."""
+        """Return the final curves after all are measured."""
         return dict(curves)
 
     @abstractmethod
     def setting(self) -> dict[str, Any]:
-        """Return what gives the measured values their meaning, plain JSON values."""
+        """Return the setting of the measured values, as JSON values."""
 
     def close(self) -> None:  # noqa: B027  (there may be nothing to close)
         """Close the environments."""

@@ -1,4 +1,4 @@
-"""An evaluation in long format: a row for each policy, task, number of steps, seed and episode."""
+"""Evaluation in long format: a row for each policy, task, number of steps, seed and episode."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Columns = Mapping[str, Sequence[Any]]
 
 
 def columns(rows: Mapping[str, Curve], setting: Mapping[str, Any]) -> Columns:
-    """Return the columns of an evaluation by name, all of one length; None is a missing value.
+    """Return the columns of an evaluation by name, with equal lengths; None is a missing value.
 
-    docs/usage.md lists them. `episode` and `success` are left out if no row has one.
+    docs/usage.md lists the columns. `episode` and `success` are omitted if no row has a value.
 
     Args:
         rows: curves by name.
@@ -66,7 +66,7 @@ def _known(values: np.ndarray) -> list[float | None]:
 
 
 def write_csv(found: Columns, path: str | Path) -> None:
-    """Write columns as CSV; a missing value is an empty cell.
+    """Write columns as CSV. A missing value is an empty cell.
 
     Raises:
         OSError: the file cannot be written.
@@ -88,6 +88,6 @@ def to_frame(found: Columns) -> Any:
         import pandas as pd  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError as error:
         raise UserError(
-            "to_frame needs pandas: pip install 'metarl-gradient[pandas]'; to_csv does without"
+            "to_frame needs pandas: pip install 'metarl-gradient[pandas]'; to_csv works without it"
         ) from error
     return pd.DataFrame(found)

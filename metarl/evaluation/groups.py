@@ -1,4 +1,4 @@
-"""The policies of an evaluation: seeds of one make a row, references come last."""
+"""Policies of an evaluation. Seeds of one policy share a row; references come last."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ START = "random"
 
 
 def grouped(what: Sequence[str | Path]) -> dict[str, dict[str, MetaPolicy]]:
-    """Load policies; those that were trained alike except for the seed make one group.
+    """Load policies. Policies that differ only in the training seed form one group.
 
-    A group has the common beginning of its members' names, or the name of the reference that it
-    is. The first group is not a reference, if there is any other.
+    The name of a group is the common prefix of its members' names, or the reference's name. The
+    first group is not a reference, if there is another group.
 
     Returns:
-        by the group's name, its members by what they were loaded from.
+        for each group by name, its members by the argument that they were loaded from.
     """
     names = list(map(str, what))
     loaded = [load(name) for name in names]
     groups = [{names[i]: loaded[i] for i in group} for group in alike([m.config for m in loaded])]
     found = [next(iter(group.values())).algorithm for group in groups]
-    called = {}  # a reference by its name; a second one of its kind as others are
+    called = {}  # a reference has its own name; a second one is named like other policies
     for i, algorithm in enumerate(found):
         if algorithm.reference and algorithm.name not in called.values():
             called[i] = algorithm.name
@@ -53,8 +53,8 @@ def seeds_of(what: What | Sequence[What], name: str) -> list[MetaPolicy]:
     """Load the seeds of one policy.
 
     Raises:
-        UserError: no policy is given, or policies differ by more than the seed.
-        CheckpointError: one cannot be loaded.
+        UserError: no policy is given, or policies differ in more than the seed.
+        CheckpointError: a policy cannot be loaded.
     """
     alone = isinstance(what, (MetaPolicy, str, os.PathLike)) or not isinstance(what, Iterable)
     given: Any = [what] if alone else what
@@ -64,11 +64,11 @@ def seeds_of(what: What | Sequence[What], name: str) -> list[MetaPolicy]:
     members = [one if isinstance(one, MetaPolicy) else load(one) for one in several]
     configs = [but_seed(member.config) for member in members]
     if any(config != configs[0] for config in configs):
-        raise UserError(f"{name}: these policies differ by more than the seed")
+        raise UserError(f"{name}: these policies differ in more than the seed")
     for member in members[1:]:
         if found := changes(members[0].trained_on, member.trained_on):
             raise UserError(
-                f"{name}: policies of one {configs[0].family}, but trained when it was another:"
+                f"{name}: policies trained on different versions of {configs[0].family}:"
                 f" {'; '.join(found)}; evaluate them one by one"
             )
     return members
@@ -80,15 +80,15 @@ def references_of(
     """Load references by name.
 
     Args:
-        first: the policy that they are compared with.
-        name: of its row.
+        first: policy for the comparison.
+        name: name of its row.
 
     Raises:
-        UserError: one is of another family, or has a name that another row has.
-        CheckpointError: one cannot be loaded.
+        UserError: a reference belongs to another family, or its name is used by another row.
+        CheckpointError: a reference cannot be loaded.
     """
     if references is not None and not isinstance(references, Mapping):
-        raise UserError(f"references are policies by name, got {kind_of(references)}")
+        raise UserError(f"references must be policies by name, got {kind_of(references)}")
     others = {key: seeds_of(other, key) for key, other in (references or {}).items()}
     family, options = first.config.family, dict(first.config.family_options)
     for key, group in others.items():
@@ -96,7 +96,7 @@ def references_of(
         if (config.family, dict(config.family_options)) != (family, options):
             raise UserError(
                 f"{key} was trained on {config.family} {dict(config.family_options)}, not on"
-                f" {family} {options}: their returns do not compare"
+                f" {family} {options}: their returns are not comparable"
             )
         if key == name:
             raise UserError(f"a reference and the policy are both called {key!r}")
@@ -104,5 +104,5 @@ def references_of(
     for key in (name, *others):
         made_here = key == "nearest prototype" or key.startswith("from scratch")
         if made_here or (key == START and adds):
-            raise UserError(f"{key!r} is what a row of the evaluation's own is called: rename it")
+            raise UserError(f"{key!r} is the name of a row that the evaluation adds: rename it")
     return others

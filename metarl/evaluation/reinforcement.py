@@ -1,7 +1,6 @@
-"""How well policies adapt: returns after 0 ... K inner steps, from separate episodes.
+"""Evaluation of policies: returns after 0 ... K inner steps, from separate episodes.
 
-K steps take K + 1 samples. The policy is adapted to each task by the same inner loop as in
-training.
+K steps take K + 1 samples. The policy adapts to each task with the same inner loop as in training.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ from metarl.sampling.trajectories import Rollout
 from metarl.sampling.workers import AnyCollector, make_collector
 
 PATHS = 6
-"""Tasks whose paths are kept."""
+"""Number of tasks whose paths are kept."""
 
 
 class PolicyEvaluator(Evaluator):
-    """Measures the returns of policies. The ranks share the tasks, and all know the results."""
+    """Evaluator of policies by their returns. The ranks share the tasks and all results."""
 
     family: TaskFamily
 
@@ -56,9 +55,9 @@ class PolicyEvaluator(Evaluator):
         block = self.pool.process_group.block(len(self.all_tasks))
         self.tasks = self.all_tasks[block]
         self.key = dataclasses.replace(self.key, first_task=block.start)
-        # Policies of one kind share the environments.
+        # Policies of the same kind share the environments.
         self._collectors: dict[tuple[PolicyModel, ActionMode], AnyCollector] = {}
-        self._told: list[bool] = []  # of each curve: whether anything was said about success
+        self._told: list[bool] = []  # per curve: whether success was reported
 
     @property
     def measure(self) -> Measure:
@@ -66,7 +65,7 @@ class PolicyEvaluator(Evaluator):
 
     @staticmethod
     def require(family: Family, options: Options, process_group: ProcessGroup) -> None:
-        """All options have an effect."""
+        """Accept all options: all have an effect."""
 
     @staticmethod
     def spaces(family: Family) -> tuple[gym.Space, gym.Space]:
@@ -162,10 +161,10 @@ class PolicyEvaluator(Evaluator):
         )
 
     def settled(self, curves: Mapping[str, Curve]) -> dict[str, Curve]:
-        """Return curves without success rates if no environment has said anything about success.
+        """Return the curves, without success rates if no environment reported success or failure.
 
-        Some environments mention success only when it happens. If they did for one policy, the
-        rate of another one without success is 0.
+        Some environments report success only when it happens. If they did for one policy, the rate
+        of another policy without success is 0.
         """
         if any(self._told):
             return dict(curves)
@@ -259,6 +258,6 @@ def _last(rollout: Rollout, key: str) -> Floats:
 
 
 def _path(rollout: Rollout, key: str) -> Floats:
-    """An info entry in the first episode of the first tasks, [tasks, time]."""
+    """Info entry in the first episode of the first tasks, [tasks, time]."""
     values = rollout.info[key].masked_fill(~rollout.valid, math.nan)
     return values[:PATHS, 0].numpy()

@@ -1,4 +1,4 @@
-"""The result of an evaluation: its rows, the gap closed, sentences, tables, JSON and CSV."""
+"""Result of an evaluation: its rows, the gap closed, sentences, tables, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from metarl.plain_json import plain
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """An evaluated policy, others on the same tasks, and what they were measured on."""
+    """Curve of an evaluated policy, curves of references on the same tasks, and the setting."""
 
     curve: Curve
     references: Mapping[str, Curve]
     """Curves of the random initialization and other references, by name."""
     setting: Mapping[str, Any] = field(default_factory=dict)
-    """Family, tasks and all else that gives the returns their meaning."""
+    """Family, tasks and other settings of the evaluation."""
     name: str = "this policy"
 
     @property
     def rows(self) -> dict[str, Curve]:
-        """All curves by name: the policy, others, then what they are measured by."""
+        """All curves by name: the policy, other policies, then references."""
 
         names = sorted(self.references, key=lambda name: ROLES.index(self.references[name].role))
         return {self.name: self.curve, **{name: self.references[name] for name in names}}
 
     def gap_closed(self, curve: Curve) -> list[tuple[float, float, float]] | None:
-        """Return what share of the way from random to oracle a policy goes, and its interval.
+        """Return the share of the gap between random and oracle that a policy closes.
 
-        (adapted - random) / (oracle - random) after each number of steps, of means over tasks.
-        Random is the initialization before any step. None without an oracle, or if the oracle
-        earns no more than random.
+        (adapted - random) / (oracle - random) after each number of steps, from means over tasks,
+        each with its interval. `random` is the initialization before any step. None without an
+        oracle, or if the oracle's mean is not above random.
         """
         oracle = next((c for c in self.rows.values() if c.role == "oracle"), None)
         random = next((c for c in self.rows.values() if c.role == "untrained"), None)
@@ -63,11 +63,11 @@ class EvaluationResult:
         return result
 
     def verdict(self) -> str:
-        """Say whether the policy's adaptation gains anything, and what meta-training earned."""
+        """Return sentences on the gain of adaptation, and on the part due to meta-training."""
         return " ".join([self.curve.verdict(), *self._worth(self.curve)])
 
     def _worth(self, curve: Curve) -> list[str]:
-        """Say what of a gain meta-training earned, by gains and returns paired by task."""
+        """Return sentences on meta-training's part of the gain, from values paired by task."""
         others = {name: c for name, c in self.rows.items() if c.reference}
         if len(curve.returns) < 2 or curve.reference:
             return []
@@ -81,14 +81,14 @@ class EvaluationResult:
                 own = other.gains()
                 more = difference(gains, own, measure)
                 earned = (
-                    f"what meta-training adds to that cannot be told from zero, {more}"
+                    f"the gain of meta-training beyond that is not significant, {more}"
                     if more.low <= 0.0 <= more.high
                     else f"meta-training adds {more} to that"
                 )
                 said.append(
                     f"The random initialization gains {measure.number(np.nanmean(own))}; {earned}."
                 )
-                said.append(f"Before any step meta-training earns {curve.lead(other, 0)}.")
+                said.append(f"Before any step, meta-training adds {curve.lead(other, 0)}.")
             if other.role == "from-scratch":
                 said.append(
                     f"After one step it earns {curve.lead(other)} more than training {name}."
@@ -96,7 +96,7 @@ class EvaluationResult:
         return said
 
     def verdicts(self) -> str:
-        """Say it for each policy except references, a line each."""
+        """Return the verdict of each policy except references, one per line."""
         said = {n: c for n, c in self.rows.items() if not c.reference}
         if len(said) < 2:
             return self.verdict()
@@ -131,7 +131,7 @@ class EvaluationResult:
     def to_frame(self) -> Any:
         """Return every episode's return as a `pandas.DataFrame` in long format.
 
-        `to_csv` has the same columns. On a data set a row is a task's loss or accuracy.
+        The columns are the same as in `to_csv`. For a data set, a row is a task's loss or accuracy.
 
         Raises:
             UserError: pandas is not installed.
@@ -139,9 +139,9 @@ class EvaluationResult:
         return to_frame(columns(self.rows, self.setting))
 
     def table(self) -> str:
-        """Return plain-text tables: a row a policy, a column a number of inner steps."""
+        """Return plain-text tables with a row per policy and a column per number of inner steps."""
         return as_text(tables(self.to_json()))
 
     def task_table(self) -> str:
-        """Return a plain-text table of the policy: a row a task, a column a number of steps."""
+        """Return a plain-text table of the policy: a row per task, a column per step count."""
         return as_text([task_table(self.to_json())])

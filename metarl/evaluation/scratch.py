@@ -1,7 +1,7 @@
-"""Training from scratch on each held-out task: what adaptation without meta-training would cost.
+"""Training from scratch on each held-out task: the cost of learning without meta-training.
 
-Clipped policy gradients (Schulman et al. 2017, arXiv:1707.06347) on every task by itself, by Adam
-from a random initialization; batches are of as many episodes as an inner step has.
+Clipped policy gradients (Schulman et al. 2017, arXiv:1707.06347) on each task separately, with Adam
+from a random initialization. A batch has the number of episodes of an inner step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from metarl.sampling.seeding import stream
 from metarl.sampling.workers import AnyCollector
 
 TIMES = 10
-"""Env steps of the longer training, as a multiple of adaptation's."""
+"""Env steps of the longer training, as a multiple of the env steps of adaptation."""
 
 LEARNING_RATE = 3e-3
 EPOCHS = 10
@@ -38,13 +38,13 @@ _CHUNK = 4  # tasks
 
 
 def scratch_policy(options: PolicyOptions, family: TaskFamily) -> PolicyModel:
-    """Return the network that is trained: the policy's, without what only meta-training sets."""
+    """Return the policy network for the training, without settings of meta-training."""
     options = dataclasses.replace(options, normalize=False)
     return make_policy(options, *policy_spaces(family, options.network))
 
 
 class ScratchTrainer:
-    """Trains one policy for each task, all at once and none knowing of the others."""
+    """Trainer of one policy per task. All train at once, independently of each other."""
 
     def __init__(self, policy: PolicyModel, tasks: int, seed: int, learning_rate: float) -> None:
         self.policy = policy
@@ -98,7 +98,7 @@ def train_from_scratch(
     key: RandomKey,
     batches: int,
 ) -> tuple[Floats, Floats]:
-    """Return the returns of policies trained on 0 ... `batches` batches.
+    """Return the returns of policies after 0 ... `batches` batches.
 
     Returns after n batches come from the episodes of the next batch.
 
@@ -118,13 +118,12 @@ def train_from_scratch(
 
 
 def curves(by: str, returns: Sequence[Floats], steps: int, seed: int) -> dict[str, Curve]:
-    """Return what training earns with the env steps of 0 ... `steps` inner steps, and with ten
-    times as many, by name.
+    """Return curves with the env steps of 0 ... `steps` inner steps, and with ten times as many.
 
     Args:
-        by: what trained, "" for ours.
-        returns: mean returns [tasks, TIMES * steps + 1], and returns of episodes
-            [tasks, TIMES * steps + 1, episodes].
+        by: name of the trainer, "" for ours.
+        returns: mean returns [tasks, TIMES * steps + 1], and returns of episodes [tasks, TIMES *
+            steps + 1, episodes].
     """
     found = {}
     for times, more in ((1, ""), (TIMES, f", {TIMES} x steps")):

@@ -1,8 +1,8 @@
 """PPO of stable-baselines3 from scratch on each held-out task, if the package is installed.
 
-Schulman et al. 2017, arXiv:1707.06347; Raffin et al. 2021, JMLR 22:268. Hidden layers, discount and
-GAE lambda are the policy's, to be comparable. All else is the default of stable-baselines3. An
-update takes the env steps of an inner step at most.
+Schulman et al. 2017, arXiv:1707.06347; Raffin et al. 2021, JMLR 22:268. For comparability, hidden
+layers, discount and GAE lambda are the policy's. All other settings are the defaults of
+stable-baselines3. An update uses at most the env steps of an inner step.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def train_by_ppo(
     measured: set[int],
     key: RandomKey,
 ) -> tuple[Floats, Floats]:
-    """Return the returns of policies trained by 0 ... `updates` updates.
+    """Return the returns of policies after 0 ... `updates` updates.
 
     Tasks are trained one after the other. Returns come from separate episodes with sampled actions.
 
     Args:
-        measured: numbers of updates after which returns are measured; after others they are NaN.
+        measured: numbers of updates after which returns are measured; other entries are NaN.
 
     Returns:
         mean returns [tasks, updates + 1], returns of episodes [tasks, updates + 1, episodes].
@@ -58,11 +58,11 @@ def train_by_ppo(
     from stable_baselines3 import PPO  # pyright: ignore[reportMissingImports]  (an extra)
 
     returns = np.full((len(tasks), updates + 1, episodes), np.nan)
-    steps = max(episodes * family.horizon, 2)  # of an update, which normalizes advantages
+    steps = max(episodes * family.horizon, 2)  # steps of an update; it normalizes advantages
     for i, task in enumerate(tasks):
         env, watched = (_as_acted_in(family.make(task), mode) for _ in range(2))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a last minibatch that is smaller
+            warnings.simplefilter("ignore")  # about a smaller last minibatch
             model = PPO(
                 _policy_class(env.observation_space),
                 env,
@@ -92,7 +92,7 @@ def _act(model: Any, observation: NDArray, t: int) -> NDArray:
 
 
 def _policy_class(space: gym.Space) -> str:
-    """Return the class of policies: convolutional for images that its network can read."""
+    """Return the policy class: convolutional if its network supports the images."""
     assert isinstance(space, gym.spaces.Box)
     image = space.dtype == np.uint8 and len(space.shape) == 3
     large = image and min(image_size(space.shape)[1:]) >= NatureCNN.least
@@ -100,7 +100,7 @@ def _policy_class(space: gym.Space) -> str:
 
 
 def _as_acted_in(env: gym.Env, mode: ActionMode) -> gym.Env:
-    """Let a Box be acted in as the config's policy does: with `scale`, by +-1 for its bounds."""
+    """Adapt a Box to the config's action mode: with `scale`, its bounds become +-1."""
     space = env.action_space
     check_one_of("policy.action", mode, get_args(ActionMode))
     if mode != "scale" or not isinstance(space, gym.spaces.Box):

@@ -1,6 +1,6 @@
-"""How sure a number measured on a few tasks and seeds is: bootstrap intervals, interquartile means.
+"""Statistics for few tasks and seeds: bootstrap intervals and interquartile means.
 
-The random numbers are fixed: the same scores give the same interval.
+The random numbers are fixed: equal scores give equal intervals.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
 CVAR = 0.1
-"""Fraction of the tasks, the worst ones, whose mean is the conditional value at risk."""
+"""Fraction of the worst tasks; their mean is the conditional value at risk."""
 
 FEWEST = 6
-"""Fewest tasks for a bootstrap interval of 95 %. Resampled means stay between the smallest and the
-largest of n values, which enclose a median with probability 1 - 2^(1-n)."""
+"""Minimum number of tasks for a bootstrap interval of 95 %. Resampled means stay between the
+smallest and the largest of n values, which enclose a median with probability 1 - 2^(1-n)."""
 
 
 def interquartile_mean(values: Floats, axis: int = -1) -> Floats:
-    """Return the mean of the middle half; a quarter, rounded down, is cut at either end.
+    """Return the mean of the middle half. A quarter, rounded down, is cut at either end.
 
-    Agarwal et al. 2021 (arXiv:2108.13264): as robust as a median, as stable as a mean. NaN, such
-    as the return of a task whose every episode diverged, is left out; of nothing else it is NaN.
+    Agarwal et al. 2021 (arXiv:2108.13264): it combines the robustness of a median with the
+    stability of a mean. NaN is left out, for instance for a task whose every episode diverged.
+    Without other values, the result is NaN.
     """
-    ordered = np.sort(np.moveaxis(values, axis, -1), axis=-1)  # NaN goes last
+    ordered = np.sort(np.moveaxis(values, axis, -1), axis=-1)  # NaN is last
     known = np.isfinite(ordered).sum(axis=-1, keepdims=True)
     rank = np.arange(ordered.shape[-1])
     middle = (rank >= known // 4) & (rank < known - known // 4)
@@ -64,13 +65,13 @@ def bootstrap_interval(
 
     The expanded percentile bootstrap (Hesterberg 2015, arXiv:1411.5279, section 3.3). Its
     percentiles are at Phi(-sqrt(n / (n - 1)) t_{n-1}), since (1 - level) / 2 is too narrow for few
-    tasks. For means of normal values it is nearly Student's interval. The bounds are NaN for fewer
+    tasks. For means of normal values, it is nearly Student's interval. The bounds are NaN for fewer
     than two tasks.
 
     Args:
-        values: [n, ...]; what belongs to a task stays together.
-        statistic: of samples [resamples, n, ...], [resamples]; their means by default.
-        level: how often the interval is to cover the true value.
+        values: [n, ...]; the values of a task stay together.
+        statistic: maps samples [resamples, n, ...] to [resamples]; by default their means.
+        level: nominal coverage of the true value.
     """
     n = len(values)
     if n < 2:
@@ -85,10 +86,10 @@ def bootstrap_interval(
 def interquartile_mean_interval(scores: Floats, *, level: float = 0.95) -> tuple[float, float]:
     """Return the interval of the interquartile mean of scores [seeds, tasks].
 
-    Seeds and tasks are both resampled, each as a whole: a seed is one trained policy, good or bad
-    at all tasks at once. Few seeds tell little about how seeds differ: with 3 of them, simulated
-    intervals cover 0.87 of the time. Scores that are NaN are left out, and resamples without any
-    other score.
+    Seeds and tasks are both resampled as a whole: a seed is one trained policy, good or bad at all
+    tasks at once. With few seeds, the variation between seeds is hard to estimate: simulated
+    intervals with 3 seeds cover 0.87 of the time. NaN scores are left out, and so are resamples
+    without any other score.
     """
     seeds, tasks = scores.shape
     if seeds < 2 or tasks < 2:

@@ -1,7 +1,7 @@
-"""How well a meta-learned predictor adapts: loss or accuracy on query examples after 0 ... K steps.
+"""Evaluation of meta-learned predictors: loss or accuracy on query examples after 0 ... K steps.
 
-All predictors see the same supports and queries. They are drawn for a group of tasks at a time, and
-freed before the next group.
+All predictors use the same supports and queries. They are drawn for one group of tasks at a time,
+and freed before the next group.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from metarl.models.samples import Examples
 from metarl.policies.meta_policy import MetaPolicy, random_meta_policy
 
 UPDATES = 30
-"""Of training from scratch, by Adam, where a meta-learned predictor takes one inner step."""
+"""Adam updates of training from scratch for each inner step of a meta-learned predictor."""
 
 _GROUP = 24  # tasks
 _CHUNK = 4
-_SHOWN = 4  # tasks whose functions are kept
-_POINTS = 201  # of a function
+_SHOWN = 4  # number of tasks whose functions are kept
+_POINTS = 201  # points of a function
 
 
 MEASURES = {"classification": ACCURACY, "regression": SQUARED_ERROR}
 
 
 class PredictorEvaluator(Evaluator):
-    """Measures the loss or the accuracy of predictors."""
+    """Evaluator of predictors by their loss or accuracy."""
 
     family: SupervisedFamily
 
@@ -92,7 +92,7 @@ class PredictorEvaluator(Evaluator):
         return OneTask((values[0], values[1]), measure, steps, f"on {len(x)} examples")
 
     def groups(self) -> Iterator[tuple[slice, Examples, Examples]]:
-        """Draw support and query, a group of tasks after another."""
+        """Yield support and query, one group of tasks after another."""
         for i, group in enumerate(slices(len(self.all_tasks), _GROUP)):
             rng = dataclasses.replace(self.key, inner_step=i).examples()
             support, query = (
@@ -142,7 +142,7 @@ class PredictorEvaluator(Evaluator):
     def scratch(self, like: MetaPolicy, learning_rate: float) -> dict[str, Curve]:
         """Return the curve of training a random initialization on each support alone."""
         config = like.config
-        if like.algorithm.task_conditioned:  # from examples alone
+        if like.algorithm.task_conditioned:  # training uses only examples
             plain = config.domain.algorithm(Algorithm(name="from-scratch"), config.family)
             config = dataclasses.replace(config, algorithm=plain)
             like = dataclasses.replace(like, config=config)
@@ -159,7 +159,7 @@ class PredictorEvaluator(Evaluator):
         return {name: self._reference("from-scratch", np.concatenate(parts))}
 
     def own_rows(self) -> dict[str, Curve]:
-        """Return the accuracy of the nearest mean of a class's inputs, without any network."""
+        """Return the accuracy of the nearest class mean of the inputs, without any network."""
         if self.family.kind != "classification":
             return {}
         parts = []
@@ -198,7 +198,7 @@ class PredictorEvaluator(Evaluator):
         assert isinstance(model, Predictor)
 
         def one(chunk: slice) -> list[Params]:
-            # Adam is element by element: all tasks' parameters train at once, each alone.
+            # Adam is elementwise: all tasks' parameters train at once, independently.
             part = support.map(lambda x: x[chunk])
             leaves = {n: p[chunk].clone().requires_grad_() for n, p in params.items()}
             optimizer = torch.optim.Adam(leaves.values(), lr=rate)
@@ -222,7 +222,7 @@ class PredictorEvaluator(Evaluator):
     def _functions(
         self, adapter: Adapter, iterates: Sequence[Params], slow: Params, told: Tensor | None
     ) -> Floats:
-        """Return what the first tasks' predictors are, [tasks, K + 1, points]."""
+        """Return the predicted functions of the first tasks, [tasks, K + 1, points]."""
         x, truth = self._grid()
         examples = Examples(
             torch.from_numpy(np.repeat(x[None, :, None], len(truth), axis=0)).float(),
@@ -238,7 +238,7 @@ class PredictorEvaluator(Evaluator):
         return np.stack(found, axis=1)
 
     def _grid(self) -> tuple[Floats, Floats]:
-        """Return x [points] and the first tasks' functions there, [tasks, points]."""
+        """Return x [points] and the true functions of the first tasks, [tasks, points]."""
         assert isinstance(self.family, FunctionFamily)
         x = np.linspace(*self.family.interval, _POINTS)
         goals = self.all_tasks[:_SHOWN]

@@ -1,4 +1,4 @@
-"""The tables of an evaluation, from the content of `evaluation.json`."""
+"""Tables of an evaluation, from the content of `evaluation.json`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Table:
-    """One table: a row a policy or a task, a column a number of inner steps."""
+    """Table with a row per policy or task, and a column per number of inner steps."""
 
     heads: Sequence[str]
-    """The measure, then the number of steps of each column."""
+    """Name of the measure, then the number of steps of each column."""
     rows: Sequence[Sequence[str]]
-    """A policy's name, or a task's first component, then the other cells."""
+    """Name of a policy, or first component of a task, then the other cells."""
     named: bool = True
-    """Whether rows begin with a name, which stands on the left."""
+    """Whether rows start with a name, which is left-aligned."""
 
 
 def tables(evaluation: Mapping[str, Any]) -> list[Table]:
-    """Return the tables that an evaluation's figures fill.
+    """Return the tables of an evaluation.
 
-    The first table has the measure, the worst task, CVaR and the step sizes. Others follow if they
-    have a row: interquartile means over seeds, success rates, shares of the gap that are closed.
+    The first table contains the measure, the worst task, CVaR and the step sizes. Others follow if
+    they have a row: interquartile means over seeds, success rates, shares of the gap that are
+    closed.
     """
     curves = {evaluation["name"]: evaluation, **evaluation["references"]}
     steps = len(evaluation["returns"])
@@ -72,8 +73,7 @@ def tables(evaluation: Mapping[str, Any]) -> list[Table]:
 
 
 def task_table(evaluation: Mapping[str, Any]) -> Table:
-    """Return the table of the evaluated policy by task: its vector, its returns after each number
-    of steps, and what was achieved of it."""
+    """Return the table of the evaluated policy by task: its vector, returns and achieved values."""
     digits = evaluation.get("digits", 1)
     measure, steps = evaluation.get("measure", "return"), range(len(evaluation["returns"]))
     achieved = evaluation.get("achieved", {})
@@ -88,7 +88,7 @@ def task_table(evaluation: Mapping[str, Any]) -> Table:
 
 
 def as_text(found: Sequence[Table]) -> str:
-    """Return tables as plain text, one below the other, their columns in line."""
+    """Return tables as plain text, one below the other, with aligned columns."""
     lines = [line for table in found for line in (table.heads, *table.rows)]
     columns = range(max(map(len, lines)))
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in columns]
@@ -105,7 +105,7 @@ def as_text(found: Sequence[Table]) -> str:
 
 
 def described(evaluation: Mapping[str, Any]) -> str:
-    """Return in words which tasks were evaluated on; a family of few has them repeated."""
+    """Describe the evaluation tasks in words, including repeats of a family's few tasks."""
     tasks = evaluation["tasks"]
     different, outside = len({tuple(task) for task in tasks}), sum(evaluation["outside_training"])
     if evaluation["chosen"]:
@@ -115,7 +115,7 @@ def described(evaluation: Mapping[str, Any]) -> str:
     else:
         found = f"{different} tasks, repeated to {len(tasks)}"
     if outside:
-        found += f", {outside} of them outside the range of training"
+        found += f", {outside} of them outside the training range"
     if changes := evaluation["family_changes"]:
         found += f", with other settings than in training ({'; '.join(changes)})"
     return found
@@ -132,7 +132,7 @@ def _cells(
 
 
 def _without_repeats(sizes: Sequence[float]) -> list[str]:
-    """Return step sizes as options take them: the last is repeated."""
+    """Return step sizes in the format of options: the last one repeats."""
     said = [f"{size:g}" for size in sizes]
     while len(said) > 1 and said[-1] == said[-2]:
         said.pop()

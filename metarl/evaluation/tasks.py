@@ -1,4 +1,4 @@
-"""The tasks of an evaluation: held-out ones, or chosen ones."""
+"""Tasks of an evaluation: held-out or chosen."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Split = Literal["test", "validation"]
 
 @dataclass(frozen=True)
 class TaskChoice:
-    """The tasks of an evaluation, and the validation tasks that go with them."""
+    """Tasks of an evaluation, and the corresponding validation tasks."""
 
     distribution: TaskDistribution
     count: int
     seed: int
     drawn: bool = False
-    """Draw the test tasks, instead of covering the split evenly."""
+    """Sample the test tasks, instead of covering the split evenly."""
     chosen: Floats | None = None
     """[count, task_dim]; they replace the test tasks."""
 
@@ -47,7 +47,7 @@ class TaskChoice:
         array: NDArray[Any]
         try:
             array = np.asarray(tasks, np.float64)
-        except (TypeError, ValueError):  # texts, or ragged
+        except (TypeError, ValueError):  # strings, or ragged
             array = np.empty(0)
         if np.isscalar(tasks) or array.ndim == 0:
             check_whole("tasks", tasks, 1)
@@ -60,7 +60,7 @@ class TaskChoice:
             )
         for key, selects in (("drawn", drawn), ("split", split != "test")):
             if selects:
-                raise UserError(f"{key} selects held-out tasks: it has no effect on chosen ones")
+                raise UserError(f"{key} selects held-out tasks: it has no effect on chosen tasks")
         rows = [distribution.vector(dict(zip(names, map(float, x), strict=True))) for x in array]
         return TaskChoice(distribution, len(rows), seed, drawn, np.stack(rows))
 

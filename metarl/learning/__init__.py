@@ -1,1 +1,1 @@
-"""What is learned and how: policies, losses, the inner update, meta-gradients, outer optimizers."""
+"""Learning: losses, the inner update, advantages, meta-gradients and outer optimizers."""

@@ -1,7 +1,7 @@
-"""What adapts, and the inner update: theta' = theta - alpha grad L(theta), once for each batch.
+"""Adapter and inner update: theta' = theta - alpha grad L(theta), once for each batch.
 
-All tasks adapt at once. Their losses are summed, never averaged: a parameter leaf has a task axis,
-so the gradient of the sum is each task's own gradient.
+All tasks adapt at once. Their losses are summed, never averaged. A parameter leaf has a task axis,
+so the gradient of the sum contains each task's gradient.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from metarl.models.networks import Dist, Model, Params, stack
 from metarl.models.samples import Samples
 
 StepSizes = dict[str, Tensor]
-"""For each fast parameter [K, ...]: one entry an inner step, broadcast against the leaf."""
+"""For each fast parameter [K, ...]: one entry per inner step, broadcast against the leaf."""
 
 Fast = Literal["all", "upper", "head", "context"]
 Learned = Literal["no", "layer", "parameter"]
 
 _STEP = "step_size."  # prefix of learned step sizes among the meta-parameters
-FACTOR = "step_factor"  # of all step sizes, where it is fitted
+FACTOR = "step_factor"  # name of the fitted factor of all step sizes
 
 
 def is_step_size(name: str) -> bool:
@@ -34,18 +34,19 @@ def is_step_size(name: str) -> bool:
 
 
 def size_at(sizes: Tensor | Sequence[float], k: int) -> Any:
-    """Return the size of step k: steps beyond those given repeat the last."""
+    """Return the size of step k. The last size repeats for later steps."""
     return sizes[min(k, len(sizes) - 1)]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Which parameters adapt, by which loss and step sizes.
+    """The parameters that adapt, the inner loss and the step sizes.
 
-    MAML adapts all; ANIL (Raghu et al. 2020, arXiv:1909.09157) the last layer; CAVIA (Zintgraf et
-    al. 2019, arXiv:1810.03642) a context input that starts at zero. Step sizes are given, or
-    learned: one for each layer and step (MAML++, Antoniou et al. 2019, arXiv:1810.09502) or each
-    scalar parameter (Meta-SGD, Li et al. 2017, arXiv:1707.09835).
+    MAML adapts all parameters. ANIL (Raghu et al. 2020, arXiv:1909.09157) adapts the last layer.
+    CAVIA (Zintgraf et al. 2019, arXiv:1810.03642) adapts a context input that starts at zero. Step
+    sizes are given or learned. Learned sizes exist for each layer and step (MAML++, Antoniou et al.
+    2019, arXiv:1810.09502) or for each scalar parameter (Meta-SGD, Li et al. 2017,
+    arXiv:1707.09835).
     """
 
     model: Model
@@ -56,18 +57,18 @@ class Adapter:
     updates: int = 1
     """Gradient steps on each batch."""
     proximal: float = 0.0
-    """Strength of the pull towards the initialization."""
+    """Coefficient of the proximal term towards the initialization."""
     backtrack: bool = False
-    """Whether updates that raise a task's inner objective are not taken, see `proximal_descent`."""
+    """Whether to reject updates that raise a task's inner objective, see `proximal_descent`."""
     fitted: bool = False
-    """Whether the meta-parameters hold a factor of the step sizes, which no gradient moves."""
+    """Whether the meta-parameters contain a factor of the step sizes, which has no gradient."""
 
     def __post_init__(self) -> None:
         check_one_of("fast", self.fast, get_args(Fast))
         check_one_of("learned", self.learned, get_args(Learned))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each meta-parameter: the model's, and learned step sizes."""
+        """Return the shapes of the model's parameters and of the learned step sizes."""
         own = self.model.shapes()
         shapes = dict(own)
         if self.learned != "no":
@@ -86,7 +87,7 @@ class Adapter:
         return shapes
 
     def init(self, params: Params) -> Params:
-        """Return meta-parameters: a model's parameters, and step sizes where they are learned."""
+        """Return meta-parameters: a model's parameters, and step sizes if they are learned."""
         meta = dict(params)
         for name, shape in self.shapes().items():
             if name.startswith(_STEP):
@@ -97,7 +98,7 @@ class Adapter:
         return meta
 
     def split(self, meta: Params) -> tuple[Params, Params, StepSizes]:
-        """Return the parameters that adapt, those that do not, and the step sizes."""
+        """Return the fast parameters (they adapt), the slow parameters and the step sizes."""
         params = {n: p for n, p in meta.items() if not (n.startswith(_STEP) or n == FACTOR)}
         fast = {name: p for name, p in params.items() if self._is_fast(name)}
         slow = {name: p for name, p in params.items() if not self._is_fast(name)}
@@ -114,7 +115,7 @@ class Adapter:
         )
 
     def mean_step_sizes(self, meta: Params, steps: int) -> list[float]:
-        """Return the size of each of `steps` steps: given, fitted, or the mean of those learned."""
+        """Return the sizes of `steps` steps: given, fitted, or the mean of learned sizes."""
         sizes = list(self.step_sizes)
         if self.fitted:
             sizes = [float(meta[FACTOR]) * size for size in sizes]
@@ -124,7 +125,7 @@ class Adapter:
         return [size_at(sizes, k) for k in range(steps)]
 
     def without_gradient(self, meta: Params) -> Params:
-        """Return the entries that no gradient moves: the fitted factor, and running statistics."""
+        """Return the entries without gradient: the fitted factor and running statistics."""
         return {
             name: p
             for name, p in meta.items()
@@ -135,19 +136,19 @@ class Adapter:
         return self.fast != "context" and self.model.adapts(name, self.fast)
 
     def start(self, fast: Params, slow: Params, support: Samples) -> Params:
-        """Return theta_0, stacked: the fast parameters, and those generated of the support."""
+        """Return theta_0, stacked, including the parameters generated from the support."""
         generated = self.model.start({**slow, **fast}, support)
         if not generated:
             return fast
-        # `view_as` makes new nodes, so gradients exclude the path through the generated layer.
+        # `view_as` creates new nodes, so gradients exclude the path through the generated layer.
         return {**{name: p.view_as(p) for name, p in fast.items()}, **generated}
 
     def params(self, fast: Params, slow: Params, tasks: int) -> Params:
-        """Return the model's parameters, all stacked, [tasks, ...] each."""
+        """Return all parameters of the model, stacked, [tasks, ...] each."""
         return {**stack(slow, tasks), **fast}
 
     def output(self, fast: Params, slow: Params, samples: Samples) -> Dist:
-        """Return what the model gives for samples, [T, N, ...] each."""
+        """Return the model's output for samples, [T, N, ...] each."""
         return self.model.output({**slow, **fast}, samples)
 
     def step(
@@ -183,16 +184,16 @@ class Adapter:
         curvature: float | None = None,
         at: Sequence[Params] | None = None,
     ) -> list[Params]:
-        """Return the iterates theta_0 ... theta_K of K inner steps, each on a batch of its own.
+        """Return the iterates theta_0 ... theta_K of K inner steps, each on its own batch.
 
         Args:
             fast: theta_0, stacked, [T, ...] each.
             slow: the parameters that do not adapt.
             step_sizes: see `StepSizes`.
-            batches: K batches; none gives the identity.
+            batches: K batches; an empty sequence gives only theta_0.
             curvature: see `inner_step`.
-            at: values theta_1 ... theta_K to differentiate at. Batches that are a part of the
-                samples then give the derivative of the step, while its value stays that of all
+            at: values of theta_1 ... theta_K at which to differentiate. If the batches are a subset
+                of the samples, only the derivative of a step uses the subset; its value uses all
                 samples.
         """
         iterates = [fast]
@@ -231,10 +232,9 @@ def inner_step(
         params: theta_k, stacked, [T, ...] each.
         sizes: alpha of each parameter, broadcast against it.
         batch: samples of the T tasks.
-        start: theta_0, towards which `proximal` pulls, whatever the step.
-        curvature: share c of it in the Jacobian of theta_{k+1} by theta_k, which is
-            I - c alpha H, with H the Hessian of L: 1 is exact, 0 the first order. None keeps no
-            graph.
+        start: theta_0, the target of `proximal` at every step.
+        curvature: factor c in the Jacobian of theta_{k+1} by theta_k, I - c alpha H. H is the
+            Hessian of L. 1 is exact, 0 is first order. None keeps no graph.
         updates: gradient updates on the batch.
         proximal: strength lambda of lambda / 2 |theta - theta_0|^2, added to the loss.
     """
@@ -254,7 +254,7 @@ def inner_step(
         new = {}
         for (name, p), g in zip(current.items(), slope, strict=True):
             if curvature and curvature != 1.0:
-                g = g.detach() + curvature * (g - g.detach())  # of the same value
+                g = g.detach() + curvature * (g - g.detach())  # same value, scaled derivative
             if proximal:
                 g = g + proximal * (p - start[name])
             new[name] = p - sizes[name] * g
@@ -274,12 +274,12 @@ def proximal_descent(
     updates: int,
     proximal: float,
 ) -> Params:
-    """Return what gradient descent with backtracking finds of iMAML's inner problem, with no graph.
+    """Solve iMAML's inner problem by gradient descent with backtracking, without a graph.
 
     The objective is L(theta) + lambda / 2 |theta - theta_0|^2 (Rajeswaran et al. 2019, eq. 3,
-    arXiv:1909.04630). An update that raises a task's objective, or leads to no number, is not
-    taken, and that task's later ones are half as large: how the solution is found is no part of the
-    implicit gradient. The arguments are those of `inner_step`.
+    arXiv:1909.04630). If an update raises a task's objective or makes it non-finite, it is
+    rejected, and the task's later updates are half as large. The implicit gradient does not depend
+    on the solution method. The arguments are as in `inner_step`.
     """
 
     def at(theta: Params) -> tuple[Tensor, list[Tensor]]:
@@ -303,7 +303,7 @@ def proximal_descent(
             for (name, p), g in zip(current.items(), slope, strict=True)
         }
         found, new_slope = at(new)
-        lower = found <= value  # not where it is NaN
+        lower = found <= value  # False for NaN
         share = torch.where(lower, share, 0.5 * share)
         value = torch.where(lower, found, value)
         slope = [

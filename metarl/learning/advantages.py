@@ -19,20 +19,20 @@ from metarl.parts import Part
 from metarl.sampling.trajectories import Rollout
 
 CHUNK = 2
-"""Tasks whose advantages are estimated at once: their features stay in cache."""
+"""Number of tasks whose advantages are estimated at once, so that their features stay in cache."""
 
-_BLOCK = 1024  # steps whose discounts are one matrix
-_REFITS = 3  # to lambda-returns, after the first fit
+_BLOCK = 1024  # steps per matrix of discounts
+_REFITS = 3  # fits to lambda-returns after the first fit
 
 
 Targets = Literal["returns", "lambda-returns"]
 
 
 def discounted_sum(x: Tensor, factor: float) -> Tensor:
-    """Discounted sum of what is to come, y[t] = sum_l factor^l x[t + l].
+    """Discounted sum of future values, y[t] = sum_l factor^l x[t + l].
 
     An episode fills the front of its row and zeros follow, so the sum needs no mask. Long rows are
-    summed block by block from the end, in memory that grows with H and not with its square.
+    summed block by block from the end. The memory grows with H, not with its square.
 
     Args:
         x: [..., H]
@@ -43,7 +43,7 @@ def discounted_sum(x: Tensor, factor: float) -> Tensor:
     if x.shape[-1] > _BLOCK:
         parts, rest = [], torch.zeros_like(x[..., :1])
         for part in reversed(x.split(_BLOCK, dim=-1)):
-            left = torch.arange(part.shape[-1], 0, -1, device=x.device)  # steps to the block's end
+            left = torch.arange(part.shape[-1], 0, -1, device=x.device)  # steps to the block end
             powers = torch.as_tensor(factor, dtype=x.dtype, device=x.device) ** left
             parts.append(discounted_sum(part, factor) + powers * rest)
             rest = parts[-1][..., :1]
@@ -58,8 +58,8 @@ def gae(reward: Tensor, value: Tensor, discount: float, gae_lambda: float) -> Te
     """Generalized advantages, A[t] = sum_l (discount * gae_lambda)^l delta[t + l].
 
     Schulman et al. 2016, eq. 16 (arXiv:1506.02438), with
-    delta[t] = r[t] + discount V[t + 1] - V[t]. The horizon is the end of the task: no value follows
-    the last step.
+    delta[t] = r[t] + discount V[t + 1] - V[t]. The horizon ends the task: the value after the last
+    step is zero.
 
     Args:
         reward, value: [..., H], zero where not valid; real steps come first.
@@ -74,7 +74,7 @@ def gae(reward: Tensor, value: Tensor, discount: float, gae_lambda: float) -> Te
 
 @dataclass(frozen=True, kw_only=True)
 class Advantages(Part):
-    """How advantages are estimated. Its fields are the options `advantage.*`."""
+    """Estimation of advantages. The fields are the options `advantage.*`."""
 
     section: ClassVar[str] = "advantage"
 
@@ -83,8 +83,8 @@ class Advantages(Part):
     gae_lambda: float = 1.0
     """Lambda of generalized advantage estimation; 1 uses whole returns."""
     targets: Targets = "returns"
-    """What the baseline is fitted to: the discounted returns, as in the papers, or lambda-returns,
-    which have less noise if few episodes are sampled. Needs gae_lambda below 1."""
+    """Targets of the baseline: discounted returns, as in the papers, or lambda-returns, which have
+    less noise with few episodes. lambda-returns need gae_lambda below 1."""
     normalize: bool = True
     """Scale each task's advantages to mean 0 and standard deviation 1."""
 
@@ -94,20 +94,20 @@ class Advantages(Part):
         if self.targets != "returns" and self.gae_lambda == 1.0:
             raise UserError(
                 f"{self.key('targets')} {self.targets} needs {self.key('gae_lambda')} below 1:"
-                " at 1 they are the returns"
+                " at 1 they equal the returns"
             )
 
 
 def estimate(
     rollout: Rollout, options: Advantages, baseline: Baseline, state: Params, pool: ChunkPool
 ) -> tuple[Tensor, Tensor]:
-    """Return the advantages of a rollout, [T, E, H] float32, zero where not valid; and their scale.
+    """Return a rollout's advantages, [T, E, H] float32, zero where not valid, and their scale.
 
-    The baseline is fitted to each task's discounted returns in this rollout. With targets
-    "lambda-returns" it is then fitted to its own lambda-returns, value + advantage: they lean on
-    the fit where the rewards to come are noise (Sutton & Barto 2018, section 12.1). Advantages are
-    normalized over a task's valid steps, by the standard deviation; what they were divided by is
-    their scale, [T] float64.
+    The baseline is fitted to the discounted returns of each task in this rollout. With targets
+    "lambda-returns", it is then fitted to its own lambda-returns, value + advantage. They rely on
+    the fit instead of noisy future rewards (Sutton & Barto 2018, section 12.1). Advantages are
+    normalized by the standard deviation over the valid steps of a task. The scale is their divisor,
+    [T] float64.
     """
 
     def one(chunk: slice) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ def normalize(advantage: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         advantage, valid: [T, E, H].
 
     Returns:
-        [T, E, H], and what each task's were divided by, [T].
+        [T, E, H], and the divisor of each task, [T].
     """
     count = valid.sum(dim=(1, 2), keepdim=True).clamp(min=1)
     mean = advantage.sum(dim=(1, 2), keepdim=True) / count
@@ -173,10 +173,10 @@ def to_batch(
     """Return a rollout's samples with their advantages.
 
     Args:
-        state: of the baseline.
+        state: state of the baseline.
 
     Raises:
-        NonFiniteError: something sampled is not a finite number.
+        NonFiniteError: a sampled value is not a finite number.
     """
     names = ("reward", "observation", "last_observation", "action")
     check_finite({name: getattr(rollout, name) for name in names}, rollout.tasks)

@@ -1,7 +1,6 @@
-"""Baselines: values of states, which make policy gradients less noisy.
+"""Baselines: state values that reduce the variance of policy gradients.
 
-A baseline is fitted to a rollout of each task, or keeps a state that learns from iteration to
-iteration.
+A baseline is fitted to each task's rollout, or keeps a state that it updates every iteration.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ class Baseline(Part, ABC):
     """Name of `--baseline`."""
 
     def init(self, observation_shape: tuple[int, ...], rng: np.random.Generator) -> Params:
-        """Return the state before the first iteration; it is a part of every checkpoint."""
+        """Return the state before the first iteration. It is part of every checkpoint."""
         return {}
 
     def peak_bytes(self, samples: int, observation_shape: tuple[int, ...], tasks: int) -> int:
-        """Return the memory that fitting takes at its peak, in bytes; by default none.
+        """Return the peak memory of a fit, in bytes; by default 0.
 
         Args:
-            samples: of a task.
-            tasks: fitted at a time.
+            samples: number of samples of a task.
+            tasks: number of tasks that are fitted at once.
         """
         return 0
 
@@ -56,9 +55,9 @@ class Baseline(Part, ABC):
         """Return a function that fits values to targets on a rollout of some tasks.
 
         Args:
-            state: from `init` or `update`.
+            state: state from `init` or `update`.
             observation: [T, E, H, *observation_shape].
-            valid: [T, E, H] bool; steps that are not valid hold zeros.
+            valid: [T, E, H] bool; the other steps are zero.
         """
 
     def update(
@@ -68,11 +67,11 @@ class Baseline(Part, ABC):
         discount: float,
         process_group: ProcessGroup = ALONE,
     ) -> Params:
-        """Return the state after an iteration's rollouts; by default unchanged.
+        """Return the state after an iteration's rollouts; unchanged by default.
 
         Args:
-            rollouts: of this process's tasks, support first.
-            process_group: has the other tasks; the state must be the same in all processes.
+            rollouts: rollouts of this process's tasks, support first.
+            process_group: group with the other tasks; all processes must return the same state.
         """
         return state
 
@@ -89,16 +88,16 @@ def features(observation: Tensor, time: Tensor) -> Tensor:
 
 
 DUAL = 1024
-"""Features above which a baseline with more features than samples is solved samples x samples."""
+"""Number of features above which the dual form may be used, if it exceeds the samples."""
 
-_COARSE = 6  # places each way of what the baseline sees of an image
+_COARSE = 6  # places per side of the coarse image
 
 
 def seen(observation: Tensor, rank: int) -> Tensor:
-    """Return what the baseline sees of observations: [..., o] of vectors, a coarse copy of images.
+    """Return the baseline's input: vectors [..., o] unchanged, or a coarse copy of images.
 
-    An image of bytes, [..., *rank axes], becomes its means over at most 6 x 6 places (a third axis
-    is averaged over, be it channels or a side), scaled to [0, 1].
+    An image of bytes, [..., *rank axes], is averaged over at most 6 x 6 places and scaled to [0,
+    1]. A third axis, for instance channels, is averaged.
     """
     if rank == 1:
         return observation
@@ -112,14 +111,14 @@ def seen(observation: Tensor, rank: int) -> Tensor:
 
 
 def factor_gram(x: Tensor, ridge: float = 1e-5) -> Tensor:
-    """Cholesky factor of x^T x + ridge for each task, the ridge raised until there is one.
+    """Return the Cholesky factor of x^T x + ridge for each task; the ridge is raised if necessary.
 
     Args:
-        x: [T, N, F] float64; rows to leave out are zero.
-        ridge: smallest ridge; multiplied by ten where the sum is not positive definite.
+        x: [T, N, F] float64; masked rows are zero.
+        ridge: smallest ridge; multiplied by ten while the sum is not positive definite.
 
     Returns:
-        [T, F, F], lower triangular; NaN where no ridge up to 1e5 times as large was enough.
+        [T, F, F], lower triangular; NaN if a ridge 1e5 times as large is still too small.
     """
     gram = x.transpose(1, 2) @ x
     factors = None
@@ -127,7 +126,7 @@ def factor_gram(x: Tensor, ridge: float = 1e-5) -> Tensor:
     for _ in range(6):
         damped = gram.clone()
         damped.diagonal(dim1=1, dim2=2).add_(ridge)
-        # It says by `info` where a matrix is not positive definite in floating point.
+        # `info` is nonzero if a matrix is not positive definite in floating point.
         factor, info = torch.linalg.cholesky_ex(damped)
         if factors is None and not info.any():
             return factor
@@ -145,12 +144,12 @@ def fit_linear(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
     """Solve min_w |x w - y|^2 + ridge |w|^2 for each task.
 
     Args:
-        x: [T, N, F] float64; rows to leave out are zero.
+        x: [T, N, F] float64; masked rows are zero.
         y: [T, N] float64.
-        factor: [T, F, F] of `factor_gram`, which holds the ridge.
+        factor: [T, F, F] from `factor_gram`, which includes the ridge.
 
     Returns:
-        [T, F]; zeros where the solution is not finite.
+        [T, F]; zeros if the solution is not finite.
     """
     weights = torch.cholesky_solve(x.transpose(1, 2) @ y.unsqueeze(-1), factor)
     finite = torch.isfinite(weights).all(dim=1, keepdim=True)
@@ -158,13 +157,13 @@ def fit_linear(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
 
 
 def fit_dual(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
-    """Solve what `fit_linear` does by a matrix of samples: w = x^T (x x^T + ridge)^-1 y.
+    """Solve the problem of `fit_linear` in dual form: w = x^T (x x^T + ridge)^-1 y.
 
-    It is the smaller one if there are more features than samples (Woodbury's identity).
+    The dual matrix is smaller if there are more features than samples (Woodbury's identity).
 
     Args:
-        x: [T, N, F] float64; rows to leave out are zero.
-        y: [T, N] float64, zero there.
+        x: [T, N, F] float64; masked rows are zero.
+        y: [T, N] float64; masked entries are zero.
         factor: [T, N, N], `factor_gram` of x^T.
     """
     weights = x.transpose(1, 2) @ torch.cholesky_solve(y.unsqueeze(-1), factor)
@@ -173,15 +172,15 @@ def fit_dual(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
 
 
 def is_dual(samples: int, size: int) -> bool:
-    """Whether the baseline of a task is solved by a matrix of samples, not of `size` features.
+    """Whether to fit a task's baseline in dual form, with a matrix of samples instead of features.
 
-    Small matrices of features always stay: both forms differ by rounding.
+    Small feature matrices always use the primal form, because both forms differ by rounding.
     """
     return size > max(samples, DUAL)
 
 
 def feature_count(shape: tuple[int, ...]) -> int:
-    """Return how many features the baseline has for observations of a shape."""
+    """Return the number of features of the baseline for observations of a shape."""
     if len(shape) == 1:
         return 2 * shape[0] + 4
     return 2 * seen(torch.zeros((1, *shape), dtype=torch.uint8), len(shape)).shape[1] + 4
@@ -189,7 +188,7 @@ def feature_count(shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearFeatures(Baseline):
-    """A linear function of features of observation and time, fitted to each task's own rollout.
+    """Linear function of features of observation and time, fitted to each task's rollout.
 
     Duan et al. 2016 (arXiv:1604.06778).
     """
@@ -205,9 +204,9 @@ class LinearFeatures(Baseline):
     def peak_bytes(self, samples: int, observation_shape: tuple[int, ...], tasks: int) -> int:
         size = feature_count(observation_shape)
         matrix = samples if is_dual(samples, size) else size
-        # The features twice while they are put together; or once, the matrix, that with its ridge,
-        # and the factor. As measured: 0.54 and 0.60 GB for two tasks of 2,900 and 3,500 samples and
-        # 1,500 numbers.
+        # Peak: two copies of the features during assembly; or the features, the matrix, the matrix
+        # with its ridge, and the factor. Measured: 0.54 and 0.60 GB for two tasks of 2,900 and
+        # 3,500 samples and 1,500 numbers.
         return tasks * 8 * (samples * size + max(samples * size, 3 * matrix**2))
 
     def fit(self, state: Params, observation: Tensor, valid: Tensor) -> Fit:

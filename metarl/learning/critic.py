@@ -1,4 +1,4 @@
-"""A neural critic: a value function that learns from iteration to iteration, for all tasks."""
+"""Neural critic: a value function for all tasks, trained in every iteration."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from metarl.models.networks import Params, tanh, unflatten
 from metarl.sampling.trajectories import Rollout
 
 _OPTIMIZER = "optimizer:"  # prefix of the optimizer's state
-_CLIP = 10.0  # of scaled observations
+_CLIP = 10.0  # bound on scaled observations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Critic(Baseline):
     """An MLP of observation and time, trained on the discounted returns of all tasks.
 
-    It learns by Adam after each iteration, for the next: the values of an iteration do not depend
-    on its own returns. Observations and returns are scaled by their running mean and deviation.
+    It is trained with Adam after each iteration. The values of an iteration therefore do not depend
+    on its own returns. Observations and returns are scaled by their running mean and standard
+    deviation.
 
-    It does not know the task. With a small gae_lambda its values replace the rewards that tell the
-    task apart: keep gae_lambda near 1.
+    The critic does not observe the task. With a small gae_lambda, its values replace the rewards
+    that distinguish the tasks: keep gae_lambda near 1.
     """
 
     name: ClassVar[str] = "critic"
@@ -42,7 +43,7 @@ class Critic(Baseline):
     learning_rate: float = 3e-3
     """Step size of Adam."""
     steps: int = 40
-    """Steps of Adam in an iteration, each on one episode of every task."""
+    """Adam steps per iteration, each on one episode of every task."""
 
     def __post_init__(self) -> None:
         self.require("hidden", all(size >= 1 for size in self.hidden), "sizes of at least 1")
@@ -85,7 +86,7 @@ class Critic(Baseline):
     ) -> Params:
         """Return the state after an iteration's rollouts.
 
-        Sums over tasks are taken in chunks, in a fixed order: the result does not depend on the
+        Sums over tasks are computed in chunks, in a fixed order. The result does not depend on the
         number of processes.
         """
         data = [(r, discounted_sum(r.reward.double(), discount).float()) for r in rollouts]
@@ -163,7 +164,7 @@ class Critic(Baseline):
         return new | {"count": torch.tensor([before + seen_now], dtype=torch.float32)}
 
     def _inputs(self, state: Params, observation: Tensor) -> Tensor:
-        """Return what the network reads, [T, E, H, size + 1]: scaled observations, and time."""
+        """Return the input of the network, [T, E, H, size + 1]: scaled observations and time."""
         x = seen(observation, observation.dim() - 3).float()
         x = (x - state["observation.mean"]) / _deviation(state, "observation")
         time = torch.arange(x.shape[2], dtype=x.dtype) / 100.0
@@ -180,6 +181,6 @@ _POWERS = (lambda v: v, torch.square)
 
 
 def _deviation(state: Params, name: str) -> Tensor:
-    """Return the running standard deviation of observations or returns, 1 before any."""
+    """Return the running standard deviation of observations or returns; 1 without data."""
     variance = state[f"{name}.square"] - state[f"{name}.mean"].square()
     return variance.clamp(min=1e-8).sqrt()

@@ -1,8 +1,8 @@
-"""Does learning see the densities that actions were drawn with? Checked once, when a run starts.
+"""Check that learning sees the densities of the sampled actions. It runs once, at the start.
 
-All losses of policies compare log-densities of the learning pass with those of sampling. A network
-whose passes differ (batch normalization over other batches, dropout), or a `log_prob` that is not
-the density of `sample`, makes every gradient wrong and no number infinite.
+All policy losses compare log-densities of the learning pass with log-densities of sampling. The two
+may differ because of batch normalization or dropout, or because `log_prob` is not the density of
+`sample`. Then every gradient is wrong, although all numbers stay finite.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from metarl.models.networks import Dist, Params
 from metarl.models.policies import PolicyModel
 
 LARGEST = 1e-4
-"""Mean |log-ratio| of a task at the parameters that sampled, besides rounding."""
+"""Bound on a task's mean |log-ratio| at the sampling parameters, in excess of rounding."""
 
 _ROUNDINGS = 64.0  # units in the last place that the two passes may differ by
-_DEVIATIONS = 8.0  # standard deviations of a sum that is zero on average
-_COMPONENTS = 64  # of a distribution's parameter that are looked at
-_SHIFT = 0.5  # standard deviations
+_DEVIATIONS = 8.0  # standard deviations of a sum with mean zero
+_COMPONENTS = 64  # checked components of a distribution parameter
+_SHIFT = 0.5  # shift in standard deviations
 
 Sums = dict[str, Tensor]
-"""By the name of a parameter of the distribution, [2, size]: the sum of what is zero on average,
-and the sum of its squares."""
+"""By distribution parameter, [2, size]: a sum of terms with mean zero, and the sum of their
+squares."""
 
 
 def check_density(
     adapter: Adapter, fast: Params, slow: Params, batch: Batch, pool: ChunkPool, *, whole: bool
 ) -> None:
-    """Compare the log-densities of samples with those of the learning pass.
+    """Compare the log-densities of samples with the log-densities of the learning pass.
 
     Args:
-        fast, slow: parameters that the samples were drawn with; `fast` is stacked.
+        fast, slow: parameters of the sampling policies; `fast` is stacked.
         batch: the samples.
-        whole: whether they are all that was drawn. Episodes that diverged are left out, and the
-            actions of the others were then not chosen by the policy alone.
+        whole: whether the batch contains all sampled episodes. Without the diverged episodes, the
+            remaining actions do not follow the policy's distribution.
 
     Raises:
-        UserError: they differ, or are not those of what was drawn.
+        UserError: the densities differ, or they are not the densities of the sampled actions.
     """
 
     def one(chunk: slice) -> tuple[Tensor, Tensor, Sums]:
@@ -67,7 +67,7 @@ def check_density(
         total, square = torch.stack([part[2][name] for part in parts]).sum(0)
         if bool((total.abs() > _DEVIATIONS * square.sqrt()).any()):
             raise UserError(
-                "the policy's log_prob is not the log-density of what its sample draws: it does"
+                "the policy's log_prob is not the log-density of its samples: it does"
                 f" not fit the sampled actions with respect to {name.partition(' ')[0]}"
             )
 
@@ -75,7 +75,7 @@ def check_density(
 def _compared(
     adapter: Adapter, fast: Params, slow: Params, batch: Batch
 ) -> tuple[Tensor, Tensor, Sums]:
-    """Return each task's mean |log-ratio| and what rounding explains of it, [T], and `Sums`."""
+    """Return each task's mean |log-ratio| and the part that rounding explains, [T], and `Sums`."""
     policy = adapter.model
     assert isinstance(policy, PolicyModel)
     seen = batch.observation
@@ -112,9 +112,9 @@ def _compared(
 def _score_sums(policy: PolicyModel, dist: Dist, scores: Dist, valid: Tensor) -> Sums:
     """Return sums of scores, the derivatives of log-densities: E[grad log pi(a)] = 0.
 
-    They are taken along each component, and along the parameter itself: the temperature of logits.
-    Their squares are at least as large as expected, by the Fisher metric: of a rare category the
-    sampled ones may all be next to zero.
+    The derivatives are taken along each component and along the parameter itself, the temperature
+    for logits. The squares are at least their expectation under the Fisher metric: for a rare
+    category, all sampled squares may be almost zero.
     """
     fixed = {name: x.detach() for name, x in dist.items()}
     sums = {}
@@ -146,9 +146,10 @@ def _score_sums(policy: PolicyModel, dist: Dist, scores: Dist, valid: Tensor) ->
 def _ratio_sums(
     policy: PolicyModel, dist: Dist, score: Tensor, batch: Batch, valid: Tensor
 ) -> Tensor:
-    """Return sums of likelihood ratios to shifted means, less 1: E[pi'(a) / pi(a)] = 1, [2, size].
+    """Return sums of likelihood ratios to shifted means, minus 1, [2, size].
 
-    Scores are zero on average for a density of another width too; these are not.
+    E[pi'(a) / pi(a)] = 1. Scores also have mean zero for a density of another width; these ratios
+    do not.
     """
     fixed = {name: x.detach() for name, x in dist.items()}
     here = policy.log_prob(fixed, batch.action)

@@ -1,5 +1,4 @@
-"""Outer steps by an optimizer of torch.optim: one on a plain gradient, or several on a clipped
-objective."""
+"""Outer steps with torch.optim: one gradient step, or several on a clipped objective."""
 
 from __future__ import annotations
 
@@ -26,22 +25,22 @@ _STARTED = "started"
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSteps(OuterOptimizer):
-    """Gradient steps by an optimizer of torch.optim. See `optimizer_part`."""
+    """Gradient steps with an optimizer of torch.optim. See `optimizer_part`."""
 
     optimizer: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
     arguments: ClassVar[tuple[str, ...]] = ()
-    """Options that are the optimizer's own arguments."""
+    """Options that are arguments of the optimizer."""
 
     learning_rate: float = 1e-3
     """Step size of the optimizer."""
     steps: int = 1
     """Gradient steps on one iteration's samples."""
     max_norm: float = 10.0
-    """Upper bound on the gradient's norm: a longer one is scaled down to it before it enters the
-    optimizer's moments, which it would spoil for hundreds of steps."""
+    """Upper bound on the norm of the gradient. A longer gradient is scaled down before it enters
+    the moments of the optimizer, which it would distort for hundreds of steps."""
     max_kl: float = of_policies(0.05)
-    """Upper bound on the mean KL of the adapted policies from those that drew the query samples. No
-    further step is taken beyond it, and the whole update is shortened until it is within it."""
+    """Upper bound on the mean KL between adapted and sampling policies on the query samples. Steps
+    stop beyond the bound, and the whole update is shortened until it is within."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +49,7 @@ class GradientSteps(OuterOptimizer):
             self.require(name, getattr(self, name) > 0.0, "positive")
 
     def init(self, meta: Params) -> OuterState:
-        """Return the state before the first step: zeros of the shapes that it will have."""
+        """Return the state before the first step: zeros in its final shapes."""
         leaves = [torch.zeros_like(p) for p in meta.values()]
         _, state = self.advance(leaves, list(meta), leaves, {}, self.learning_rate)
         return {name: torch.zeros_like(x) for name, x in state.items()}
@@ -60,10 +59,10 @@ class GradientSteps(OuterOptimizer):
     ) -> tuple[Params, OuterState, dict[str, Any]]:
         """Return new meta-parameters, the optimizer's state and statistics; `rate` scales the step.
 
-        A gradient that is not finite leaves both as they were, with `finite` False. A gradient
-        longer than `max_norm` is scaled to it and counted. If policies drew the samples, steps end
-        when the KL exceeds its bound; afterwards surrogate and KL are measured over all samples,
-        and an update beyond the bound is shortened.
+        If the gradient is not finite, parameters and state are unchanged and `finite` is False. A
+        gradient longer than `max_norm` is scaled to it and counted. If policies drew the samples,
+        steps stop when the KL exceeds its bound. Then surrogate and KL are measured over all
+        samples, and an update beyond the bound is shortened.
         """
         watch = Stopwatch()
         stats: dict[str, Any] = {
@@ -116,7 +115,7 @@ class GradientSteps(OuterOptimizer):
         try:
             optimizer = self.optimizer(leaves, lr=learning_rate, **arguments)  # type: ignore[call-arg]
         except (TypeError, ValueError) as error:
-            raise UserError(f"outer {self.name} cannot be made: {error}") from error
+            raise UserError(f"outer {self.name} cannot be created: {error}") from error
         for leaf, name, slope in zip(leaves, names, slopes, strict=True):
             leaf.grad = slope
             if state.get(_STARTED):
@@ -146,9 +145,9 @@ def _entries(state: OuterState, name: str) -> list[str]:
 def shorten(
     problem: QueryProblem, meta: Params, new: Params, max_kl: float
 ) -> tuple[Params, Evaluation, float]:
-    """Return the step from `meta` to `new` cut to within a KL, its evaluation, and its share.
+    """Shorten the step from `meta` to `new` to a KL bound; return it, its evaluation and its share.
 
-    After ten cuts the step is given up.
+    After ten cuts the update is rejected.
     """
     candidate, share = new, 1.0
     for _ in range(10):
@@ -167,7 +166,7 @@ _NOT_OPTIONS = ("params", "lr", "foreach", "fused", "capturable", "differentiabl
 
 @cache
 def optimizer_part(optimizer: type[torch.optim.Optimizer]) -> type[GradientSteps]:
-    """Return the part for a class of optimizers: its arguments are options of the part."""
+    """Return the part of an optimizer class. Its options are the arguments of the optimizer."""
     options: list[tuple[str, Any, Any]] = []
     for name, parameter in inspect.signature(optimizer).parameters.items():
         default = _plain_default(parameter)
@@ -181,7 +180,7 @@ def optimizer_part(optimizer: type[torch.optim.Optimizer]) -> type[GradientSteps
         frozen=True,
         kw_only=True,
         namespace={
-            "__doc__": f"Gradient steps by {optimizer.__module__}.{optimizer.__name__}.",
+            "__doc__": f"Gradient steps with {optimizer.__module__}.{optimizer.__name__}.",
             "__module__": __name__,
             "name": optimizer.__name__.lower(),
             "optimizer": optimizer,
@@ -191,19 +190,19 @@ def optimizer_part(optimizer: type[torch.optim.Optimizer]) -> type[GradientSteps
 
 
 def _plain_default(parameter: inspect.Parameter) -> Any:
-    """Return the default of an argument that is a number, a switch or numbers; else None."""
+    """Return an argument's default if it is a number, a bool or a tuple of numbers; else None."""
     default, annotation = parameter.default, parameter.annotation
     if isinstance(default, tuple):
         return default if all(isinstance(x, int | float) for x in default) else None
     if isinstance(default, int) and not isinstance(default, bool):
-        # torch writes `momentum: float = 0`, others `momentum=0`.
+        # torch writes `momentum: float = 0`, other packages `momentum=0`.
         unknown = annotation is inspect.Parameter.empty and default == 0
         return float(default) if unknown or "float" in str(annotation) else default
     return default if isinstance(default, bool | float) else None
 
 
 def optimizer_named(name: str) -> type[torch.optim.Optimizer] | None:
-    """Return a class of torch.optim by its name in lower case, None if there is none."""
+    """Return a class of torch.optim by its name in lower case, or None if it does not exist."""
     return _optimizers().get(name)
 
 
@@ -224,7 +223,7 @@ Adam: Any = optimizer_part(torch.optim.Adam)
 
 @dataclass(frozen=True, kw_only=True)
 class ClippedSurrogate(Adam):
-    """PPO's clipped objective, by several steps of Adam on the whole batch.
+    """PPO's clipped objective, with several steps of Adam on the whole batch.
 
     Schulman et al. 2017, eq. 7 (arXiv:1707.06347).
     """
@@ -235,7 +234,7 @@ class ClippedSurrogate(Adam):
     steps: int = 5
     """Gradient steps on one iteration's samples."""
     clip: float = 0.3
-    """Likelihood ratios are clipped to 1 +- this."""
+    """Clip likelihood ratios to 1 +- this value."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,6 @@
-"""The inner loop on live tasks: sample and adapt, K times.
+"""Inner loop: sample and adapt, K times.
 
-Training, evaluation and `MetaPolicy.adapt` all go through it.
+Training, evaluation and `MetaPolicy.adapt` all use it.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from metarl.learning.adapter import FACTOR, Adapter, StepSizes
 from metarl.models.networks import Params, stack
 from metarl.models.samples import Samples
 
-_FITS = 8  # rounds of fitting the factor of the step sizes to a KL
-_NEAR = 0.05  # relative error of the factor that is left
+_FITS = 8  # iterations of the fit of the step size factor to a KL
+_NEAR = 0.05  # relative tolerance of the factor
 
 Sampler = Callable[[Params, int], Samples]
-"""(stacked parameters, inner step) -> samples drawn with them; examples of a data set do not depend
-on the parameters. After the last step, those of the query."""
+"""(stacked parameters, inner step) -> samples drawn with them; the query samples after the last
+step. Examples of a data set do not depend on the parameters."""
 
 Check = Callable[[Params, Params, Samples], None]
-"""(fast parameters, stacked; slow parameters; samples); raises UserError."""
+"""(fast parameters, stacked; slow parameters; samples) -> None, or raises UserError."""
 
 
 @dataclass
 class Adapted:
-    """What an inner loop leaves: iterate k drew batch k, and batch k made iterate k + 1."""
+    """Result of an inner loop: iterate k drew batch k, and batch k produced iterate k + 1."""
 
     iterates: list[Params]
     """Fast parameters, stacked."""
     slow: Params
     meta: Params
-    """Meta-parameters adapted from: those given, or with the fitted factor of the step sizes."""
+    """Meta-parameters before adaptation: the given ones, or with the fitted step size factor."""
     inner_kl: float = math.nan
-    """Mean KL of the first step over tasks, on the samples that it was made from."""
+    """Mean KL of the first step over tasks, on the samples of that step."""
     batches: list[Samples] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class InnerLoop:
-    """How tasks adapt, wherever their samples come from."""
+    """Adaptation of tasks, independent of the source of their samples."""
 
     adapter: Adapter
     pool: ChunkPool
@@ -62,21 +62,21 @@ class InnerLoop:
         min_kl: float | None = None,
         check: Check | None = None,
     ) -> Adapted:
-        """Adapt meta-parameters to `tasks` tasks by `steps` steps, each on samples of its own.
+        """Adapt meta-parameters to `tasks` tasks in `steps` steps, each on new samples.
 
         Args:
             sample: see `Sampler`.
-            meta: not stacked.
-            tasks: T, of this process.
-            steps: K.
+            meta: meta-parameters, not stacked.
+            tasks: number of tasks T of this process.
+            steps: number of inner steps K.
             query: sample once more after the last step, with theta_K.
-            min_kl: measure the mean KL of the first step, and fit the factor of the step sizes, 1
-                or more, so that the KL is at least this; 0 only measures. None does neither.
-            check: is given theta_0 and the first samples.
+            min_kl: measure the mean KL of the first step, and fit the step size factor, 1 or more,
+                so that the KL is at least this. 0 only measures. None does neither.
+            check: called with theta_0 and the first samples.
 
         Raises:
-            UserError: by `check`.
-            NonFiniteError: something sampled, or an adapted parameter, is not a finite number.
+            UserError: raised by `check`.
+            NonFiniteError: a sampled value or an adapted parameter is not a finite number.
         """
         fast, slow, step_sizes = self.adapter.split(meta)
         start = stack(fast, tasks)
@@ -104,9 +104,9 @@ class InnerLoop:
     def draw(
         self, sample: Sampler, meta: Params, tasks: int, *, steps: int, query: bool
     ) -> Adapted:
-        """Return what `run` would sample, if that does not depend on the parameters.
+        """Return the samples of `run`, if they do not depend on the parameters.
 
-        Nothing is adapted: the meta-gradient adapts by itself, with its graph.
+        Nothing is adapted here: the meta-gradient computes the adaptation with its graph.
         """
         fast, slow, _ = self.adapter.split(meta)
         adapted = Adapted([stack(fast, tasks)], slow, meta)
@@ -114,7 +114,7 @@ class InnerLoop:
         return adapted
 
     def start(self, fast: Params, slow: Params, support: Samples) -> Params:
-        """Return theta_0, stacked, with what the model generates from the support."""
+        """Return theta_0, stacked, including the parameters generated from the support."""
         if not self.adapter.model.generated:
             return fast
 
@@ -127,11 +127,11 @@ class InnerLoop:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _fit(self, adapted: Adapted, new: Params, batch: Samples, kl: float) -> Params:
-        """Fit the factor of the step sizes to a KL of the first step, and return where it leads."""
+        """Fit the step size factor to a KL of the first step; return the parameters after it."""
         start, slow = adapted.iterates[0], adapted.slow
         for _ in range(_FITS):
             before = adapted.meta[FACTOR]
-            # Not below 1: a KL that were never to grow would hold adaptation back for good.
+            # At least 1: a KL that never grows would block adaptation forever.
             factor = (rescaled(adapted.inner_kl, kl) * before).clamp(min=1.0)
             if torch.equal(factor, before):
                 break
@@ -164,15 +164,15 @@ class InnerLoop:
         """Return the fast parameters after inner step k, stacked.
 
         Args:
-            fast: before it, stacked.
-            slow: what does not adapt.
-            step_sizes: of all steps.
-            batch: the task's samples, [T, N, ...].
-            k: counted from 0.
-            start: the fast parameters before step 0, stacked, which a proximal term pulls to.
+            fast: parameters before the step, stacked.
+            slow: parameters that do not adapt.
+            step_sizes: sizes of all steps.
+            batch: samples of the tasks, [T, N, ...].
+            k: step index from 0.
+            start: fast parameters before step 0, stacked; target of a proximal term.
 
         Raises:
-            NonFiniteError: one of them is not a finite number.
+            NonFiniteError: a parameter is not a finite number.
         """
 
         def one(chunk: slice) -> Params:
@@ -189,25 +189,25 @@ class InnerLoop:
 
 
 def rescaled(found: float, wanted: float) -> float:
-    """Return the factor of a step that takes its KL to what is wanted; 1 if it is near.
+    """Return the factor of a step that changes its KL to the wanted value; 1 if it is close.
 
-    A KL grows about with the square of the step; a factor of at most 2 at a time is trusted.
+    A KL grows about with the square of the step. The factor is limited to 2 at a time.
     """
-    if found <= 0.0:  # below zero by rounding
+    if found <= 0.0:  # negative due to rounding
         return 1.0
     ratio = math.sqrt(wanted / found) if math.isfinite(found) else 0.5
     return 1.0 if abs(ratio - 1.0) < _NEAR else min(max(ratio, 0.5), 2.0)
 
 
 def check_finite(values: Mapping[str, Tensor], tasks: Tensor | None = None) -> None:
-    """Raise NonFiniteError unless all values are finite; the message names the first task.
+    """Raise NonFiniteError if a value is not finite. The message names the first task.
 
     Args:
         values: [T, ...] by name.
         tasks: [T, task_dim], for the message.
     """
     for name, value in values.items():
-        # A sum is finite only if its terms are, and needs no mask in memory.
+        # A sum is finite only if its terms are finite, and needs no mask in memory.
         if not torch.isfinite(value.sum(dtype=torch.float64)):
             bad = int((~torch.isfinite(value)).flatten(1).any(dim=1).nonzero()[0])
             task = bad if tasks is None else tasks[bad].tolist()

@@ -1,4 +1,4 @@
-"""Inner updates as parts: how one task adapts, and the options `inner.*`."""
+"""Inner updates as parts, with the options `inner.*`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from metarl.parts import Part, fixed, of_policies
 
 @dataclass(frozen=True, kw_only=True)
 class InnerUpdate(Part):
-    """Base class of inner updates: how one task adapts. Its fields are the options `inner.*`."""
+    """Base class of inner updates: adaptation of a task. Fields are the options `inner.*`."""
 
     section: ClassVar[str] = "inner"
 
     steps: int = 1
     """Gradient steps per task in training, each on new episodes."""
     step_sizes: tuple[float, ...] = (0.1,)
-    """Size of each inner step; steps beyond those given repeat the last."""
+    """Size of each inner step. The last size repeats for later steps."""
     test_step_sizes: tuple[float, ...] = ()
-    """Size of each inner step in evaluation; by default those learned, else those of training."""
+    """Size of each inner step in evaluation; by default the learned sizes, else the training
+    sizes."""
     halve_in_evaluation: bool = False
     """Halve the steps after the first in evaluation, unless test_step_sizes are given."""
     loss: Loss | None = fixed(None)
-    """Inner loss; None: the model's own, for policies the log-likelihood."""
+    """Inner loss; None: the model's default, for policies the log-likelihood."""
     adapts: Fast = fixed("all")
     """Parameters that adapt: all, the upper layers, the head, or a context input."""
 
@@ -56,12 +57,12 @@ class InnerUpdate(Part):
 
     @property
     def context_dim(self) -> int:
-        """Size of a context input that adapts, 0 for none."""
+        """Size of a context input that adapts; 0 without one."""
         return 0
 
     @property
     def sizes_in_training(self) -> tuple[float, ...]:
-        """Size of each inner step, as given or as it is learned from."""
+        """Size of each inner step in training: given, or the initial value of learned sizes."""
         return self.step_sizes
 
     @property
@@ -72,24 +73,24 @@ class InnerUpdate(Part):
         return self.test_step_sizes or ((first, first / 2) if halved else ())
 
     def adapter(self, model: Model, loss: Loss) -> Adapter:
-        """Return how a model adapts.
+        """Return the adapter of a model.
 
         Args:
-            loss: the inner loss if the part has none of its own.
+            loss: inner loss if the part has none.
         """
         return Adapter(model, self.loss or loss, self.sizes_in_training, fast=self.adapts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientUpdate(InnerUpdate):
-    """Gradient steps of given sizes, or of larger ones fitted to a KL."""
+    """Gradient steps of given sizes, or of larger sizes fitted to a KL."""
 
     updates: int = 1
-    """Gradient steps on each batch; more than one on episodes need an inner loss with likelihood
-    ratios."""
+    """Gradient steps on each batch. More than one on episodes requires an inner loss with
+    likelihood ratios."""
     min_kl: float = of_policies(0.0)
-    """Lower bound on the mean KL of the first inner step: if step_sizes move policies less,
-    training scales them all up to it, and the policy keeps the factor; 0: off."""
+    """Lower bound on the mean KL of the first inner step; 0: off. If step_sizes change policies
+    less, training scales all sizes up to it, and the policy keeps the factor."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,7 +130,7 @@ class LearnedStepSizes(InnerUpdate):
     def sizes_in_training(self) -> tuple[float, ...]:
         if self.per == "parameter":
             return self.step_sizes
-        more = self.steps - len(self.step_sizes)  # each step learns its own, from the last given
+        more = self.steps - len(self.step_sizes)  # later steps start at the last size
         return self.step_sizes + self.step_sizes[-1:] * more
 
     def adapter(self, model: Model, loss: Loss) -> Adapter:
@@ -144,14 +145,14 @@ class ProximalUpdate(InnerUpdate):
     """
 
     step_sizes: tuple[float, ...] = ()
-    """Size of each update; by default half of 1 / proximal."""
+    """Size of each update; by default 0.5 / proximal."""
     updates: int = 8
     """Gradient steps on each batch."""
     proximal: float = 10.0
-    """Strength of the pull towards the initialization (lambda); with other step_sizes given, by
-    default half of the inverse of the first."""
+    """Coefficient of the proximal term towards the initialization (lambda). If step_sizes are
+    given, the default is half of the inverse of the first."""
     backtrack: bool = False
-    """Take no update that raises a task's inner objective, and halve its later ones."""
+    """Reject an update that raises a task's inner objective, and halve the task's later updates."""
 
     def __post_init__(self) -> None:
         self.require_positive("proximal")

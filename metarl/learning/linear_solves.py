@@ -1,4 +1,4 @@
-"""Conjugate gradient (Hestenes & Stiefel 1952): one system, and a system for each task.
+"""Conjugate gradient (Hestenes & Stiefel 1952) for one system, or for one system per task.
 
 A matrix is given by its products with vectors.
 """
@@ -17,15 +17,15 @@ Product = Callable[[Tensor], Tensor]
 def conjugate_gradient(
     product: Product, b: Tensor, iterations: int, tolerance: float = 1e-10
 ) -> tuple[Tensor, Tensor]:
-    """Return x with A x = b approximately, and b - A x; A symmetric and positive definite.
+    """Return an approximate solution x of A x = b, and b - A x; A symmetric and positive definite.
 
     Hestenes & Stiefel 1952.
 
     Args:
         product: v -> A v.
         b: [P]
-        iterations: at most so many products.
-        tolerance: stop where |residual|^2 falls below so much of |b|^2.
+        iterations: maximum number of products.
+        tolerance: stop if |residual|^2 / |b|^2 falls below this.
     """
     x = torch.zeros_like(b)
     residual, direction = b.clone(), b.clone()
@@ -47,17 +47,17 @@ def conjugate_gradient(
 def conjugate_gradient_each(
     product: Product, b: Tensor, iterations: int, least_curvature: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x_t with A_t x_t = b_t approximately for every task t; A_t symmetric.
+    """Return approximate solutions x_t of A_t x_t = b_t for every task t; A_t symmetric.
 
     Args:
         product: [T, P] -> [T, P], each row by its own symmetric A_t.
         b: [T, P]
-        iterations: at most so many products.
-        least_curvature: of a direction d, d . A d / d . d.
+        iterations: maximum number of products.
+        least_curvature: bound on the curvature d . A d / d . d of a direction d.
 
     Returns:
-        x [T, P]; relative residuals |b - A x| / |b| [T]; and whether a direction of curvature no
-        more than the least was met [T], where the row stops.
+        x [T, P]; relative residuals |b - A x| / |b| [T]; a mask [T] of the tasks that met a
+        direction with curvature at or below the bound. The iteration of such a task stops there.
     """
     x = torch.zeros_like(b)
     residual, direction = b.clone(), b.clone()

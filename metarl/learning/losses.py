@@ -1,7 +1,7 @@
-"""Losses of samples, one number a task; and `Batch`, the samples of policies.
+"""Losses of samples, one number per task; and `Batch`, the samples of policies.
 
-A loss is minimized. A task's loss is the weighted sum over its samples with weights that sum to 1
-over the valid ones: a mean over valid steps, never over tasks.
+A loss is minimized. The loss of a task is a weighted sum over its samples. The weights sum to 1
+over the valid samples: a mean over valid steps, never over tasks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from metarl.sampling.trajectories import Rollout
 
 @dataclass(frozen=True)
 class Batch(Samples):
-    """What policies sampled: N = episodes x horizon samples, time order kept."""
+    """Samples of policies: N = episodes x horizon samples, in time order."""
 
     observation: Tensor
     """[T, N, observation_dim]"""
@@ -36,16 +36,16 @@ class Batch(Samples):
     old_log_prob: Tensor
     """[T, N]; log-density of the action under the policy that drew it."""
     old: Dist
-    """Parameters of the distribution it was drawn from, [T, N, ...] each."""
+    """Parameters of the distribution that drew the action, [T, N, ...] each."""
     episodes: int
-    """Episodes a task; a task's samples are those of episode 0 in order of time, then of 1, …
-    0 where that order is lost."""
+    """Episodes per task. A task's samples are ordered by episode, then by time.
+    0 if that order is lost."""
     context: Tensor | None = None
     """[T, context_dim]; the task as a task-conditioned policy observes it."""
     advantage_scale: Tensor | None = None
-    """[T]; what each task's advantages were divided by."""
+    """[T]; divisor of each task's advantages."""
     rollout: Rollout | None = None
-    """Where the samples come from, all tasks."""
+    """Rollout of the samples, all tasks."""
 
     of_tasks: ClassVar[tuple[str, ...]] = ("context", "advantage_scale")
     drawn: ClassVar[bool] = True
@@ -85,7 +85,7 @@ Loss = Callable[[Any, Dist, Any], Tensor]
 
 
 def name_of(function: Any) -> str:
-    """Return the name of a function, also of one with arguments bound."""
+    """Return the name of a function, also with arguments bound."""
     while isinstance(function, partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
@@ -116,9 +116,9 @@ def log_likelihood(policy: PolicyModel, dist: Dist, batch: Batch) -> Tensor:
 def likelihood_ratio(policy: PolicyModel, dist: Dist, batch: Batch) -> Tensor:
     """Importance-weighted surrogate of TRPO: -E[pi(a | s) / pi_old(a | s) A], [T].
 
-    Schulman et al. 2015, eq. 14 (arXiv:1502.05477). As an inner loss it has the low-variance
-    curvature of Rothfuss et al. 2019, eq. 14 (arXiv:1810.06784): at the old parameters its Hessian
-    is that of the mean of (grad^2 log pi + grad log pi grad log pi') A.
+    Schulman et al. 2015, eq. 14 (arXiv:1502.05477). As an inner loss, it has the low-variance
+    curvature of Rothfuss et al. 2019, eq. 14 (arXiv:1810.06784). Its Hessian at the old parameters
+    is the Hessian of the mean of (grad^2 log pi + grad log pi grad log pi') A.
     """
     ratio = (policy.log_prob(dist, batch.action) - batch.old_log_prob).exp()
     return -(batch.weight * batch.advantage * ratio).sum(dim=1)
@@ -137,11 +137,12 @@ def clipped_ratio(policy: PolicyModel, dist: Dist, batch: Batch, *, clip: float)
 def dice(policy: PolicyModel, dist: Dist, batch: Batch, *, decay: float = 1.0) -> Tensor:
     """Loaded DiCE: -E[(box(w[t]) - box(d w[t - 1])) A[t]], w[t] = d w[t - 1] + log pi(a_t | s_t).
 
-    box(w) = exp(w - stop(w)) is 1, and its derivatives of all orders carry the score. Foerster et
-    al. 2018 (arXiv:1802.05098); the difference admits advantages, and the decay d discounts how
-    later steps depend on earlier actions, Farquhar et al. 2019 (arXiv:1909.10549). The gradient is
-    the policy gradient at any d. Higher derivatives are unbiased at d = 1, where their variance
-    grows with the horizon, and are those of the likelihood ratio at d = 0. The value is 0.
+    box(w) = exp(w - stop(w)) is 1, and its derivatives of all orders contain the score. Foerster et
+    al. 2018 (arXiv:1802.05098). The difference allows advantages. The decay d discounts the
+    dependence of later steps on earlier actions, Farquhar et al. 2019 (arXiv:1909.10549). The
+    gradient is the policy gradient at any d. At d = 1, higher derivatives are unbiased, and their
+    variance grows with the horizon. At d = 0, they equal the derivatives of the likelihood ratio.
+    The value is 0.
 
     Raises:
         ValueError: the samples are not whole episodes.
@@ -149,7 +150,7 @@ def dice(policy: PolicyModel, dist: Dist, batch: Batch, *, decay: float = 1.0) -
     if not batch.episodes:
         raise ValueError("DiCE needs whole episodes")
     shape = (len(batch.weight), batch.episodes, -1)
-    # Steps beyond an episode's end come last: they enter no sum of a step that has a weight.
+    # Steps after the end of an episode come last. They are in no sum of a step with weight.
     log_prob = policy.log_prob(dist, batch.action).view(shape)
     if decay == 1.0:
         through = log_prob.cumsum(dim=2)
@@ -164,19 +165,19 @@ def dice(policy: PolicyModel, dist: Dist, batch: Batch, *, decay: float = 1.0) -
 
 
 def log_ratio(policy: Any, dist: Dist, batch: Any) -> Tensor:
-    """Log-likelihood ratio of all of a task's valid actions to the policy that drew them, [T].
+    """Log-likelihood ratio of all valid actions of a task to the sampling policy, [T].
 
-    It is 0 there, and its gradient is the score of the task's samples.
+    It is 0 at the sampling parameters. Its gradient is the score of the task's samples.
     """
     ratio = policy.log_prob(dist, batch.action) - batch.old_log_prob
     return torch.where(batch.weight > 0, ratio, 0.0).sum(dim=1)
 
 
 def trait(loss: Loss, name: str) -> bool:
-    """Return whether a loss, also one with arguments bound, has a trait.
+    """Return whether a loss has a trait, also with arguments bound.
 
-    `of_policies`: it takes the samples of policies only. `reusable`: it may be descended several
-    times on one batch. `whole_episodes`: it needs the samples of an episode together, in order.
+    `of_policies`: it supports only samples of policies. `reusable`: several steps on one batch are
+    allowed. `whole_episodes`: it needs the samples of an episode together, in order.
     """
     return bool(getattr(loss, name, getattr(getattr(loss, "func", None), name, False)))
 

@@ -1,4 +1,4 @@
-"""What an outer optimizer is: meta-parameters and a problem in, better meta-parameters out."""
+"""Outer optimizers: map meta-parameters and a problem to better meta-parameters."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from metarl.models.networks import Params
 from metarl.parts import Part, fixed
 
 OuterState = dict[str, Tensor]
-"""What an outer optimizer keeps from step to step; a part of every checkpoint."""
+"""State of an outer optimizer between steps. It is part of every checkpoint."""
 
 Schedule = Literal["constant", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OuterOptimizer(Part, ABC):
-    """Base class of outer optimizers. Its fields are the options `outer.*`.
+    """Base class of outer optimizers. The fields are the options `outer.*`.
 
-    An optimizer sees a problem alone: `gradient`, and where it has them `evaluate` and `linearize`.
+    An optimizer uses only the problem: its `gradient`, and `evaluate` and `linearize` if it has
+    them.
     """
 
     section: ClassVar[str] = "outer"
     name: ClassVar[str]
     """Name of `--outer`."""
     needs_policy: ClassVar[bool] = False
-    """Whether it works on the samples of policies only, not on examples of a data set."""
+    """Whether it supports only samples of policies, not examples of a data set."""
     learns: ClassVar[bool] = True
     """Whether it changes the meta-parameters."""
 
@@ -43,14 +44,14 @@ class OuterOptimizer(Part, ABC):
         check_one_of(self.key("schedule"), self.schedule, get_args(Schedule))
 
     def rate(self, progress: float) -> float:
-        """Return the share of the step's size at a progress of the run in [0, 1]."""
+        """Return the factor of the step size at a progress of the run in [0, 1]."""
         return cosine(progress) if self.schedule == "cosine" else 1.0
 
     def change(self, planned: int, total: int, iteration: int) -> str:
-        """Return what changes if a run ends at iteration `total` instead of `planned`, in words.
+        """Return, in words, what changes if a run ends at iteration `total` instead of `planned`.
 
         Args:
-            iteration: where the run is.
+            iteration: current iteration of the run.
         """
         before, now = (self.rate(iteration / end) for end in (planned, total))
         if before == now:
@@ -61,7 +62,7 @@ class OuterOptimizer(Part, ABC):
         )
 
     def loss(self, loss: Loss) -> Loss:
-        """Return the outer loss that this optimizer minimizes, given the algorithm's."""
+        """Return the outer loss that this optimizer minimizes, given the algorithm's outer loss."""
         return loss
 
     @abstractmethod
@@ -77,18 +78,18 @@ class OuterOptimizer(Part, ABC):
         Args:
             problem: the meta-objective of one iteration.
             meta: meta-parameters, not stacked.
-            state: from `init` or the step before.
-            rate: share of the step's size, see `rate`.
+            state: state from `init` or the previous step.
+            rate: factor of the step size, see `rate`.
 
         Returns:
-            Statistics have the entry `finite`: False if nothing could be done because something is
-            not a finite number. Then parameters and state are as they were.
+            Statistics include `finite`. It is False if a number was not finite. Then parameters and
+            state are unchanged.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoUpdate(OuterOptimizer):
-    """Leave the meta-parameters as they are."""
+    """Keep the meta-parameters unchanged."""
 
     name: ClassVar[str] = "none"
     learns: ClassVar[bool] = False
@@ -105,5 +106,5 @@ class NoUpdate(OuterOptimizer):
 
 
 def cosine(progress: float) -> float:
-    """Return a factor that falls from 1 at progress 0 to 0 at progress 1 along a cosine."""
+    """Return a cosine decay from 1 at progress 0 to 0 at progress 1."""
     return 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))

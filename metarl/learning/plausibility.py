@@ -1,8 +1,9 @@
-"""Did the policy choose these actions? A test that may be looked at after every one of them.
+"""Sequential test of whether the policy chose given actions. It is valid after every action.
 
-It is a test martingale: the likelihood ratio of other explanations of the actions to the policy. If
-the policy draws them, its mean is 1 at any time, and it ever exceeds 1 / p with a probability of at
-most p (Ville 1939; Ramdas et al. 2023, section 3, arXiv:2210.01948).
+The test statistic is a test martingale: the likelihood ratio between alternative explanations of
+the actions and the policy. If the policy draws the actions, its mean is 1 at any time. The
+probability that it ever exceeds 1 / p is at most p (Ville 1939; Ramdas et al. 2023, section 3,
+arXiv:2210.01948).
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ FALSE_ALARM = 1e-4
 """Probability that actions of the policy itself are ever found implausible."""
 
 _BINS = 8
-_PRIOR = 0.5  # of each bin or category, before any was seen
-_OWN = 0.01  # share of the policy's own actions in a mixture with uniform ones
+_PRIOR = 0.5  # initial count of each bin or category
+_OWN = 0.01  # share of policy actions in the mixture with uniform actions
 
 
 class Plausibility:
-    """Collects actions, and tells whether they are implausible as those of the policy.
+    """Test of whether collected actions are implausible for the policy.
 
-    Other explanations are that quantiles of each component (or its categories) have frequencies of
-    their own, as those of a constant action, and that actions are drawn uniformly from their space.
+    There are two alternative explanations. First, the quantiles of each component (or its
+    categories) have other frequencies, for instance with a constant action. Second, actions are
+    drawn uniformly from their space.
 
     Args:
-        policy: one whose distribution is `Gaussian` or `Categorical`.
-        uniform: log-probability or log-density of each component under uniform actions, NaN for
-            components that have none, [action_size].
-        whole: whether actions are whole numbers, which uniform ones may be at the bounds.
-        rng: places clipped actions among those that would have been clipped alike.
+        policy: policy with a `Gaussian` or `Categorical` distribution.
+        uniform: log-probability or log-density of each component under uniform actions,
+            [action_size]; NaN for components without one.
+        whole: whether actions are integers; uniform integers may be at the bounds.
+        rng: places a clipped action among the samples that are clipped to the same value.
     """
 
     def __init__(
@@ -55,38 +57,38 @@ class Plausibility:
         own = policy.distribution
         sizes = own.categories if isinstance(own, Categorical) else (_BINS,) * size
         self._counts = [np.full(n, _PRIOR) for n in sizes]
-        self._by_frequency = np.zeros(size)  # log-ratios so far, of each component
+        self._by_frequency = np.zeros(size)  # log-ratios so far, by component
         self._by_uniform = 0.0
         self.count = 0
-        """Actions so far."""
+        """Number of actions so far."""
 
     @staticmethod
     def knows(policy: PolicyModel) -> bool:
-        """Whether a policy draws as one of the two that are known."""
+        """Whether the test supports the policy's distribution."""
         return type(policy.distribution) in (Gaussian, Categorical)
 
     @property
     def implausible(self) -> bool:
-        """Whether the policy did not choose these actions, to all appearances."""
+        """Whether the actions are implausible for the policy."""
         both = self._by_frequency
         found = np.logaddexp.reduce([both.sum(), np.logaddexp.reduce(both) - math.log(len(both))])
         found = np.logaddexp(found - math.log(2.0), self._by_uniform) - math.log(2.0)
         return bool(found > -math.log(FALSE_ALARM))
 
     def add(self, dist: Dist, low: NDArray, high: NDArray) -> None:
-        """Take one action.
+        """Add one action.
 
         Args:
-            dist: what the policy gives, [1, size] each.
-            low, high: between which the policy drew what became the action, [action_size]; equal
-                unless the environment's bounds cut or rounded it.
+            dist: distribution of the policy, [1, size] each.
+            low, high: range of the policy samples that the environment maps to the action,
+                [action_size]; equal unless the action was clipped or rounded.
         """
         bins, log_ratio, log_prob = self._explained(dist, low, high)
         self._by_frequency += log_ratio
         for counts, i in zip(self._counts, bins, strict=True):
             counts[i] += 1.0
         known = np.isfinite(self._uniform)
-        cut = ~np.isfinite(high - low) & (not self._whole)  # which no uniform action is
+        cut = ~np.isfinite(high - low) & (not self._whole)  # uniform actions are never clipped
         gain = -np.inf if cut[known].any() else float((self._uniform - log_prob)[known].sum())
         self._by_uniform += float(np.logaddexp(math.log(1.0 - _OWN) + gain, math.log(_OWN)))
         self.count += 1
@@ -94,7 +96,7 @@ class Plausibility:
     def _explained(
         self, dist: Dist, low: NDArray, high: NDArray
     ) -> tuple[NDArray[np.int64], NDArray, NDArray]:
-        """Return for each component where it falls, its log-ratio, and the policy's log-density."""
+        """Return each component's bin and log-ratio, and the policy's log-density."""
         if isinstance(self._distribution, Categorical):
             bins = low.astype(np.int64)
             logits = dist["logits"][0].double().split(self._distribution.categories)

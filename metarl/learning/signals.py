@@ -1,4 +1,4 @@
-"""How much of what learning follows is signal: agreement of gradients."""
+"""Signal measures of learning: agreement of gradients."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from metarl.learning.adapter import Adapter
 from metarl.models.networks import Params, stack
 from metarl.models.samples import Samples
 
-_TASKS = 4  # of which one measure is taken: a tenth of the work of a whole step
+_TASKS = 4  # tasks per measure: a tenth of the work of a whole step
 
 
 def inner_gradient_cosine(adapter: Adapter, meta: Params, batch: Samples) -> float:
-    """Return the cosine of the inner gradients of two halves of a task's episodes.
+    """Return the cosine between the inner gradients of two halves of a task's episodes.
 
-    A mean over the first tasks of the batch. At 0 the step that adapts is noise; at 1 more episodes
-    would not change its direction.
+    It is a mean over the first tasks of the batch. At 0, the inner step is noise. At 1, more
+    episodes would not change its direction.
 
     Args:
-        adapter: how tasks adapt.
-        meta: the meta-parameters that drew the samples.
+        adapter: adapter of the tasks.
+        meta: meta-parameters that drew the samples.
         batch: samples of the first inner step.
 
     Returns:
-        NaN if a task has a single episode, or the samples are no episodes in order.
+        NaN if a task has only one episode, or if the samples are not ordered episodes.
     """
     count = getattr(batch, "episodes", 0)
     half = count // 2
@@ -46,5 +46,5 @@ def inner_gradient_cosine(adapter: Adapter, meta: Params, batch: Samples) -> flo
 
 
 def _flat(parts: tuple[Tensor, ...]) -> Tensor:
-    """Return gradients of stacked parameters side by side, [T, all], float64."""
+    """Return gradients of stacked parameters concatenated, [T, all], float64."""
     return torch.cat([part.flatten(1).double() for part in parts], dim=1)

@@ -1,4 +1,4 @@
-"""TRPO's step: natural gradient by conjugate gradient, then a line search."""
+"""TRPO step: natural gradient with conjugate gradient, then a line search."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metarl.models.networks import Params, flatten, unflatten
 from metarl.models.samples import Samples
 
 FISHER_SAMPLES = 200
-"""Valid samples of a task that Fisher products use at least, if there are that many."""
+"""Minimum number of valid samples per task in Fisher products, if that many exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +32,18 @@ class TrustRegion(OuterOptimizer):
     needs_policy: ClassVar[bool] = True
 
     max_kl: float = 0.01
-    """Upper bound on the mean KL of the adapted policies from those that drew the query samples."""
+    """Upper bound on the mean KL between adapted and sampling policies on the query samples."""
     cg_iterations: int = 10
     """Iterations of the conjugate gradient method."""
     cg_damping: float = 1e-5
-    """Added to the Fisher matrix's diagonal."""
+    """Value added to the diagonal of the Fisher matrix."""
     line_search_steps: int = 15
-    """Step lengths that the line search tries before it gives the update up."""
+    """Maximum number of step lengths in the line search; then the update is rejected."""
     backtrack: float = 0.8
     """Factor between one step length and the next."""
     fisher_fraction: float = 0.1
-    """Fraction of each task's samples used in Fisher-vector products, at least 200 of them; the
-    gradient and the line search use all samples."""
+    """Fraction of each task's samples in Fisher-vector products, at least 200 samples. The gradient
+    and the line search use all samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +53,7 @@ class TrustRegion(OuterOptimizer):
         self.require("backtrack", 0.0 < self.backtrack < 1.0, "in (0, 1)")
 
     def init(self, meta: Params) -> OuterState:
-        """Return the state before the first step: none."""
+        """Return the state before the first step: empty."""
         return {}
 
     def step(
@@ -61,10 +61,10 @@ class TrustRegion(OuterOptimizer):
     ) -> tuple[Params, OuterState, dict[str, Any]]:
         """Return new meta-parameters, the state and statistics; `rate` scales the KL bound.
 
-        Take the longest step along the natural gradient, of those tried, that improves the
-        surrogate within the KL bound; both are measured over all samples. If no step improves, or
-        the gradient is not finite, return the meta-parameters unchanged: `line_search_steps` is 0,
-        and `finite` says which.
+        Take the longest tried step along the natural gradient that improves the surrogate within
+        the KL bound. Both are measured over all samples. If no step improves the surrogate, or if
+        the gradient is not finite, return the meta-parameters unchanged. Then `line_search_steps`
+        is 0, and `finite` tells the two cases apart.
         """
         watch = Stopwatch()
         if not isinstance(problem, UnrolledProblem):
@@ -91,7 +91,7 @@ class TrustRegion(OuterOptimizer):
                 return fisher(v) + self.cg_damping * v
 
             direction, residual = conjugate_gradient(damped, -gradient, self.cg_iterations)
-        curvature = float(direction @ (-gradient - residual))  # x'Ax, without another product
+        curvature = float(direction @ (-gradient - residual))  # x'Ax, without a further product
         stats["seconds_conjugate_gradient"] = watch.lap()
         if not (math.isfinite(curvature) and curvature > 0.0):
             stats["finite"] = math.isfinite(curvature)
@@ -121,12 +121,12 @@ def _moved(meta: Params, step: Tensor, scale: float) -> Params:
 
 
 def fisher_samples(problem: UnrolledProblem, fraction: float) -> list[Tensor | None]:
-    """Return for each batch the samples that Fisher products use, as `Batch.select` takes them.
+    """Return, for each batch, the samples for Fisher products, in the format of `Batch.select`.
 
-    They are at least a fraction of every task's valid samples, and at least `FISHER_SAMPLES` or
-    all. Samples that are not valid only fill rows, after all valid ones. None stands for a whole
-    batch. A loss that needs whole episodes gets whole episodes. The number of samples is that of
-    the task, in the whole process group, that needs most.
+    At least a fraction of every task's valid samples is used, and at least `FISHER_SAMPLES` or all.
+    Invalid samples only pad rows, after all valid ones. None stands for a whole batch. Losses that
+    need whole episodes get whole episodes. The task with the largest need, in the whole process
+    group, determines the number of samples.
     """
     return [_selection(problem, batch, fraction) for batch in problem.batches]
 

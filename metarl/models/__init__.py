@@ -1,3 +1,3 @@
 """Models as pure functions of parameters."""
 
-from metarl.models import settings as settings  # of torch; they are put back after user code
+from metarl.models import settings as settings  # settings of torch, restored after user code

@@ -1,7 +1,7 @@
-"""The base class of distributions over actions: pure functions of a dict of tensors.
+"""Base class of distributions over actions: pure functions of a dict of tensors.
 
 A distribution is a part: its fields are options `policy.*`. `over(space)` fits it to an action
-space. Actions are vectors, [..., action_size] floats, before they are mapped to the environment's.
+space. Actions are vectors, [..., action_size] floats, before the mapping to environment actions.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Distribution(Part, ABC):
     """Base class of distributions over actions.
 
     A subclass defines `size`, `sample`, `mode`, `log_prob`, `entropy` and `kl`. The default `noise`
-    is uniform, and the default Fisher product the Hessian of `kl` by automatic differentiation.
+    is uniform. The default Fisher product uses the Hessian of `kl` by automatic differentiation.
     """
 
     section: ClassVar[str] = "policy"
 
     name: ClassVar[str] = ""
     scaled: ClassVar[bool] = False
-    """Whether actions are in [-1, 1], to be mapped onto the bounds of a Box."""
+    """Whether actions are in [-1, 1], and must be mapped to the bounds of a Box."""
 
     space: gym.Space | None = dataclasses.field(
         default=None, hash=False, metadata={"option": False}
@@ -49,17 +49,17 @@ class Distribution(Part, ABC):
         """Return the distribution for an action space.
 
         Raises:
-            UserError: it has no actions there.
+            UserError: the distribution does not support the space.
         """
         self.check(space)
         return dataclasses.replace(self, space=space)
 
     def check(self, space: gym.Space) -> None:
-        """Raise UserError unless the distribution fits an action space; by default a flat Box."""
+        """Raise UserError if an action space is not supported; by default, a flat Box is."""
         self.require_box(space)
 
     def require_box(self, space: gym.Space) -> None:
-        """Raise UserError unless a space is a Box."""
+        """Raise UserError if a space is not a Box."""
         if categories(space) is not None:
             raise UserError(f"policy.distribution {self.label} is for a Box, got actions {space}")
 
@@ -79,21 +79,21 @@ class Distribution(Part, ABC):
         """Return the size of the network's output for an action space."""
 
     def free(self) -> dict[str, NDArray[np.float64]]:
-        """Return initial values of parameters that are learned and do not depend on observations.
+        """Return initial values of learned parameters that do not depend on observations.
 
         They are meta-parameters, such as the log standard deviation of a Gaussian.
         """
         return {}
 
     def confined(self, free: Params) -> Params:
-        """Return free parameters of the same distribution from which gradients can lead on."""
+        """Return free parameters of the same distribution with nonzero gradients."""
         return free
 
     def parameters(self, output: Tensor, free: Params) -> Dist:
         """Return the distribution's parameters.
 
         Args:
-            output: of the network, [..., samples, size].
+            output: output of the network, [..., samples, size].
             free: see `free`; [...] each.
 
         Returns:
@@ -111,7 +111,7 @@ class Distribution(Part, ABC):
 
     @abstractmethod
     def sample(self, dist: Dist, noise: Tensor) -> Tensor:
-        """Return the actions [..., action_size] of noise."""
+        """Return the actions [..., action_size] for given noise."""
 
     @abstractmethod
     def mode(self, dist: Dist) -> Tensor:
@@ -150,13 +150,13 @@ class Distribution(Part, ABC):
         return dict(zip(new, product, strict=True))
 
     def std(self, free: Params) -> float:
-        """Return the mean standard deviation of the actions, NaN if it depends on observations."""
+        """Return the mean standard deviation of the actions; NaN if it depends on observations."""
         return math.nan
 
     def exact(self, dist: Dist) -> Tensor | None:
-        """Return where the rounding of actions does not matter to their density, [...]; None: all.
+        """Return a mask [...] of actions whose rounding does not affect their density; None: all.
 
-        The check of densities at the start of a run leaves the others out.
+        The density check at the start of a run excludes the other actions.
         """
         return None
 

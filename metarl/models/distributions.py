@@ -1,4 +1,4 @@
-"""The built-in distributions over actions, by name."""
+"""Built-in distributions over actions, by name."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from metarl.parts import find_part
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussian(Distribution):
-    """Diagonal Gaussian: the network gives the mean, the log standard deviation is a free vector.
+    """Diagonal Gaussian. The network returns the mean; the log standard deviation is a free vector.
 
-    The policy of Finn et al. 2017, and of TRPO before it.
+    It is the policy of Finn et al. 2017, and of TRPO.
     """
 
     name: ClassVar[str] = "gaussian"
 
     initial_std: float = 1.0
-    """Standard deviation of the actions at the start."""
+    """Initial standard deviation of the actions."""
     min_std: float = 1e-6
-    """Smallest standard deviation of the actions."""
+    """Lower bound on the standard deviation of the actions."""
 
     def __post_init__(self) -> None:
         self.require_positive("initial_std", "min_std")
@@ -51,7 +51,7 @@ class Gaussian(Distribution):
         return {"log_std": np.full(self.action_size, math.log(self.initial_std))}
 
     def confined(self, free: Params) -> Params:
-        # Below its floor the deviation has no gradient, and would stay there for good.
+        # Below its bound, the standard deviation has no gradient and would stay there forever.
         return {"log_std": self._log_std(free)}
 
     def _log_std(self, free: Params) -> Tensor:
@@ -101,15 +101,15 @@ class Gaussian(Distribution):
 
 
 _BOUND = 1.0 - 1e-6
-"""Largest magnitude of a squashed action; float32 rounds larger ones to 1."""
+"""Largest magnitude of a squashed action; float32 rounds larger values to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SquashedGaussian(Gaussian):
     """tanh of a Gaussian (Haarnoja et al. 2018, appendix C, arXiv:1801.01290).
 
-    Actions are in (-1, 1), and `policy.action scale` maps them onto the bounds. KL and Fisher
-    metric equal the Gaussian's, because an invertible map does not change them.
+    Actions are in (-1, 1), and `policy.action scale` maps them to the bounds. KL and Fisher metric
+    equal the Gaussian's, because an invertible map does not change them.
     """
 
     name: ClassVar[str] = "squashed-gaussian"
@@ -128,7 +128,7 @@ class SquashedGaussian(Gaussian):
         return super().log_prob(dist, bounded.atanh()) - slope
 
     def entropy(self, dist: Dist) -> Tensor:
-        """Return the Gaussian's entropy plus E[log(1 - tanh(u)^2)], by Gauss-Hermite quadrature."""
+        """Return the Gaussian's entropy plus E[log(1 - tanh(u)^2)] (Gauss-Hermite quadrature)."""
         nodes, weights = _hermite(dist["mean"])
         u = dist["mean"].unsqueeze(-1) + dist["log_std"].exp().unsqueeze(-1) * nodes
         # log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)), which does not overflow.
@@ -155,8 +155,8 @@ def _hermite(like: Tensor) -> tuple[Tensor, Tensor]:
 class Beta(Distribution):
     """Beta distributions of the components (Chou et al. 2017), mapped from [0, 1] to [-1, 1].
 
-    Both concentrations are 1 + softplus of the network's outputs, so each has one maximum.
-    `policy.action scale` maps actions onto the bounds.
+    Both concentrations are 1 + softplus of the network's outputs, so each component has one
+    maximum. `policy.action scale` maps actions to the bounds.
     """
 
     name: ClassVar[str] = "beta"
@@ -171,7 +171,7 @@ class Beta(Distribution):
         return {"alpha": first, "beta": second}
 
     def sample(self, dist: Dist, noise: Tensor) -> Tensor:
-        """Return actions by the inverse of the distribution function."""
+        """Return actions from the inverse of the cumulative distribution function."""
         a, b, u = (x.detach().double().numpy() for x in (dist["alpha"], dist["beta"], noise))
         drawn = scipy.special.betaincinv(a, b, u)
         return torch.from_numpy(2.0 * drawn - 1.0).to(dist["alpha"].dtype).clamp(-_BOUND, _BOUND)
@@ -184,7 +184,7 @@ class Beta(Distribution):
         a, b = dist["alpha"], dist["beta"]
         x = 0.5 * (1.0 + action.clamp(-_BOUND, _BOUND))
         each = (a - 1.0) * x.log() + (b - 1.0) * torch.log1p(-x) - _log_beta(a, b)
-        return (each - math.log(2.0)).sum(-1)  # of the map from [0, 1]
+        return (each - math.log(2.0)).sum(-1)  # from the map of [0, 1] to [-1, 1]
 
     def entropy(self, dist: Dist) -> Tensor:
         a, b = dist["alpha"], dist["beta"]
@@ -205,9 +205,9 @@ def _log_beta(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Categorical(Distribution):
-    """Independent categorical components, one for Discrete; the network gives the logits.
+    """Independent categorical components, one for Discrete. The network returns the logits.
 
-    An action is a vector of indices, [..., components], held as floats.
+    An action is a vector of indices, [..., components], stored as floats.
     """
 
     name: ClassVar[str] = "categorical"
@@ -239,7 +239,7 @@ class Categorical(Distribution):
         return rng.gumbel(size=(*shape, sum(self.categories))).astype(np.float32)
 
     def sample(self, dist: Dist, noise: Tensor) -> Tensor:
-        # The largest of logits with Gumbel noise falls on i with probability softmax(logits)[i].
+        # The argmax of logits with Gumbel noise is i with probability softmax(logits)[i].
         return self.mode({"logits": dist["logits"] + noise})
 
     def mode(self, dist: Dist) -> Tensor:
@@ -277,7 +277,7 @@ class Categorical(Distribution):
 
 @dataclass(frozen=True, kw_only=True)
 class Bernoulli(Distribution):
-    """Independent coins, for MultiBinary: the network gives the log-odds of 1."""
+    """Independent Bernoulli components, for MultiBinary. The network returns the log-odds of 1."""
 
     name: ClassVar[str] = "bernoulli"
 
@@ -343,10 +343,10 @@ def find_distribution(what: Any) -> Distribution:
     """Return a distribution.
 
     Args:
-        what: the distribution itself, its class, its name, or `module:attribute`.
+        what: the distribution, its class, its name, or `module:attribute`.
 
     Raises:
-        UserError: it is something else.
+        UserError: the value is something else.
     """
     made = find_part(what, Distribution, "distribution", DISTRIBUTIONS.get)
     if made is None:

@@ -1,8 +1,8 @@
-"""Convolutional encoders: image observations to feature vectors, as pure functions of parameters.
+"""Convolutional encoders of image observations to feature vectors, as pure functions of parameters.
 
-As in `policies`, parameters may be stacked over tasks or not, each leaf for itself. A convolution
-whose weights are a task's own runs task by task: on a processor that is faster than one of groups,
-forwards and through both derivatives.
+As in `policies`, each parameter leaf may be stacked over tasks or not. A convolution with weights
+per task runs task by task. On a CPU, this is faster than a grouped convolution, in the forward pass
+and in both derivatives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from metarl.envs.policy_spaces import LEAST_IMAGE, image_size
 def channels_first(image: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return images [..., *shape] of bytes as [..., C, H, W], scaled to [0, 1].
 
-    Images that are floating-point numbers already keep their type.
+    Floating-point images keep their type and values.
     """
     x = image if image.is_floating_point() else image.to(torch.get_default_dtype())
     return _planes(x, shape) / 255.0
@@ -57,19 +57,19 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Encoder(ABC):
-    """What a convolutional network makes of images: `features` numbers each."""
+    """Convolutional network that maps an image to a vector of `features` numbers."""
 
     shape: tuple[int, ...]
-    """Of one image, see `image_size`."""
+    """Shape of one image, see `image_size`."""
 
     least: ClassVar[int]
-    """Pixels an image must have each way."""
+    """Minimum height and width of an image, in pixels."""
 
     def __post_init__(self) -> None:
         if min(image_size(self.shape)[1:]) < self.least:
             raise UserError(
                 f"images of {list(self.shape)} are too small for this network, which needs"
-                f" {self.least} pixels each way: take --policy.network impala, or flatten them"
+                f" {self.least} pixels per side: use --policy.network impala, or flatten them"
                 " (gym.wrappers.FlattenObservation)"
             )
 
@@ -81,7 +81,7 @@ class Encoder(ABC):
     @property
     @abstractmethod
     def activations(self) -> int:
-        """Numbers that a forward pass makes of one image."""
+        """Number of activations in a forward pass of one image."""
 
     @abstractmethod
     def shapes(self) -> Shapes:
@@ -94,7 +94,7 @@ class Encoder(ABC):
         """Return the features of images [..., samples, *shape], [..., samples, features].
 
         Args:
-            weight: [..., samples]; images of weight 0 count in no statistics of a batch.
+            weight: [..., samples]; images of weight 0 are excluded from batch statistics.
         """
 
 
@@ -107,7 +107,7 @@ NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
 
 @dataclass(frozen=True)
 class NatureCNN(Encoder):
-    """Three convolutions, rectified (Mnih et al. 2015, doi:10.1038/nature14236)."""
+    """Three convolutions with ReLU (Mnih et al. 2015, doi:10.1038/nature14236)."""
 
     least: ClassVar[int] = 36
 
@@ -120,7 +120,7 @@ class NatureCNN(Encoder):
         return math.prod(self.shape) + 2 * sum(self._sizes())
 
     def _sizes(self) -> list[int]:
-        """Numbers that each convolution gives."""
+        """Number of outputs of each convolution."""
         _, height, width = image_size(self.shape)
         sizes = []
         for channels, kernel, stride in NATURE:
@@ -149,10 +149,10 @@ _IMPALA = (16, 32)  # channels of each stage
 
 @dataclass(frozen=True)
 class SmallImpala(Encoder):
-    """Stages of a convolution, a maximum over 3x3 at stride 2, and a residual block.
+    """Stages of a convolution, 3x3 max pooling with stride 2, and a residual block.
 
-    The residual network of Espeholt et al. 2018 (fig. 3, arXiv:1802.01561), two stages of one block
-    each in place of three of two.
+    The residual network of Espeholt et al. 2018 (fig. 3, arXiv:1802.01561), with two stages of one
+    block each instead of three stages of two.
     """
 
     least: ClassVar[int] = LEAST_IMAGE
@@ -166,7 +166,7 @@ class SmallImpala(Encoder):
         return math.prod(self.shape) + sum(before + 6 * after for before, after in self._sizes())
 
     def _sizes(self) -> list[tuple[int, int]]:
-        """Numbers that each stage has before and after its maximum."""
+        """Number of activations of each stage before and after its max pooling."""
         _, height, width = image_size(self.shape)
         sizes = []
         for channels in _IMPALA:
@@ -202,11 +202,11 @@ class SmallImpala(Encoder):
 
 @dataclass(frozen=True)
 class FourBlocks(Encoder):
-    """Four blocks: 3x3 convolution, batch normalization, rectifier, maximum over 2x2.
+    """Four blocks: 3x3 convolution, batch normalization, ReLU, 2x2 max pooling.
 
     The embedding of few-shot classification (Vinyals et al. 2016, arXiv:1606.04080; Finn et al.
-    2017). Means and variances are those of the batch itself, a task's own, in training and in
-    evaluation alike: the papers keep no running ones. Images are taken as they are.
+    2017). Means and variances are computed per task from the batch itself, both in training and in
+    evaluation. The papers use no running statistics. Images are not rescaled.
     """
 
     filters: int = 64
@@ -223,7 +223,7 @@ class FourBlocks(Encoder):
         return math.prod(self.shape) + sum(3 * before + after for before, after in self._sizes())
 
     def _sizes(self) -> list[tuple[int, int]]:
-        """Numbers that each block has before and after its maximum."""
+        """Number of activations of each block before and after its max pooling."""
         _, height, width = image_size(self.shape)
         sizes = []
         for _ in range(self.blocks):
@@ -257,13 +257,13 @@ class FourBlocks(Encoder):
 def normalize_batch(
     x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None = None
 ) -> Tensor:
-    """Batch normalization (Ioffe & Szegedy 2015, arXiv:1502.03167) by the batch's own statistics.
+    """Batch normalization (Ioffe & Szegedy 2015, arXiv:1502.03167) with statistics of the batch.
 
     Args:
-        x: [..., samples, C, H, W]; each of the leading axes is a batch of its own.
+        x: [..., samples, C, H, W]; each of the leading axes is a separate batch.
         scale: [C] or [tasks, C].
-        shift: the same.
-        weight: [..., samples]; samples of weight 0 do not count.
+        shift: [C] or [tasks, C].
+        weight: [..., samples]; samples of weight 0 are excluded.
     """
     axes = (-4, -2, -1)
     if weight is None or bool((weight > 0).all()):

@@ -1,7 +1,7 @@
-"""A policy as an ordinary `torch.nn.Module`, to be taken elsewhere.
+"""Policy as an ordinary `torch.nn.Module`, for use in other programs.
 
-It acts by the most likely action. Normalization of observations and the mapping of actions onto the
-environment's are inside.
+It returns the most likely action. It includes normalization of observations and the mapping of
+actions to environment actions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from metarl.models.policies import CLIP, PolicyModel
 
 
 class Pixels(nn.Module):
-    """Images of bytes to [n, channels, height, width] in [0, 1]."""
+    """Convert images of bytes to [n, channels, height, width] in [0, 1]."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Pixels(nn.Module):
 
 
 class Scale(nn.Module):
-    """Observations by their running mean and variance."""
+    """Normalize observations by their running mean and variance."""
 
     mean: Tensor
     deviation: Tensor
@@ -49,7 +49,7 @@ class Scale(nn.Module):
 
 
 class Told(nn.Module):
-    """Adds what the policy knows of its task to every observation."""
+    """Append the policy's observation of its task to every observation."""
 
     context: Tensor
 
@@ -73,7 +73,7 @@ class Residual(nn.Module):
 
 
 class Bounded(nn.Module):
-    """middle + spread * x, cut to the bounds of a Box; of whole numbers the nearest, as a float."""
+    """middle + spread * x, clipped to the bounds of a Box; rounded for integers, as a float."""
 
     middle: Tensor
     spread: Tensor
@@ -97,7 +97,7 @@ class Bounded(nn.Module):
 
 
 class Chosen(nn.Module):
-    """Categories as whole numbers, counted from `start`; [n], or [n, components]."""
+    """Categories as integers that count from `start`; [n], or [n, components]."""
 
     def __init__(self, start: Sequence[int], flat: bool) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Chosen(nn.Module):
 
 
 class Mode(nn.Module):
-    """The most likely action of a network's output."""
+    """Most likely action of a network's output."""
 
     def __init__(self, policy: PolicyModel, params: Params) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Mode(nn.Module):
 
 
 class Components(nn.Module):
-    """Observations as a user's module reads them: the components of a Dict or Tuple."""
+    """Split observations into the components of a Dict or Tuple for a user's module."""
 
     context: Tensor | None
 
@@ -141,8 +141,9 @@ def make_module(policy: PolicyModel, params: Params, *last: nn.Module) -> nn.Seq
     """Return a policy's network as a module, observations [n, *observation_shape] to actions.
 
     Args:
-        params: not stacked.
-        last: make actions of the network's output: `Bounded` or `Chosen`, after a `Mode`.
+        params: parameters, not stacked.
+        last: layers that map the network's output to actions: `Bounded` or `Chosen`, after a
+        `Mode`.
     """
     layers: list[nn.Module] = []
     if policy.normalize:

@@ -1,7 +1,7 @@
-"""Networks of users: any `torch.nn.Module` as a pure function of its parameters.
+"""Users' networks: any `torch.nn.Module` as a pure function of its parameters.
 
 A module is called for one task at a time, with plain batches [samples, ...]. Results therefore do
-not depend on how many tasks are computed together.
+not depend on the number of tasks that are computed together.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ Factory = Callable[[gym.Space, int], nn.Module]
 PREFIX = "network."
 """Prefix of the names of a module's parameters."""
 
-_TRIED = 2  # inputs that a module is tried with
+_TRIED = 2  # number of inputs in a test call of a module
 
 
 class ModuleNetwork(Network):
     """A `torch.nn.Module` that reads inputs [samples, ...] and returns [samples, outputs].
 
-    The module is used as the factory leaves it, in training mode. Its buffers are constants. The
-    submodule `head`, if there is one, is the last layer for algorithms that adapt it alone. Inputs
-    of a Dict or Tuple reach it as such, with one tensor for each component. A context input is
-    appended to a vector; it is the last component of a Tuple, and `context` in a Dict.
+    The module is used as the factory returns it, in training mode. Its buffers are constants. The
+    submodule `head`, if it exists, is the last layer for algorithms that adapt only the last layer.
+    Inputs of a Dict or Tuple are passed unflattened, with one tensor for each component. A context
+    input is appended to a vector; it is the last component of a Tuple, and `context` in a Dict.
 
     Args:
-        factory: makes the module.
-        label: its name, for messages.
-        space: of the inputs as the environment gives them.
+        factory: factory of the module.
+        label: name of the module, for messages.
+        space: space of the inputs as the environment returns them.
         outputs: size of the output.
         context_dim: size of a context input.
 
     Raises:
-        UserError: the module cannot be made, or is not such a function.
+        UserError: the module cannot be created, or is not such a function.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ModuleNetwork(Network):
         return {PREFIX + name: tuple(p.shape) for name, p in found}
 
     def init(self, rng: np.random.Generator) -> Params:
-        """Return the parameters of a new module, whose torch generator is seeded by `rng`."""
+        """Return the parameters of a new module, whose torch generator is seeded from `rng`."""
         made = self._make(rng)
         return {
             PREFIX + name: p.detach().to(torch.float32).clone()
@@ -138,14 +138,14 @@ class ModuleNetwork(Network):
     def adapts(self, name: str, part: Part) -> bool:
         if part == "upper":
             raise UserError(
-                f"policy.network {self.label} has no upper layers that are known: take an algorithm"
+                f"policy.network {self.label} has no known upper layers: use an algorithm"
                 " that adapts all parameters, such as maml-trpo"
             )
         parameter = self._template.get_parameter(name.removeprefix(PREFIX))
         if part == "head" and not hasattr(self._template, "head"):
             raise UserError(
                 f"policy.network {self.label} must name its last layer head for an algorithm that"
-                " adapts the last layer alone: self.head = torch.nn.Linear(...)"
+                " adapts only the last layer: self.head = torch.nn.Linear(...)"
             )
         own = name.removeprefix(PREFIX)
         inside = part == "all" or own == "head" or own.startswith("head.")
@@ -170,12 +170,12 @@ class ModuleNetwork(Network):
                 raise
             except Exception as error:
                 raise UserError(
-                    f"policy.network {self.label} cannot be made for {self.inputs.given} and"
+                    f"policy.network {self.label} cannot be created for {self.inputs.given} and"
                     f" {self._outputs} outputs: {type(error).__name__}: {error}"
                 ) from error
         if not isinstance(made, nn.Module):
             raise UserError(
-                f"policy.network {self.label} must make a torch.nn.Module, got"
+                f"policy.network {self.label} must return a torch.nn.Module, got"
                 f" {type(made).__name__}"
             )
         if isinstance(made, torch.jit.ScriptModule) or hasattr(made, "_orig_mod"):
@@ -203,25 +203,25 @@ class ModuleNetwork(Network):
         return self.inputs.split(self.inputs.example(count), context)
 
     def _check_layers(self) -> None:
-        """Refuse layers whose output depends on chance or on what was computed before."""
+        """Refuse layers whose output is random or depends on earlier calls."""
         for name, layer in self._template.named_modules():
             where = f"policy.network {self.label}: {name} is {layer}"
             if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0.0:
-                raise UserError(f"{where}: sampling and learning would differ, leave it out")
+                raise UserError(f"{where}: sampling and learning would differ; remove it")
             if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats:
                 raise UserError(
-                    f"{where}: by running statistics sampling and learning would differ, take"
+                    f"{where}: with running statistics, sampling and learning would differ; use"
                     " LayerNorm or GroupNorm"
                 )
 
     def _check_buffers(self) -> None:
-        """Refuse buffers that are drawn at random: they would not be part of a checkpoint."""
+        """Refuse random buffers, because checkpoints would not contain them."""
         other = dict(self._make(np.random.default_rng(1)).named_buffers())
         for name, buffer in self._template.named_buffers():
             if name not in other or not torch.equal(buffer, other[name]):
                 raise UserError(
                     f"policy.network {self.label}: buffer {name} is random: make it a parameter"
-                    " with requires_grad=False, which checkpoints hold"
+                    " with requires_grad=False, which checkpoints contain"
                 )
 
     def _tried(self) -> int:
@@ -301,7 +301,7 @@ class ModuleNetwork(Network):
         return found.detach()
 
     def _call(self, params: Params, inputs: Any) -> Tensor:
-        # functional_call swaps parameters in and out, which threads must not do to one module.
+        # functional_call swaps parameters in and out, which threads must not do on a shared module.
         module = getattr(self._local, "module", None)
         if module is None:
             module = self._local.module = self._copy()
@@ -327,9 +327,9 @@ def _apart() -> Iterator[None]:
 
 
 def check_normalized(network: Network) -> None:
-    """Raise UserError if inputs of a network cannot be scaled by a mean and a deviation."""
+    """Raise UserError if the inputs of a network cannot be normalized."""
     if isinstance(network, ModuleNetwork) and not network.inputs.all_floats:
         raise UserError(
-            f"policy.normalize scales floating-point numbers, and policy.network {network.label}"
+            f"policy.normalize scales floating-point numbers, but policy.network {network.label}"
             f" reads {network.space}: scale them in the network"
         )

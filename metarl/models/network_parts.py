@@ -28,25 +28,25 @@ class NetworkPart(Part, ABC):
 
     name: ClassVar[str] = ""
     structured: ClassVar[bool] = False
-    """Whether it reads a Dict or Tuple as such."""
+    """Whether it reads a Dict or Tuple unflattened."""
 
     @abstractmethod
     def make(self, space: gym.Space, outputs: int, context_dim: int = 0) -> Network:
         """Return the network for inputs of a space.
 
         Args:
-            space: of the inputs; a flat Box or an image unless `structured`.
+            space: space of the inputs; a flat Box or an image unless `structured`.
             outputs: size of the output.
             context_dim: size of the context input; 0: none.
 
         Raises:
-            UserError: it does not read such inputs.
+            UserError: the network does not support such inputs.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class MLPPart(NetworkPart):
-    """An MLP of vectors."""
+    """An MLP for vectors."""
 
     name: ClassVar[str] = "mlp"
 
@@ -55,8 +55,8 @@ class MLPPart(NetworkPart):
     activation: Activation = "tanh"
     """Activation of the hidden layers."""
     output_scale: float = 1.0
-    """Factor of the last layer's initial weights. With a small one, mean actions start near zero,
-    within the bounds, for every seed."""
+    """Factor of the last layer's initial weights. With a small factor, mean actions start near
+    zero, within the bounds, for every seed."""
 
     def __post_init__(self) -> None:
         check_one_of(self.key("activation"), self.activation, get_args(Activation))
@@ -69,8 +69,8 @@ class MLPPart(NetworkPart):
         encoder = self.encoder(space)
         if encoder is None and is_image(space):
             raise UserError(
-                f"policy.network {self.name} reads vectors, and observations are images"
-                f" {list(space.shape)}: take nature or impala, or flatten them"
+                f"policy.network {self.name} reads vectors, but observations are images"
+                f" {list(space.shape)}: use nature or impala, or flatten them"
                 " (gym.wrappers.FlattenObservation)"
             )
         return MLP(
@@ -85,7 +85,7 @@ class MLPPart(NetworkPart):
         )
 
     def encoder(self, space: gym.Space) -> Encoder | None:
-        """Return the network before the hidden layers, None for none."""
+        """Return the network before the hidden layers, or None."""
         return None
 
     def require_image(self, space: gym.Space) -> tuple[int, ...]:
@@ -93,8 +93,8 @@ class MLPPart(NetworkPart):
         shape = space.shape or ()
         if len(shape) < 2:
             raise UserError(
-                f"policy.network {self.name} reads images, and inputs are {list(shape)} numbers:"
-                " leave it out"
+                f"policy.network {self.name} reads images, but inputs are {list(shape)} numbers:"
+                " remove it"
             )
         return shape
 
@@ -121,7 +121,7 @@ class ImpalaPart(MLPPart):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoPolicyNetwork(MLPPart):
-    """An MLP for vectors; before it, nature for images it fits, impala for smaller ones."""
+    """An MLP for vectors. For images, nature before it, or impala if the images are too small."""
 
     name: ClassVar[str] = "auto"
 
@@ -160,13 +160,13 @@ class AutoPredictorNetwork(Conv4Part):
         if len(space.shape or ()) > 1:
             return super().encoder(space)
         if self.filters != Conv4Part.filters:
-            raise UserError(f"policy.filters is an option of conv4, and inputs are {space.shape}")
+            raise UserError(f"policy.filters is an option of conv4, but inputs are {space.shape}")
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModulePart(NetworkPart):
-    """A `torch.nn.Module` that a factory of a user makes."""
+    """A `torch.nn.Module` from a user's factory."""
 
     structured: ClassVar[bool] = True
 
@@ -185,7 +185,7 @@ class ModulePart(NetworkPart):
 
 @dataclass(frozen=True)
 class _Given:
-    """A factory of a module that was given itself: networks start at its parameters."""
+    """Factory for a given module object: networks start at its parameters."""
 
     module: nn.Module
 
@@ -205,12 +205,12 @@ def find_network(what: Any, known: Mapping[str, type[NetworkPart]]) -> NetworkPa
     """Return a network part.
 
     Args:
-        what: the part itself, a name, `module:attribute`, a module, or a function or class that
-            makes a module of the space of its inputs and the size of its output.
+        what: the part, a name, `module:attribute`, a module, or a function or class that returns a
+            module for an input space and an output size.
         known: parts by name.
 
     Raises:
-        UserError: it is something else.
+        UserError: the value is something else.
     """
     made = find_part(what, NetworkPart, "network", known.get, _adapted)
     if made is None:

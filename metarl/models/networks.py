@@ -1,7 +1,8 @@
 """Networks as pure functions of (parameters, inputs); the interface of models; the MLP.
 
-Parameters are a dict of tensors. Stacked over tasks, each leaf has a leading task axis and inputs
-are [tasks, samples, ...]; without it, [samples, ...]. Nothing is swapped into a module to adapt it.
+Parameters are a dict of tensors. If they are stacked over tasks, each leaf has a leading task axis
+and inputs are [tasks, samples, ...]; otherwise, inputs are [samples, ...]. Adaptation never
+modifies a module.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ Part = Literal["head", "upper", "all"]
 
 
 class _Tanh(torch.autograd.Function):
-    """tanh by NumPy's vectorised kernel, ten times as fast as torch's on AVX-512 (2.8 to 0.25 ns).
+    """tanh with NumPy's vectorized kernel, 10 x as fast as torch's on AVX-512 (2.8 to 0.25 ns).
 
-    The derivative, 1 - tanh^2, is a function of the output and so differentiable again.
+    The derivative, 1 - tanh^2, is a function of the output, so it is differentiable again.
     """
 
     @staticmethod
@@ -62,8 +63,8 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W + b; x is [samples, in] or [tasks, samples, in], W [in, out] or [tasks, in, out]."""
     if weight.dim() == 3:
         if len(weight) == 1 and torch.is_inference_mode_enabled():
-            # A batch of one takes another kernel, whose last bits differ; and how many tasks are
-            # sampled together depends on the number of threads, workers and ranks.
+            # A batch of one uses another kernel with different last bits, and the number of tasks
+            # that are sampled together depends on the number of threads, workers and ranks.
             both = (bias.expand(2, -1).unsqueeze(1), x.expand(2, -1, -1), weight.expand(2, -1, -1))
             return torch.baddbmm(*both)[:1]
         return torch.baddbmm(bias.unsqueeze(1), x, weight)
@@ -71,10 +72,10 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class Model(ABC):
-    """Base class of what adapts: a pure function of parameters and samples."""
+    """Base class of adaptable models: a pure function of parameters and samples."""
 
     network: Network
-    """The network inside."""
+    """Network of the model."""
 
     @property
     def context_dim(self) -> int:
@@ -83,7 +84,7 @@ class Model(ABC):
 
     @property
     def generated(self) -> tuple[str, ...]:
-        """Names of parameters that `start` makes from the support instead of meta-learning them."""
+        """Names of parameters that `start` generates from the support, not meta-learned."""
         return ()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -99,7 +100,7 @@ class Model(ABC):
         """Return the model's output for the samples of T tasks, [T, N, size] each."""
 
     def confined(self, params: Params) -> Params:
-        """Return meta-parameters of the same model from which gradients can lead on."""
+        """Return meta-parameters of the same model with nonzero gradients."""
         return params
 
     def start(self, params: Params, support: Any) -> Params:
@@ -119,10 +120,10 @@ class Model(ABC):
 
 
 class Network(ABC):
-    """A network of one kind of inputs, such as observations: parameters and inputs to outputs.
+    """A network for one kind of input, such as observations: maps parameters and inputs to outputs.
 
-    If `context_dim` is not 0, an entry `context` of the parameters, [context_dim] or
-    [tasks, context_dim], is a further input at every sample.
+    If `context_dim` is not 0, the entry `context` of the parameters, [context_dim] or [tasks,
+    context_dim], is an additional input for every sample.
     """
 
     context_dim: int
@@ -135,7 +136,7 @@ class Network(ABC):
 
     @property
     def input_dtype(self) -> type[np.generic]:
-        """Type of inputs as they are kept: float32, or uint8 for images."""
+        """Storage type of inputs: float32, or uint8 for images."""
         return np.float32
 
     @property
@@ -146,7 +147,7 @@ class Network(ABC):
     @property
     @abstractmethod
     def activations(self) -> int:
-        """Numbers that a forward pass keeps for one input."""
+        """Number of stored activations of a forward pass per input."""
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -163,7 +164,7 @@ class Network(ABC):
         Args:
             params: leaves [...] or [tasks, ...]; some may be stacked and others not.
             x: [samples, *input_shape], or [tasks, samples, *input_shape].
-            weight: [..., samples]; an input of weight 0 counts in no statistics of a batch.
+            weight: [..., samples]; an input of weight 0 is excluded from batch statistics.
         """
 
     @abstractmethod
@@ -190,7 +191,7 @@ class MLP(Network):
     """Factor of the last layer's initial weights."""
     encoder: Encoder | None = None
     images: bool = False
-    """Whether inputs are kept as bytes."""
+    """Whether inputs are stored as bytes."""
 
     def __post_init__(self) -> None:
         check_one_of("activation", self.activation, get_args(Activation))
@@ -280,10 +281,10 @@ def initial(
 ) -> Params:
     """Draw Xavier-uniform weights (Glorot & Bengio 2010, eq. 16); biases 0, scales 1; float32.
 
-    In a convolution's [out, in, k, k] each of the k x k places is an input and an output.
+    In a convolution's [out, in, k, k], each of the k x k places counts as an input and an output.
 
     Args:
-        factors: of weights, by name.
+        factors: factors of weights, by name.
     """
     params: Params = {}
     for name, shape in shapes.items():
@@ -297,7 +298,7 @@ def initial(
 
 
 def copied(params: Mapping[str, Tensor]) -> Params:
-    """Return parameters of the same values that share no memory with others."""
+    """Return copies of parameters that share no memory with them."""
     return {name: p.detach().clone() for name, p in params.items()}
 
 
@@ -312,6 +313,6 @@ def flatten(params: Params) -> Tensor:
 
 
 def unflatten(vector: Tensor, like: Params) -> Params:
-    """Return a vector in the shapes (and order) of parameters."""
+    """Return a vector in the shapes and order of parameters."""
     parts = vector.split([p.numel() for p in like.values()])
     return {name: part.view(p.shape) for (name, p), part in zip(like.items(), parts, strict=True)}

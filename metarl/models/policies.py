@@ -19,20 +19,20 @@ from metarl.models.distribution import Distribution
 from metarl.models.networks import Dist, Model, Network, Params, Part
 
 CLIP = 10.0
-"""Normalized observations are cut to plus or minus so many standard deviations."""
+"""Normalized observations are clipped to plus or minus this many standard deviations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyModel(Model):
     """A distribution over actions whose parameters a network computes from the observation.
 
-    With `normalize`, observations are scaled by entries `norm.*`, which no gradient moves:
-    `track_observations` does.
+    With `normalize`, observations are scaled by entries `norm.*`. These have no gradient;
+    `track_observations` updates them.
     """
 
     network: Network
     distribution: Distribution
-    """Fitted to the action space."""
+    """Distribution, fitted to the action space."""
     normalize: bool = False
 
     @property
@@ -47,7 +47,7 @@ class PolicyModel(Model):
 
     @property
     def observation_dtype(self) -> type[np.generic]:
-        """Type that observations are kept as."""
+        """Storage type of observations."""
         return self.network.input_dtype
 
     @property
@@ -109,14 +109,14 @@ class PolicyModel(Model):
     def track_observations(
         self, params: Params, parts: Sequence[Tensor], process_group: ProcessGroup = ALONE
     ) -> Params:
-        """Return the parameters with observations taken into `norm.*`.
+        """Return the parameters with `norm.*` updated by observations.
 
         Chan et al. 1979: mean and variance of the union of two samples.
 
         Args:
-            params: not stacked.
-            parts: [n, observation_dim] each, of one chunk of tasks after the other.
-            process_group: has other parts.
+            params: parameters, not stacked.
+            parts: [n, observation_dim] each, one for each chunk of tasks.
+            process_group: group with the other parts.
         """
         seen = process_group.total(sum(map(len, parts)))
         if not seen:
@@ -135,7 +135,7 @@ class PolicyModel(Model):
         return self.distribution.noise(rng, *shape)
 
     def sample(self, dist: Dist, noise: Tensor) -> Tensor:
-        """Return the actions [..., action_size] of noise."""
+        """Return the actions [..., action_size] for given noise."""
         return self.distribution.sample(dist, noise)
 
     def mode(self, dist: Dist) -> Tensor:

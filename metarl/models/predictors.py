@@ -25,8 +25,8 @@ from metarl.models.networks import (
 from metarl.models.samples import Examples
 
 Head = Literal["meta", "prototypes", "generated"]
-"""Where a classifier's last layer starts: at meta-parameters, at the class means of the support, or
-at what a network makes of the support."""
+"""Initial last layer of a classifier: meta-parameters, class means of the support, or generated
+from the support by a network."""
 
 
 def squared_error(model: Any, output: Dist, examples: Examples) -> Tensor:
@@ -36,10 +36,10 @@ def squared_error(model: Any, output: Dist, examples: Examples) -> Tensor:
 
 
 def cross_entropy(model: Any, output: Dist, examples: Examples) -> Tensor:
-    """Mean of -log p(class), [T], the softmax over the classes that a task has."""
+    """Mean of -log p(class), [T]; softmax over the classes of the task."""
     log = output["logits"].log_softmax(dim=-1)
     picked = log.gather(-1, examples.targets.unsqueeze(-1)).squeeze(-1)
-    # Examples that only fill rows are of a class that their task lacks.
+    # Padded examples have a class that does not belong to their task.
     return -torch.where(examples.weight > 0, examples.weight * picked, 0.0).sum(dim=1)
 
 
@@ -51,7 +51,7 @@ def accuracy(model: Any, output: Dist, examples: Examples) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor(Model):
-    """Base class of models that learn labelled examples; the loss comes with it."""
+    """Base class of models for labelled examples, with their loss."""
 
     network: Network
 
@@ -76,7 +76,7 @@ class Regressor(Predictor):
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier(Predictor):
-    """Predicts one class of those that a task has; cross-entropy."""
+    """Predicts one of the classes of a task; cross-entropy."""
 
     head: Head = "meta"
 
@@ -89,7 +89,7 @@ class Classifier(Predictor):
 
     @property
     def _mlp(self) -> MLP:
-        """The network, whose last layer `start` makes."""
+        """The network, whose last layer `start` generates."""
         assert isinstance(self.network, MLP)
         return self.network
 
@@ -109,12 +109,12 @@ class Classifier(Predictor):
         return super().init(rng) if self.head == "meta" else initial(self.shapes(), rng)
 
     def start(self, params: Params, support: Examples) -> Params:
-        """Return the last layer, weight [T, size, C] and bias [T, C], made from the support.
+        """Return the last layer, weight [T, size, C] and bias [T, C], generated from the support.
 
-        From prototypes c_k, the means of each class's embeddings: W_k = 2 c_k, b_k = -|c_k|^2, so
-        that the logits are -|x - c_k|^2 + |x|^2 (ProtoMAML; Triantafillou et al. 2020, section 3,
-        arXiv:1903.03096). Generated: the mean over a class's examples of the output of a tanh
-        network for each embedding, (W_k, b_k) (LEOPARD; Bansal et al. 2020, section 3.1,
+        With prototypes c_k, the means of each class's embeddings: W_k = 2 c_k, b_k = -|c_k|^2. The
+        logits are then -|x - c_k|^2 + |x|^2 (ProtoMAML; Triantafillou et al. 2020, section 3,
+        arXiv:1903.03096). Generated: a tanh network maps each embedding to an output, and the mean
+        over a class's examples is (W_k, b_k) (LEOPARD; Bansal et al. 2020, section 3.1,
         arXiv:1911.03863).
         """
         if self.head == "meta":
@@ -144,7 +144,7 @@ class Classifier(Predictor):
 def class_means(x: Tensor, examples: Examples, classes: int) -> Tensor:
     """Return the mean of [T, N, size] over each class's valid examples, [T, classes, size].
 
-    A class without any has mean 0.
+    A class without examples has mean 0.
     """
     own = torch.nn.functional.one_hot(examples.targets, classes).to(x.dtype)
     own = own * (examples.weight > 0).unsqueeze(-1).to(x.dtype)

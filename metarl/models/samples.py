@@ -1,6 +1,6 @@
-"""Samples of tasks as losses see them. Samples of policies are `Batch`, in `learning/losses`.
+"""Samples of tasks for losses. Samples of policies are `Batch`, in `learning/losses`.
 
-Their weights sum to 1 over a task's valid samples, and are 0 for the others.
+The weights of a task's valid samples sum to 1; other samples have weight 0.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class Samples:
     """[T, N]; sums to 1 over the valid samples of a task, 0 where not valid."""
 
     of_tasks: ClassVar[tuple[str, ...]] = ("context",)
-    """Fields that are a task's, [T, ...], not a sample's."""
+    """Fields per task, [T, ...], not per sample."""
     drawn: ClassVar[bool] = False
-    """Whether policies drew the samples, so that other parameters would have drawn others."""
+    """Whether policies drew the samples, so that they depend on the parameters."""
 
     def kl(self, model: Any, output: Any) -> Tensor:
-        """Return the mean KL from the policy that drew the samples to an output, [T].
+        """Return the mean KL from the sampling policy to an output, [T].
 
         It is 0 for the examples of a data set.
         """
@@ -33,16 +33,16 @@ class Samples:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return the samples with a function applied to every tensor."""
-        # ruff's rule on dataclasses cannot know that each kind of samples is one.
+        # ruff's rule on dataclasses does not see that all kinds of samples are dataclasses.
         new = {f.name: _map(function, getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
         return type(self)(**new)
 
     def select(self, samples: Tensor) -> Self:
-        """Return some of the samples of every task, weights summing to 1 again.
+        """Return some of the samples of every task, with weights that sum to 1 again.
 
         Args:
-            samples: indices of single samples, whose order is lost, [N'] for all tasks alike or
-                [T, N'] for each; or those of whole episodes, [T, episodes', horizon].
+            samples: indices of single samples, whose order is lost: [N'] for all tasks or [T, N']
+                for each. Or indices of whole episodes, [T, episodes', horizon].
         """
         each = samples.flatten(1) if samples.ndim > 1 else samples.expand(len(self.weight), -1)
         task = torch.arange(len(each), device=each.device).unsqueeze(1)
@@ -55,17 +55,17 @@ class Samples:
 
 @dataclass(frozen=True)
 class Examples(Samples):
-    """Labelled examples: what a data set gives, whatever the parameters are."""
+    """Labelled examples of a data set. They do not depend on the parameters."""
 
     inputs: Tensor
     """[T, N, *shape]"""
     targets: Tensor
-    """[T, N, size] to regress on, or [T, N] class numbers of 0 ... C - 1 (int64)."""
+    """[T, N, size] for regression, or [T, N] class numbers of 0 ... C - 1 (int64)."""
     weight: Tensor
     classes: Tensor | None = None
-    """[T, C] bool; which classes a task has. None: all of them."""
+    """[T, C] bool; mask of a task's classes. None: all classes."""
     context: Tensor | None = None
-    """[T, context_dim]; what the model is told of its task, where it is told."""
+    """[T, context_dim]; the model's observation of its task, if it has one."""
 
     of_tasks: ClassVar[tuple[str, ...]] = ("classes", "context")
 

@@ -1,5 +1,4 @@
-"""The settings of torch that results depend on: `own_settings` while metarl computes, and put back
-when user code has changed them."""
+"""Settings of torch that results depend on: set while metarl computes, restored after user code."""
 
 from __future__ import annotations
 
@@ -14,9 +13,9 @@ from metarl.envs.guard import Setting
 
 @contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
-    """Compute attention by plain matrix products: the fused kernels have no second derivative."""
+    """Compute attention with plain matrix products: the fused kernels have no second derivative."""
     fused = torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
-    torch.backends.cuda.enable_flash_sdp(False)  # also the processor's
+    torch.backends.cuda.enable_flash_sdp(False)  # also for the CPU
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
@@ -31,9 +30,9 @@ def _set_device(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """Compute as metarl needs it, whatever the caller has set; the caller's come back afterwards.
+    """Use metarl's settings inside this context, and restore the caller's settings afterwards.
 
-    One intra-op thread, gradients, float32, the CPU.
+    One intra-op thread, gradients enabled, float32, the CPU.
     """
     threads, dtype, device = (
         torch.get_num_threads(),

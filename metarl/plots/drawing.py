@@ -1,7 +1,7 @@
-"""Shared by all pictures: styles, the figure, its files; drawn without a display.
+"""Common parts of all figures: styles, axes and files. No display is needed.
 
-Colours are Okabe and Ito's, told apart with any colour vision; markers and lines tell curves apart
-in grey.
+Colours are from Okabe and Ito and can be distinguished with any colour vision. In grey, markers and
+lines distinguish the curves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STYLES = [
 ]
 """Colour, marker and line style of each curve."""
 BEFORE, AFTER = "#D55E00", "#0072B2"
-"""Colours of what is before and after adaptation."""
+"""Colours of values before and after adaptation."""
 
 
 def style_of(i: int) -> dict[str, Any]:
@@ -45,10 +45,10 @@ def new_figure(
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write PNG and SVG; the same figure gives the same bytes."""
+    """Write PNG and SVG files. Equal figures give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a name's dollars are no formula
+        text.set_parse_math(False)  # dollar signs in a name are not a formula
     paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
     with mpl.rc_context({"svg.hashsalt": "metarl"}):
         for file in paths:
@@ -61,11 +61,11 @@ def save(figure: Figure, path: Path) -> list[Path]:
 
 
 def add_legend(figure: Figure, axes: Axes, columns: int) -> None:
-    """Put the legend below the axes, where no data are."""
+    """Put the legend below the axes, clear of the data."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def label_of(name: str) -> str:
-    """Return a name as a label; legends leave out those that begin with an underscore."""
+    """Return a name as a label. Legends omit names that start with an underscore."""
     return f" {name}" if name.startswith("_") else name

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation, each as PNG and SVG."""
+"""Figures of an evaluation, each as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _with_unit(name: str, setting: Mapping[str, Any]) -> str:
 
 
 def plot_evaluation(result: EvaluationResult, path: Path) -> list[Path]:
-    """Draw return against inner steps, a line a policy with its 95 % interval over tasks."""
+    """Plot return against inner steps: a line per policy with its 95 % interval over tasks."""
     setting = result.setting
     figure = new_figure(6.4, 4.8)
     axes = figure.add_subplot()
@@ -83,16 +83,17 @@ def plot_evaluation(result: EvaluationResult, path: Path) -> list[Path]:
 
 
 def _measured(result: EvaluationResult) -> str:
-    """Return what a result measures, in words for an axis."""
+    """Return the measure of a result as an axis label."""
     if "horizon" in result.setting:
         return f"return (sum of {result.setting['horizon']} rewards)"
     return result.curve.measure.name
 
 
 def plot_functions(result: EvaluationResult, path: Path) -> list[Path]:
-    """Draw the first tasks' functions: true, before and after adaptation; and other predictors'.
+    """Plot the first tasks' functions: true, before and after adaptation, and references.
 
-    As figure 2 of Finn et al. 2017. Nothing is drawn if the tasks are not functions.
+    The figure follows figure 2 of Finn et al. 2017. Nothing is drawn if the tasks are not
+    functions.
     """
     rows = {name: c for name, c in result.rows.items() if c.functions is not None}
     if "functions" not in result.setting or not rows:
@@ -129,10 +130,10 @@ def plot_functions(result: EvaluationResult, path: Path) -> list[Path]:
 
 
 def plot_tasks(result: EvaluationResult, path: Path) -> list[Path]:
-    """Draw each task's return before and after adaptation against its goal.
+    """Plot each task's return before and after adaptation against its goal.
 
-    Where the family says what comes of a task's component, that is drawn against it too. Of tasks
-    that are classes nothing is drawn.
+    If the family reports the achieved value of a task component, it is plotted against the goal
+    too. Nothing is drawn for classification tasks.
     """
     setting, curve = result.setting, result.curve
     goals, names = np.array(setting["tasks"]), setting["components"]
@@ -208,9 +209,9 @@ def _returns_in_the_plane(result: EvaluationResult, goals: Floats, shown: Sequen
 
 
 def plot_paths(result: EvaluationResult, path: Path) -> list[Path]:
-    """Draw where one episode of the first tasks leads, before and after adaptation.
+    """Plot the path of one episode of the first tasks, before and after adaptation.
 
-    Nothing is drawn, and no path returned, for a family whose tasks are not places.
+    If tasks are not positions, nothing is drawn and no file path is returned.
     """
     setting, paths = result.setting, result.curve.paths
     if len(paths) != 2:

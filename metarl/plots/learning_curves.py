@@ -20,16 +20,16 @@ Against = Literal["env-steps", "time"]
 def plot_learning(
     runs: Sequence[Path], path: Path, *, against: Against = "env-steps", smooth: int = 1
 ) -> list[Path]:
-    """Draw return before and after adaptation along training, a band over seeds.
+    """Plot return before and after adaptation during training, with a band over seeds.
 
     Args:
-        runs: run folders; those that differ by their seed only share a line.
-        path: of the picture, its suffix replaced.
+        runs: run folders; runs that differ only in their seed share a line.
+        path: path of the figure; its suffix is replaced.
         against: env steps, or wall-clock time of training.
-        smooth: iterations that a point is the mean of.
+        smooth: number of iterations in the moving mean.
 
     Raises:
-        UserError: a folder does not hold a run, or has no iteration yet.
+        UserError: a folder does not contain a run, or has no iteration yet.
     """
     check_one_of("against", against, get_args(Against))
     if smooth < 1:
@@ -41,7 +41,7 @@ def plot_learning(
     longest = max(trace["x"][-1] for several in traces.values() for trace in several)
     domains = {config.domain for config in configs.values()}
     if len(domains) > 1:
-        raise UserError("losses and returns do not share a picture: plot the runs apart")
+        raise UserError("losses and returns cannot share a figure: plot these runs separately")
     (domain,) = domains
     unit, label = _axis(longest, against, domain.unit)
     figure = new_figure(7.2, 4.9)
@@ -49,7 +49,7 @@ def plot_learning(
     for i, (name, several) in enumerate(traces.items()):
         style = style_of(i)
         common = min((trace["x"] for trace in several), key=lambda x: x[-1])
-        # A share of the curve's length, of which one iteration has none.
+        # A fraction of the curve's length; a single iteration has none.
         marked = (0.05 * (i % 3), 0.15) if len(common) > 20 else None
         seeds = f" ({len(several)} seeds)" if len(several) > 1 else ""
         for kind in ("pre", "post"):
@@ -58,7 +58,7 @@ def plot_learning(
                 continue  # Reptile samples nothing with its adapted parameters
             after = kind == "post"
             if not after and name in still:
-                continue  # one curve says it all
+                continue  # one curve is enough
             when = "no" if name in still else "after" if after else "before"
             axes.plot(
                 common / unit, curves.mean(axis=0), color=style["color"], marker=style["marker"],
@@ -109,7 +109,7 @@ def _trace(run: Path, against: Against, smooth: int) -> dict[str, Floats]:
     for kind in ("pre", "post"):
         found = [row[f"{measure}_{kind}"] for row in rows]
         values = np.array([np.nan if value is None else value for value in found], np.float64)
-        known = np.isfinite(values)  # a skipped iteration may have none
+        known = np.isfinite(values)  # a skipped iteration may have no value
         first = np.maximum(np.arange(len(values)) + 1 - smooth, 0)
         sums, counts = (
             np.cumsum(np.insert(x, 0, 0.0)) for x in (np.where(known, values, 0.0), known)

@@ -1,6 +1,6 @@
-"""One HTML page about a run: what adaptation gains, pictures, a video, the config, the versions.
+"""One HTML page about a run: gain of adaptation, figures, a video, the config and the versions.
 
-It holds all that it shows and opens without a network.
+The page contains all its content and opens without a network.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ pre { background: #f5f5f5; padding: .75rem; overflow-x: auto; white-space: pre; 
 """
 
 _PICTURES = (
-    ("evaluation", "Adaptation", "How held-out tasks go after each number of inner steps."),
+    ("evaluation", "Adaptation", "Held-out tasks after each number of inner steps."),
     ("evaluation-tasks", "Task by task", "Each held-out task before and after adaptation."),
     ("evaluation-functions", "Functions", "True, before and after adaptation; and pretrained."),
     ("evaluation-paths", "Paths", "One episode of some tasks, before and after adaptation."),
@@ -55,16 +55,16 @@ def write_report(
     run: Mapping[str, Any] | None = None,
     no_video: str = "",
 ) -> None:
-    """Write the page about what the commands left in a folder.
+    """Write the page from the files that commands wrote to a folder.
 
     Args:
-        folder: holds `evaluation.json`, and pictures and a video where they were made.
-        out: the file to write.
-        title: of the page.
-        adapts: training takes inner steps, so that its metrics say how well.
-        stratified: training spreads its tasks evenly.
-        run: content of the run's `config.json`; none for a policy that is no run.
-        no_video: why there is none.
+        folder: contains `evaluation.json`, and figures and a video if they exist.
+        out: file to write.
+        title: title of the page.
+        adapts: whether training takes inner steps, so that its metrics measure adaptation.
+        stratified: whether training spreads its tasks evenly.
+        run: content of the run's `config.json`; None for a policy without a run.
+        no_video: reason for a missing video.
     """
     evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
     parts = [f"<h1>{html.escape(title)}</h1>", _setting(evaluation)]
@@ -85,7 +85,7 @@ def write_report(
     if (folder / "video.mp4").exists():
         parts.append(_video(folder / "video.mp4"))
     else:
-        parts.append(f"<p>{html.escape(no_video or 'None was made.')}</p>")
+        parts.append(f"<p>{html.escape(no_video or 'No video was recorded.')}</p>")
     if run is not None:
         parts.append(f"<h2>Config</h2>{_json(run['config'])}")
         parts.append(f"<h2>Versions of the training</h2>{_json(run['versions'])}")
@@ -107,7 +107,7 @@ def _data(kind: str, data: bytes) -> str:
 
 
 def _video(path: Path) -> str:
-    # Two codecs: some browsers come without H.264, others without VP9.
+    # Two codecs: some browsers lack H.264, others VP9.
     mp4 = _data("video/mp4", path.read_bytes())
     webm = _data("video/webm", to_webm(path))
     return (
@@ -136,7 +136,7 @@ def _setting(evaluation: Mapping[str, Any]) -> str:
         f"{evaluation['algorithm']} on {evaluation['family']}{options}{after};"
         f" evaluated on {described(evaluation)}{how} with"
         f" {evaluation['samples']} for each inner step."
-        " Behind ± stands half the 95 % bootstrap interval over tasks."
+        " ± is half the width of the 95 % bootstrap interval over tasks."
     )
     return f"<p>{html.escape(text)}</p>"
 

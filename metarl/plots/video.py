@@ -1,8 +1,8 @@
-"""Videos of policies on one task, side by side, with goal, step and return written in the frame.
+"""Videos of policies on one task, side by side, with goal, step and return in the frame.
 
-Needs no display: MuJoCo draws through EGL, or OSMesa. Which of them works is tried out in a process
-of its own, since a process that failed with one cannot try the other. `prepare` chooses before an
-environment's module is imported, for some read the choice then.
+No display is needed: MuJoCo renders through EGL or OSMesa. Another process tests which of them
+works, because a process that failed with one cannot try the other. `prepare` chooses before an
+environment's module is imported, because some read the choice at import.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from metarl.envs.errors import UserError, check_one_of
 from metarl.policies.policy import Policy
 from metarl.runs.files import write_atomically
 
-FPS = 25  # at most; slower families are shown at their own rate
+FPS = 25  # maximum; slower families keep their own rate
 _LINE, _GAP = 30, 8  # pixels: height of a line of text above a panel, space between panels
-_NARROWEST = 160  # pixels of a panel, which must have room for text
+_NARROWEST = 160  # minimum width of a panel with text, in pixels
 
 _TRY = """
 import mujoco
@@ -45,13 +45,13 @@ mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
 
 @dataclass(frozen=True)
 class Video:
-    """Frames [time, height, width, 3] uint8 and how many a second."""
+    """Frames [time, height, width, 3] uint8, and frames per second."""
 
     frames: NDArray[np.uint8]
     fps: float
 
     def save(self, path: Path) -> None:
-        """Write it as the suffix says: .mp4, .webm or .gif."""
+        """Write the video in the format of the suffix: .mp4, .webm or .gif."""
         check_one_of("suffix", path.suffix, (".gif", *_CODECS))
         if path.suffix == ".gif":
             images = [
@@ -93,27 +93,27 @@ def _ffmpeg(arguments: list[str], data: bytes = b"") -> None:
 
 
 def choose_gl() -> None:
-    """Set MUJOCO_GL to what draws here: what it is, else EGL, else OSMesa, else a display.
+    """Set MUJOCO_GL to a backend that works here: the current one, EGL, OSMesa or a display.
 
     Raises:
-        UserError: nothing does; the message says what to install.
+        UserError: no backend works; the message lists what to install.
     """
     if not sys.platform.startswith("linux"):
-        return  # the system's own way needs no choice
+        return  # the system default needs no choice
     asked = os.environ.get("MUJOCO_GL")
     for backend in [asked] if asked else ["egl", "osmesa", *(["glfw"] if _display() else [])]:
         if draws(backend):
             os.environ["MUJOCO_GL"] = backend
             return
-    tried = f"MUJOCO_GL={asked} does not draw" if asked else "neither EGL nor OSMesa draws"
+    tried = f"MUJOCO_GL={asked} does not work" if asked else "neither EGL nor OSMesa works"
     raise UserError(f"no video: {tried} here; on Debian or Ubuntu: apt-get install libegl1 libgl1")
 
 
 def prepare() -> str | None:
-    """Choose what draws without a display, for every environment that is imported from here on.
+    """Choose a backend that renders without a display, for all environments imported later.
 
     Returns:
-        what is amiss, where MuJoCo cannot draw; other environments may.
+        description of the problem if MuJoCo cannot render; other environments may still render.
     """
     if sys.platform.startswith("linux") and not _display():
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame's
@@ -130,7 +130,7 @@ def _display() -> bool:
 
 @functools.cache
 def draws(backend: str) -> bool:
-    """Return whether MuJoCo draws with a backend here, such as "egl"; tried in another process."""
+    """Return whether MuJoCo renders with a backend here, such as "egl". Starts a process."""
     environment = {**os.environ, "MUJOCO_GL": backend}
     try:
         done = subprocess.run(
@@ -153,16 +153,16 @@ def record(
     deterministic: bool = False,
     speed: float = 1.0,
 ) -> Video:
-    """Return a video of one episode of each policy on a task, from the same start, side by side.
+    """Return a video of one episode of each policy on a task, side by side, from the same start.
 
     Args:
-        policies: by what is written over them.
-        seed: of the reset.
-        deterministic: act by the mean instead of a sample.
-        speed: of playback, 1 for real time.
+        policies: policies by their panel title.
+        seed: seed of the reset.
+        deterministic: act with the mean instead of a sample.
+        speed: speed of playback, 1 for real time.
 
     Raises:
-        UserError: nothing draws here, or the family renders no images.
+        UserError: no backend renders here, or the family renders no images.
     """
     if not speed > 0.0:
         raise UserError(f"speed must be positive, got {speed}")
@@ -189,7 +189,7 @@ def record(
             ]
         )
     panels = _of_one_size(panels)
-    longest = max(map(len, panels)) + round(fps / 2)  # the end stands for half a second
+    longest = max(map(len, panels)) + round(fps / 2)  # the last frame stays for half a second
     joined = []
     for i in range(longest):
         row = [panel[min(i, len(panel) - 1)] for panel in panels]
@@ -200,7 +200,7 @@ def record(
 
 
 def _of_one_size(panels: list[list[NDArray[np.uint8]]]) -> list[list[NDArray[np.uint8]]]:
-    """Scale frames to the size of the first; some environments draw others in other states."""
+    """Scale frames to the size of the first; some environments change the size between states."""
     height, width = panels[0][0].shape[:2]
     return [
         [
@@ -220,23 +220,23 @@ def _episode(
     deterministic: bool,
     amiss: str | None,
 ) -> list[tuple[int, float, NDArray[np.uint8]]]:
-    """Return the step, the return so far and an image of every few steps and of the last.
+    """Return step, return so far and image, for every few steps and for the last one.
 
     Raises:
-        UserError: the environment cannot draw; `amiss` says what MuJoCo lacks here.
+        UserError: the environment cannot render; `amiss` describes a problem of MuJoCo.
     """
 
     def image() -> NDArray[np.uint8]:
         try:
             with guard.user_code():
                 drawn = env.render()
-        except Exception as error:  # whatever a graphics library raises
+        except Exception as error:  # a graphics library may raise anything
             why = f"{amiss}; {type(error).__name__}: {error}" if amiss else f"no video: {error}"
             raise UserError(why) from error
         if drawn is None:
             raise UserError(
-                "no video: the environment renders nothing; if a function makes it, that must take"
-                " render_mode=None and hand it on"
+                "no video: the environment renders nothing; if a function creates it, the function"
+                " must take render_mode=None and pass it on"
             )
         return _frame(drawn)
 
@@ -256,9 +256,9 @@ def _episode(
 
 
 def _frame(drawn: Any) -> NDArray[np.uint8]:
-    """Return what an environment drew as bytes [height, width, 3], large enough for text.
+    """Return a rendered image as bytes [height, width, 3], large enough for text.
 
-    Grey pictures, an alpha channel and floats in [0, 1] are what some give.
+    Some environments render grey images, an alpha channel or floats in [0, 1].
     """
     image = np.asarray(drawn)
     if image.ndim == 2:

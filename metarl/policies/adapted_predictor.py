@@ -1,4 +1,4 @@
-"""A predictor, adapted to one task's examples: what a user calls."""
+"""Predictor adapted to one task's examples, as users call it."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from metarl.models.samples import Examples
 
 @dataclass(frozen=True)
 class AdaptedPredictor:
-    """A regressor or classifier of one task."""
+    """Regressor or classifier of one task."""
 
     model: Predictor
     params: Params
-    """Not stacked."""
+    """Parameters, not stacked."""
     classes: torch.Tensor | None = None
-    """[1, C]; which classes the examples had, which alone are predicted; None: all of them."""
+    """[1, C]; classes that the examples had. Only these are predicted; None: all classes."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", copied(self.params))
 
     def predict(self, inputs: ArrayLike) -> NDArray:
-        """Return what is predicted of inputs [n, *shape]: numbers [n, size], or classes [n].
+        """Return predictions for inputs [n, *shape]: values [n, size], or classes [n].
 
-        The four blocks normalize by the inputs that are given together.
+        With the `conv4` network, inputs of one call are normalized together.
 
         Raises:
-            UserError: inputs are of another shape, or not finite.
+            UserError: the inputs have another shape or are not finite.
         """
         x = as_inputs(self.model, inputs)
         weight = torch.full((1, len(x)), 1.0 / len(x))
@@ -53,7 +53,7 @@ def as_inputs(model: Predictor, inputs: ArrayLike) -> torch.Tensor:
     """Return inputs as a tensor [n, *shape], bytes scaled to [0, 1].
 
     Raises:
-        UserError: they are of another shape, or not finite.
+        UserError: the inputs have another shape or are not finite.
     """
     values, shape = np.asarray(inputs), model.network.input_shape
     if values.shape[1:] != shape or not len(values):
@@ -90,6 +90,6 @@ def as_examples(model: Predictor, inputs: ArrayLike, targets: ArrayLike) -> Exam
     if isinstance(model, Classifier):
         count = int(labels.max()) + 1 if model.generated else outputs
         shown = torch.bincount(labels, minlength=count) > 0
-        # As in training: a class without examples is none of the task's.
+        # As in training: a class without examples does not belong to the task.
         classes = shown[None] if model.generated or not shown.all() else None
     return Examples(x[None], labels[None], weight, classes)

@@ -1,4 +1,4 @@
-"""Policies as files that other programs run: TorchScript and ONNX, checked against the policy."""
+"""Policies as files for other programs: TorchScript and ONNX, checked against the policy."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ Format = Literal["torchscript", "onnx"]
 SUFFIXES: dict[Format, str] = {"torchscript": ".pt", "onnx": ".onnx"}
 
 CHECKED = 1000
-"""Observations that an exported policy is compared on."""
+"""Number of observations on which an exported policy is compared."""
 
 
 def export(policy: Policy, path: Path, kind: Format, observations: gym.Space) -> float:
-    """Write a policy to a file and return how far its actions are from the policy's own.
+    """Write a policy to a file and return the largest difference between both policies' actions.
 
-    The file takes observations [n, ...] (float32, images uint8) and gives the most likely actions.
+    The file maps observations [n, ...] (float32, images uint8) to the most likely actions.
 
     Args:
-        observations: their space, from which those are drawn that both are compared on.
+        observations: observation space; the observations for the comparison are sampled from it.
 
     Raises:
-        UserError: a package that the format needs is not installed, or the file acts otherwise.
+        UserError: a package that the format needs is not installed, or the exported policy acts
+            differently.
     """
     check_one_of("format", kind, get_args(Format))
     observations.seed(0)
@@ -47,17 +48,17 @@ def export(policy: Policy, path: Path, kind: Format, observations: gym.Space) ->
     gap = np.abs(found.astype(np.float64) - expected)
     if np.issubdtype(expected.dtype, np.floating):
         wrong = gap > 1e-4 * (1.0 + np.abs(expected))
-    else:  # categories that are as likely as each other to rounding may change places
+    else:  # categories that are equally likely up to rounding may swap
         wrong = np.broadcast_to((gap > 0).mean() > 0.005, gap.shape)
     if found.shape != expected.shape or wrong.any():
-        raise UserError(f"{path}: the exported policy acts otherwise, by up to {gap.max():g}")
+        raise UserError(f"{path}: the exported policy acts differently, by up to {gap.max():g}")
     write_atomically(path, data)
     return float(gap.max())
 
 
 def _torchscript(module: nn.Module, example: NDArray) -> bytes:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of the format's age
+        warnings.simplefilter("ignore")  # torch warns that the format is old
         traced = torch.jit.trace(module, torch.from_numpy(example), check_trace=False)
         buffer = io.BytesIO()
         torch.jit.save(traced, buffer)
@@ -74,7 +75,7 @@ def _onnx(module: nn.Module, example: NDArray) -> bytes:
     if importlib.util.find_spec("onnx") is None:
         raise UserError(
             "the format onnx needs the package onnx, which is not installed:"
-            " pip install 'metarl-gradient[onnx]', or take --format torchscript"
+            " pip install 'metarl-gradient[onnx]', or use --format torchscript"
         )
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -82,7 +83,7 @@ def _onnx(module: nn.Module, example: NDArray) -> bytes:
         torch.onnx.export(
             module,
             (torch.from_numpy(example),),
-            buffer,  # pyright: ignore[reportArgumentType]  (a file object is taken)
+            buffer,  # pyright: ignore[reportArgumentType]  (a file object is accepted)
             input_names=["observation"],
             output_names=["action"],
             dynamic_axes={"observation": {0: "n"}, "action": {0: "n"}},

@@ -45,14 +45,13 @@ def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
     """Return a meta-policy.
 
     Args:
-        what: a run folder, whose newest checkpoint is read; a checkpoint file of a run; a file that
-            `MetaPolicy.save` wrote; or the name of a shipped policy.
-        config: of the run, if its algorithm, network or distribution has no name that can be
-            imported.
+        what: a run folder (its newest checkpoint is read); a checkpoint file of a run; a
+            file that `MetaPolicy.save` wrote; or the name of a shipped policy.
+        config: config of the run, if its algorithm, network or distribution has no importable name.
 
     Raises:
-        CheckpointError: it is none of them, or its file is damaged.
-        UserError: the family that it was trained on is needed and cannot be made.
+        CheckpointError: no policy is found, or its file is damaged.
+        UserError: the training family is needed and cannot be created.
     """
     path = as_path(_POLICY, what)
     if path.is_dir():
@@ -64,7 +63,7 @@ def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
             if older is None:
                 raise
             good = checkpoint_path(path, older)
-            raise CheckpointError(f"{error}; the newest good one is {good}") from error
+            raise CheckpointError(f"{error}; the newest good checkpoint is {good}") from error
     if not path.exists():
         names = shipped()
         if str(what) not in names:
@@ -81,11 +80,11 @@ def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
     tensors, metadata = checkpoints.load(path)
     if metadata.get("kind") == "adapted":
         raise CheckpointError(
-            f"{path} is a policy adapted to one task, no initialization: metarl record shows it,"
-            " metarl.load_policy reads it"
+            f"{path} is a policy adapted to one task, not an initialization: metarl record shows"
+            " it, metarl.load_policy reads it"
         )
     if metadata.get("kind") not in ("policy", "checkpoint"):
-        raise CheckpointError(f"{path} holds no policy but {metadata.get('kind')!r}")
+        raise CheckpointError(f"{path} contains no policy but {metadata.get('kind')!r}")
     config = config_of(path, metadata, config)
     state = {
         n.removeprefix("baseline."): t for n, t in tensors.items() if n.startswith("baseline.")
@@ -97,7 +96,7 @@ def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
     if "versions" in metadata:
         provenance["versions"] = metadata["versions"]
     if not params:
-        raise CheckpointError(f"{path} holds no policy")
+        raise CheckpointError(f"{path} contains no policy")
     meta = MetaPolicy(params, config, provenance, metadata.get("family") or {}, state)
     shapes = config.domain.adapter(config.algorithm, meta.model).shapes()
     return dataclasses.replace(meta, params=checkpoints.in_shapes(path, params, shapes))
@@ -105,21 +104,21 @@ def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
 
 @own_settings()
 def load_policy(path: str | Path) -> Policy:
-    """Return an adapted policy from the file that `metarl adapt` or `Policy.save` wrote.
+    """Return an adapted policy from a file that `metarl adapt` or `Policy.save` wrote.
 
     Raises:
-        CheckpointError: the file is missing, damaged or no adapted policy.
-        UserError: the family that it was trained on cannot be made; one of your own must be
-            importable under its name.
+        CheckpointError: the file is missing, damaged or not an adapted policy.
+        UserError: the training family cannot be created. A custom family must be importable by its
+            name.
     """
     path = as_path("an adapted policy", path)
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: metarl adapt makes a policy of a run")
+        raise CheckpointError(f"{path} is a folder: metarl adapt creates a policy from a run")
     tensors, metadata = checkpoints.load(path)
     if metadata.get("kind") != "adapted":
         if metadata.get("kind") not in ("policy", "checkpoint"):
-            raise CheckpointError(f"{path} holds no policy but {metadata.get('kind')!r}")
-        raise CheckpointError(f"{path} is an initialization: metarl adapt makes a policy of it")
+            raise CheckpointError(f"{path} contains no policy but {metadata.get('kind')!r}")
+        raise CheckpointError(f"{path} is an initialization: metarl adapt creates a policy from it")
     config = config_of(path, metadata)
     meta = MetaPolicy(tensors, config, trained_on=metadata.get("family") or {})
     shapes = meta.policy.shapes()
@@ -127,7 +126,7 @@ def load_policy(path: str | Path) -> Policy:
         shapes["context"] = (meta.policy.context_dim,)
     if "actions" in metadata:
         space = space_from_json(metadata["actions"])
-    else:  # of a file from before
+    else:  # a file of an older version
         space = spaces_of(meta.family)[1]
     params = checkpoints.in_shapes(path, tensors, shapes)
     return Policy(

@@ -1,4 +1,4 @@
-"""A trained initialization as its user holds it: adapt it to a task, save it."""
+"""Meta-policy: a trained initialization that can adapt to a task and be saved."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 
 def checked_step_sizes(name: str, sizes: Sequence[float] | NDArray | None) -> tuple[float, ...]:
-    """Return an option's step sizes, () if it is None.
+    """Return an option's step sizes; () for None.
 
     Raises:
         UserError: they are not positive numbers, one for each step.
@@ -70,22 +70,22 @@ def checked_step_sizes(name: str, sizes: Sequence[float] | NDArray | None) -> tu
 
 @dataclass(frozen=True)
 class MetaPolicy:
-    """Meta-parameters, how they adapt, and where they come from."""
+    """Meta-parameters with the method of adaptation and their provenance."""
 
     params: Params = field(repr=False)
-    """Meta-parameters by name, float32, not stacked: the network's, such as `layer0.weight`
-    [inputs, outputs], and learned step sizes or the fitted factor of step sizes, if any."""
+    """Meta-parameters by name, float32, not stacked. Network parameters, such as `layer0.weight`
+    [inputs, outputs]; also learned step sizes or the fitted factor of step sizes, if any."""
     config: Config
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Iterations, env steps and versions of its training."""
+    """Iterations, env steps and versions of the training."""
     trained_on: Fingerprint = field(default_factory=dict)
-    """What identifies the family as it was in training; empty if that is not known."""
+    """Fingerprint of the family in training; empty if unknown."""
 
     baseline: Params = field(default_factory=dict, repr=False)
     """State of the baseline, if it has one."""
 
     def __post_init__(self) -> None:
-        # Copies: the parameters of a run that goes on, or of another policy, are not this one's.
+        # Copies: the parameters of a running training or of another policy must not change it.
         for name in ("params", "baseline"):
             object.__setattr__(self, name, copied(getattr(self, name)))
         for name in ("provenance", "trained_on"):
@@ -114,23 +114,23 @@ class MetaPolicy:
 
     @property
     def algorithm(self) -> Algorithm:
-        """The algorithm that it was trained by."""
+        """Algorithm of the training."""
         return self.config.algorithm
 
     @cached_property
     def source(self) -> Family:
-        """The family it was trained on, of environments or of supervised tasks.
+        """Training family, of environments or of supervised tasks.
 
         Raises:
-            UserError: it cannot be made, or has changed so that the policy cannot be used on it.
-                Changes of its horizon or of the range of its tasks are told in a line.
+            UserError: the family cannot be created, or the policy cannot be used with its
+                changes. Changes of its horizon or task range are logged in one line.
         """
         family = find_family(self.config.family, **self.config.family_options)
         self.check_family(family)
         return family
 
     def check_family(self, family: Family) -> None:
-        """Compare a family with that of training, as `source` does."""
+        """Compare a family with the training family, as `source` does."""
         if found := self.family_changes(family):
             _log.warning(
                 "%s was trained with other settings (then -> now): %s",
@@ -138,38 +138,38 @@ class MetaPolicy:
             )  # fmt: skip
 
     def check_spaces(self, observation: gym.Space, action: gym.Space) -> None:
-        """Raise UserError unless spaces are those that it was trained in, if they are known."""
+        """Raise UserError if spaces differ from the training spaces, if those are known."""
         self.family_changes(self.source, (observation, action))
 
     def family_changes(self, family: Family, spaces: Spaces | None = None) -> list[str]:
-        """Return how a family differs from that of training, in words, as far as that is known.
+        """Return the known differences between a family and the training family, in words.
 
         Args:
-            spaces: observation and action space of its environments; None: they are not compared.
+            spaces: observation and action space of its environments; None: not compared.
 
         Raises:
-            UserError: the policy cannot be used on it.
+            UserError: the policy cannot be used with the family.
         """
         now = fingerprint.fingerprint(family, spaces)
         if found := fingerprint.obstacles(self.trained_on, now):
             raise UserError(
-                f"this policy was trained on another {self.config.family} (then -> now):"
-                f" {'; '.join(found)}; put the family back as it was, or train on it again"
+                f"this policy was trained on a different {self.config.family} (then -> now):"
+                f" {'; '.join(found)}; restore the family, or train on it again"
             )
         return fingerprint.notices(self.trained_on, now)
 
     @property
     def family(self) -> TaskFamily:
-        """The family of environments it was trained on.
+        """Training family, if it has environments.
 
         Raises:
-            UserError: it was trained on supervised tasks.
+            UserError: the policy was trained on supervised tasks.
         """
         return self.config.domain.environments(self.source)
 
     @cached_property
     def _found_at_start(self) -> list[str]:
-        """What a quick look at the family's environments finds; it is logged."""
+        """Findings of a quick check of the family's environments; also logged."""
         findings = start_findings(self.family)
         for finding in findings:
             log_finding(self.family, finding)
@@ -177,11 +177,11 @@ class MetaPolicy:
 
     @cached_property
     def model(self) -> Model:
-        """What adapts: the policy, or the predictor of supervised tasks."""
+        """Model that adapts: the policy, or the predictor of supervised tasks."""
         images = any(p.dim() == 4 for p in self.params.values())
         if not {"log_std", "layer0.weight"} <= self.params.keys() or images:
             return self.config.domain.model(self.algorithm, self.config.policy, self.source)
-        # Parameters tell the sizes of a Gaussian that reads vectors: it needs no family.
+        # The parameters determine the sizes of a Gaussian for vectors, so it needs no family.
         assert isinstance(self.config.policy, PolicyOptions)
         dim = self.family.tasks.dim if self.algorithm.task_conditioned else 0
         context = context_dim(self.algorithm, dim)
@@ -192,20 +192,20 @@ class MetaPolicy:
 
     @property
     def policy(self) -> PolicyModel:
-        """The network of a policy.
+        """Policy network.
 
         Raises:
-            UserError: it was trained on supervised tasks.
+            UserError: the policy was trained on supervised tasks.
         """
         return self.config.domain.policy(self.model)
 
     def inner_loop(
         self, pool: ChunkPool, step_sizes: Sequence[float] | None = None
     ) -> tuple[InnerLoop, Params]:
-        """Return how this policy adapts, and the meta-parameters it adapts from.
+        """Return the inner loop and the meta-parameters that it starts from.
 
-        The step sizes are those given, else the config's for evaluation, else those learned, else
-        those of training.
+        The step sizes are the given ones; else the config's for evaluation; else the learned ones;
+        else the training step sizes.
         """
         given = checked_step_sizes("step_sizes", step_sizes)
         given = given or self.config.inner.sizes_in_evaluation
@@ -217,10 +217,10 @@ class MetaPolicy:
         return InnerLoop(adapter, pool), params
 
     def batch(self, rollout: Rollout, pool: ChunkPool) -> Batch:
-        """Return a rollout's samples with the advantages that this policy adapts by.
+        """Return a rollout's samples with the advantages for adaptation.
 
         Raises:
-            NonFiniteError: something sampled is not a finite number.
+            NonFiniteError: a sampled value is not a finite number.
         """
         advantage, baseline = self.config.advantage, self.config.baseline
         assert advantage is not None
@@ -229,7 +229,7 @@ class MetaPolicy:
 
     @property
     def digest(self) -> str:
-        """Fingerprint of its parameters: SHA-256, hexadecimal."""
+        """Fingerprint of the parameters: SHA-256, hexadecimal."""
         whole = hashlib.sha256()
         for name, value in sorted(self.params.items()):
             whole.update(name.encode())
@@ -238,12 +238,12 @@ class MetaPolicy:
 
     @property
     def training_step_sizes(self) -> tuple[float, ...]:
-        """Sizes of its inner steps in training, those fitted to a KL included; learned ones not."""
+        """Step sizes in training, including sizes fitted to a KL; not the learned ones."""
         factor = float(self.params[FACTOR]) if FACTOR in self.params else 1.0
         return tuple(factor * size for size in self.config.inner.sizes_in_training)
 
     def context(self, tasks: NDArray) -> Params:
-        """Return what the policy observes of tasks [T, task_dim], as an entry of its parameters."""
+        """Return the policy's observation of tasks [T, task_dim], as an entry of its parameters."""
         if not self.algorithm.task_conditioned:
             return {}
         return {"context": scaled_tasks(self.source, tasks)}
@@ -262,18 +262,18 @@ class MetaPolicy:
 
         Args:
             env: a Gymnasium environment with the spaces of the training family, or a task vector
-                [task_dim] of that family. An oracle needs the task vector, and takes no step.
-            steps: inner steps; 0 returns the initialization as it is.
+                [task_dim] of that family. An oracle needs the task vector and takes no inner step.
+            steps: inner steps; 0 returns the initialization unchanged.
             episodes: episodes sampled for each step.
             seed: seed of the environment's resets and of the actions.
-            step_sizes: one for each step, the last repeated; by default those of evaluation, else
-                those learned, else those of training.
+            step_sizes: one for each step, the last repeated. Default: the evaluation step sizes;
+                else the learned ones; else the training step sizes.
 
         Raises:
             UserError: a number is out of range, the environment or the task does not fit the
                 family, or the family has supervised tasks.
             NonFiniteError: a sample or an adapted parameter is not finite, or every episode of a
-                step diverged (it is a UserError).
+                step diverged (a subclass of UserError).
         """
         for name, value, least in (
             ("steps", steps, 0),
@@ -293,7 +293,7 @@ class MetaPolicy:
         if self.algorithm.task_conditioned:
             if given is None:
                 raise UserError(
-                    "an oracle is told its task: give the task vector, not an environment"
+                    "an oracle needs the task vector: pass it instead of an environment"
                 )
             context, steps = self.context(given[None]), 0
 
@@ -304,7 +304,7 @@ class MetaPolicy:
                 {name: p[0] for name, p in {**params, **context}.items()},
                 episodes=episodes,
                 horizon=self.family.horizon,
-                address=RandomKey(seed, split="test", inner_step=k),
+                key=RandomKey(seed, split="test", inner_step=k),
                 mode=mode,
             )
             return self.batch(rollout, pool)
@@ -350,22 +350,22 @@ class MetaPolicy:
         steps: int = 1,
         step_sizes: Sequence[float] | None = None,
     ) -> AdaptedPredictor:
-        """Adapt to one supervised task by its examples.
+        """Adapt to one supervised task with its examples.
 
         Args:
             inputs: [n, *input_shape]; bytes are scaled to [0, 1].
             targets: for regression [n, size] or [n]; for classification class numbers from 0, [n].
             steps: inner steps, each on all examples.
-            step_sizes: one for each step, the last repeated; by default those of evaluation.
+            step_sizes: one for each step, the last repeated. Default: the evaluation step sizes.
 
         Raises:
-            UserError: the examples do not fit the model, steps is negative, it was trained on
-                environments, or it is an oracle.
-            NonFiniteError: an adapted parameter is not finite (it is a UserError).
+            UserError: the examples do not fit the model, steps is negative, the policy was trained
+                on environments, or it is an oracle.
+            NonFiniteError: an adapted parameter is not finite (a subclass of UserError).
         """
         model = self.config.domain.predictor(self.model)
         if self.algorithm.task_conditioned:
-            raise UserError("an oracle is told its task and does not adapt")
+            raise UserError("an oracle observes its task and does not adapt")
         check_whole("steps", steps, 0)
         steps = int(steps)
         support = as_examples(model, inputs, targets)
@@ -387,18 +387,18 @@ class MetaPolicy:
         seed: int = 0,
         step_sizes: Sequence[float] | None = None,
     ) -> OnlineAdapter:
-        """Return an `OnlineAdapter`, which adapts to one task from transitions as they come.
+        """Return an `OnlineAdapter`, which adapts to one task from a stream of transitions.
 
         Args:
-            action_space: that of your environment; by default the family's.
+            action_space: action space of your environment; by default the family's.
             seed: seed of the actions.
-            step_sizes: one for each step, the last repeated; by default those of evaluation.
+            step_sizes: one for each step, the last repeated. Default: the evaluation step sizes.
 
         Raises:
-            UserError: it is an oracle, or was trained on supervised tasks.
+            UserError: the policy is an oracle or was trained on supervised tasks.
         """
         if self.algorithm.task_conditioned:
-            raise UserError("an oracle is told its task and does not adapt")
+            raise UserError("an oracle observes its task and does not adapt")
         check_whole("seed", seed, 0)
         if action_space is not None and not isinstance(action_space, gym.Space):
             raise UserError(f"action_space must be a space, got {kind_of(action_space)}")
@@ -433,10 +433,10 @@ class MetaPolicy:
 
 
 def random_meta_policy(like: MetaPolicy, seed: int = 0) -> MetaPolicy:
-    """Return the random initialization that a run with this seed starts from.
+    """Return the random initialization of a run with this seed.
 
-    Its steps are as large as the other's: sizes that training fitted to a KL are no part of what
-    is at random.
+    It keeps the step sizes of the other meta-policy. Sizes that training fitted to a KL are not
+    random.
     """
     adapter = like.config.domain.adapter(like.algorithm, like.model)
     params = adapter.init(like.model.init(stream(seed, 0, "init")))

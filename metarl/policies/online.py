@@ -1,4 +1,4 @@
-"""Adaptation from transitions as they come, for whoever owns the environment: a robot, a server."""
+"""Adaptation from a stream of transitions, when your program steps the environment."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ from metarl.sampling.spaces import (
 )
 from metarl.sampling.trajectories import Rollout
 
-_LARGEST = float(np.finfo(np.float32).max)  # as rewards are held
-_EFFECTIVE = 0.1  # share of the transitions, below which their weights are warned of
+_LARGEST = float(np.finfo(np.float32).max)  # the type of stored rewards
+_EFFECTIVE = 0.1  # effective share of the transitions below which a warning is given
 
 
 @dataclass
 class _Episode:
-    """Transitions in their order."""
+    """Transitions of an episode, in order."""
 
     observation: list[NDArray] = field(default_factory=list)
     action: list[NDArray] = field(default_factory=list)
-    """As the policy drew them, before any clipping."""
+    """Actions as the policy sampled them, before clipping."""
     reward: list[float] = field(default_factory=list)
     log_prob: list[float] = field(default_factory=list)
-    """Log-densities under the policy that chose the actions; NaN where it is this one."""
+    """Log-densities under the policy that chose the actions; NaN if it is the current policy."""
     before: int = 0
-    """Steps of the same episode that an inner step was taken on already."""
+    """Steps of the same episode that an earlier inner step used."""
     terminated: bool = False
     over: bool = False
 
 
 class OnlineAdapter:
-    """Adapts a meta-policy to one task by transitions that it is given, and drives no environment.
+    """Adapter of a meta-policy to one task from given transitions. It steps no environment itself.
 
     adapter = meta_policy.adapter()
     while ...:
@@ -67,10 +67,10 @@ class OnlineAdapter:
         adapter.add(observation, action, reward, terminated, truncated)
     policy = adapter.adapted()
 
-    Every call of `adapted` takes one inner step on the transitions since the one before, and later
-    actions are those of the new parameters. An episode goes on from call to call of `add` until it
-    ends or the horizon is reached; one that has not ended yet counts as cut for that inner step,
-    and what comes of it later is one of its own for the next.
+    Each call of `adapted` takes one inner step on the transitions since the previous call. Later
+    actions use the new parameters. An episode continues across calls of `add` until it ends or
+    reaches the horizon. For the inner step, an unfinished episode counts as truncated. Its later
+    transitions count as a separate episode for the next inner step.
     """
 
     def __init__(
@@ -84,17 +84,17 @@ class OnlineAdapter:
         seed: int = 0,
         trained_on: Fingerprint | None = None,
     ) -> None:
-        """Make an adapter; `MetaPolicy.adapter` does so for its user.
+        """Create an adapter. Users call `MetaPolicy.adapter` instead.
 
         Args:
-            loop: how to adapt.
+            loop: inner loop.
             params: meta-parameters to adapt from.
-            prepare: estimates the advantages of a rollout.
-            action_space: of the environment that is acted in.
-            horizon: steps after which an episode is cut.
-            config: of the training behind it.
-            seed: of the actions.
-            trained_on: what identifies the family as it was in training, if that is known.
+            prepare: function that estimates the advantages of a rollout.
+            action_space: action space of the environment.
+            horizon: maximum number of steps of an episode.
+            config: config of the training.
+            seed: seed of the actions.
+            trained_on: fingerprint of the family in training, if known.
         """
         assert isinstance(loop.adapter.model, PolicyModel)
         self._mode: ActionMode = config.action_mode
@@ -105,7 +105,7 @@ class OnlineAdapter:
         self._start = self._fast = stack(fast, 1)
         self._steps = self._seen = self._running = 0
         self._episodes: list[_Episode] = []
-        self._drawn: tuple[NDArray, NDArray] | None = None  # the environment's action, the raw one
+        self._drawn: tuple[NDArray, NDArray] | None = None  # environment action and raw action
         self._plausibility: Plausibility | None = None
         if Plausibility.knows(self._network):
             self._plausibility = Plausibility(
@@ -119,11 +119,11 @@ class OnlineAdapter:
 
     @property
     def transitions(self) -> int:
-        """Transitions since the last step."""
+        """Number of transitions since the last inner step."""
         return sum(len(episode.reward) for episode in self._episodes)
 
     def act(self, observation: Any) -> NDArray:
-        """Return an action for one observation, drawn from the policy as it stands."""
+        """Return an action for one observation, sampled from the current policy."""
         action, raw = self._policy.act_raw(observation)
         self._drawn = np.array(action), raw
         return action
@@ -138,27 +138,27 @@ class OnlineAdapter:
         *,
         log_prob: float | None = None,
     ) -> None:
-        """Take one transition.
+        """Add one transition.
 
-        Inner losses assume that the policy chose the action. There is one warning if the actions
-        are implausible as those of the policy: the test is wrong in one adapter of 10,000.
+        Inner losses assume that the policy chose the action. One warning is given if the actions
+        are implausible for the policy. The false alarm rate of this test is one in 10,000 adapters.
 
         Args:
-            observation: before the action.
-            action: as the environment took it. One that `act` gave last is known as it was drawn;
-                any other is taken for what the policy drew.
-            reward: for the action.
-            terminated: the task ended with it.
-            truncated: it was cut, as after the last step of an episode by time.
-            log_prob: log-density (log-probability of categories) of the action under the policy
-                that chose it, if that is another one: in nats, summed over components, in the
-                policy's units, which with `policy.action` scale are those of [-1, 1]. The inner
-                loss is then weighted by the ratio of both policies: the likelihood ratio instead of
-                the log-likelihood, and `old_log_prob` for losses of your own.
+            observation: observation before the action.
+            action: action as the environment took it. If it is the last action of `act`, its
+                sampled value is known. Any other action is treated as the policy's sample.
+            reward: reward of the action.
+            terminated: the task ended with this step.
+            truncated: the episode was cut, for instance at a time limit.
+            log_prob: log-density (log-probability for categories) of the action under the policy
+                that chose it, if it is another policy. In nats, summed over components, in the
+                policy's units: with `policy.action` scale, these are [-1, 1]. The inner loss is
+                then weighted by the ratio of both policies. The likelihood ratio replaces the
+                log-likelihood; custom losses receive it as `old_log_prob`.
 
         Raises:
-            UserError: something is not finite, has another shape, or is no action of the space; or
-                `log_prob` is given and the algorithm's inner loss has no use for it.
+            UserError: a value is not finite, has another shape, or is not an action of the space.
+                Also if `log_prob` is given and the algorithm's inner loss cannot use it.
         """
         policy = self._network
         seen = as_observation(observation, policy)
@@ -183,7 +183,7 @@ class OnlineAdapter:
             self._episodes.append(_Episode(before=self._running))
             self._running = 0
         episode = self._episodes[-1]
-        episode.observation.append(np.array(seen))  # the caller may change its own
+        episode.observation.append(np.array(seen))  # the caller may reuse its array
         episode.action.append(raw)
         episode.reward.append(float(reward))
         episode.log_prob.append(np.nan if log_prob is None else float(log_prob))
@@ -210,7 +210,7 @@ class OnlineAdapter:
             self._running = 0 if last.over else last.before + len(last.reward)
             self._episodes = []
             self._policy = self._made()
-        policy = copy.copy(self._policy)  # which draws from the same stream
+        policy = copy.copy(self._policy)  # the copy draws from the same stream
         policy.params = copied(policy.params)
         return policy
 
@@ -231,7 +231,7 @@ class OnlineAdapter:
             )
 
     def _judge(self, seen: NDArray, action: Any) -> None:
-        """Warn once if the actions so far are not those of the policy."""
+        """Warn once if the actions so far are implausible for the policy."""
         test = self._plausibility
         if test is None or "implausible" in self._warned:
             return
@@ -253,7 +253,7 @@ class OnlineAdapter:
             warnings.warn(text, stacklevel=4)
 
     def _weighted(self, batch: Batch) -> tuple[InnerLoop, Batch]:
-        """Return how to adapt, and the samples, with what is known of who chose the actions."""
+        """Return the inner loop and the samples, weighted by the known `log_prob` values."""
         given = torch.full(batch.old_log_prob.shape, torch.nan).view(1, len(self._episodes), -1)
         for e, episode in enumerate(self._episodes):
             given[0, e, : len(episode.log_prob)] = torch.tensor(episode.log_prob)
@@ -271,7 +271,7 @@ class OnlineAdapter:
                 " policy that chose these actions is too far from this one",
             )
         loop = self._loop
-        if loop.adapter.loss is log_likelihood:  # of the same gradient, with the weights
+        if loop.adapter.loss is log_likelihood:  # same gradient, but weighted
             loop = replace(loop, adapter=replace(loop.adapter, loss=likelihood_ratio))
         return loop, replace(batch, old_log_prob=torch.where(known, given, batch.old_log_prob))
 
@@ -292,7 +292,7 @@ class OnlineAdapter:
         )  # fmt: skip
 
     def _rollout(self) -> Rollout:
-        """Return the transitions as episodes of one task, with what the policy gave at each."""
+        """Return the transitions as episodes of one task, with the network's outputs."""
         policy, params = self._network, self._params()
         longest = max(len(episode.reward) for episode in self._episodes)
         memory = RolloutBuffer(policy, 1, len(self._episodes), longest)
@@ -302,7 +302,7 @@ class OnlineAdapter:
             memory.action[0, e, :steps] = episode.action
             memory.reward[0, e, :steps] = episode.reward
             memory.valid[0, e, :steps] = True
-            memory.last_observation[0, e] = episode.observation[-1]  # what came after has no use
+            memory.last_observation[0, e] = episode.observation[-1]  # not used
             memory.terminated[0, e] = episode.terminated
             memory.truncated[0, e] = not episode.terminated
             with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""An ordinary policy, as adaptation leaves it: act, play, save, take away as a module."""
+"""Adapted policy: act, play episodes, save, and export as a module."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from metarl.sampling.spaces import (
     space_to_json,
 )
 
-_COMPARED = 200  # observations
-_TIES = 0.02  # share of categories that may differ
+_COMPARED = 200  # number of observations
+_TIES = 0.02  # allowed share of different categories
 
 
 def _close(found: NDArray, expected: NDArray) -> bool:
-    """Whether arrays are equal up to the rounding of two kernels."""
+    """Whether arrays are equal up to rounding of two kernels."""
     if found.shape != expected.shape:
         return False
     scale = 1.0 + np.abs(expected).max(initial=0.0, where=np.isfinite(expected))
@@ -46,7 +46,7 @@ def _close(found: NDArray, expected: NDArray) -> bool:
 
 
 class Policy:
-    """An ordinary policy: observations in, actions out."""
+    """Ordinary policy that maps observations to actions."""
 
     def __init__(
         self,
@@ -58,17 +58,17 @@ class Policy:
         provenance: Mapping[str, Any],
         trained_on: Fingerprint | None = None,
     ) -> None:
-        """Make a policy of a network and its parameters; `MetaPolicy.adapt` does so for users.
+        """Create a policy from a network and its parameters. Users call `MetaPolicy.adapt` instead.
 
         Args:
-            policy: the network.
-            params: its parameters by name, not stacked.
-            space: the environment's action space.
-            horizon: steps of an episode at most, as in the training family.
-            config: the config that it was trained with.
-            provenance: `task` (a list of numbers, or None if it is not known), `steps`, `episodes`
-                and `seed` of the adaptation; the seed is also that of the actions.
-            trained_on: what identifies the family as it was in training, if that is known.
+            policy: policy network.
+            params: network parameters by name, not stacked.
+            space: action space of the environment.
+            horizon: maximum number of steps of an episode, as in the training family.
+            config: config of the training.
+            provenance: `task` (a list of numbers, or None if unknown), `steps`, `episodes` and
+                `seed` of the adaptation. Actions use the same seed.
+            trained_on: fingerprint of the family in training, if known.
         """
         self.policy, self.params = policy, copied(params)
         self.config, self.provenance = config, copy.deepcopy(dict(provenance))
@@ -78,15 +78,16 @@ class Policy:
         self._rng = stream(provenance["seed"], 0, "test-noise", provenance["steps"])
 
     def act(self, observation: Any, *, deterministic: bool = False) -> NDArray:
-        """Return the action for an observation, as the environment takes it.
+        """Return the action for an observation, in the environment's format.
 
         Args:
-            observation: one, [*observation_shape], or a batch [n, *observation_shape]; one Dict or
-                Tuple, if the network is a module of a user that reads it.
-            deterministic: take the most likely action instead of a sampled one.
+            observation: one observation [*observation_shape] or a batch [n, *observation_shape]. A
+                single Dict or Tuple observation is accepted if the network is a custom module that
+                reads it.
+            deterministic: take the most likely action instead of a sample.
 
         Returns:
-            one action, [*action_shape], or a batch [n, *action_shape], fitted to the bounds of the
+            one action [*action_shape] or a batch [n, *action_shape], within the bounds of the
             action space.
 
         Raises:
@@ -97,7 +98,7 @@ class Policy:
     def act_raw(
         self, observation: Any, *, deterministic: bool = False
     ) -> tuple[NDArray, NDArray[np.float32]]:
-        """Return what `act` does, and the action as the policy drew it, [..., action_size]."""
+        """Return the result of `act` and the policy's unclipped action, [..., action_size]."""
         shape = list(self.policy.observation_shape)
         network = self.policy.network
         if isinstance(observation, Mapping | tuple) and isinstance(network, ModuleNetwork):
@@ -130,13 +131,13 @@ class Policy:
         deterministic: bool = False,
         on_step: Callable[[int, float], None] | None = None,
     ) -> float:
-        """Act for one episode, which the horizon cuts, and return the sum of its rewards.
+        """Play one episode, truncated at the horizon, and return the sum of its rewards.
 
         Args:
-            env: an environment with the spaces that the policy was adapted in.
-            seed: seed of the environment's reset; None leaves it unseeded. Sampled actions have a
-                stream of their own, which goes on from call to call.
-            deterministic: take the most likely action instead of a sampled one.
+            env: environment with the spaces of the adaptation.
+            seed: seed of the environment's reset; None does not seed it. Sampled actions use a
+                separate stream that continues across calls.
+            deterministic: take the most likely action instead of a sample.
             on_step: called after the reset and after every step, with the number of steps taken and
                 the return so far.
 
@@ -158,24 +159,25 @@ class Policy:
         return total
 
     def module(self) -> nn.Module:
-        """Return the policy as an ordinary module of torch: observations [n, ...] to actions.
+        """Return the policy as an ordinary torch module: observations [n, ...] to actions.
 
-        It takes the most likely action; normalization and the mapping of actions are inside. It is
-        compared with the policy on random observations.
+        The module takes the most likely action and includes normalization and the mapping of
+        actions. It is compared with the policy on random observations.
 
         Raises:
-            UserError: the policy acts otherwise, such as a subclass with its own forward pass.
+            UserError: the policy acts differently, for instance because of a custom forward pass in
+                a subclass.
         """
         module = make_module(self.policy, copied(self.params), *self._last())
         if self._agrees(module):
             return module
         raise UserError(
-            f"{type(self.policy).__name__} acts otherwise than its network and distribution do as a"
-            " module: a forward pass or features of its own are not part of the module"
+            f"{type(self.policy).__name__} acts differently from its network and distribution as a"
+            " module: a custom forward pass or custom features are not part of the module"
         )
 
     def _last(self) -> list[nn.Module]:
-        """Return what makes the environment's actions of the most likely ones."""
+        """Return the layers that map the most likely actions to environment actions."""
         space = self._space
         if not isinstance(space, gym.spaces.Box):
             flat = isinstance(space, gym.spaces.Discrete)
@@ -185,8 +187,8 @@ class Policy:
         return [Bounded(space.low, space.high, *scaling)]
 
     def _agrees(self, module: nn.Sequential) -> bool:
-        """Whether a module acts as the policy does, before and after its bounds."""
-        policy, rng = self.policy, np.random.default_rng(0)  # a stream that nothing else draws from
+        """Whether a module acts like the policy, before and after the bounds."""
+        policy, rng = self.policy, np.random.default_rng(0)  # used only here
         shape = (_COMPARED, *policy.observation_shape)
         if policy.observation_dtype == np.uint8:
             seen = rng.integers(0, 256, shape, np.uint8)
@@ -203,7 +205,7 @@ class Policy:
             raw = module[:-1](observation).numpy()
         expected = self.act(seen, deterministic=True)
         same = not isinstance(self._space, gym.spaces.Box) or _close(raw, mode)
-        if np.issubdtype(expected.dtype, np.integer):  # near ties may be broken either way
+        if np.issubdtype(expected.dtype, np.integer):  # near ties may go either way
             return (
                 same and acts.shape == expected.shape and bool(np.mean(acts != expected) <= _TIES)
             )

@@ -1,7 +1,8 @@
-"""Files of tensors: written whole or not at all; hashed, and read without running code.
+"""Files of tensors, written atomically and checked by a hash.
 
-The format is safetensors. Its header carries a JSON text and the SHA-256 of that text and of every
-tensor's name, type, shape and bytes: a file cut short or altered anywhere is refused.
+The format is safetensors, so reading a file runs no code. The header contains a JSON text. It also
+contains the SHA-256 of that text and of every tensor's name, type, shape and bytes. A truncated or
+altered file is refused.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ DISTRIBUTION = "metarl-gradient"
 
 
 class CheckpointError(UserError):
-    """A file of parameters cannot be used; the message says why."""
+    """A file of parameters cannot be used. The message gives the reason."""
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors and JSON metadata to a file, whole or not at all."""
+    """Write tensors and JSON metadata to a file atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json_text({**metadata, "format": FORMAT}, sort_keys=True)
     header = {"metarl": text, "sha256": _digest(tensors, text)}
@@ -47,7 +48,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and metadata of a file.
 
     Raises:
-        CheckpointError: it is missing, damaged, of another kind or of a later format.
+        CheckpointError: the file is missing, damaged, of another kind or of a later format.
     """
     try:
         data = path.read_bytes()
@@ -58,12 +59,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])["__metadata__"]
         text, digest = header["metarl"], header["sha256"]
-    except Exception as error:  # whatever a damaged file makes the parsers raise
+    except Exception as error:  # the parsers may raise anything for a damaged file
         raise CheckpointError(
-            f"{path} is damaged or no metarl file ({type(error).__name__})"
+            f"{path} is damaged or not a metarl file ({type(error).__name__})"
         ) from error
     if _digest(tensors, text) != digest:
-        raise CheckpointError(f"{path} is damaged: its content does not have its checksum")
+        raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
     metadata = json.loads(text)
     found = metadata.get("format") if isinstance(metadata, dict) else None
     if type(found) is not int or found < 1:
@@ -76,30 +77,30 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def checkpoint_path(run: Path, iteration: int) -> Path:
-    """Return where a run keeps the checkpoint of an iteration."""
+    """Return the path of a run's checkpoint of an iteration."""
     return run / "checkpoints" / f"{iteration:06d}.safetensors"
 
 
 def checkpoints_of(run: Path) -> dict[int, Path]:
-    """Return a run folder's checkpoints by their iterations, in order."""
+    """Return the checkpoints of a run folder by iteration, in order."""
     found = (run / "checkpoints").glob("*.safetensors")
     return dict(sorted((int(path.stem), path) for path in found if path.stem.isdecimal()))
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """Return a run folder's newest checkpoint.
+    """Return the newest checkpoint of a run folder.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the run has no checkpoint.
     """
     found = checkpoints_of(run)
     if not found:
-        raise CheckpointError(f"{run} holds no checkpoint yet")
+        raise CheckpointError(f"{run} has no checkpoint yet")
     return found[max(found)]
 
 
 def newest_good(run: Path, before: int, use: Callable[[Path], Any]) -> int | None:
-    """Return the newest iteration before another whose checkpoint is used without complaint."""
+    """Return the newest iteration before `before` whose checkpoint `use` accepts, or None."""
     for iteration, path in sorted(checkpoints_of(run).items(), reverse=True):
         if iteration < before:
             with contextlib.suppress(CheckpointError):
@@ -115,35 +116,35 @@ def config_of(path: Path, metadata: Mapping[str, Any], given: Config | None = No
         given: see `Config.from_json`.
 
     Raises:
-        CheckpointError: it is missing, or none that this version takes.
+        CheckpointError: the config is missing, or this version does not accept it.
     """
     try:
         return Config.from_json(metadata["config"], given)
     except KeyError as error:
-        raise CheckpointError(f"{path} holds no config") from error
+        raise CheckpointError(f"{path} contains no config") from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} holds a config that cannot be used: {error}") from error
+        raise CheckpointError(f"{path} contains a config that cannot be used: {error}") from error
 
 
 def count_of(path: Path, metadata: Mapping[str, Any], name: str) -> int:
-    """Return a whole number, 0 or more, in a file's metadata.
+    """Return a non-negative integer from a file's metadata.
 
     Raises:
-        CheckpointError: it is missing or something else.
+        CheckpointError: it is missing or not such a number.
     """
     value = metadata.get(name, "missing")
     if type(value) is not int or value < 0:
-        raise CheckpointError(f"{path}: {name} must be a whole number, 0 or more, is {value!r}")
+        raise CheckpointError(f"{path}: {name} must be a whole number, 0 or more, got {value!r}")
     return value
 
 
 def in_shapes(
     path: Path | str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """Return the tensors in the order of these names; files keep no order, and sums depend on it.
+    """Return the tensors in the order of `shapes`. Files do not keep the order; sums depend on it.
 
     Raises:
-        CheckpointError: their names, shapes or types are others, or a number is not finite.
+        CheckpointError: names, shapes or types differ, or a number is not finite.
     """
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != dict(shapes):
@@ -156,7 +157,7 @@ def in_shapes(
         if tensor.dtype != torch.float32:
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}, expected torch.float32")
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {name} holds a number that is not finite")
+            raise CheckpointError(f"{path}: {name} contains a number that is not finite")
     return {name: tensors[name] for name in shapes}
 
 
@@ -166,7 +167,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: _version(name) for name in names}}
 
 
-@functools.cache  # it takes a millisecond, and each checkpoint has them
+@functools.cache  # a lookup takes a millisecond, and each checkpoint needs it
 def _version(name: str) -> str:
     try:
         return version(name)
@@ -176,7 +177,7 @@ def _version(name: str) -> str:
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """Return what timings depend on; all but the number of cores changes results' last bits too."""
+    """Return what timings depend on. All but `cores` also change the last bits of results."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -193,11 +194,11 @@ _BLAS = (
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return where what results depend on differs: "torch 2.12.0 (now 2.13.0)".
+    """Return the differences in what results depend on: "torch 2.12.0 (now 2.13.0)".
 
     Args:
-        before: `versions` and `machine` as a file of a run keeps them.
-        now: the same of here.
+        before: `versions` and `machine` from a file of a run.
+        now: the current `versions` and `machine`.
     """
     return [
         f"{name} {part[name]} (now {now[kind].get(name, 'unknown')})"

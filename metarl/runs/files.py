@@ -1,7 +1,7 @@
-"""Files that must not be lost: written whole or not at all, or grown by whole pieces.
+"""Atomic and append-only file writes.
 
-Whatever the operating system refuses, a full disk for instance, is an OSError that carries the
-path of the file that was meant. `commands.errors` makes a line of it, with the remedy.
+A failure of the operating system, such as a full disk, is an OSError with the path of the intended
+file. `commands.errors` turns it into one line with the remedy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from metarl.envs.errors import UserError, kind_of
 
 
 def as_path(role: str, value: Any) -> Path:
-    """Return a path; UserError if a value is none."""
+    """Return a value as a path; raise UserError if it is not a path."""
     if not isinstance(value, (str, os.PathLike)):
         raise UserError(f"{role} must be a path, such as 'runs/mine', got {kind_of(value)}")
     return Path(value)
@@ -25,7 +25,7 @@ def as_path(role: str, value: Any) -> Path:
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Give the path to an OSError: one of a write or an fsync has none of its own."""
+    """Set the path of an OSError. Errors of a write or an fsync have no path."""
     try:
         yield
     except OSError as error:
@@ -34,9 +34,9 @@ def named(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file aside, fsync and rename it: a crash leaves the old file or the new one.
+    """Write and fsync a temporary file, then rename it. A crash leaves the old or the new file.
 
-    A link stays, and what it leads to is written. A device or a pipe is written as it is.
+    A symbolic link is kept and its target is written. A device or a pipe is written directly.
     """
     with named(path):
         path = path.resolve()
@@ -63,20 +63,20 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def is_aside(path: Path) -> bool:
-    """Whether this is what `write_atomically` left of a run's files where it was killed."""
+    """Whether this is a run's temporary file that a killed `write_atomically` left behind."""
     kinds = r"(json|jsonl|safetensors|png|svg|html|mp4|gif|set-aside-\d+)"
     return path.is_file() and bool(re.fullmatch(rf"\..+\.{kinds}\.\d+", path.name))
 
 
 def sweep(folder: Path) -> None:
-    """Remove what `write_atomically` left aside where it was killed. No one may be writing."""
+    """Remove the temporary files of killed `write_atomically` calls. No process may be writing."""
     for path in folder.glob(".*"):
         if is_aside(path):
             path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path, data: bytes) -> Path:
-    """Keep data beside a file that they were in, under a name that is still free."""
+    """Save data next to the file they came from, under an unused name."""
     names = (path.with_name(f"{path.name}.set-aside-{i}") for i in range(1, 10_000))
     kept = next(name for name in names if not name.exists())
     write_atomically(kept, data)
@@ -84,7 +84,7 @@ def set_aside(path: Path, data: bytes) -> Path:
 
 
 class GrowingFile:
-    """A file that grows by whole pieces: one that cannot be written leaves no part of itself."""
+    """A file that grows by whole pieces. A piece that cannot be written leaves no trace."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -104,7 +104,7 @@ class GrowingFile:
                 raise
 
     def cut(self, size: int) -> None:
-        """Let the file end after its first `size` bytes."""
+        """Truncate the file to its first `size` bytes."""
         with named(self._path):
             os.ftruncate(self._file, size)
 

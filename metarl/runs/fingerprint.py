@@ -1,8 +1,8 @@
-"""What a run or policy knows of the family that it was trained on, besides its name.
+"""Fingerprint of the task family that a run or policy was trained on.
 
-A family's file may change between training and resume or evaluation. So its horizon, tasks and
-spaces are stored with what was trained, and compared when that is used again. Files from before
-hold no fingerprint, and are not compared.
+A family's code may change between training and resume or evaluation. The horizon, tasks and spaces
+are therefore stored with the trained parameters and compared when they are used again. Older files
+without a fingerprint are not compared.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from metarl.envs.family import Family
 from metarl.plain_json import json_text
 
 Fingerprint = Mapping[str, Any]
-"""Plain values of JSON by what they are of."""
+"""JSON values by name."""
 
 Spaces = tuple[gym.Space, gym.Space]
-"""Of observations and of actions."""
+"""Observation space and action space."""
 
 LONGEST = 64
-"""Numbers of an array that are stored one by one; of a longer one it is a checksum."""
+"""Maximum size of an array that is stored number by number; longer ones become checksums."""
 
 _NEEDED = ("kind", "components", "inputs", "outputs", "observations", "actions")
-"""What a policy cannot be used without. Other differences change results, or nothing."""
+"""Entries that a policy depends on. Other differences change results, or nothing."""
 
 _SHOWN_NOWHERE = ("observation bounds",)
-"""What no result depends on."""
+"""Entries that results do not depend on."""
 
 
 def fingerprint(family: Family, spaces: Spaces | None = None) -> dict[str, Any]:
     """Return what identifies a family, besides its name and options.
 
     Args:
-        family: of environments or of supervised tasks.
-        spaces: of its environments; left out if they are not known.
+        family: family of environments or of supervised tasks.
+        spaces: spaces of its environments; None if unknown.
     """
     tasks = family.tasks
     found: dict[str, Any] = {"components": _short(list(tasks.names))}
@@ -58,22 +58,22 @@ def fingerprint(family: Family, spaces: Spaces | None = None) -> dict[str, Any]:
 
 
 def changes(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """Return where two fingerprints differ: "horizon 10 -> 25"."""
+    """Return the differences between two fingerprints: "horizon 10 -> 25"."""
     return _differences(old, new, tuple(old))
 
 
 def obstacles(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """Return the differences between which a policy cannot be used."""
+    """Return the differences that make a policy unusable."""
     return _differences(old, new, _NEEDED)
 
 
 def notices(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """Return the differences that a policy can be used in spite of, but that results show."""
+    """Return the differences that leave a policy usable but change its results."""
     return _differences(old, new, [key for key in old if key not in (*_NEEDED, *_SHOWN_NOWHERE)])
 
 
 def sizes_changed(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """Return the differences that need a network of another size."""
+    """Return the differences that require a network of another size."""
     return _differences(old, new, [key for key in _NEEDED if key != "components"])
 
 
@@ -103,9 +103,9 @@ def _words(value: Any) -> str:
 
 
 def _short(values: Any) -> Any:
-    """Return an array as lists of numbers or texts, or as its shape and checksum."""
+    """Return an array as lists of numbers or strings, or as its shape and checksum."""
     array = np.asarray(values)
-    # To nine digits: another machine may compute the last ones otherwise.
+    # Nine digits: another machine may compute different last digits.
     plain = [f"{x:.9g}" if array.dtype.kind == "f" else x for x in array.ravel().tolist()]
     if array.size > LONGEST:
         digest = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
@@ -115,7 +115,7 @@ def _short(values: Any) -> Any:
 
 
 def _number(text: str) -> float | str:
-    """Return a number; a text where it is not finite, of which JSON has none."""
+    """Return a number, or a string if it is not finite. JSON has no such numbers."""
     number = float(text)
     return number if np.isfinite(number) else text
 

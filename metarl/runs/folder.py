@@ -1,4 +1,4 @@
-"""Run folders: their config, lock, checkpoints, and what must agree when one is continued."""
+"""Run folders: config, lock and checkpoints, and checks before a run is continued."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ CHANGEABLE_ON_RESUME = ("iterations", "threads", "workers", "worker_timeout")
 
 
 class RunError(UserError):
-    """A run cannot start or go on; the message says why and what to do."""
+    """A run cannot start or continue. The message gives the reason and the remedy."""
 
 
 CallbackState = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
-"""States of callbacks by their names: values of JSON, and tensors."""
+"""State of each callback by name: JSON values and tensors."""
 
 _NO_COUNTERS = ("params", "outer", "baseline", "callbacks")
 
 
 @dataclass
 class State:
-    """What a checkpoint holds besides the config."""
+    """Content of a checkpoint, except the config."""
 
     params: Params
     outer: OuterState
@@ -69,13 +69,13 @@ class State:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[Callable[[], None]]:
-    """Hold a run folder; a second process is refused for as long as this one lives.
+    """Lock a run folder. Other processes are refused until this context ends.
 
     Returns:
-        what raises RunError once the folder is no longer at its place.
+        a check that raises RunError if the folder was moved or deleted.
 
     Raises:
-        RunError: another process holds it.
+        RunError: another process holds the lock.
     """
     path = folder.absolute() / "lock"
     with open(path, "a", encoding="utf-8") as file:
@@ -95,24 +95,23 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
             except FileNotFoundError:
                 there = False
             if not there:
-                gone = (
-                    f"{folder} was moved or deleted while it was trained in; where it is now, go on"
-                )
+                gone = f"{folder} was moved or deleted during training; continue from its new place"
                 raise RunError(
                     f"{gone} with resume=True", f"{gone} with: metarl train --resume FOLDER"
                 )
 
-        check()  # it may have been replaced before it was locked
+        check()  # the folder may have been replaced before it was locked
+
         for inner in (folder, folder / "checkpoints"):
             sweep(inner)
         yield check
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a run can begin in a folder.
+    """Whether a run can start in a folder.
 
-    It must not exist, be empty, or hold what a run that was killed before its first checkpoint
-    leaves behind.
+    The folder must not exist, or be empty. Leftovers of a run that was killed before its first
+    checkpoint are also accepted.
     """
     return not folder.exists() or (folder.is_dir() and all(map(_is_left, folder.iterdir())))
 
@@ -136,7 +135,7 @@ def _is_config(path: Path) -> bool:
 
 
 def check_free(folder: Path) -> None:
-    """Raise RunError unless a run can begin in a folder; see `is_free`."""
+    """Raise RunError if a run cannot start in a folder; see `is_free`."""
     if is_free(folder):
         return
     if checkpoints_of(folder) or _is_config(folder / "config.json"):
@@ -144,7 +143,7 @@ def check_free(folder: Path) -> None:
             f"{folder} exists; continue it with resume=True, or give another folder as out",
             f"{folder} exists; continue it with --resume {folder}, or choose another --out",
         )
-    kind = "a folder with other things in it" if folder.is_dir() else "a file"
+    kind = "a folder with other files in it" if folder.is_dir() else "a file"
     raise RunError(
         f"{folder} is {kind}; give another folder as out",
         f"{folder} is {kind}; choose another --out",
@@ -152,10 +151,10 @@ def check_free(folder: Path) -> None:
 
 
 def create_run(folder: Path, config: Config, family: Fingerprint | None = None) -> None:
-    """Make a run folder with its `config.json`, and in it what identifies the family.
+    """Make a run folder. Its `config.json` also contains the fingerprint of the family.
 
     Raises:
-        RunError: the folder holds something else.
+        RunError: the folder contains other files.
     """
     check_free(folder)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -167,7 +166,7 @@ def create_run(folder: Path, config: Config, family: Fingerprint | None = None) 
 
 
 def plan(folder: Path, config: Config) -> None:
-    """Let a run folder's config have another number of iterations: the run's length from now on."""
+    """Set the number of iterations in a run folder's config: the new length of the run."""
     path = folder / "config.json"
     data = json.loads(path.read_text("utf-8"))
     data["config"]["options"]["iterations"] = config.iterations
@@ -181,8 +180,8 @@ def run_config(folder: Path, given: Config | None = None) -> Config:
         given: see `Config.from_json`.
 
     Raises:
-        RunError: the folder is not a run.
-        UserError: its config is not one this version takes.
+        RunError: the folder is not a run folder.
+        UserError: this version does not accept its config.
     """
     try:
         data = json.loads((folder / "config.json").read_text("utf-8"))
@@ -192,7 +191,7 @@ def run_config(folder: Path, given: Config | None = None) -> Config:
 
 
 def check_family(folder: Path, config: Config, family: Fingerprint) -> None:
-    """Raise RunError if a run was trained on a family that differs from this one of its name."""
+    """Raise RunError if the run's family has the same name but differs from `family`."""
     data = json.loads((folder / "config.json").read_text())
     if found := fingerprint.changes(data.get("family") or {}, family):
         raise RunError(_other_family(folder, config, found))
@@ -200,15 +199,15 @@ def check_family(folder: Path, config: Config, family: Fingerprint) -> None:
 
 def _other_family(where: Path, config: Config, found: Sequence[str]) -> str:
     return (
-        f"{where} was trained on another {config.family} (then -> now): {'; '.join(found)}; put the"
-        " family back as it was, or start a new run"
+        f"{where} was trained on a different {config.family} (then -> now):"
+        f" {'; '.join(found)}; put the family back as it was, or start a new run"
     )
 
 
 def save_checkpoint(
     folder: Path, config: Config, state: State, family: Fingerprint | None = None
 ) -> None:
-    """Save a run's state as its newest checkpoint; the one before goes, unless it is kept."""
+    """Save a run's state as its newest checkpoint. Remove the previous one unless it is kept."""
     tensors = {f"meta.{name}": p for name, p in state.params.items()}
     tensors |= {f"outer.{name}": p for name, p in state.outer.items()}
     tensors |= {f"baseline.{name}": p for name, p in state.baseline.items()}
@@ -233,27 +232,27 @@ def load_state(
     start: int | None = None,
     family: Fingerprint | None = None,
 ) -> State:
-    """Return a checkpoint's state, of the names and shapes of another.
+    """Return the state of a checkpoint. Names and shapes must match `like`.
 
-    A run that was killed before its first checkpoint begins as it would have: with `like`. What
-    differs from where the run began, and changes its last bits, is told in a line.
+    A run that was killed before its first checkpoint starts from `like`. If versions or the machine
+    changed since the run started, and this changes the last bits, one line reports it.
 
     Args:
-        start: the checkpoint's iteration; by default the newest. Later ones are set aside.
-        family: what identifies the family; a checkpoint of another is refused.
+        start: iteration of the checkpoint; by default the newest. Later checkpoints are set aside.
+        family: fingerprint of the family; a checkpoint of a different family is refused.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it is another run's or network's; the
-            message names the newest that can be used.
+        CheckpointError: the checkpoint is missing or damaged, or belongs to another run or network.
+            The message names the newest usable checkpoint.
     """
     found = checkpoints_of(folder)
     if start is not None and start not in found:
         there = ", ".join(map(str, found)) or "none"
-        raise CheckpointError(f"{folder} holds no checkpoint of iteration {start} (there: {there})")
+        raise CheckpointError(f"{folder} has no checkpoint of iteration {start} (there: {there})")
     if not found:
         if read_metrics(folder):
             raise CheckpointError(
-                f"{folder} holds metrics but no checkpoint: put its checkpoints back, or start a"
+                f"{folder} has metrics but no checkpoint: restore its checkpoints, or start a"
                 " new run"
             )
         (folder / "checkpoints").mkdir(exist_ok=True)
@@ -265,7 +264,7 @@ def load_state(
         older = newest_good(folder, chosen, lambda path: _load_state(path, config, like, family))
         if older is None:
             raise
-        good = f"{error}; go on from the newest good one with"
+        good = f"{error}; continue from the newest good one with"
         raise CheckpointError(
             f"{good} resume=True, start={older}",
             f"{good}: metarl train --resume {quote(str(folder))} --from {older}",
@@ -278,8 +277,8 @@ def load_state(
     began = json.loads((folder / "config.json").read_text("utf-8"))
     if changed := changes(began, here) or changes(metadata, here):
         _log.warning(
-            "%s began with %s: from here on it agrees with a run there in distribution, not in"
-            " every bit", folder, ", ".join(changed),
+            "%s started with %s: from here on, results agree with such a run in distribution,"
+            " not in every bit", folder, ", ".join(changed),
         )  # fmt: skip
     return state
 
@@ -289,11 +288,11 @@ def _load_state(
 ) -> tuple[State, dict[str, Any]]:
     tensors, metadata = checkpoints.load(path)
     if metadata.get("kind") != "checkpoint":
-        raise CheckpointError(f"{path} is no checkpoint of a run but {metadata.get('kind')!r}")
+        raise CheckpointError(f"{path} is not a checkpoint of a run but {metadata.get('kind')!r}")
     stored = config_of(path, metadata, config)
     if replace(stored, **{k: getattr(config, k) for k in CHANGEABLE_ON_RESUME}) != config:
         other = differences(stored, config)[0]
-        raise CheckpointError(f"{path} is of another run: {other}")
+        raise CheckpointError(f"{path} belongs to another run: {other}")
     if found := fingerprint.changes(metadata.get("family") or {}, family or {}):
         raise CheckpointError(_other_family(path, config, found))
     params, outer, baseline = (
@@ -315,13 +314,13 @@ def _load_state(
     counters = {name: count_of(path, metadata, name) for name in sorted(names)}
     if counters["iteration"] != int(path.stem):
         raise CheckpointError(
-            f"{path} is of iteration {counters['iteration']}, which is not its name"
+            f"{path} contains iteration {counters['iteration']}, not the one in its name"
         )
     return State(params, outer, baseline, callbacks, **counters), metadata
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Return where two configs differ, but for what may change on resume: "key old, not new"."""
+    """Return the differences that prevent a resume: "key old, not new"."""
 
     def flat(config: Config) -> dict[str, Any]:
         data = config.to_json()
@@ -336,16 +335,17 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def group_name(names: Sequence[str]) -> str:
-    """Return the common beginning of run folders' or policies' names.
+    """Return the common prefix of the names of run folders or policies.
 
-    Of checkpoints of the runs a-0 and a-1 it is `a`, of one of them a-0-000040.
+    Example: `a` for checkpoints of the runs a-0 and a-1, and `a-0-000040` for one checkpoint of
+    a-0.
     """
     short = [short_name(name) for name in names]
     return os.path.commonprefix(short).rstrip("-_. ")  # noqa: RUF071  (names, not paths)
 
 
 def short_name(name: str) -> str:
-    """Return what a run folder or policy is called; a checkpoint in a run folder by both."""
+    """Return the display name of a run folder or policy. A checkpoint's name includes its run."""
     path = Path(os.path.abspath(name))
     if path.suffix != ".safetensors":
         return path.name
@@ -355,10 +355,10 @@ def short_name(name: str) -> str:
 
 
 def group_names(groups: Sequence[Sequence[str]], taken: Collection[str] = ()) -> list[str]:
-    """Return a name of its own for each group of run folders or policies.
+    """Return a unique name for each group of run folders or policies.
 
-    It is `group_name`, or where that is another's too, or one of those `taken`, the group's first
-    member, numbered if need be.
+    The name is `group_name`. If another group has it, or if it is in `taken`, the name is the
+    group's first member. A number is added if necessary.
     """
     short = [group_name(names) for names in groups]
     found: list[str] = []
@@ -372,9 +372,9 @@ def group_names(groups: Sequence[Sequence[str]], taken: Collection[str] = ()) ->
 
 
 def alike(configs: Sequence[Config]) -> list[list[int]]:
-    """Return groups of the indices of configs that differ by the seed alone, in order.
+    """Return groups of indices of configs that differ only in the seed, in order.
 
-    The same seed once more, of another checkpoint or file say, begins another group.
+    If a seed repeats, for instance in another checkpoint or file, it starts a new group.
     """
     groups: list[list[int]] = []
     for i, config in enumerate(configs):
@@ -389,7 +389,7 @@ def alike(configs: Sequence[Config]) -> list[list[int]]:
 
 
 def but_seed(config: Config) -> Config:
-    """Return a config without its seed and what results do not depend on."""
+    """Return a config without its seed and without the keys that results do not depend on."""
     return replace(
         config, seed=0, threads=1, workers=0, worker_timeout=60.0, device="cpu", checkpoint_every=1
     )

@@ -1,10 +1,10 @@
-"""What a run records: `metrics.jsonl`, and TensorBoard events derived from it.
+"""Metrics of a run: `metrics.jsonl`, and TensorBoard events derived from it.
 
-`metrics.jsonl` only grows, by one line for each iteration, which is on the disk before its
-checkpoint is. A resumed run cuts off what came after its checkpoint, so each iteration is there
-once. A line that is no row of metrics is named, the file as it was is kept beside, and the other
-rows stay. Events are written again from the rows; if that fails, it is said once and training goes
-on.
+`metrics.jsonl` is append-only, with one line per iteration. The line is on the disk before the
+checkpoint of its iteration. Resume removes the lines after the checkpoint, so each iteration
+appears once. If a line is not a row of metrics, a warning names it, the original file is kept next
+to the new one, and the other rows stay. Events are written again from the rows. If that fails, one
+warning is logged and training continues.
 """
 
 from __future__ import annotations
@@ -52,22 +52,21 @@ _TENSORBOARD = {
 }
 
 _NEEDED = ("iteration", "env_steps", "seconds_iteration")
-"""Numbers that a row is drawn by, besides its measure before and after adaptation; null where there
-is none."""
+"""Required columns, besides the measure before and after adaptation; null without a value."""
 
 
 def measure_of(row: Mapping[str, Any]) -> str:
-    """Return what a row measures adaptation by: return, or loss."""
+    """Return the adaptation measure of a row: return or loss."""
     return "loss" if "loss_pre" in row else "return"
 
 
 def measured_time(name: str) -> bool:
-    """Whether a metric depends on the machine's speed."""
+    """Whether a metric depends on the speed of the machine."""
     return name.startswith("seconds_") or name.endswith(("_per_second", "_memory_bytes"))
 
 
 class MetricsLog:
-    """Appends one JSON object an iteration; resumed, it forgets what came after a checkpoint."""
+    """Append one JSON object per iteration. On resume, remove the rows after the checkpoint."""
 
     def __init__(self, folder: Path, iteration: int = 0, text: str = "") -> None:
         path = folder / "metrics.jsonl"
@@ -84,16 +83,16 @@ class MetricsLog:
     def _recover(
         self, path: Path, content: _Content, kept: Sequence[_Line], iteration: int
     ) -> None:
-        """Leave the kept rows in the file, and what else it held beside it."""
+        """Keep the valid rows in the file and save the original file next to it."""
         later = sorted({line.number for line in content.rows} - {line.number for line in kept})
         first = [line.number for line in kept] == list(range(1, len(kept) + 1))
-        if content.damage or len(later) > 1 or not first:  # one row may come before its checkpoint
+        if content.damage or len(later) > 1 or not first:  # one row may precede its checkpoint
             aside = set_aside(path, content.data)
             write_atomically(path, b"".join(_line(line.row) for line in kept))
             told = list(content.damage)
             if later:
                 told.append(f"line {_ranges(later)} comes after iteration {iteration}")
-            _log.warning("%s: %s; the file as it was is kept as %s", path, "; ".join(told), aside)
+            _log.warning("%s: %s; the original file is kept as %s", path, "; ".join(told), aside)
         elif content.data:
             file = GrowingFile(path)
             file.cut(kept[-1].end if kept else 0)
@@ -105,10 +104,10 @@ class MetricsLog:
             _log.warning("%s has no row of iteration %s", path, _ranges(missing))
 
     def write(self, *rows: dict[str, Any]) -> None:
-        """Record iterations; numbers that are not finite are written as null.
+        """Record iterations. Numbers that are not finite are written as null.
 
         Raises:
-            OSError: they cannot be written; then no part of them is.
+            OSError: the rows cannot be written. No part of them is written.
         """
         self._file.append(b"".join(_line(row) for row in rows))
         for row in rows:
@@ -126,10 +125,10 @@ class MetricsLog:
 
 
 class Events:
-    """A TensorBoard run in a folder, instead of what it held; a fault is told once, not raised.
+    """Writer of TensorBoard events. It replaces the folder's events and logs its first error only.
 
-    torch's own writer writes it, since other programs watch that one: Weights & Biases, with
-    `sync_tensorboard`, records what goes through it and nothing else.
+    Events go through torch's own writer because other programs watch it. With `sync_tensorboard`,
+    Weights & Biases records only what passes through it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -137,7 +136,7 @@ class Events:
         self._writer: Any = None
         self._stack = contextlib.ExitStack()
         with self._told_once():
-            # Imported where it is needed: it takes seconds, and only training needs it.
+            # Imported here because it takes seconds, and only training needs it.
             from torch.utils.tensorboard import FileWriter
 
             for events in folder.glob("events.out.tfevents.*"):
@@ -146,7 +145,7 @@ class Events:
             self._writer = FileWriter(str(folder))
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Add numbers by their tags."""
+        """Add scalars by tag."""
         from tensorboard.compat.proto.summary_pb2 import (
             Summary,  # pyright: ignore[reportAttributeAccessIssue]
         )
@@ -156,7 +155,7 @@ class Events:
         )
 
     def add_image(self, tag: str, data: bytes) -> None:
-        """Add a PNG, or a GIF for a video."""
+        """Add a PNG image, or a GIF for a video."""
         from tensorboard.compat.proto.summary_pb2 import (
             Summary,  # pyright: ignore[reportAttributeAccessIssue]
         )
@@ -165,8 +164,8 @@ class Events:
         self.add(Summary(value=[Summary.Value(tag=tag, image=image)]), 0)
 
     def add_config(self, text: str) -> None:
-        """Add a config, JSON, as text and as hyper-parameters."""
-        # In this run's own file; SummaryWriter.add_hparams would make another run of them.
+        """Add a config, given as JSON, as text and as hyperparameters."""
+        # In this run's own file: SummaryWriter.add_hparams would create another run.
         from torch.utils.tensorboard import summary
 
         self.add(summary.text("config", f"```json\n{text}\n```"), 0)
@@ -200,16 +199,16 @@ class Events:
     def _told_once(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # tensorboard's file systems have errors of their own
+        except Exception as error:  # tensorboard's file systems raise their own errors
             _log.warning(
-                "%s: %s; TensorBoard shows no more of it, all else goes on",
+                "%s: %s; no more TensorBoard events are written, training continues",
                 self._folder, getattr(error, "strerror", None) or error,
             )  # fmt: skip
             self._end()
 
     def _end(self) -> None:
         writer, self._writer = self._writer, None
-        with self._stack, contextlib.suppress(Exception):  # it was told
+        with self._stack, contextlib.suppress(Exception):  # already logged
             if writer is not None:
                 writer.close()
 
@@ -221,7 +220,7 @@ class Events:
 
 @contextlib.contextmanager
 def _quiet_writers() -> Iterator[None]:
-    """Keep the threads that write events from printing their faults: `Events` tells them."""
+    """Suppress the tracebacks of the event writers' threads. `Events` logs these errors."""
     from tensorboard.summary.writer import event_file_writer
 
     before = threading.excepthook
@@ -239,11 +238,11 @@ def _quiet_writers() -> Iterator[None]:
 
 
 def show_adaptation(folder: Path, returns: Sequence[float], images: Mapping[str, bytes]) -> None:
-    """Put an adaptation curve into TensorBoard, as a run of its own in the folder.
+    """Add an adaptation curve to TensorBoard as a separate run in the folder.
 
     Args:
-        returns: after 0 ... K inner steps, the x-axis.
-        images: PNG, or GIF for a video (torch's add_video needs another package), by name.
+        returns: return after 0 ... K inner steps, the x-axis.
+        images: PNG by name, or GIF for a video (torch's add_video needs another package).
     """
     events = Events(folder)
     for k, value in enumerate(returns):
@@ -256,7 +255,7 @@ def show_adaptation(folder: Path, returns: Sequence[float], images: Mapping[str,
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's metrics.
 
-    A last line cut short by a crash is left out; so is a damaged one, with a warning.
+    A truncated last line is skipped. A damaged line is skipped with a warning.
     """
     path = folder / "metrics.jsonl"
     content = _read(path)
@@ -270,12 +269,12 @@ class _Line:
     row: dict[str, Any]
     number: int
     end: int
-    """Bytes of the file up to its end."""
+    """Offset of the line's end in the file, in bytes."""
 
 
 @dataclass(frozen=True)
 class _Content:
-    """What is in a file of metrics."""
+    """Parsed content of a metrics file."""
 
     data: bytes
     rows: list[_Line]
@@ -293,7 +292,7 @@ def _read(path: Path) -> _Content:
             row = json.loads(text)
             _check(row)
         except ValueError as error:
-            if end < len(data) or text.endswith(b"\n"):  # no last line that a crash cut short
+            if end < len(data) or text.endswith(b"\n"):  # not a last line that a crash truncated
                 damage[number] = str(error) if type(error) is ValueError else "no JSON"
         else:
             rows.append(_Line(row, number, end))
@@ -301,7 +300,7 @@ def _read(path: Path) -> _Content:
     for line in rows:
         iteration = line.row["iteration"]
         if iteration in by_iteration:
-            damage[line.number] = f"iteration {iteration} for the second time"
+            damage[line.number] = f"iteration {iteration} appears a second time"
         else:
             by_iteration[iteration] = line
     texts = [f"line {number} is damaged ({why})" for number, why in sorted(damage.items())]
@@ -309,9 +308,9 @@ def _read(path: Path) -> _Content:
 
 
 def _check(row: Any) -> None:
-    """Raise ValueError unless this can be a row."""
+    """Raise ValueError if a value cannot be a row."""
     if not isinstance(row, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     measure = measure_of(row)
     for name in (*_NEEDED, f"{measure}_pre", f"{measure}_post"):
         value = row.get(name, "missing")
@@ -324,7 +323,7 @@ def _check(row: Any) -> None:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Return "2, 5-7" of 2, 5, 6, 7."""
+    """Return "2, 5-7" for 2, 5, 6, 7."""
     texts: list[str] = []
     for i in numbers:
         first = i

@@ -1,7 +1,7 @@
-"""What is written while a run goes on: each iteration's metrics, and then its checkpoint.
+"""Recorder of a run in progress: each iteration's metrics, then its checkpoint.
 
-Both are written on a thread, while the next iteration samples; one iteration after the other, each
-once the one before is on the disk.
+A thread writes both while the next iteration samples. It writes the iterations in order, each after
+the previous one is on the disk.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from metarl.runs.folder import State, save_checkpoint
 from metarl.runs.metrics import MetricsLog
 
 SAVE_SECONDS = 5.0
-"""Between checkpoints of a run on a data set: an iteration takes less time than to write it."""
+"""Seconds between checkpoints of a run on a data set. An iteration is faster than its write."""
 
 _log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Writes what a run has learned. As a context manager it waits for the last iteration's files.
+    """Write metrics and checkpoints. As a context manager, wait for the last iteration's files.
 
     Args:
-        folder: the run's, locked.
-        config: of the run.
-        state: that it goes on from; metrics of later iterations are forgotten.
-        check: raises where the folder is no longer at its place.
-        between: seconds that pass between two checkpoints, but for those that are kept.
-        family: what identifies the family, stored in checkpoints.
+        folder: run folder, locked.
+        config: config of the run.
+        state: state that the run continues from; metrics of later iterations are removed.
+        check: function that raises if the folder was moved or deleted.
+        between: minimum seconds between two checkpoints; kept checkpoints are always written.
+        family: fingerprint of the family, stored in checkpoints.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Recorder:
         self._folder, self._config, self._check = folder, config, check
         self._family = family
         self._between, self._saved = between, time.monotonic()
-        self._rows: list[dict[str, Any]] = []  # that are not written yet
+        self._rows: list[dict[str, Any]] = []  # not written yet
         self._state = state
         text = json_text(config.to_json(), indent=2)
         self._metrics = MetricsLog(folder, state.iteration, text)
@@ -59,11 +59,11 @@ class Recorder:
         self._writing: Future[None] | None = None
 
     def record(self, row: dict[str, Any], state: State) -> None:
-        """Begin to write an iteration, once the one before is written.
+        """Start to write an iteration after the previous one is written.
 
         Raises:
-            RunError: the folder was moved, by the time the iteration before was to be written.
-            OSError: the iteration before cannot be written; no part of it is.
+            RunError: the folder was moved before the previous iteration was written.
+            OSError: the previous iteration cannot be written. No part of it is written.
         """
         self._rows.append(row)
         self._state = replace(state)
@@ -72,7 +72,7 @@ class Recorder:
             self._begin()
 
     def _begin(self) -> None:
-        """Begin to write what was recorded, once the iteration before is written."""
+        """Start to write the recorded iterations after the previous write finishes."""
         self._join()
         rows, self._rows, self._saved = self._rows, [], time.monotonic()
         self._writing = self._thread.submit(self._write, rows, self._state)
@@ -81,14 +81,14 @@ class Recorder:
         self._check()
         try:
             self._metrics.write(*rows)
-            # After the metrics: a crash in between repeats iterations, and their rows.
+            # After the metrics: a crash in between repeats the iterations and their rows.
             save_checkpoint(self._folder, self._config, state, self._family)
         except OSError:
-            self._check()  # a folder that went meanwhile is told as such
+            self._check()  # reports a folder that was removed meanwhile
             raise
 
     def wait(self) -> None:
-        """Wait until all that was recorded is on the disk; raises as `record` does."""
+        """Wait until all recorded iterations are on the disk. Raises the errors of `record`."""
         self._join()
         if self._rows:
             self._begin()
@@ -100,7 +100,7 @@ class Recorder:
         try:
             self._writing.result()
         except Exception:
-            self._writing, self._rows = None, []  # after a gap they could not be gone on from
+            self._writing, self._rows = None, []  # rows after a gap cannot be resumed from
             raise
         self._writing = None
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while a run trains: the first finishes the iteration, the second stops at once."""
+"""Ctrl-C during training: the first finishes the iteration, the second stops at once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from metarl.envs.guard import is_of_user_code
 
 
 class Stop:
-    """Handles signals: the first asks to stop, the second stops at once; a context manager.
+    """Signal handler and context manager: the first signal asks to stop, the second stops at once.
 
     Args:
-        numbers: signals to handle, none if this is not the main thread.
-        at_once: stops the process or the run, given the signal's number.
-        quiet: print nothing.
+        numbers: signals to handle; ignored outside the main thread.
+        at_once: function that stops the process or the run; takes the signal's number.
+        quiet: do not print anything.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Stop:
         self._numbers = numbers if main else ()
         self._at_once, self._quiet = at_once, quiet
         self.signal: int | None = None
-        """The first signal that came."""
+        """First signal received."""
 
     def __call__(self) -> bool:
         return self.signal is not None
@@ -42,7 +42,7 @@ class Stop:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        pressed = self() or not self._before  # as far as can be known
+        pressed = self() or not self._before  # outside the main thread, assume yes
         if isinstance(error, KeyboardInterrupt) and not pressed and is_of_user_code(error):
             where = [*getattr(error, "__notes__", ()), raised(error)]
             raise UserError(": ".join(where)) from error
@@ -57,9 +57,9 @@ class Stop:
 
 
 def stop_by_ctrl_c(*, quiet: bool = False) -> Stop:
-    """Return what handles Ctrl-C in a script: the second raises KeyboardInterrupt.
+    """Return a handler of Ctrl-C for a script. The second Ctrl-C raises KeyboardInterrupt.
 
-    A handler of the script's own stays.
+    A handler that the script installed is kept.
     """
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     return Stop([signal.SIGINT] if usual else [], _interrupt, quiet=quiet)

@@ -1,1 +1,1 @@
-"""Where samples come from: random streams, rollouts, worker processes."""
+"""Sampling: random streams, rollouts and worker processes."""

@@ -1,4 +1,4 @@
-"""Episodes of one ordinary Gymnasium environment, one after the other."""
+"""Sequential episodes of one ordinary Gymnasium environment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from metarl.sampling.trajectories import Rollout
 
 @dataclass(frozen=True)
 class Step:
-    """What came of one step of an environment."""
+    """Result of one environment step."""
 
     observation: Any
     reward: float
@@ -39,7 +39,7 @@ class Step:
 def episode(
     env: gym.Env, act: Callable[[Any, int], Any], horizon: int, seed: int | None
 ) -> Iterator[Step]:
-    """Play one episode, of `horizon` steps at most; `act` takes an observation and its time."""
+    """Play one episode of at most `horizon` steps. `act` takes an observation and its time."""
     with guard.user_code():
         observation, _ = plain_reset(env.reset(seed=seed))
     for t in range(horizon):
@@ -59,7 +59,7 @@ def collect_episodes(
     *,
     episodes: int,
     horizon: int,
-    address: RandomKey,
+    key: RandomKey,
     mode: ActionMode = "clip",
     deterministic: bool = False,
     task: Sequence[float] | NDArray = (),
@@ -67,24 +67,23 @@ def collect_episodes(
     """Sample episodes of an environment.
 
     Args:
-        params: not stacked.
-        horizon: episodes are cut here, whatever the environment's own limit.
-        task: recorded in the rollout; the environment is taken as it is.
+        params: parameters of one policy, not stacked.
+        horizon: maximum length of an episode, whatever the limit of the environment.
+        task: task that the rollout records; the environment is not changed.
 
     Raises:
-        UserError: the environment's spaces are not those of the policy.
-        NonFiniteError: an observation is not finite, of which a policy would make no action; or
-            every episode's simulation diverged.
+        UserError: the environment's spaces do not fit the policy.
+        NonFiniteError: an observation is not finite, or the simulation diverged in every episode.
     """
     name = getattr(env.spec, "id", None) or type(env.unwrapped).__name__
     check_spaces(env, policy, name)
     refuse_running_statistics(env, name)
     buffer = RolloutBuffer(policy, 1, episodes, horizon)
     native = isinstance(env.unwrapped, SingleTaskEnv)
-    seeds: list[Any] = address.episode_seeds(0, episodes)
+    seeds: list[Any] = key.episode_seeds(0, episodes)
     if not native:
         seeds = [foreign_seed(seed) for seed in seeds]
-    noise = torch.from_numpy(policy.noise(address.noise(0), episodes, horizon))
+    noise = torch.from_numpy(policy.noise(key.noise(0), episodes, horizon))
 
     def act(observation: Any, t: int) -> NDArray:
         check_fits(observation, env.observation_space, name)
@@ -105,7 +104,7 @@ def collect_episodes(
             for t, step in enumerate(episode(env, act, horizon, seed)):
                 buffer.reward[0, e, t] = step.reward
                 buffer.valid[0, e, t] = True
-                # In other environments' info this word may say anything.
+                # In other environments' info, this word may mean anything.
                 buffer.diverged[0, e] |= native and bool(step.info.get("diverged", False))
                 buffer.success[0, e] |= (success(step.info) or 0.0) > 0.0
             buffer.last_observation[0, e] = step.observation

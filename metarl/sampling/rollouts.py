@@ -1,9 +1,9 @@
-"""collect(): a policy in a `TaskVectorEnv` gives a `Rollout`.
+"""Rollouts of a policy in a `TaskVectorEnv`.
 
-Whole episodes of all tasks with stacked parameters: a step is one batched forward pass and one
-step of the vector environment. Where environments may run side by side, `Collector` splits the
-tasks over threads, each with a vector environment of its own, so that inference in one overlaps
-with physics in the other.
+The policy has stacked parameters and plays whole episodes of all tasks. A step is one batched
+forward pass and one step of the vector environment. If environments may run in parallel,
+`Collector` splits the tasks over threads. Each thread has its own vector environment, so that
+inference in one overlaps with physics in another.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Split = Literal["train", "test", "validation"]
 
 @dataclass(frozen=True)
 class RandomKey:
-    """Where in a run episodes are sampled; names their random streams."""
+    """Key of a sampling step in a run. It determines the random streams."""
 
     seed: int
     iteration: int = 0
     split: Split = "train"
     inner_step: int = 0
     first_task: int = 0
-    """Of all the iteration's tasks the one that is sampled here as task 0."""
+    """Index, among all tasks of the iteration, of the task that is task 0 here."""
 
     def __post_init__(self) -> None:
         check_one_of("split", self.split, get_args(Split))
@@ -59,11 +59,11 @@ class RandomKey:
         return stream(self.seed, self.iteration, self._phase("noise"), *where)
 
     def examples(self) -> np.random.Generator:
-        """Return the stream that all tasks' examples are drawn from."""
+        """Return the stream of all tasks' examples."""
         return stream(self.seed, self.iteration, self._phase("examples"), self.inner_step)
 
     def tasks(self) -> np.random.Generator:
-        """Return the stream that tasks are drawn from."""
+        """Return the stream of the task distribution."""
         return stream(self.seed, self.iteration, self._phase("tasks"))
 
 
@@ -76,7 +76,7 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
 
 
 class RolloutBuffer:
-    """NumPy views of a rollout in the making, laid out once."""
+    """NumPy views of a rollout during sampling, allocated once."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class RolloutBuffer:
         return {**own, **{f"info.{key}": array for key, array in self.info.items()}}
 
     def rollout(self, policy: PolicyModel, params: Params, tasks: NDArray) -> Rollout:
-        """Leave diverged episodes out and hand the buffer over."""
+        """Zero diverged episodes and return the buffer as a rollout."""
         for name in ("observation", "last_observation", "action", "output", "reward", "valid"):
             if self.diverged.any():
                 getattr(self, name)[self.diverged] = 0
@@ -137,34 +137,35 @@ class RolloutBuffer:
 
 def collect_into(
     buffer: RolloutBuffer,
-    where: slice,
+    rows: slice,
     env: TaskVectorEnv,
     policy: PolicyModel,
     params: Params,
     tasks: NDArray,
-    address: RandomKey,
+    key: RandomKey,
     mode: ActionMode,
     deterministic: bool,
 ) -> None:
     """Fill the buffer with one episode of every sub-environment.
 
     Args:
-        buffer: of all tasks; `where` is filled.
-        where: the tasks of the environment among all tasks.
-        params: stacked, and `tasks`: those of the environment.
+        buffer: buffer of all tasks; `rows` is filled.
+        rows: slice of the environment's tasks among all tasks.
+        params: stacked parameters of the environment's tasks.
+        tasks: task vectors of the environment's tasks.
     """
     shape = (env.num_tasks, env.episodes)
     horizon = env.family.horizon
-    ids = range(where.start, where.start + env.num_tasks)
-    seeds = [s for task in ids for s in address.episode_seeds(task, env.episodes)]
+    ids = range(rows.start, rows.start + env.num_tasks)
+    seeds = [s for task in ids for s in key.episode_seeds(task, env.episodes)]
     noise = torch.from_numpy(
-        np.stack([policy.noise(address.noise(task), env.episodes, horizon) for task in ids])
+        np.stack([policy.noise(key.noise(task), env.episodes, horizon) for task in ids])
     )
     space = env.single_action_space
     flat = (env.num_envs, policy.action_size)
     stacked = {name: p.clone() for name, p in params.items()}
     env.set_tasks(tasks)
-    # On threads a process's settings have no owner: `Collector.collect` restores them.
+    # With threads, process-wide settings have no single owner: `Collector.collect` restores them.
     guarded = not env.family.parallel
     with guard.user_code() if guarded else contextlib.nullcontext():
         observation, _ = env.reset(seed=seeds)
@@ -172,37 +173,37 @@ def collect_into(
     terminated = truncated = np.zeros(shape, np.bool_)
     with torch.inference_mode():
         for t in range(horizon):
-            seen = buffer.observation[where, :, t]
+            seen = buffer.observation[rows, :, t]
             np.copyto(seen, observation.reshape(seen.shape), casting="same_kind")
             output = policy.network_output(stacked, torch.from_numpy(seen))
             dist = policy.head(stacked, output)
             action = policy.mode(dist) if deterministic else policy.sample(dist, noise[:, :, t])
             act = action.numpy()
-            buffer.action[where, :, t] = act
-            buffer.output[where, :, t] = output.numpy()
+            buffer.action[rows, :, t] = act
+            buffer.output[rows, :, t] = output.numpy()
             given = env_action(act.reshape(flat), space, mode)
             with guard.user_step() if guarded else contextlib.nullcontext():
                 observation, reward, terminated, truncated, info = env.step(given)
-            buffer.reward[where, :, t] = reward.reshape(shape)
-            buffer.valid[where, :, t] = active
-            for key, values in buffer.info.items():
-                values[where, :, t] = info[key].reshape(shape)
+            buffer.reward[rows, :, t] = reward.reshape(shape)
+            buffer.valid[rows, :, t] = active
+            for name, values in buffer.info.items():
+                values[rows, :, t] = info[name].reshape(shape)
             if "diverged" in info:
-                buffer.diverged[where] |= info["diverged"].reshape(shape)
+                buffer.diverged[rows] |= info["diverged"].reshape(shape)
             if "success" in info:
-                buffer.tells_success[where] = True
-                buffer.success[where] |= active & (info["success"] > 0).reshape(shape)
+                buffer.tells_success[rows] = True
+                buffer.success[rows] |= active & (info["success"] > 0).reshape(shape)
             active = ~(terminated | truncated).reshape(shape)
             if not active.any():
                 break
-    last = buffer.last_observation[where]
+    last = buffer.last_observation[rows]
     np.copyto(last, observation.reshape(last.shape), casting="same_kind")
-    buffer.terminated[where] = terminated.reshape(shape)
-    buffer.truncated[where] = truncated.reshape(shape)
+    buffer.terminated[rows] = terminated.reshape(shape)
+    buffer.truncated[rows] = truncated.reshape(shape)
 
 
 def clear_after_the_end(buffer: RolloutBuffer) -> None:
-    """Zero what was written for sub-environments that stood still."""
+    """Zero the entries of sub-environments after the end of their episodes."""
     if not buffer.valid.all():
         arrays = (buffer.observation, buffer.action, buffer.output, buffer.reward)
         for array in (*arrays, *buffer.info.values()):
@@ -210,10 +211,10 @@ def clear_after_the_end(buffer: RolloutBuffer) -> None:
 
 
 class Collector:
-    """Samples rollouts of a fixed number of tasks and episodes of a family.
+    """Sampler of rollouts of a fixed number of tasks and episodes of a family.
 
-    Results do not depend on the number of threads. `info_keys` names entries of the environments'
-    info to keep.
+    Results do not depend on the number of threads. `info_keys` names the entries to keep of the
+    environments' info.
     """
 
     def __init__(
@@ -243,7 +244,7 @@ class Collector:
         self,
         params: Params,
         tasks: NDArray,
-        address: RandomKey,
+        key: RandomKey,
         *,
         deterministic: bool = False,
     ) -> Rollout:
@@ -252,7 +253,7 @@ class Collector:
         Args:
             params: stacked, [tasks, ...] each.
             tasks: [tasks, task_dim].
-            address: names the random streams.
+            key: key of the random streams.
             deterministic: take the distribution's mode instead of a sample.
         """
         buffer = RolloutBuffer(
@@ -264,7 +265,7 @@ class Collector:
             where, env = shard
             own = {name: p[where] for name, p in detached.items()}
             collect_into(
-                buffer, where, env, self.policy, own, tasks[where], address, self.mode,
+                buffer, where, env, self.policy, own, tasks[where], key, self.mode,
                 deterministic,
             )  # fmt: skip
 
@@ -272,13 +273,13 @@ class Collector:
         with guard.restored():
             if self.family.parallel:
                 self.pool.map(fill, shards)
-            else:  # in the thread that made them: an OpenGL context, for one, belongs to a thread
+            else:  # in the thread that created them: an OpenGL context belongs to its thread
                 for shard in shards:
                     fill(shard)
         clear_after_the_end(buffer)
         return buffer.rollout(self.policy, detached, tasks)
 
     def close(self) -> None:
-        """Close the environments; a failure is told, and loses nothing that was sampled."""
+        """Close the environments. A failure is logged; sampled data are not lost."""
         for env in self._envs:
             guard.close(env)

@@ -1,4 +1,4 @@
-"""Between a policy's actions and an environment's: clipping, scaling, categories, what fits."""
+"""Conversion between policy actions and environment actions, and checks of spaces."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from metarl.models.policies import PolicyModel
 ActionMode = Literal["clip", "scale"]
 _MODES = get_args(ActionMode)
 
-_ROUNDING = 1e-6  # of a bound, in an action that another program computed
+_ROUNDING = 1e-6  # relative to a bound, for actions that another program computed
 _WRAP = "gymnasium.wrappers.FlattenObservation makes them one"
 
 
 def as_observation(observation: Any, policy: PolicyModel) -> NDArray:
-    """Return observations as the array that a policy reads, of any shape.
+    """Return observations of any shape as the array that a policy reads.
 
     Raises:
-        UserError: they are no array, as those of a Dict or Tuple, or images of other than bytes.
+        UserError: the observations are not an array (a Dict or Tuple), or images are not bytes.
     """
     try:
         seen = np.asarray(observation)
@@ -45,11 +45,11 @@ def as_observation(observation: Any, policy: PolicyModel) -> NDArray:
 
 
 def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
-    """Return a policy's action [..., action_size] as the environment takes it.
+    """Return a policy's action [..., action_size] in the environment's format.
 
-    For a Box, `clip` cuts it to the bounds, and `scale` maps [-1, 1] onto finite bounds first; a
-    Box of whole numbers gets the nearest one.
-    Discrete spaces get whole numbers that count from their start.
+    Box: `clip` clips to the bounds; `scale` first maps [-1, 1] to the finite bounds. Actions of an
+    integer Box are rounded.
+    Discrete spaces: integers that count from the space's start.
     """
     check_one_of("policy.action", mode, _MODES)
     if isinstance(space, gym.spaces.Discrete):
@@ -69,12 +69,12 @@ def env_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray:
 
 
 def policy_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray[np.float32]:
-    """Return what a policy would have drawn for an action of the environment's, [action_size].
+    """Return the policy action [action_size] that corresponds to an environment's action.
 
-    The inverse of `env_action`, up to what that cuts: beyond the bounds of a Box is allowed.
+    The inverse of `env_action`, except for clipping. Values beyond the bounds of a Box are allowed.
 
     Raises:
-        UserError: it has another shape, is not finite, or names no category.
+        UserError: the action has another shape, is not finite or is not a valid category.
     """
     check_one_of("policy.action", mode, _MODES)
     taken, counts = np.atleast_1d(np.asarray(action, np.float64)), categories(space)
@@ -87,19 +87,19 @@ def policy_action(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArra
     elif mode == "scale":
         assert isinstance(space, gym.spaces.Box)
         middle, half = middle_and_half(space)
-        # A locked component, low == high, has one action, whatever the policy drew.
+        # A locked component (low == high) has one action, whatever the policy drew.
         taken = np.divide(taken - middle, half, out=np.zeros_like(taken), where=half > 0.0)
     return taken.astype(np.float32)
 
 
 def check_action(action: Any, space: gym.Space) -> None:
-    """Raise UserError unless an environment's action is one of its space, up to rounding."""
+    """Raise UserError if an environment action is outside its space, up to rounding."""
     taken = np.atleast_1d(np.asarray(policy_action(action, space, "clip"), np.float64))
     if not isinstance(space, gym.spaces.Box):
         return
     taken = np.asarray(action, np.float64)
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # of infinite bounds
+    with np.errstate(invalid="ignore"):  # from infinite bounds
         outside = (taken < low - _ROUNDING * np.abs(low)) | (
             taken > high + _ROUNDING * np.abs(high)
         )
@@ -109,15 +109,15 @@ def check_action(action: Any, space: gym.Space) -> None:
 
 
 def _none_of(action: Any, space: gym.Space) -> UserError:
-    return UserError(f"action {action} is none of {space}")
+    return UserError(f"action {action} is not in {space}")
 
 
 def drawn_between(
     action: NDArray, space: gym.Space, mode: ActionMode
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return between what a policy drew that `env_action` made this action of, [action_size] both.
+    """Return the range of policy actions that `env_action` maps to this one, [action_size] each.
 
-    They are equal unless a Box's bounds cut it, or whole numbers were rounded to.
+    Both are equal unless the bounds of a Box clipped the action, or it was rounded to an integer.
     """
     raw = policy_action(action, space, mode).astype(np.float64)
     low, high = raw.copy(), raw.copy()
@@ -134,10 +134,10 @@ def drawn_between(
 
 
 def uniform_log_prob(space: gym.Space, mode: ActionMode) -> NDArray[np.float64]:
-    """Return each component's log-density under uniform actions, in a policy's units.
+    """Return each component's log-density under uniform actions, in the policy's units.
 
-    Of whole numbers it is a log-probability. It is NaN where a Box is not bounded, or has one value
-    only.
+    For integers, it is a log-probability. It is NaN if a component of a Box is unbounded or has
+    only one value.
     """
     counts = categories(space)
     if counts is not None:
@@ -154,19 +154,19 @@ def uniform_log_prob(space: gym.Space, mode: ActionMode) -> NDArray[np.float64]:
 
 
 def bounded(space: gym.spaces.Box) -> NDArray[np.bool_]:
-    """Return which components of a Box have a finite width, which actions may be scaled to."""
+    """Return a mask of the Box components with finite width, which actions may be scaled to."""
     with np.errstate(over="ignore"):
         return np.isfinite(space.high - space.low)
 
 
 def middle_and_half(space: gym.spaces.Box) -> tuple[NDArray, NDArray]:
-    """Return a Box's middle and half width; 0 and 1 where it is not bounded."""
+    """Return the middle and half width of a Box; 0 and 1 for unbounded components."""
     low, high = (np.where(bounded(space), x, y) for x, y in ((space.low, -1.0), (space.high, 1.0)))
     return 0.5 * high + 0.5 * low, 0.5 * high - 0.5 * low  # neither sum overflows
 
 
 def space_to_json(space: gym.Space) -> dict[str, Any]:
-    """Return a space of actions, one that `categories` knows, as plain values."""
+    """Return an action space, one that `categories` supports, as JSON values."""
     keys: dict[Any, tuple[str, ...]] = {
         gym.spaces.Box: ("low", "high"),
         gym.spaces.Discrete: ("n", "start"),
@@ -181,7 +181,7 @@ def space_to_json(space: gym.Space) -> dict[str, Any]:
 
 
 def space_from_json(data: Mapping[str, Any]) -> gym.Space:
-    """Return the space that `space_to_json` wrote."""
+    """Return the space of the JSON values from `space_to_json`."""
     values = {key: value for key, value in data.items() if key not in ("kind", "dtype")}
     dtype = np.dtype(data["dtype"])
     if data["kind"] == "Box":
@@ -195,7 +195,7 @@ def space_from_json(data: Mapping[str, Any]) -> gym.Space:
 
 
 def check_spaces(env: TaskVectorEnv | gym.Env, policy: PolicyModel, name: str) -> None:
-    """Raise UserError if an environment's spaces are not those of the policy."""
+    """Raise UserError if an environment's spaces do not fit the policy."""
     vector = isinstance(env, TaskVectorEnv)
     observation = env.single_observation_space if vector else env.observation_space
     action = env.single_action_space if vector else env.action_space
@@ -216,9 +216,9 @@ def check_spaces(env: TaskVectorEnv | gym.Env, policy: PolicyModel, name: str) -
 
 
 def beyond_bounds(action: NDArray, space: gym.Space, mode: ActionMode) -> NDArray | None:
-    """Return which components of a policy's actions [..., n] a Box's bounds cut.
+    """Return a mask of the components of policy actions [..., n] that the Box bounds clip.
 
-    None for other spaces, which cut nothing.
+    Return None for other spaces, which clip nothing.
     """
     check_one_of("policy.action", mode, _MODES)
     if not isinstance(space, gym.spaces.Box):

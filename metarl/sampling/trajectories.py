@@ -1,4 +1,4 @@
-"""Rollouts: what was sampled, task-major arrays [tasks, episodes, time, ...] and their masks."""
+"""Rollouts: sampled task-major arrays [tasks, episodes, time, ...] and their masks."""
 
 from __future__ import annotations
 
@@ -10,60 +10,60 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rollout:
-    """Whole episodes of several tasks, time order kept.
+    """Whole episodes of several tasks, in time order.
 
-    T tasks, E episodes, H steps at most. Steps that were not taken (`valid` False) hold zeros, as
-    do those of an episode whose simulation diverged: it is left out whole.
+    T tasks, E episodes, at most H steps. Padded steps (`valid` False) are zero. An episode whose
+    simulation diverged is excluded: all its steps are zero.
     """
 
     tasks: Tensor
     """[T, task_dim] float64"""
     observation: Tensor
-    """[T, E, H, observation_dim]; before each action."""
+    """[T, E, H, observation_dim]; the observation before each action."""
     last_observation: Tensor
-    """[T, E, observation_dim]; after the last action, before any reset."""
+    """[T, E, observation_dim]; the observation after the last action, before any reset."""
     action: Tensor
-    """[T, E, H, action_size]; as the policy drew it, before any clipping."""
+    """[T, E, H, action_size]; the policy's sample, before clipping."""
     behaviour: dict[str, Tensor]
-    """Parameters of the distribution each action was drawn from, [T, E, H, ...] each."""
+    """Parameters of the distribution of each action, [T, E, H, ...] each."""
     reward: Tensor
     """[T, E, H]"""
     valid: Tensor
     """[T, E, H] bool; True for a real step."""
     terminated: Tensor
-    """[T, E] bool; the task ended (not merely its time)."""
+    """[T, E] bool; True if the task ended, not only its time."""
     truncated: Tensor
-    """[T, E] bool; cut by the horizon."""
+    """[T, E] bool; True if the horizon ended the episode."""
     diverged: Tensor
-    """[T, E] bool; the simulation broke down."""
+    """[T, E] bool; True if the simulation diverged."""
     context: Tensor | None = None
-    """[T, context_dim]; the context input of the policy, where it has one."""
+    """[T, context_dim]; the context input of the policy, or None without one."""
     success: Tensor | None = None
-    """[T, E] bool; the environment said at some step that the task is done."""
+    """[T, E] bool; True if the environment reported success at any step."""
     tells_success: Tensor | None = None
-    """[T, E] bool; the environment said anything about success."""
+    """[T, E] bool; True if the environment's info has `success`."""
     info: dict[str, Tensor] = field(default_factory=dict)
-    """[T, E, H] float64 each; the entries of the environment's info that were asked for."""
+    """[T, E, H] float64 each; the requested entries of the environment's info."""
 
     @property
     def env_steps(self) -> int:
-        """Environment steps that were simulated and kept."""
+        """Number of environment steps that were simulated and kept."""
         return int(self.valid.sum())
 
     def returns(self) -> Tensor:
-        """Undiscounted return of every episode, [T, E] float64, NaN where it diverged."""
+        """Undiscounted return of every episode, [T, E] float64; NaN if it diverged."""
         total = torch.where(self.valid, self.reward, 0.0).sum(dim=2, dtype=torch.float64)
         return total.masked_fill(self.diverged, torch.nan)
 
     def mean_returns(self) -> Tensor:
-        """Mean return of each task, [T] float64, NaN where every episode diverged."""
+        """Mean return of each task, [T] float64; NaN if every episode diverged."""
         return self.returns().nanmean(dim=1)
 
     def successes(self) -> Tensor:
-        """1 for an episode with success, else 0, [T, E] float64, NaN where it diverged."""
+        """1 for an episode with success, else 0, [T, E] float64; NaN if it diverged."""
         assert self.success is not None
         return self.success.double().masked_fill(self.diverged, torch.nan)
 
     def success_rates(self) -> Tensor:
-        """Part of each task's episodes with success, [T] float64, NaN where every one diverged."""
+        """Success rate of each task, [T] float64; NaN if every episode diverged."""
         return self.successes().nanmean(dim=1)

@@ -1,7 +1,7 @@
-"""A worker process: it holds environments of some tasks and runs their episodes when it is told to.
+"""Worker process: it steps the environments of some tasks and runs their episodes on request.
 
-What it is made for is a `Share`; it answers with a `Reply`, and leaves what it sampled in memory
-that it shares with its parent (`workers`). It ignores Ctrl-C and SIGTERM, and ends with its parent.
+A worker is configured by a `Share` and answers with a `Reply`. It writes samples to memory that it
+shares with its parent (`workers`). It ignores Ctrl-C and SIGTERM, and ends with its parent.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ from metarl.sampling.spaces import ActionMode, check_spaces
 
 @dataclass(frozen=True)
 class Share:
-    """What a worker is made for; sent to it once."""
+    """Configuration of a worker, sent to it once."""
 
     index: int
     family: Parcel
     policy: PolicyModel
     tasks: int
-    """Of all workers."""
+    """Number of tasks of all workers."""
     episodes: int
     horizon: int
     mode: ActionMode
     info_keys: tuple[str, ...]
     """Entries of the environments' info to keep."""
     where: slice
-    """The worker's tasks."""
+    """Slice of the worker's tasks."""
     memory: list[Any]
-    """The arrays of a `RolloutBuffer` of all tasks."""
+    """Arrays of a `RolloutBuffer` of all tasks."""
     progress: Any
     """`TaskVectorEnv.progress`"""
     check: bool = False
-    """Look at the environments first, and reply what is found."""
+    """Check the environments first and reply with the findings."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a worker says, or what is found out about it."""
+    """Reply of a worker, or a finding about it."""
 
     kind: str
     """found, ready, done; refused (a UserError), raised; was killed, ended, hung."""
@@ -71,9 +71,9 @@ class Reply:
 
 
 def work(share: Share, channel: Connection, dump: Connection, with_parent: bool) -> None:
-    """Serve collects until told to close (None) or the parent is gone."""
+    """Serve collect orders until the order None or the end of the parent process."""
     _end_with_parent(with_parent)
-    # Where it hangs or crashed, written without the interpreter's help.
+    # Traceback of a hang or a crash, written without the interpreter.
     faulthandler.enable(dump.fileno(), all_threads=False)
     faulthandler.register(signal.SIGUSR1, dump.fileno(), all_threads=False)
     torch.set_num_threads(1)
@@ -81,25 +81,25 @@ def work(share: Share, channel: Connection, dump: Connection, with_parent: bool)
         with plain_attention(), _restored(share, channel) as (env, memory):
             channel.send(Reply("ready"))
             while (order := channel.recv()) is not None:
-                params, tasks, address, deterministic = order
+                params, tasks, key, deterministic = order
                 for array in memory.arrays().values():
                     array[share.where] = 0
                 stacked = {name: torch.from_numpy(p) for name, p in params.items()}
                 with guard.restored():
                     collect_into(
-                        memory, share.where, env, share.policy, stacked, tasks, address,
+                        memory, share.where, env, share.policy, stacked, tasks, key,
                         share.mode, deterministic,
                     )  # fmt: skip
                 channel.send(Reply("done"))
         channel.send(Reply("done"))
     except (EOFError, BrokenPipeError) as error:
-        if guard.is_of_user_code(error):  # a simulator's own pipe; else the parent is gone
+        if guard.is_of_user_code(error):  # the simulator's pipe broke; otherwise the parent is gone
             channel.send(_raised(error))
-    except guard.ExitError as error:  # it may not do so again
+    except guard.ExitError as error:  # a repeat may succeed
         channel.send(_raised(error))
     except UserError as error:
         channel.send(Reply("refused", str(error)))
-    except BaseException as error:  # an environment may even call sys.exit
+    except BaseException as error:  # an environment may call sys.exit
         channel.send(_raised(error))
 
 
@@ -110,12 +110,12 @@ def _raised(error: BaseException) -> Reply:
 
 @contextlib.contextmanager
 def _restored(share: Share, channel: Connection) -> Iterator[tuple[TaskVectorEnv, RolloutBuffer]]:
-    """Give a worker's vector environment and shared memory; close the environment afterwards."""
+    """Yield a worker's vector environment and shared memory; close the environment afterwards."""
     family = unpack(share.family)
     if family.horizon != share.horizon:
         raise UserError(
-            f"{family.name}: made again by its name, it has horizon {family.horizon}, not"
-            f" {share.horizon}; make it changed by a function of its own, as module:attribute"
+            f"{family.name}: created again by name, it has horizon {family.horizon}, not"
+            f" {share.horizon}; create the changed family in a function, as module:attribute"
         )
     if share.check:
         for finding in start_findings(family, share.progress):
@@ -143,8 +143,8 @@ def _restored(share: Share, channel: Connection) -> Iterator[tuple[TaskVectorEnv
 
 
 def _end_with_parent(exactly: bool) -> None:
-    """End this process and its children when the parent does, even while an environment hangs."""
-    os.setpgrp()  # Ctrl-C in a terminal reaches neither workers nor what environments start
+    """End this process and its children with the parent, even while an environment hangs."""
+    os.setpgrp()  # Ctrl-C in a terminal does not reach workers or their child processes
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -157,5 +157,5 @@ def _end_with_parent(exactly: bool) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     if exactly and sys.platform == "linux":
-        # The thread above needs the interpreter's lock, which an environment may hold for ever.
+        # The thread above needs the interpreter's lock, which an environment may hold forever.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,16 +1,16 @@
-"""Rollouts on worker processes (`worker_process`), for environments without a native backend.
+"""Rollouts in worker processes (`worker_process`), for environments without a native backend.
 
-Each worker holds the environments of its share of the tasks. For a collect it is sent the share's
-stacked parameters, runs whole episodes and leaves them in memory that it shares with this process;
-nothing crosses a process boundary per step. Every random number is a function of its address, so
-results are bit-identical for any number of workers and to those of `Collector`.
+Each worker has the environments of its share of the tasks. A collect sends it the stacked
+parameters of its share. It runs whole episodes and writes them to memory that it shares with this
+process. No data cross a process boundary per step. Every random number is a function of its key, so
+results are bit-identical for any number of workers, and equal to `Collector`'s.
 
-- A worker counts the environment calls it begins in shared memory, and where it is. One that
-  begins none for `timeout` seconds hangs.
-- A worker that died, hangs or raised is replaced and its share repeated, exactly; what goes on
-  failing is a `WorkerError` that names worker and task, with the traceback of its environment.
-- Workers end with this process, however it ends. Shared memory has no name that could outlive it.
-- Workers ignore Ctrl-C and SIGTERM: this process decides what an interruption means.
+- A worker counts its environment calls in shared memory and records where it is. A worker
+  that starts no call for `timeout` seconds hangs.
+- A worker that died, hangs or raised is replaced, and its share is repeated exactly. If it keeps
+  failing, a `WorkerError` names worker and task and includes the environment's traceback.
+- Workers end with this process in any case. Shared memory has no name that could outlive it.
+- Workers ignore Ctrl-C and SIGTERM: this process handles interruptions.
 """
 
 from __future__ import annotations
@@ -51,43 +51,43 @@ from metarl.sampling.trajectories import Rollout
 from metarl.sampling.worker_process import Reply, Share, work
 
 REPEATS = {"was killed": 2, "ended": 1, "hung": 1, "raised": 1}
-"""How often a share is begun again in one collect, for each way a worker may fail."""
+"""Maximum number of repeats of a share in one collect, for each kind of failure."""
 
 START_SECONDS = 300.0
-"""Longest time to import modules and make the environments."""
+"""Maximum time to import modules and create the environments."""
 
 CLOSE_SECONDS = 5.0
-"""Longest time to close one environment."""
+"""Maximum time to close one environment."""
 
-_NO_GUARD = 78  # exit code: a script without a __main__ guard was run again by its own worker
-_GUARD = """worker processes import the script that starts them, so what it runs must stand under
+_NO_GUARD = 78  # exit code: a worker imported a script without a __main__ guard
+_GUARD = """worker processes import the script that starts them; put the code that it runs under
 
     if __name__ == "__main__":
         ...
 
-or use workers=0, which steps the environments in this process"""
+or use workers=0, to step the environments in this process"""
 
 _context = multiprocessing.get_context("spawn")
 _log = logging.getLogger(__name__)
 
 
 class WorkerError(UserError):
-    """Workers fail again and again; the message names worker and task, with the traceback."""
+    """Workers keep failing. The message names worker and task and includes the traceback."""
 
 
 class _Worker:
-    """One worker process and what it is doing."""
+    """One worker process and its current work."""
 
     def __init__(self, share: Share, timeout: float) -> None:
         self.share, self.timeout = share, timeout
         self.order: Any = None
         self.tasks = np.empty((0, 0))
         self.found: list[str] = []
-        """What a look at the environments found."""
+        """Findings of the check of the environments."""
         self.start()
 
     def start(self) -> None:
-        """Begin a process; its first reply is that it is ready."""
+        """Start a process. Its first reply is that it is ready."""
         self.share.progress[:] = [0, 0, -1]
         self.channel, theirs = _context.Pipe()
         self.dump, their_dump = _context.Pipe(duplex=False)
@@ -102,7 +102,7 @@ class _Worker:
             args=(self.share, theirs, their_dump, main),
             name=f"metarl worker {self.share.index}",
         )
-        # Until the worker ignores Ctrl-C it inherits that Ctrl-C waits. The tracker would undo it.
+        # A worker inherits a blocked Ctrl-C until it ignores it. The tracker would unblock it.
         resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
@@ -115,16 +115,16 @@ class _Worker:
         self._seen, self._silent, self._looked = 0, 0.0, time.monotonic()
 
     def submit(self, order: Any, tasks: NDArray) -> None:
-        """Have an order carried out, as soon as the worker is ready; `poll` tells of its end."""
+        """Send an order as soon as the worker is ready. `poll` reports its end."""
         self.order, self.tasks, self.busy = order, tasks, True
         self._silent, self._looked = 0.0, time.monotonic()
         if self.ready:
             self.share.progress[1:] = [0, -1]
-            with contextlib.suppress(OSError):  # dead or stopped, which `poll` finds
+            with contextlib.suppress(OSError):  # dead or stopped; `poll` detects it
                 self.channel.send(order)
 
     def poll(self) -> Reply | None:
-        """Return a reply or a fault, None while the worker is at work."""
+        """Return a reply or a fault, or None while the worker is busy."""
         try:
             if self.channel.poll():
                 return self._heard(self.channel.recv())
@@ -134,7 +134,7 @@ class _Worker:
         if not self.process.is_alive() and not self.channel.poll():
             return self._fault()
         now = time.monotonic()
-        # This process may have been suspended: no look counts for more than two seconds.
+        # This process may have been suspended: each poll counts for at most two seconds.
         self._silent += min(now - self._looked, 2.0)
         self._looked = now
         if self._seen != self.share.progress[0]:
@@ -143,7 +143,7 @@ class _Worker:
 
     @property
     def limit(self) -> float:
-        """Seconds without a call of an environment that mean it hangs."""
+        """Seconds without an environment call after which the worker counts as hung."""
         calls = self.ready or self.share.progress[1] != 0
         return self.timeout if calls else max(self.timeout, START_SECONDS)
 
@@ -171,7 +171,7 @@ class _Worker:
         elif code is not None and code < 0:
             kind, what = "was killed", signal.Signals(-code).name
         text = f"{self._name(kind)}: {what}"
-        if hung:  # let it say where; the signal may wake it
+        if hung:  # dump its traceback; the signal may wake it
             with contextlib.suppress(OSError):
                 os.kill(self.process.pid or 0, signal.SIGUSR1)
         trace = b""
@@ -186,9 +186,9 @@ class _Worker:
         return f"worker {self.share.index} {verb} {where}"
 
     def kill(self) -> None:
-        """End the process, and those that its environments started, at once."""
+        """Kill the process and the processes that its environments started."""
         if self.process.pid is not None:
-            with contextlib.suppress(OSError):  # not yet a group of its own, or gone
+            with contextlib.suppress(OSError):  # not yet a process group, or gone
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
             self.process.join()
@@ -196,29 +196,29 @@ class _Worker:
         self.dump.close()
 
     def restart(self) -> None:
-        """Begin afresh, with the order that was given last, and without checks."""
+        """Start a new process with the last order, without checks."""
         self.kill()
         self.share = dataclasses.replace(self.share, check=False)
         self.start()
 
 
 class WorkerCollector:
-    """Samples rollouts as `Collector` does, on worker processes.
+    """Sampler of rollouts in worker processes, equivalent to `Collector`.
 
     Args:
-        family: made again in each worker.
-        policy: the network.
-        num_tasks: T, shared out evenly.
-        episodes: a task.
+        family: family, created again in each worker.
+        policy: policy network.
+        num_tasks: number of tasks T, split evenly.
+        episodes: episodes per task.
         info_keys: entries of the environments' info to keep.
-        workers: processes; more than there are tasks are not started.
-        timeout: seconds that an environment may take for one reset, step or close.
-        check: warn of what a quick look at the environments finds, which the first worker takes.
+        workers: number of processes, at most the number of tasks.
+        timeout: maximum seconds of one reset, step or close of an environment.
+        check: let the first worker check the environments, and warn of its findings.
 
     Raises:
-        UserError: the family cannot be made in a worker, its environments do not fit the policy,
-            or the script that runs has no __main__ guard.
-        WorkerError: the environments cannot be made.
+        UserError: the family cannot be created in a worker, its environments do not fit the policy,
+            or the script has no __main__ guard.
+        WorkerError: the environments cannot be created.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class WorkerCollector:
         packed = pack(family)
         _check_sendable(policy)
         self._workers: list[_Worker] = []
-        # Runs before multiprocessing waits for its children at exit, and if close is forgotten.
+        # Runs before multiprocessing waits for its children at exit, also if close is forgotten.
         self._finalizer = util.Finalize(self, _kill, (self._workers,), exitpriority=10)
         try:
             for i, where in enumerate(slices(num_tasks, -(-num_tasks // workers))):
@@ -279,27 +279,27 @@ class WorkerCollector:
 
     @property
     def pids(self) -> list[int | None]:
-        """Process ids of the workers, in order of their tasks; none after `close`."""
+        """Process ids of the workers, in task order; empty after `close`."""
         return [worker.process.pid for worker in self._workers]
 
     def collect(
-        self, params: Params, tasks: NDArray, address: RandomKey, *, deterministic: bool = False
+        self, params: Params, tasks: NDArray, key: RandomKey, *, deterministic: bool = False
     ) -> Rollout:
         """Sample every episode of every task once; see `Collector.collect`.
 
         Raises:
-            UserError: an environment returns what it should not.
-            WorkerError: a worker failed again and again.
+            UserError: an environment returns an invalid value.
+            WorkerError: a worker keeps failing.
         """
         if not self._workers:
             raise UserError("this collector is closed")
         detached = {name: p.detach() for name, p in params.items()}
         for worker in self._workers:
-            if worker.busy:  # with a collect that was interrupted
+            if worker.busy:  # from an interrupted collect
                 worker.restart()
             where = worker.share.where
             stacked = {name: p[where].numpy() for name, p in detached.items()}
-            worker.submit((stacked, tasks[where], address, deterministic), tasks[where])
+            worker.submit((stacked, tasks[where], key, deterministic), tasks[where])
         self._finish()
         memory = RolloutBuffer(
             self.policy, self.num_tasks, self.episodes, self.family.horizon, self._info_keys
@@ -311,7 +311,7 @@ class WorkerCollector:
         return memory.rollout(self.policy, detached, tasks)
 
     def _finish(self) -> None:
-        """Wait until every worker has done as it was told; replace those that fail."""
+        """Wait until every worker has finished its order; replace the ones that fail."""
         faults: Counter[tuple[int, str]] = Counter()
         working = [worker for worker in self._workers if worker.busy]
         while working:
@@ -323,9 +323,9 @@ class WorkerCollector:
                 if reply.kind in ("ready", "done"):
                     working.remove(worker)
                     continue
-                worker.busy = True  # it takes no further order
+                worker.busy = True  # no further order is sent
                 if worker.share.check and not worker.ready and reply.kind != "refused":
-                    worker.restart()  # without a check, whose environments may have failed
+                    worker.restart()  # without a check: its environments may have failed
                     continue
                 fault = worker.share.index, reply.kind
                 faults[fault] += 1
@@ -333,12 +333,12 @@ class WorkerCollector:
                 worker.restart()
 
     def _judge(self, reply: Reply, times: int, started: bool) -> None:
-        """Raise unless a fault may pass with a new worker; then say so."""
+        """Raise if a fault is permanent; otherwise log it before a new worker repeats the share."""
         if reply.kind == "refused":
             raise UserError(reply.text)
         message = f"{self.family.name}: {reply.text}"
         trace = f"\n\n{reply.trace.rstrip()}" if reply.trace else ""
-        # What fails on its own while it starts fails again.
+        # A worker that fails on its own during the start would fail again.
         if (not started and reply.kind != "was killed") or times > REPEATS[reply.kind]:
             if reply.kind == "hung":
                 message += "; give a longer worker_timeout if its steps take that long"
@@ -347,7 +347,7 @@ class WorkerCollector:
         _log.warning("%s; another worker repeats its tasks%s", message, trace)
 
     def close(self) -> None:
-        """Close the environments and end the workers; may be called at any time, and again."""
+        """Close the environments and end the workers. Can be called at any time and repeatedly."""
         closing = [worker for worker in self._workers if worker.ready and not worker.busy]
         try:
             for worker in closing:
@@ -383,11 +383,11 @@ def _where(reply: Reply) -> str:
     places = [line.strip() for line in reply.trace.splitlines() if line.lstrip().startswith("File")]
     if not places:
         return ""
-    return f" ({places[0 if reply.kind == 'hung' else -1]})"  # a dump begins with the innermost
+    return f" ({places[0 if reply.kind == 'hung' else -1]})"  # a dump starts with the innermost
 
 
 def _wait(workers: Sequence[_Worker]) -> None:
-    """Wait until one of the workers replies or ends, or it is time to look at their progress."""
+    """Wait until a worker replies or ends, or until the next check of their progress."""
     tick = min(0.5, min(worker.limit for worker in workers) / 4.0)
     wait([x for w in workers for x in (w.channel, w.process.sentinel)], tick)
 
@@ -413,10 +413,10 @@ def make_collector(
     timeout: float = 60.0,
     check: bool = False,
 ) -> AnyCollector:
-    """Return what samples a family's episodes: threads, worker processes or this process.
+    """Return a sampler of a family's episodes: in threads, worker processes or this process.
 
-    Families that run side by side on threads never need processes. With `check` the environments
-    are looked at first, where they are going to be stepped; what is found is logged.
+    Families that run in parallel threads never need processes. With `check`, the environments are
+    checked first, in the process that will step them; findings are logged.
     """
     if family.parallel or workers == 0:
         if check:

@@ -1,4 +1,4 @@
-"""Callbacks that follow the best value of a metric: early stopping, and keeping the best policy."""
+"""Callbacks that track the best value of a metric: early stopping, and keeping the best policy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from metarl.training.callbacks import Callback, Iteration, Run
 
 
 class _Best(Callback):
-    """Follows the best value of a metric.
+    """Track the best value of a metric.
 
     Args:
-        metric: key of `metrics.jsonl`; by default `return_post`, or `loss_post` of data sets.
+        metric: key of `metrics.jsonl`; by default `return_post`, or `loss_post` for data sets.
         mode: "max" or "min"; by default "min" for losses.
     """
 
@@ -38,14 +38,14 @@ class _Best(Callback):
         self.mode = self.mode or ("min" if self.metric.startswith("loss") else "max")
 
     def better(self, metrics: Mapping[str, Any], by: float = 0.0) -> bool:
-        """Take over the metric if it is better than the best by more than `by`."""
+        """Store the metric and return True if it is better than the best by more than `by`."""
         assert self.metric is not None
         if self.metric not in metrics:
             hint = did_you_mean(self.metric, metrics)
             raise UserError(f"{type(self).__name__}: no metric {self.metric!r}{hint}")
         value = metrics[self.metric]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{type(self).__name__}: {self.metric} is no number, but {value!r}")
+            raise UserError(f"{type(self).__name__}: {self.metric} is not a number, but {value!r}")
         sign = -1.0 if self.mode == "min" else 1.0
         if not math.isfinite(value):
             return False
@@ -56,11 +56,11 @@ class _Best(Callback):
 
 
 class EarlyStopping(_Best):
-    """End a run whose metric has not improved for a number of iterations.
+    """Stop a run whose metric has not improved for a number of iterations.
 
     Args:
-        metric: key of `metrics.jsonl`; by default `return_post`, or `loss_post` of data sets.
-        patience: iterations without improvement after which the run ends.
+        metric: key of `metrics.jsonl`; by default `return_post`, or `loss_post` for data sets.
+        patience: number of iterations without improvement before the run stops.
         min_delta: smallest change that counts as an improvement.
         mode: "max" or "min"; by default "min" for losses.
     """
@@ -82,7 +82,7 @@ class EarlyStopping(_Best):
         super().start(run)
         self.waited = self.loaded.get("waited", 0)
         self.loaded = {}
-        self._stop(run)  # a resumed run may have ended by it
+        self._stop(run)  # a resumed run may already have stopped
 
     def update(self, iteration: Iteration) -> None:
         self.waited = 0 if self.better(iteration.metrics, self.min_delta) else self.waited + 1
@@ -99,11 +99,10 @@ class EarlyStopping(_Best):
 class KeepBest(_Best):
     """Keep the policy with the best metric as the policy file best.safetensors in the run folder.
 
-    The metric of an iteration measures the meta-parameters that the iteration began with. Those are
-    kept.
+    The metric of an iteration measures the meta-parameters at its start. These are saved.
 
     Args:
-        metric: key of `metrics.jsonl`; by default `return_post`, or `loss_post` of data sets.
+        metric: key of `metrics.jsonl`; by default `return_post`, or `loss_post` for data sets.
         mode: "max" or "min"; by default "min" for losses.
     """
 
@@ -116,7 +115,7 @@ class KeepBest(_Best):
         self.kept, self.measured = None, run.meta_policy()
         path = run.folder / "best.safetensors"
         if not self.loaded:
-            path.unlink(missing_ok=True)  # it would be of iterations that were given up
+            path.unlink(missing_ok=True)  # it may be from discarded iterations
             return
         parts: dict[str, Any] = {"params": {}, "baseline": {}}
         for key, value in self.loaded.items():

@@ -1,4 +1,4 @@
-"""Callbacks of a run: what users add to training without changing it.
+"""Callbacks of a run: user extensions of training.
 
     for each iteration:
         tasks = callback.tasks(rng, count, family)   # or the family's own
@@ -7,7 +7,7 @@
         save metrics and checkpoint, with callback.state()
         callback.saved(iteration)
 
-The state in a checkpoint is the one after `update`, so a resumed run continues exactly.
+A checkpoint contains the state after `update`, so a resumed run continues exactly.
 """
 
 from __future__ import annotations
@@ -40,90 +40,90 @@ from metarl.sampling.trajectories import Rollout
 
 @dataclass
 class Run:
-    """A run, as callbacks see it."""
+    """Run, as callbacks see it."""
 
     folder: Path
     config: Config
     family: Family
     meta_policy: Callable[[], MetaPolicy]
-    """Returns the present meta-parameters as a policy."""
+    """Returns the current meta-parameters as a policy."""
     stopped: str = ""
-    """Why it ends before its last iteration; empty: it does not."""
+    """Reason for an early end; empty without one."""
 
     def stop(self, reason: str) -> None:
-        """End the run once the iteration is saved, with a reason that is shown."""
+        """End the run after the iteration is saved. The reason is shown."""
         self.stopped = self.stopped or str(reason) or "stopped by a callback"
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """One iteration, as callbacks see it."""
+    """Iteration, as callbacks see it."""
 
     run: Run
     number: int
-    """Counted from 1."""
+    """Index of the iteration, from 1."""
     metrics: dict[str, Any]
-    """As in `metrics.jsonl`; a copy."""
+    """Metrics as in `metrics.jsonl`; a copy."""
     tasks: Tasks
     """[T, task_dim]"""
     returns_pre: NDArray[np.float64] | None
     """Mean return of each task before adaptation, [T]; None for supervised tasks."""
     returns_post: NDArray[np.float64] | None
-    """Mean return of each task after adaptation, [T]; NaN if nothing was sampled after it."""
+    """Mean return of each task after adaptation, [T]; NaN without episodes after it."""
     rollouts: list[Rollout]
-    """Rollouts of this process's tasks, support first; none for supervised tasks."""
+    """Rollouts of this process's tasks, support first; empty for supervised tasks."""
 
     def meta_policy(self) -> MetaPolicy:
         """Return the meta-parameters after the iteration as a policy."""
         return self.run.meta_policy()
 
     def stop(self, reason: str) -> None:
-        """End the run once the iteration is saved, with a reason that is shown."""
+        """End the run after the iteration is saved. The reason is shown."""
         self.run.stop(reason)
 
 
 class Callback:
-    """Base class of callbacks. A function of an `Iteration` is one too, called as `saved` is.
+    """Base class of callbacks. A function of an `Iteration` is also one, called like `saved`.
 
-    With several processes they are called on rank 0.
+    With several processes, callbacks run on rank 0.
     """
 
     name: str = ""
-    """Name of its state in checkpoints; by default that of its class."""
+    """Name of its state in checkpoints; by default the name of its class."""
 
     def start(self, run: Run) -> None:
         """Prepare for a run, after `load_state` if it is resumed."""
 
     def tasks(self, rng: np.random.Generator, count: int, family: Family) -> Any:
-        """Return the tasks of the next iteration, [count, task_dim]; None: the family draws them.
+        """Return the tasks of the next iteration, [count, task_dim]; None: sample from the family.
 
         Args:
             rng: random stream, a function of the run's seed and the iteration.
             count: number of tasks.
-            family: the run's.
+            family: task family of the run.
         """
         return None
 
     def update(self, iteration: Iteration) -> None:
-        """Change the state by an iteration. Its checkpoint holds what `state` returns then."""
+        """Update the state after an iteration. The iteration's checkpoint contains it."""
 
     def saved(self, iteration: Iteration) -> None:
-        """Use an iteration whose metrics and checkpoint are on the disk. The run waits for it."""
+        """Process an iteration with metrics and checkpoint on the disk. The run waits for it."""
 
     def close(self, error: BaseException | None) -> None:
-        """Release what it holds at the end of a run, which an error may have ended."""
+        """Release resources at the end of a run; `error` is the error that ended it, if any."""
 
     def state(self) -> Mapping[str, Any]:
-        """Return the state by name: plain values of JSON, arrays, tensors."""
+        """Return the state by name: JSON values, arrays, tensors."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned; arrays and tensors come back as NumPy arrays."""
-        raise UserError(f"the callback {self.name} has a state, and needs a load_state")
+        """Restore the result of `state`; arrays and tensors are NumPy arrays."""
+        raise UserError(f"the callback {self.name} has a state, but no load_state")
 
 
 class _Function(Callback):
-    """A function as a callback."""
+    """Callback that calls a function."""
 
     def __init__(self, function: Callable[[Iteration], object]) -> None:
         self.function = function
@@ -133,10 +133,10 @@ class _Function(Callback):
 
 
 def find_callback(what: str) -> Any:
-    """Return the callback that `module:attribute` names; a class is called without arguments.
+    """Return the callback named by `module:attribute`; a class is called without arguments.
 
     Raises:
-        UserError: there is none, the module cannot be imported, or the class needs arguments.
+        UserError: it does not exist, the module cannot be imported, or the class needs arguments.
     """
     found = import_attribute(what, "a callback")
     if not isinstance(found, type):
@@ -145,17 +145,19 @@ def find_callback(what: str) -> Any:
         with guard.user_code():
             return found()
     except TypeError as error:
-        raise UserError(f"the callback {what} cannot be made: {error}; name an object") from error
+        raise UserError(
+            f"the callback {what} cannot be created: {error}; name an object"
+        ) from error
 
 
 class CallbackList:
-    """The callbacks of a run.
+    """Callbacks of a run.
 
     Args:
         callbacks: `Callback` objects, or functions of an iteration.
 
     Raises:
-        UserError: one is something else, two have one name, or several propose tasks.
+        UserError: an entry is something else, two have the same name, or several propose tasks.
     """
 
     def __init__(self, callbacks: Sequence[Any]) -> None:
@@ -181,10 +183,10 @@ class CallbackList:
         return bool(self._all)
 
     def load(self, folder: Path, states: CallbackState) -> None:
-        """Give callbacks the states that a checkpoint of the run folder holds.
+        """Load the states of callbacks from a checkpoint of the run folder.
 
         Raises:
-            RunError: the callback of a state was not passed.
+            RunError: the callback of a state is missing.
         """
         known = {callback.name: callback for callback in self._all}
         for name, (values, arrays) in states.items():
@@ -198,7 +200,7 @@ class CallbackList:
                 known[name].load_state({**copy.deepcopy(values), **numbers})
 
     def states(self) -> CallbackState:
-        """Return the states, as values of JSON and copied tensors."""
+        """Return the states, as JSON values and copied tensors."""
         found: CallbackState = {}
         for callback in self._all:
             with guard.user_code():
@@ -211,16 +213,16 @@ class CallbackList:
         return found
 
     def start(self, run: Run) -> None:
-        """Prepare all for a run."""
+        """Call `start` of all callbacks."""
         for callback in self._all:
             with guard.user_code():
                 callback.start(run)
 
     def tasks(self, seed: int, iteration: int, count: int, family: Family) -> Tasks | None:
-        """Return the proposed tasks of an iteration; None: the family draws them.
+        """Return the proposed tasks of an iteration; None: sample from the family.
 
         Raises:
-            UserError: they are not finite numbers [count, task_dim].
+            UserError: the tasks are not finite numbers [count, task_dim].
         """
         if self._proposer is None:
             return None
@@ -242,19 +244,19 @@ class CallbackList:
         return tasks
 
     def update(self, iteration: Iteration) -> None:
-        """Let all change their states."""
+        """Call `update` of all callbacks."""
         for callback in self._all:
             with guard.user_code():
                 callback.update(_copied(iteration))
 
     def saved(self, iteration: Iteration) -> None:
-        """Tell all that an iteration is saved."""
+        """Call `saved` of all callbacks."""
         for callback in self._all:
             with guard.user_code():
                 callback.saved(_copied(iteration))
 
     def close(self, error: BaseException | None) -> None:
-        """Let all release what they hold."""
+        """Call `close` of all callbacks."""
         for callback in self._all:
             with guard.user_code():
                 callback.close(error)
@@ -273,7 +275,7 @@ def _as_callback(what: Any) -> Callback:
 
 
 def _copied(iteration: Iteration) -> Iteration:
-    """Return an iteration that a callback may change; its rollouts are shared."""
+    """Return a copy of an iteration that a callback may change; its rollouts are shared."""
     fresh = {
         name: copy.deepcopy(getattr(iteration, name))
         for name in ("metrics", "tasks", "returns_pre", "returns_post")
@@ -294,4 +296,4 @@ def _tensor(callback: str, key: str, value: NDArray | torch.Tensor) -> torch.Ten
     try:
         return torch.as_tensor(value).detach().cpu().clone()
     except TypeError as error:
-        raise UserError(f"the callback {callback} cannot keep {key}: {error}") from error
+        raise UserError(f"the callback {callback} cannot save {key}: {error}") from error

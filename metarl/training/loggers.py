@@ -1,8 +1,8 @@
 """Callbacks that record metrics with other programs: Weights & Biases, MLflow.
 
-Each run folder keeps the id that the program gave the run, so a resumed run continues the same
-record. An experiment's name, a server and offline mode are set by the programs' own environment
-variables, such as WANDB_PROJECT, WANDB_MODE and MLFLOW_TRACKING_URI.
+Each run folder keeps the program's id of the run, so a resumed run continues the same record.
+Experiment name, server and offline mode are set by the programs' environment variables, such as
+WANDB_PROJECT, WANDB_MODE and MLFLOW_TRACKING_URI.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Logger(Callback):
     """Base class of callbacks that record metrics with another program.
 
     Args:
-        options: of the function with which the program begins a run.
+        options: arguments of the program's function that starts a run.
     """
 
     package = ""
@@ -43,7 +43,7 @@ class _Logger(Callback):
         return run.folder / f"{self.package}.json"
 
     def _known_id(self, run: Run) -> str | None:
-        """Return the id of the run's record, if it has one."""
+        """Return the id of the run's record, or None."""
         path = self._path(run)
         return json.loads(path.read_text("utf-8"))["id"] if path.exists() else None
 
@@ -52,10 +52,10 @@ class _Logger(Callback):
 
 
 class WeightsAndBiases(_Logger):
-    """Record metrics with Weights & Biases. An active `wandb` run is used, and left open.
+    """Record metrics with Weights & Biases. An active `wandb` run is used and stays open.
 
     Args:
-        options: of `wandb.init`, such as `project` or `mode="offline"`.
+        options: arguments of `wandb.init`, such as `project` or `mode="offline"`.
     """
 
     package = "wandb"
@@ -86,10 +86,10 @@ class WeightsAndBiases(_Logger):
 
 
 class MLflow(_Logger):
-    """Record metrics with MLflow. An active `mlflow` run is used, and left open.
+    """Record metrics with MLflow. An active `mlflow` run is used and stays open.
 
     Args:
-        options: of `mlflow.start_run`, such as `experiment_id`.
+        options: arguments of `mlflow.start_run`, such as `experiment_id`.
     """
 
     package = "mlflow"
@@ -117,7 +117,7 @@ class MLflow(_Logger):
 
 
 LOGGERS: dict[str, type[_Logger]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
-"""By the names that `--log` takes."""
+"""Callbacks by their `--log` names."""
 
 
 def _values(config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A progress bar over the iterations of a run, in a terminal or a notebook."""
+"""Progress bar over the iterations of a run, in a terminal or a notebook."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from metarl.config.options import Config
 
 
 class ProgressBar:
-    """Shows the iterations of a run, made at the first one. It is a `display` of `metarl.train`."""
+    """Progress bar, created at the first iteration. It is a `display` of `metarl.train`."""
 
     def __init__(self, config: Config) -> None:
         self._name, self._total = config.family.replace(":", "-"), config.iterations
@@ -16,7 +16,7 @@ class ProgressBar:
 
     @property
     def shown(self) -> bool:
-        """Whether there was an iteration."""
+        """Whether an iteration was shown."""
         return self._bar is not None
 
     def __call__(self, row: dict[str, Any]) -> None:
@@ -40,6 +40,6 @@ class ProgressBar:
         self._bar.update()
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Leave the bar on the screen."""
         if self._bar is not None:
             self._bar.close()

@@ -1,4 +1,4 @@
-"""A run: trains in a folder, iteration after iteration, and continues there."""
+"""Training of a run in its folder, and continuation of a run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from metarl.training.trainer import Trainer
 from metarl.training.transfer import origin, transferred
 
 SKIPPED_LIMIT = 10
-"""Updates skipped in a row after which a run stops."""
+"""Number of consecutive skipped updates after which a run stops."""
 
 
 @own_settings()
@@ -70,31 +70,32 @@ def train(
     """Train in a run folder and return the meta-policy.
 
     Args:
-        config: what to train; `iterations` is the total, also of a resumed run.
+        config: config of the run; `iterations` is the total, also for a resumed run.
         out: the run folder; a new one, or with `resume` the one to continue.
-        resume: continue from a checkpoint; "auto": continue if there is a run, else begin one.
-        init: policy to start from, or what `metarl.load` takes. A run that is continued does not
-            read it again.
-        callbacks: see `metarl.Callback`; or functions of an `Iteration`, called once it is saved.
-        display: is given each iteration's metrics on rank 0, before they are saved; True shows a
+        resume: continue from a checkpoint; "auto": continue if the run exists, else start it.
+        init: policy to start from, or an argument of `metarl.load`. A resumed run does not read it
+            again.
+        callbacks: `metarl.Callback` objects, or functions of an `Iteration`, called after it is
+        saved.
+        display: called on rank 0 with each iteration's metrics, before they are saved; True shows a
             progress bar.
-        stop: asked after each iteration. The run ends once that is saved. Ctrl-C does the same, and
-            then raises KeyboardInterrupt; a second Ctrl-C raises it at once.
-        start: with `resume`, the checkpoint's iteration; by default the newest.
-        notice: is given a line if a resumed run's new length changes its schedules, or if
+        stop: called after each iteration; True ends the run after that iteration is saved. Ctrl-C
+            does the same, and then raises KeyboardInterrupt; a second Ctrl-C raises it at once.
+        start: with `resume`, the iteration of the checkpoint; by default the newest.
+        notice: called with one line if a resumed run's new length changes its schedules, or if
             parameters of `init` are not used.
-        started: is called once nothing is wrong with the config, the family and the folder.
+        started: called after the config, the family and the folder are checked.
         process_group: processes that share the tasks. Only rank 0 reads and writes the folder.
 
     Returns:
         the meta-policy; `provenance["stopped"]` is the reason if a callback ended the run.
 
     Raises:
-        RunError: the folder exists, is in use, is not a run or was moved; a callback of the run is
-            missing; or ten updates in a row were skipped.
+        RunError: the folder exists, is in use, is not a run folder or was moved; a callback of the
+            run is missing; or ten consecutive updates were skipped.
         CheckpointError: the checkpoint to resume from cannot be used.
-        UserError: the config, the family, a callback or the policy to start from is at fault.
-        OSError: a file cannot be written; what was saved before is whole.
+        UserError: an error in the config, the family, a callback or the policy to start from.
+        OSError: a file cannot be written; earlier files are intact.
         ProcessGroupError: another rank was lost.
         KeyboardInterrupt: Ctrl-C was pressed; the iteration is saved, and `resume` continues.
     """
@@ -116,7 +117,7 @@ def train(
                 config = dataclasses.replace(config, origin=started_from)
                 _check_folder(folder, config, bool(resume))
             config = dataclasses.replace(config, origin=process_group.from_main(config.origin))
-            # Faults of the config and the family show before the folder is made.
+            # Errors of the config and the family are raised before the folder is created.
             trainer = stack.enter_context(Trainer(config, process_group))
             if process_group.is_main:
                 if policy is not None:
@@ -125,7 +126,7 @@ def train(
                 check = stack.enter_context(opened or _begun(folder, trainer))
                 watchers.load(folder, trainer.state.callbacks)
                 between = SAVE_SECONDS if trainer.source.independent_of_policy else 0.0
-                # It writes while user code has a current folder of its own.
+                # It writes while user code may have another current folder.
                 there = folder.absolute()
                 recorder = Recorder(
                     there, config, trainer.state, check, between, trainer.fingerprint
@@ -155,13 +156,13 @@ def train(
 
 
 class _Loop:
-    """The iterations of a run, with what is done between them.
+    """Iterations of a run, including callbacks and records.
 
     Args:
-        trainer: at the iteration to continue from.
-        folder: the run's.
-        recorder: writes the folder, on rank 0.
-        callbacks: called on rank 0.
+        trainer: trainer at the iteration to continue from.
+        folder: run folder.
+        recorder: recorder of the folder, on rank 0.
+        callbacks: callbacks on rank 0.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class _Loop:
                 self.callbacks.start(self.seen)
 
     def close(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Let callbacks release what they hold."""
+        """Let callbacks release resources."""
         if self.recorder is not None:
             self.callbacks.close(error)
 
@@ -205,14 +206,14 @@ class _Loop:
         *,
         watched: bool,
     ) -> None:
-        """Run an iteration, save it, and tell the callbacks."""
+        """Run an iteration, save it, and call the callbacks."""
         trainer, recorder, state = self.trainer, self.recorder, self.trainer.state
         rollouts: list[Rollout] = []
         with guard.restored():
             row = trainer.iterate(rollouts.extend if watched else None, tasks=tasks)
         if state.skipped_in_a_row >= SKIPPED_LIMIT:
             raise RunError(
-                f"{SKIPPED_LIMIT} updates in a row were skipped; the last because"
+                f"{SKIPPED_LIMIT} consecutive updates were skipped; the last because"
                 f" {row['skipped']}. The last good checkpoint is in {self.folder}"
             )
         iteration = self._iteration(row, rollouts) if watched else None
@@ -250,12 +251,12 @@ class _Loop:
 
 
 def schedule_change(config: Config, planned: int, iteration: int) -> str | None:
-    """Return what changes in a run's schedules if its end is another than was planned, in words.
+    """Return, in words, what changes in a run's schedules if its planned end changes.
 
     Args:
-        config: as the run continues.
-        planned: iterations that it was to have in all.
-        iteration: how many it has had.
+        config: config of the continued run.
+        planned: originally planned total number of iterations.
+        iteration: number of completed iterations.
 
     Returns:
         None if nothing depends on the run's length.
@@ -269,17 +270,15 @@ def schedule_change(config: Config, planned: int, iteration: int) -> str | None:
 def _check_arguments(config: Any, resume: Any, start: int | None, init: Any) -> None:
     if not isinstance(config, Config):
         raise UserError(
-            f"train takes a Config, which metarl.resolve makes, got {kind_of(config)}; a family is"
-            f" given to resolve by its name, {SUCH_AS}"
+            f"train takes a Config, from metarl.resolve, got {kind_of(config)}; a family is"
+            f" passed to resolve by its name, {SUCH_AS}"
         )
     if resume not in (True, False, "auto"):
         raise UserError(f"resume must be True, False or 'auto', got {resume!r}")
     if start is not None and not resume:
-        raise UserError(f"start {start} is of a run that is continued: give resume=True")
+        raise UserError(f"start {start} applies to a run that is continued: set resume=True")
     if init is not None and resume is True:
-        raise UserError(
-            "init is where a new run starts, and resume continues one: leave one of them out"
-        )
+        raise UserError("init starts a new run, but resume continues one: remove one of them")
 
 
 def _recorded_origin(folder: Path, config: Config, init: Any) -> dict[str, Any]:
@@ -298,18 +297,18 @@ def _recorded_origin(folder: Path, config: Config, init: Any) -> dict[str, Any]:
 
 
 def _check_folder(folder: Path, config: Config, resume: bool) -> None:
-    """Raise RunError unless a run can begin there, or with `resume` continue."""
+    """Raise RunError if a run cannot start in a folder, or with `resume` continue there."""
     if not resume:
         check_free(folder)
     elif found := differences(run_config(folder, config), config):
         raise RunError(
-            f"{folder} was trained with other options: {found[0]}; leave that option out, or start"
+            f"{folder} was trained with other options: {found[0]}; remove that option, or start"
             " a new run"
         )
 
 
 def _start_from(policy: MetaPolicy, trainer: Trainer, notice: Callable[[str], object]) -> None:
-    """Give a new run the meta-parameters of a policy."""
+    """Copy the meta-parameters of a policy to a new run."""
     config, state = trainer.config, trainer.state
     state.params, left = transferred(policy, config, state.params, trainer.fingerprint)
     state.outer = config.outer.init(state.params)
@@ -319,7 +318,7 @@ def _start_from(policy: MetaPolicy, trainer: Trainer, notice: Callable[[str], ob
 
 @contextlib.contextmanager
 def _begun(folder: Path, trainer: Trainer) -> Iterator[Callable[[], None]]:
-    """Hold a new run's folder; it is removed if the run fails before anything was learned."""
+    """Hold a new run's folder; it is removed if the run fails before an iteration is saved."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder) as check:
@@ -327,7 +326,7 @@ def _begun(folder: Path, trainer: Trainer) -> Iterator[Callable[[], None]]:
             save_checkpoint(folder, trainer.config, trainer.state, trainer.fingerprint)
             yield check
     except Exception as error:
-        # Nothing was learned that could be continued; another process may have been first.
+        # No iteration could be continued; another process may have created the folder first.
         if not trainer.state.iteration and not isinstance(error, RunError):
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -337,7 +336,7 @@ def _begun(folder: Path, trainer: Trainer) -> Iterator[Callable[[], None]]:
 def _continued(
     folder: Path, trainer: Trainer, start: int | None, notice: Callable[[str], object]
 ) -> Iterator[Callable[[], None]]:
-    """Hold the folder of a run that is continued, and give the trainer its state."""
+    """Hold the folder of a continued run, and load its state into the trainer."""
     config = trainer.config
     with locked(folder) as check:
         planned = run_config(folder, config).iterations

@@ -1,4 +1,4 @@
-"""One meta-iteration: sample tasks, adapt on them, improve the initialization."""
+"""One meta-iteration: sample tasks, adapt to them, improve the initialization."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _NO_INNER_STEP: dict[str, float] = {
 
 @dataclass
 class Update:
-    """Result of an outer step. It is taken over only if it is finite."""
+    """Result of an outer step. It is applied only if it is finite."""
 
     params: Params
     outer: OuterState
@@ -54,15 +54,15 @@ class Update:
     finite: bool = False
 
     def skip(self, reason: str) -> None:
-        """Do not take it over."""
+        """Do not apply it."""
         self.finite, self.stats["skipped"] = False, reason
 
 
 class Trainer:
-    """One run's environments, threads and state. Close it, or use it as a context manager.
+    """Environments, threads and state of a run. Close it, or use it as a context manager.
 
     Args:
-        config: of the run.
+        config: config of the run.
         process_group: processes that share its tasks.
     """
 
@@ -76,7 +76,7 @@ class Trainer:
         adapter = self.domain.adapter(self.algorithm, self.model)
         self.state = self._initial_state(adapter)
         self.tasks: Tasks = np.empty((0, self.family.tasks.dim))
-        """Tasks of the last iteration, those of this process."""
+        """Tasks of the last iteration on this process."""
         self._first = True
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(own_settings())
@@ -137,8 +137,9 @@ class Trainer:
         If a sample or a gradient is not finite, the update is skipped and counted.
 
         Args:
-            on_rollouts: is given the iteration's rollouts of this process's tasks, support first.
-            tasks: all tasks of the iteration, [T, task_dim]; by default they are drawn.
+            on_rollouts: called with the iteration's rollouts of this process's tasks, support
+            first.
+            tasks: all tasks of the iteration, [T, task_dim]; by default they are sampled.
         """
         clock, state = IterationClock(self.process_group), self.state
         self._check_same_on_all_ranks()
@@ -172,7 +173,7 @@ class Trainer:
             **clock.metrics(samples.seconds, count),
         }
         if on_rollouts is not None:
-            # Copies of the parameters, after all else: a callback cannot change the run.
+            # Copies of the parameters, at the end: a callback cannot change the run.
             on_rollouts([replace(r, behaviour=copied(r.behaviour)) for r in samples.rollouts])
         return metrics
 
@@ -186,13 +187,13 @@ class Trainer:
         return RandomKey(self.config.seed, self.state.iteration, first_task=first)
 
     def _adapt(self, samples: TaskSamples) -> Adapted:
-        """Adapt to each task; on a data set only draw, since the meta-gradient adapts by itself."""
+        """Adapt to each task. On a data set, only sample: the meta-gradient adapts by itself."""
         inner, query = self.config.inner, self.algorithm.meta.needs_query
         options: dict[str, Any] = {"steps": inner.steps, "query": query}
         params, tasks = self.state.params, self.source.tasks
         if self.source.independent_of_policy:
             return self.inner_loop.draw(samples.sample, params, tasks, **options)
-        if self._first:  # once in a process: the code may have changed before a resume
+        if self._first:  # once per process: the code may have changed before a resume
             options["check"] = partial(self.domain.check, self.inner_loop.adapter, self.pool)
             self._first = False
         min_kl = getattr(inner, "min_kl", 0.0)
@@ -203,11 +204,11 @@ class Trainer:
         return self.algorithm.meta.problem(self._sampled(adapted, samples))
 
     def _outer_step(self, objective: Problem, theta: Params) -> Update:
-        """Step from theta, the meta-parameters with the step-size factor of the inner loop."""
+        """Step from theta, the meta-parameters with the step size factor of the inner loop."""
         optimizer = self.algorithm.outer
         rate = optimizer.rate(self.progress)
         new, outer, stats = optimizer.step(objective, theta, self.state.outer, rate)
-        # The factor and the observation statistics have no gradient, but weight decay moves them.
+        # The factor and the observation statistics have no gradient, but weight decay changes them.
         new = {**new, **self.inner_loop.adapter.without_gradient(theta)}
         finite = stats.pop("finite") and all(bool(p.isfinite().all()) for p in new.values())
         return Update(new, outer, stats, finite)
@@ -237,7 +238,7 @@ class Trainer:
         )
 
     def _task_weights(self, samples: TaskSamples) -> Tensor | None:
-        """Return the weights of this process's tasks, of mean 1 over all tasks."""
+        """Return the weights of this process's tasks, with mean 1 over all tasks."""
         function, returns = self.algorithm.task_weights, samples.mean_returns()
         if function is None or returns is None:
             return None
@@ -246,7 +247,7 @@ class Trainer:
         if not isinstance(weights, Tensor) or weights.shape != everywhere.shape:
             shape = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise UserError(
-                f"task_weights must return one weight a task, [{len(everywhere)}], got {shape}"
+                f"task_weights must return one weight per task, [{len(everywhere)}], got {shape}"
             )
         total = float(weights.sum())
         if not (bool((weights >= 0).all()) and 0.0 < total < math.inf):
@@ -254,7 +255,7 @@ class Trainer:
         return (weights * (len(weights) / total))[self.source.block]
 
     def _inner_metrics(self, adapted: Adapted) -> dict[str, float]:
-        """Return how far the first inner step went, and how much of it is signal."""
+        """Return the size of the first inner step, and its share of signal."""
         if not self.config.inner.steps:
             return dict(_NO_INNER_STEP)
         adapter = self.inner_loop.adapter
@@ -267,14 +268,14 @@ class Trainer:
         }
 
     def _take_over(self, update: Update, samples: TaskSamples) -> None:
-        """Take over a finite update, or count one that is skipped."""
+        """Apply a finite update, or count a skipped one."""
         state = self.state
         if not update.finite:
             update.stats.setdefault("skipped", "the meta-gradient is not finite")
             state.skipped_updates += 1
             state.skipped_in_a_row += 1
             return
-        if self.algorithm.outer.learns:  # an untrained reference takes in no statistics either
+        if self.algorithm.outer.learns:  # an untrained reference does not update statistics either
             state.params = self.model.confined(samples.observed(update.params))
             state.outer = update.outer
         state.baseline = samples.updated_baseline()
@@ -284,12 +285,12 @@ class Trainer:
         self.process_group.check_same(torch.cat([x.flatten() for x in self._carried()]))
 
     def _carried(self) -> list[Tensor]:
-        """Return what is carried from one iteration to the next."""
+        """Return the state that is carried from one iteration to the next."""
         state = self.state
         return [*state.params.values(), *state.outer.values(), *state.baseline.values()]
 
     def meta_policy(self) -> MetaPolicy:
-        """Return the present meta-parameters as a policy to evaluate, adapt or save."""
+        """Return the current meta-parameters as a policy to evaluate, adapt or save."""
         state = self.state
         provenance = {
             "iteration": state.iteration,
@@ -308,7 +309,7 @@ class IterationClock:
         self.seconds: dict[str, float] = {}
 
     def adapted(self, sampling: float) -> None:
-        """Note the end of the inner loop, which sampled for so many seconds."""
+        """Record the end of the inner loop, of which `sampling` seconds were spent on sampling."""
         self.seconds["seconds_adapt"] = time.perf_counter() - self.start - sampling
 
     def metrics(self, sampling: float, count: int) -> dict[str, float]:
@@ -326,13 +327,13 @@ class IterationClock:
 
 
 def check_device(device: str) -> None:
-    """Raise UserError unless torch has the device."""
+    """Raise UserError if torch does not have the device."""
     if device == "cpu":
         return
     if not re.fullmatch(r"cuda(:\d+)?", device):
         raise UserError(f"device must be cpu or cuda, got {device!r}")
     if not torch.cuda.is_available():
-        raise UserError(f"device {device!r} is not there: torch finds no GPU; use cpu")
+        raise UserError(f"device {device!r} does not exist: torch finds no GPU; use cpu")
     number, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
     if number >= count:
-        raise UserError(f"device {device!r} is not there: torch finds {count} GPU(s)")
+        raise UserError(f"device {device!r} does not exist: torch finds {count} GPU(s)")

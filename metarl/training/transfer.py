@@ -1,4 +1,4 @@
-"""Meta-parameters of one policy as the start of another run, on other tasks or settings."""
+"""Transfer of meta-parameters from one policy to another run, on other tasks or settings."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from metarl.policies.meta_policy import MetaPolicy
 from metarl.runs.fingerprint import Fingerprint, sizes_changed
 
 _NOT_OF_THE_FUNCTION = ("policy.output_scale", "policy.initial_std", "policy.min_std")
-"""Options of the network that only its start, or a bound, depends on."""
+"""Network options that affect only its initial values or a bound."""
 
 
 def origin(name: str, policy: MetaPolicy) -> dict[str, Any]:
-    """Return what a run records of the policy that it starts from.
+    """Return a run's record of the policy that it starts from.
 
     Args:
-        name: path or name that it was given by; empty for an object.
+        name: path or name of the policy; empty for an object.
         policy: the policy.
     """
     config = policy.config
@@ -36,32 +36,32 @@ def origin(name: str, policy: MetaPolicy) -> dict[str, Any]:
 def transferred(
     policy: MetaPolicy, config: Config, meta: Params, family: Fingerprint
 ) -> tuple[Params, list[str]]:
-    """Return meta-parameters with the values of a policy, and the names that it alone has.
+    """Return meta-parameters with the values of a policy, and its unused parameter names.
 
-    What the policy does not have, such as learned step sizes, stays as it is.
+    Parameters that the policy does not have, such as learned step sizes, are unchanged.
 
     Args:
-        policy: to start from.
-        config: of the new run; its origin says what the policy is called.
+        policy: policy to start from.
+        config: config of the new run; its origin contains the name of the policy.
         meta: meta-parameters at the start of the new run.
-        family: what identifies the family of the new run.
+        family: fingerprint of the family of the new run.
 
     Raises:
-        UserError: the policy has another network, or observations or actions of other sizes.
+        UserError: the policy has another network, or other sizes of observations or actions.
     """
     name, before = config.origin["policy"], policy.config
     if before.domain is not config.domain:
         raise UserError(
-            f"init {name} is of {before.domain.name} learning, and {config.family} is of"
+            f"init {name} is for {before.domain.name} learning, but {config.family} is for"
             f" {config.domain.name} learning"
         )
     there, here = (_function(c.options()) for c in (before, config))
     for option in {**there, **here}:
         if there.get(option) != here.get(option):
             wanted, flag = _words(there, option), option.replace("_", "-")
-            differs = f"init {name} has {option} {wanted}, and this run {_words(here, option)}"
-            same = f"{differs}: give the run the same"
-            raise UserError(same, f"{same}, as by --{flag} {wanted}")
+            differs = f"init {name} has {option} {wanted}, but this run {_words(here, option)}"
+            same = f"{differs}: use the same in the run"
+            raise UserError(same, f"{same}, with --{flag} {wanted}")
     found = dict(meta)
     for key, value in meta.items():
         given = policy.params.get(key)
@@ -80,7 +80,7 @@ def transferred(
 
 
 def _function(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that decide what the policy computes."""
+    """Return the options that determine the function of the policy."""
     policy = {k: v for k, v in options.items() if k.startswith("policy.")}
     return {k: v for k, v in policy.items() if k not in _NOT_OF_THE_FUNCTION}
 

@@ -1,4 +1,4 @@
-"""Check a task family, such as your own, and say what is wrong with it."""
+"""Check a task family, such as your own, and report its errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Check:
     """Options of `metarl check`."""
 
     family: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[FAMILY]")] = ""
-    """Task family: a name that `metarl families` lists, or module:attribute of your own."""
+    """Task family: a name that `metarl families` lists, or module:attribute."""
     family_options: tuple[str, ...] = ()
     """Options of the family, as name=value."""
 
@@ -37,7 +37,7 @@ def check(command: Check) -> int:
     for checked in checks(family):
         said = [(labels[found.severity], found.message) for found in checked.findings]
         if checked.left_out is not None:
-            said = [("-", f"left out for the fault of {checked.left_out}")]
+            said = [("-", f"skipped because of the fault of {checked.left_out}")]
         for label, message in said or [("ok", CHECKS[checked.name].words)]:
             say(f"  {label:<6} {checked.name:<12} {message}")
         sound = all(found.severity != "fault" for found in checked.findings)
@@ -48,7 +48,7 @@ def check(command: Check) -> int:
 
 
 def _print_columns(family: Family) -> None:
-    """Print which columns of the flat observation are which component of a Dict or Tuple."""
+    """Print the columns of the flat observation for each component of a Dict or Tuple."""
     if not isinstance(family, GymnasiumFamily):
         return
     with guard.user_code():

@@ -26,12 +26,12 @@ class Evaluate:
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY ...")]
     """Run folders, policy files or names of shipped policies. Runs that differ only in their seed
-    make one row; runs of the algorithms pretrained, random and oracle are references."""
+    share a row; runs of the algorithms pretrained, random and oracle are references."""
     tasks: int = 40
     """Number of held-out tasks."""
     task: tuple[str, ...] = ()
     """Chosen tasks instead, each as component=value for all components, one after the other. They
-    may lie outside the range of training."""
+    may lie outside the training range."""
     family_options: tuple[str, ...] = ()
     """Options of the family that differ from training, as name=value."""
     episodes: int = 20
@@ -39,43 +39,44 @@ class Evaluate:
     steps: int = 3
     """Number of inner steps."""
     step_sizes: tuple[float, ...] = ()
-    """Size of each inner step of the first policy, the last repeated; by default its own."""
+    """Size of each inner step of the first policy, the last repeated; by default its step sizes."""
     random_step_sizes: tuple[float, ...] = ()
     """The same for the random initialization; by default its preset's, or the policy's."""
     pretrained_step_sizes: tuple[float, ...] = ()
     """The same for a pretrained policy; by default its preset's, or its own."""
     tune_step_sizes: bool = False
-    """Choose the size of the first step for each policy, references included, on validation tasks;
-    later steps take half of it."""
+    """Choose the size of the first step for each policy, including references, on validation tasks;
+    later steps use half of it."""
     seed: int = 0
     """Seed of episodes, and of drawn tasks."""
     deterministic: bool = False
-    """Measure returns with the mean action instead of a sampled one."""
+    """Measure returns with the mean action instead of a sample."""
     from_scratch: bool = False
-    """Compare with training from scratch on each task by clipped policy gradients, with the env
-    steps of adaptation and ten times that. Also with PPO of stable-baselines3 if it is installed.
+    """Compare with training from scratch on each task with clipped policy gradients, with the env
+    steps of adaptation and with ten times as many. Also with PPO of stable-baselines3 if it is
+    installed.
     """
     scratch_learning_rate: float = 3e-3
     """Learning rate of the built-in training from scratch."""
     drawn: bool = False
-    """Draw the held-out tasks at random, as the papers do, instead of covering the test split
+    """Sample the held-out tasks at random, as in the papers, instead of covering the test split
     evenly."""
     threads: int | None = None
     """Threads; by default one per available processor. Results do not depend on their number."""
     workers: int = field(default_factory=default_workers)
     """Worker processes for environments without a native backend; 0 steps them in this process."""
     out: Path | None = None
-    """Folder for evaluation.json and the pictures; by default the run folder, or
+    """Folder for evaluation.json and the figures; by default the run folder, or
     runs/NAME-evaluation for a policy file or a shipped policy."""
     csv: Path | None = None
-    """File for the return of every episode, a row each."""
+    """File for the return of every episode, one row each."""
     per_task: bool = False
-    """Print the returns of each task, and what was achieved of its goal."""
+    """Print the returns of each task, and the achieved value of its goal."""
     json: bool = False
     """Print the content of evaluation.json instead of tables."""
     rank_timeout: float | None = None
-    """Under torchrun: seconds after which a rank that the others wait for is considered dead; by
-    default as in training."""
+    """Under torchrun: seconds of waiting for a rank after which it is considered dead; by default
+    as in training."""
 
 
 def evaluate(command: Evaluate) -> int:

@@ -18,14 +18,14 @@ from metarl.envs.registry import make_family
 
 @dataclass(frozen=True, kw_only=True)
 class Export(Adaptation):
-    """Write a policy to a file that other programs run (TorchScript or ONNX)."""
+    """Write a policy to a file for other programs (TorchScript or ONNX)."""
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY")]
-    """A policy file that `metarl adapt` wrote; or a run folder, a policy file or the name of a
-    shipped policy. These are adapted first if --task is given."""
+    """A policy file of `metarl adapt`; or a run folder, a policy file or the name of a shipped
+    policy. These are adapted first if --task is given."""
     format: Literal["torchscript", "onnx"] | None = None
-    """File format; by default by the suffix of --out, else torchscript. onnx needs the package onnx
-    (the extra `onnx`)."""
+    """File format; by default from the suffix of --out, else torchscript. onnx needs the package
+    onnx (the extra `onnx`)."""
     task: tuple[str, ...] = ()
     """Task to adapt an initialization to, as component=value for each component."""
     out: Path | None = None
@@ -44,12 +44,14 @@ def export(command: Export) -> int:
     formats: dict[str, Format] = {suffix: name for name, suffix in SUFFIXES.items()}
     said = formats.get(command.out.suffix) if command.out is not None else None
     if command.format and said and command.format != said:
-        raise UserError(f"--out {command.out} is a name for {said}, and --format {command.format}")
+        raise UserError(
+            f"--out {command.out} has the suffix of {said}, but --format is {command.format}"
+        )
     kind = command.format or said or "torchscript"
     adapted = Path(what).is_file() and checkpoints.load(Path(what))[1].get("kind") == "adapted"
     if adapted:
         if command.task:
-            raise UserError(f"{what} is adapted already: leave --task out")
+            raise UserError(f"{what} is already adapted: remove --task")
         policy = load_policy(what)
         family = make_family(policy.config.family, **policy.config.family_options)
     else:
@@ -60,7 +62,7 @@ def export(command: Export) -> int:
         told = meta.algorithm.task_conditioned
         if (adapts or told) and not command.task:
             names = " ".join(f"{name}=..." for name in family.tasks.names)
-            why = "an oracle is told its task;" if told else "to adapt before it is exported,"
+            why = "an oracle observes its task;" if told else "to adapt before it is exported,"
             raise UserError(f"{why} name the task: --task {names}")
         task = parse_task(family, command.task) if command.task else family.tasks.grid(1)[0]
         steps = command.steps if command.task else 0

@@ -25,7 +25,7 @@ def families(command: Families) -> int:
     for name in family_names():
         try:
             family = make_family(name)
-        except UserError as error:  # not installed, or a package's fault
+        except UserError as error:  # not installed, or an error of a package
             say(f"{name}\n    error: {error}")
             continue
         tasks = f"{family.tasks.describe()}; horizon {family.horizon}"

@@ -24,9 +24,9 @@ class Plot:
     against: Literal["env-steps", "time"] = "env-steps"
     """Horizontal axis: env steps, or wall-clock time."""
     smooth: int = 1
-    """Iterations that each point is the mean of."""
+    """Number of iterations in the moving mean."""
     out: Path | None = None
-    """Picture to write, PNG and SVG; by default learning.png in the first run folder."""
+    """Figure to write, PNG and SVG; by default learning.png in the first run folder."""
 
 
 def plot(command: Plot) -> int:

@@ -25,7 +25,7 @@ class Record(Adaptation):
     task: tuple[str, ...] = ()
     """The task, as component=value for each component; by default one of the test tasks."""
     deterministic: bool = False
-    """Take the mean action instead of a sampled one."""
+    """Take the mean action instead of a sample."""
     speed: float = 1.0
     """Speed of playback; 1 is real time."""
     tensorboard: bool = False

@@ -1,4 +1,4 @@
-"""Write one HTML page about a run: returns, pictures, a video, config and versions."""
+"""Write one HTML page about a run: returns, figures, a video, config and versions."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ IMPORTS = ("metarl.evaluation.evaluate", "metarl.plots.report")
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write one HTML page about a run: returns, pictures, a video, config and versions."""
+    """Write one HTML page about a run: returns, figures, a video, config and versions."""
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY ...")]
-    """A run folder, a policy file or the name of a shipped policy, and others to compare it with.
-    An existing evaluation is reused unless others are named or it has other settings."""
+    """A run folder, a policy file or the name of a shipped policy, and others for comparison. An
+    existing evaluation is reused unless policies or settings differ."""
     tasks: int | None = None
     """Number of held-out tasks; by default as in an existing evaluation, else 40."""
     episodes: int | None = None
@@ -44,7 +44,7 @@ class Report:
 
 
 def _is_newer(path: Path, what: Path) -> bool:
-    """Whether a file is there and no older than a run's newest checkpoint, or a policy's file."""
+    """Whether a file is at least as new as a run's newest checkpoint, or a policy's file."""
     from metarl.policies.loading import newest_checkpoint
 
     source = newest_checkpoint(what) if what.is_dir() else what
@@ -55,19 +55,19 @@ def _is_newer(path: Path, what: Path) -> bool:
 
 @dataclass
 class _Earlier:
-    """An evaluation that is in the folder already."""
+    """Existing evaluation in the folder."""
 
     fresh: bool = False
-    """Whether it is of this policy."""
+    """Whether it evaluates this policy."""
     seeds: int = 1
-    """Trained policies that it is of; one of several seeds together is not this policy's own."""
+    """Number of evaluated seeds; an evaluation of several seeds is not of this policy alone."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `evaluate` that it was made with."""
+    """Arguments of `evaluate` that produced it."""
 
     @staticmethod
     def of(folder: Path, digest: str) -> _Earlier:
         earlier = _Earlier()
-        # An evaluation of an older version, or a damaged one, counts as none.
+        # A damaged evaluation, or one of an older version, is ignored.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             found = json.loads((folder / "evaluation.json").read_text("utf-8"))
             earlier.fresh = found.get("policy") == digest
@@ -83,7 +83,7 @@ class _Earlier:
         return earlier
 
     def serves(self, asked: Mapping[str, Any]) -> bool:
-        """Whether it answers what is asked for."""
+        """Whether it has the requested settings."""
         same = bool(self.options) and all(self.options.get(k, v) == v for k, v in asked.items())
         return self.fresh and self.seeds == 1 and same
 
@@ -109,14 +109,14 @@ def report(command: Report) -> int:
     notes: list[str] = []
     if earlier.seeds > 1:
         path = folder / "evaluation.json"
-        notes.append(f"{set_aside(path, path.read_bytes())}: what {earlier.seeds} seeds had there")
+        notes.append(f"{set_aside(path, path.read_bytes())}: evaluation of {earlier.seeds} seeds")
     if not earlier.serves(asked) or len(command.what) > 1:
-        # What is not asked for is as it was there.
+        # Options that are not given keep their earlier values.
         options = {"workers": default_workers(), **earlier.options, **asked}
         evaluate_into(command.what, folder, threads=command.threads, **options)
     if read_metrics(folder):
         plot_learning([folder], folder / "learning.png")
-    why = "" if command.video else "None was asked for."
+    why = "" if command.video else "No video was requested."
     if command.video and not (earlier.fresh and _is_newer(folder / "video.mp4", Path(what))):
         try:
             film(what, ()).save(folder / "video.mp4")

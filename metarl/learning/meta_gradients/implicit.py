@@ -1,4 +1,4 @@
-"""iMAML's meta-gradient: implicit differentiation of a proximal inner problem."""
+"""Meta-gradient of iMAML: implicit differentiation of a proximal inner problem."""
 
 from __future__ import annotations
 
@@ -24,20 +24,23 @@ from metarl.models.networks import Params, stack
 class ImplicitProblem(QueryProblem):
     """iMAML (Rajeswaran et al. 2019, eq. 6, arXiv:1909.04630): (I + H / lambda)^-1 grad L_query.
 
-    H is the Hessian of the support loss at the solution of the proximal inner problem. Each task's
-    system is solved by conjugate gradient on its own. A task whose curvature I + H / lambda is not
-    positive stands at no minimum, and its solution has no derivative; where it is nearly zero, the
-    derivative is all but infinite: such a task gives the first-order gradient, grad L_query. One
-    whose inner problem was not solved at all gives none: it may be anywhere. Statistics: the
-    relative residual of the solve and of the inner problem's stationarity, and the shares of both
-    kinds of tasks.
+    H is the Hessian of the support loss at the solution of the proximal inner problem. Conjugate
+    gradient solves the system of each task separately.
+
+    If the curvature I + H / lambda of a task is not positive, the solution is not a minimum and has
+    no derivative. If it is almost zero, the derivative is almost infinite. Such a task contributes
+    the first-order gradient, grad L_query. A task whose inner problem was not solved contributes
+    zero.
+
+    Statistics: the relative residuals of the linear solve and of the inner problem's stationarity,
+    and the shares of both kinds of tasks.
     """
 
     iterations: int = 10
     least_curvature: float = 0.25
-    """Of I + H / lambda, for a task to be solved; 1 without any of H."""
+    """Smallest curvature of I + H / lambda for which a task is solved; 1 corresponds to H = 0."""
     worst_residual: float = 1.0
-    """Of the inner problem's stationarity, as a share of the pull, for a task to count."""
+    """Largest residual of the inner problem's stationarity, relative to the proximal term."""
 
     def gradient(
         self, meta: Params, iterates: Sequence[Params] = ()
@@ -72,7 +75,7 @@ class ImplicitProblem(QueryProblem):
             x = torch.where(curved.unsqueeze(1), b, x)
             pull = rows([strength * (theta[n] - start[n]) for n in theta])
             stationary = (rows(slope) + pull).norm(dim=1) / pull.norm(dim=1).clamp(min=1e-12)
-            unsolved = ~(stationary <= self.worst_residual)  # NaN is none either
+            unsolved = ~(stationary <= self.worst_residual)  # NaN counts as unsolved
             x = torch.where(unsolved.unsqueeze(1), 0.0, x)
             parts = x.sum(0).split([p[0].numel() for p in theta.values()])
             solved = dict(zip(theta, parts, strict=True))
@@ -99,7 +102,7 @@ class ImplicitProblem(QueryProblem):
 
 
 def rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors [T, ...] side by side, [T, P]."""
+    """Return tensors [T, ...] concatenated, [T, P]."""
     return torch.cat([x.flatten(1) for x in tensors], dim=1)
 
 

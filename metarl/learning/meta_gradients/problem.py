@@ -1,8 +1,8 @@
-"""What an outer optimizer sees of an iteration: the meta-objective, its gradient, its value.
+"""Problem of an outer step: the meta-objective of one iteration, its value and its gradient.
 
-Every problem gives the gradient of the meta-objective with respect to the meta-parameters. A
-`QueryProblem` also gives the objective and the KL at other meta-parameters. Tasks are processed in
-chunks of a fixed shape on a pool of threads; the results are summed in a fixed order, over all
+Every problem returns the gradient of the meta-objective with respect to the meta-parameters. A
+`QueryProblem` also evaluates the objective and the KL at other meta-parameters. A pool of threads
+processes the tasks in chunks of a fixed shape. The results are summed in a fixed order, over all
 processes of the group.
 """
 
@@ -28,7 +28,7 @@ from metarl.models.samples import Samples
 from metarl.parts import Part
 
 SupportTerm = Callable[[Any, Dist, Any, slice], Tensor]
-"""(model, its output at iterate k, the samples that iterate k drew, the chunk of tasks) -> [T].
+"""(model, its output at iterate k, the samples of iterate k, the chunk of tasks) -> [T].
 It is added to the meta-objective for each k = 0 ... K - 1."""
 
 Regularizer = Callable[[Params], Tensor]
@@ -37,20 +37,20 @@ Regularizer = Callable[[Params], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """The meta-objective of one iteration: the query loss, and what algorithms add to it."""
+    """Meta-objective of one iteration: the query loss and additional terms of the algorithm."""
 
     outer_loss: Loss
     step_weights: tuple[float, ...] = ()
-    """Weights of the losses of iterates 1 ... K (MAML++); empty: the last alone."""
+    """Weights of the losses of iterates 1 ... K (MAML++); empty: only the last."""
     support_terms: Sequence[SupportTerm] = ()
     task_weights: Tensor | None = None
-    """[T] of this process, with mean 1 over all tasks; None: all tasks weigh the same."""
+    """[T] of this process, with mean 1 over all tasks; None: equal weights."""
     regularizer: Regularizer | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The meta-objective at some meta-parameters, means over tasks."""
+    """Value of the meta-objective at given meta-parameters, means over tasks."""
 
     loss: float
     """Loss of the policies adapted to the support samples."""
@@ -60,7 +60,7 @@ class Evaluation:
 
 @dataclass
 class Problem(ABC):
-    """One iteration's samples and how meta-parameters adapt to them."""
+    """Samples of one iteration, with the adaptation of meta-parameters to them."""
 
     adapter: Adapter
     batches: Sequence[Samples]
@@ -70,14 +70,14 @@ class Problem(ABC):
     sampled_with: Params = field(default_factory=dict)
     """Meta-parameters that the samples were drawn with."""
     iterates: Sequence[Params] = ()
-    """theta_1 ... theta_K that the inner loop found from `sampled_with`, stacked."""
+    """theta_1 ... theta_K of the inner loop from `sampled_with`, stacked."""
     chunk: int = CHUNK
     device: str = "cpu"
-    """Where the products are computed; what crosses back are vectors of the parameters' size."""
+    """Device of the products. Only vectors of the size of the parameters are copied back."""
 
     @property
     def drawn(self) -> bool:
-        """Whether policies drew the samples: other meta-parameters would have drawn others."""
+        """Whether policies drew the samples, so that they depend on the meta-parameters."""
         return self.batches[-1].drawn
 
     def __post_init__(self) -> None:
@@ -91,12 +91,12 @@ class Problem(ABC):
     def gradient(
         self, meta: Params, iterates: Sequence[Params] = ()
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Return the flat meta-gradient [P], and statistics: mean `loss` and `kl` where known.
+        """Return the flat meta-gradient [P] and statistics: mean `loss`, and `kl` if available.
 
         Args:
-            meta: meta-parameters to take it at.
-            iterates: theta_1 ... theta_K from `meta`, stacked, if they are known; otherwise, and if
-                their graph is needed, they are computed again.
+            meta: meta-parameters at which to differentiate.
+            iterates: theta_1 ... theta_K from `meta`, stacked, if known. Otherwise, or if their
+                graph is needed, they are computed again.
         """
 
     def _part(self, chunk: slice) -> list[Samples]:
@@ -115,14 +115,14 @@ class Problem(ABC):
         return self.pool.process_group.sum_in_order(parts) / self.tasks
 
     def _weighted(self, losses: Tensor, chunk: slice) -> Tensor:
-        """Return the losses [T] of a chunk of tasks times the tasks' weights."""
+        """Return the losses [T] of a chunk of tasks times the weights of the tasks."""
         weights = self.objective.task_weights
         return losses if weights is None else losses * weights[chunk].to(losses)
 
     def _regularized(
         self, meta: Params, gradient: Tensor, loss: float | None = None
     ) -> tuple[Tensor, float | None]:
-        """Return gradient and loss with those of the regularizer added."""
+        """Return gradient and loss with the regularizer added."""
         if self.objective.regularizer is None:
             return gradient, loss
         theta = {name: p.detach().requires_grad_() for name, p in meta.items()}
@@ -138,7 +138,7 @@ class Problem(ABC):
 
 @dataclass
 class QueryProblem(Problem):
-    """A problem whose last batch was sampled with the adapted policies, to judge others by."""
+    """Problem whose last batch is a query batch, sampled with the adapted policies."""
 
     def _adapted(
         self, theta: Params, support: Sequence[Samples], tasks: int, **options: Any
@@ -161,7 +161,7 @@ class QueryProblem(Problem):
         if last:
             loss = weights[-1] * loss
         for k in range(last):
-            # What an iterate drew tells how good it is; of a data set the query examples do.
+            # Samples of an iterate measure its quality. With a data set, the query examples do.
             batch = batches[k] if self.drawn else batches[last]
             weight = weights[k - 1] if k else 0.0
             if not (weight or objective.support_terms):
@@ -174,7 +174,7 @@ class QueryProblem(Problem):
         return self._weighted(loss, chunk), dist
 
     def evaluate(self, meta: Params) -> Evaluation:
-        """Return loss and KL over all samples at meta-parameters, adapted anew."""
+        """Adapt meta-parameters again and return loss and KL over all samples."""
 
         def one(chunk: slice) -> Tensor:
             batches = self._part(chunk)
@@ -193,23 +193,23 @@ class QueryProblem(Problem):
 
 @dataclass(frozen=True)
 class Sampled:
-    """One iteration's samples, and what a meta-gradient needs besides."""
+    """Samples of one iteration, and further inputs of a meta-gradient."""
 
     adapter: Adapter
     adapted: Adapted
-    """What the inner loop sampled and found, from its `meta`."""
+    """Result of the inner loop from its `meta`."""
     pool: ChunkPool
     objective: Objective
-    """Without what the meta-gradient itself adds."""
+    """Objective without the terms of the meta-gradient itself."""
     progress: float = 0.0
-    """Of the run, from 0 to 1."""
+    """Progress of the run, from 0 to 1."""
     chunk: int = CHUNK
     device: str = "cpu"
     permutation: Callable[[int], Tensor] = torch.randperm
-    """Gives n numbers in a random order, the same at every call."""
+    """Function of n that returns 0 ... n - 1 in a random order, the same at every call."""
 
     def common(self) -> dict[str, Any]:
-        """Return the fields that every problem has."""
+        """Return the fields that all problems share."""
         return {
             "adapter": self.adapter,
             "batches": self.adapted.batches,
@@ -224,26 +224,26 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class MetaGradient(Part, ABC):
-    """Base class of meta-gradients. Its fields are the options `meta.*`."""
+    """Base class of meta-gradients. The fields are the options `meta.*`."""
 
     section: ClassVar[str] = "meta"
     needs_query: ClassVar[bool] = True
-    """Whether episodes are sampled with the adapted policies, for the outer step."""
+    """Whether query episodes are sampled with the adapted policies, for the outer step."""
     needs_policy: ClassVar[bool] = False
-    """Whether it works on the samples of policies only, not on examples of a data set."""
+    """Whether it supports only samples of policies, not examples of a data set."""
 
     @abstractmethod
     def problem(self, sampled: Sampled) -> Problem:
-        """Return the problem that the outer optimizer is to solve."""
+        """Return the problem for the outer optimizer."""
 
     def check(self, steps: int) -> None:
-        """Raise UserError unless it works with a number of inner steps."""
+        """Raise UserError if it does not support a number of inner steps."""
 
     def change(self, planned: int, total: int, iteration: int) -> str:
-        """Return what changes if a run ends at iteration `total` instead of `planned`, in words.
+        """Return, in words, what changes if a run ends at iteration `total` instead of `planned`.
 
         Args:
-            iteration: where the run is.
+            iteration: current iteration of the run.
         """
         return ""
 
@@ -254,7 +254,7 @@ def flat_gradient(
     cotangents: Sequence[Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Return the gradient of outputs in all leaves as one vector, zero where they do not matter."""
+    """Return the gradient of outputs in all leaves as one vector, zero for unused leaves."""
     grads = torch.autograd.grad(
         outputs, list(leaves.values()), cotangents, allow_unused=True, **options
     )
@@ -271,15 +271,15 @@ def agreement(
 ) -> float:
     """Return the share of a mean gradient's square that is signal, 1 - noise / |mean|^2.
 
-    It is about the cosine of the gradients of two such samples: 0 or less, all is noise; 1, none.
-    The noise is the variance of the mean, from the spread of its parts; of tasks that were drawn
-    evenly that is too much.
+    It approximates the cosine between the gradients of two such samples. At 0 or below, all is
+    noise; at 1, all is signal. The noise is the variance of the mean, estimated from the spread
+    of its parts. If tasks were drawn evenly, this overestimates the noise.
 
     Args:
-        parts: sums of the gradients of `sizes` tasks each, of this rank.
-        mean: over all tasks.
-        sizes: of the parts, in tasks.
-        group: the processes that have the other parts.
+        parts: sums of the gradients of `sizes` tasks each, on this rank.
+        mean: mean gradient over all tasks.
+        sizes: numbers of tasks of the parts.
+        group: process group with the other parts.
     """
     pairs = zip(parts, sizes, strict=True)
     spreads = [float((part - size * mean).square().sum()) for part, size in pairs]

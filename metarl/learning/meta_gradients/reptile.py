@@ -1,4 +1,4 @@
-"""Reptile's meta-gradient: the displacement of the adapted parameters."""
+"""Meta-gradient of Reptile: the displacement of the adapted parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metarl.models.networks import Params, flatten, stack
 class ReptileProblem(Problem):
     """Reptile (Nichol et al. 2018, arXiv:1803.02999): theta - theta_K serves as the gradient.
 
-    All batches are support: nothing is sampled with theta_K.
+    All batches are support batches: no samples are drawn with theta_K.
     """
 
     def gradient(
@@ -39,7 +39,7 @@ class ReptileProblem(Problem):
         return mean, {}
 
     def _displaced(self, moved: Tensor, chunk: slice) -> Tensor:
-        """Return the sum of a chunk's displacements [T, ...], weighted."""
+        """Return the weighted sum of a chunk's displacements [T, ...]."""
         return self._weighted(moved.movedim(0, -1), chunk).movedim(-1, 0).sum(0)
 
 

@@ -1,4 +1,4 @@
-"""MAML's meta-gradient: through the inner updates, exactly, in part or not at all."""
+"""Meta-gradient of MAML: through the inner updates, exactly, partly or not at all."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class UnrolledProblem(QueryProblem):
     """MAML's meta-objective (Finn et al. 2017, algorithm 3), differentiated through the steps."""
 
     curvature: float = 1.0
-    """Share of the inner steps' curvature in the meta-gradient, see `inner_step`."""
+    """Weight of the inner steps' curvature in the meta-gradient, see `inner_step`."""
     permutation: Callable[[int], Tensor] = torch.randperm
-    """Gives n numbers in a random order, the same at every call."""
+    """Function of n that returns 0 ... n - 1 in a random order, the same at every call."""
 
     def whole_episodes(self, batch: Samples) -> int:
-        """Return how many episodes a task has if the inner loss needs them whole, else 0."""
+        """Return the number of episodes of a task if the inner loss needs them whole, else 0."""
         needed = trait(self.adapter.loss, "whole_episodes")
         return getattr(batch, "episodes", 0) if needed else 0
 
@@ -69,18 +69,18 @@ class UnrolledProblem(QueryProblem):
         iterates: Sequence[Params] = (),
         samples: Sequence[Tensor | None] = (),
     ) -> Iterator[Product]:
-        """Give the product v -> J' F J v, both [P]; its graph is kept while in use.
+        """Yield the product v -> J' F J v, both [P]. Its graph is kept inside the context.
 
-        With phi the adapted distributions' parameters on the query samples and w a dummy
-        cotangent, J'w is built with a graph; then J v = d(J'w . v)/dw and J'(F J v) is one more
-        pass back.
+        phi denotes the adapted distributions' parameters on the query samples, and w a dummy
+        cotangent. J'w is computed with a graph. Then J v = d(J'w . v)/dw, and J'(F J v) is one more
+        backward pass.
 
         Args:
-            meta: meta-parameters to take it at.
+            meta: meta-parameters at which to differentiate.
             iterates: theta_1 ... theta_K from `meta` on all samples, stacked. J is taken there,
-                whatever part of the samples it is made of.
-            samples: for each batch the indices of the samples to use, [T, ...], see
-                `Batch.select`; None for all of it, empty for all of all. It needs the iterates.
+                even if it uses only a part of the samples.
+            samples: for each batch the indices of the samples to use, [T, ...], see `Batch.select`.
+                None: the whole batch; empty: all of every batch. A part needs the iterates.
         """
         steps = len(self.batches) - 1
         if len(iterates) != steps and any(some is not None for some in samples):
@@ -106,7 +106,7 @@ class UnrolledProblem(QueryProblem):
             dummy = [torch.zeros_like(x, requires_grad=True) for x in phi]
             back = flat_gradient(phi, theta, dummy, create_graph=True)
             weight = query.weight.unsqueeze(-1)
-            policy: Any = self.adapter.model  # a trust region is a policy's
+            policy: Any = self.adapter.model  # a trust region needs a policy
 
             def product(v: Tensor) -> Tensor:
                 tangent = torch.autograd.grad(back, dummy, v.to(self.device), retain_graph=True)
@@ -129,17 +129,17 @@ class UnrolledProblem(QueryProblem):
 
 @dataclass(frozen=True, kw_only=True)
 class FirstOrder(MetaGradient):
-    """The meta-gradient with the inner steps' Jacobian taken for the identity.
+    """Meta-gradient with the identity as the Jacobian of the inner steps.
 
     Finn et al. 2017, section 5.2 (arXiv:1703.03400).
     """
 
     def curvature(self, progress: float) -> float:
-        """Return the share of the inner steps' curvature at a progress of the run in [0, 1]."""
+        """Return the weight of the inner steps' curvature at a progress of the run in [0, 1]."""
         return 0.0
 
     def objective(self, sampled: Sampled) -> Objective:
-        """Return the meta-objective with what the algorithm adds to it."""
+        """Return the meta-objective including the algorithm's additional terms."""
         return sampled.objective
 
     def problem(self, sampled: Sampled) -> UnrolledProblem:
@@ -153,10 +153,10 @@ class FirstOrder(MetaGradient):
 
 @dataclass(frozen=True, kw_only=True)
 class Unrolled(FirstOrder):
-    """The meta-gradient through the inner steps (Finn et al. 2017, algorithm 3)."""
+    """Meta-gradient through the inner steps (Finn et al. 2017, algorithm 3)."""
 
     second_order: float = 1.0
-    """Share of the inner steps' curvature in the meta-gradient: 1 is exact, 0 of first order."""
+    """Weight of the inner steps' curvature in the meta-gradient: 1 is exact, 0 is first order."""
 
     def __post_init__(self) -> None:
         self.require_fraction("second_order")
