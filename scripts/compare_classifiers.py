@@ -65,7 +65,7 @@ def cells(name: str, curve: Curve, minutes: float | None) -> list[str]:
     if curve.algorithm == "nearest-prototype":
         return [name, *values[:1], *[""] * len(values), "", ""]
     mean, low, high = curve.gain()
-    gain = f"{mean:+.1f}" + (", none that can be told" if low <= 0.0 <= high else "")
+    gain = f"{mean:+.1f}" + (", not significant" if low <= 0.0 <= high else "")
     by_seed = np.nanmean(curve.per_seed[:, :, 1], axis=1)
     seeds = ", ".join(f"{x:.1f}" for x in by_seed) if len(by_seed) > 1 else ""
     return [name, *values, gain, seeds, "" if minutes is None else f"{minutes:.1f}"]
