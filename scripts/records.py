@@ -101,8 +101,8 @@ ROWS = {
     "half-cheetah-dir-promp2019": Row(
         "half-cheetah-dir", "promp2019", 9.6e6, (310.0, None, 405.0), f"{PROMP}; learn2learn"
     ),
-    # The published figure is for goals of up to 2 m/s; the authors' code has 3. A larger
-    # minimum inner step works better there than the preset's (docs/results.md).
+    # The published figure is for goals of up to 2 m/s; the authors' code has 3. A larger least step
+    # goes farther there than the preset's (docs/results.md).
     "half-cheetah-vel-promp2019": Row(
         "half-cheetah-vel",
         "promp2019",
@@ -228,8 +228,8 @@ def returns_of_rows(records: Sequence[dict[str, Any]]) -> list[str]:
 def seeds_and_draws(records: Sequence[dict[str, Any]]) -> list[str]:
     """Return the table of single seeds, drawn tasks and step sizes."""
     lines = [
-        "Returns after one step by seed, and on drawn instead of evenly spread tasks. With"
-        " directions, both contain each direction equally often, so the evaluations are the same:",
+        "Returns after one step by seed, and on drawn tasks in place of evenly spread ones (each"
+        " direction is equally often among both, so that there the evaluation is the same):",
         "",
         "| row | by seed, evenly spread tasks | drawn tasks, 0 / 1 / 2 / 3 steps | step sizes |",
         "| --- | --- | --- | --- |",
@@ -247,10 +247,10 @@ def beside_references(compared: Sequence[dict[str, Any]]) -> list[str]:
     if not compared:
         return []
     lines = [
-        "Comparison with the references. One procedure chose the step sizes of each policy,"
-        " including MAML, on validation tasks. ± is half of a 95 % interval over tasks. MAML's"
-        " lead is its return after one step minus the reference's, with a paired 95 % interval"
-        " over tasks. It does not include the variation between seeds.",
+        "Beside the references, with step sizes that one procedure chose for each of them, MAML"
+        " too, on validation tasks; ± half of a 95 % interval over tasks. MAML's lead is its return"
+        " after one step minus the reference's, with a 95 % interval over tasks, paired; it"
+        " says nothing of how seeds differ.",
         "",
         "| row | policy | seeds | before | 1 step | 2 steps | 3 steps | MAML's lead"
         " | step sizes | published, 0 / 1 / 2 / 3 steps |",
@@ -280,9 +280,8 @@ def gaps_closed(compared: Sequence[dict[str, Any]]) -> list[str]:
     if not compared:
         return []
     lines = [
-        "Gap closed: the share of the gap between random (before any step) and the oracle that"
-        " MAML closes in one step. It is 1 for a policy as good as the oracle, which observes its"
-        " task:",
+        "Gap closed: the share of the way from random before any step to the oracle that MAML goes"
+        " in one step. It is 1 for a policy as good as one that is told its task:",
         "",
         "| row | here | published |",
         "| --- | --- | --- |",
@@ -306,7 +305,7 @@ def gap_closed(returns: Mapping[str, Sequence[float]]) -> str:
 
 def commands(records: Sequence[dict[str, Any]]) -> list[str]:
     """Return a list of the commands that write the rows, and of the trainings that they start."""
-    lines = ["The command of each row, and the command of its trainings:", ""]
+    lines = ["Each row's command, and that of its trainings:", ""]
     places: dict[str, list[str]] = {}
     for one in records:
         name, seeds = one["row"], " ".join(map(str, one["seeds"]))
@@ -359,8 +358,8 @@ def repeated(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, 
     if not repeats:
         return []
     lines = [
-        "Repetitions on another machine or with other instructions. Values are plain means over"
-        " tasks; in the last column, over seeds too:",
+        "Repeated on another machine or with other instructions; plain means over tasks, and in the"
+        " last column over seeds too:",
         "",
         "| row | run | processor | by seed, 1 step | 0 / 1 / 2 / 3 steps |",
         "| --- | --- | --- | --- | --- |",
