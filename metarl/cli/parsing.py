@@ -87,7 +87,7 @@ def first_name(words: Sequence[str], switches: Collection[str]) -> str:
 
     Args:
         switches: flags without a value. All others take one value, or several numbers or
-        name=value.
+            name=value.
     """
     after_flag = False
     for word in words:

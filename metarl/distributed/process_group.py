@@ -6,8 +6,8 @@ tasks are split into contiguous blocks of whole chunks, and sums over chunks are
 order.
 
 No rank waits for a failed one. At the start of each collective, every rank sends a short message to
-every other. It contains the rank's next operation, or that it has an error. If there is an error,
-all raise the error of the first rank that has one.
+every other. The message states the rank's next operation, or an error. After an error, all ranks
+raise the error of the first rank that has one.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ class TorchProcessGroup(ProcessGroup):
 
         Raises:
             Exception: the error of the first rank that has one. On that rank, it is not raised
-            here.
+                here.
         """
         message = torch.tensor([step, count] * self.size)
         told = self._exchange(message).view(-1, 2).tolist()

@@ -342,7 +342,7 @@ def rollout_metrics(
         params: meta-parameters after the update.
         space: action space of the environments.
         rollouts: rollouts of this process's tasks; fewer than planned if the iteration stopped
-        early.
+            early.
         episodes: number of episodes of all tasks.
         process_group: group with the other tasks.
     """

@@ -67,7 +67,7 @@ def check_density(
         total, square = torch.stack([part[2][name] for part in parts]).sum(0)
         if bool((total.abs() > _DEVIATIONS * square.sqrt()).any()):
             raise UserError(
-                "the policy's log_prob is not the log-density of its samples: it does"
+                "the policy's log_prob is not the log-density of its sample: it does"
                 f" not fit the sampled actions with respect to {name.partition(' ')[0]}"
             )
 

@@ -143,7 +143,7 @@ def make_module(policy: PolicyModel, params: Params, *last: nn.Module) -> nn.Seq
     Args:
         params: parameters, not stacked.
         last: layers that map the network's output to actions: `Bounded` or `Chosen`, after a
-        `Mode`.
+            `Mode`.
     """
     layers: list[nn.Module] = []
     if policy.normalize:

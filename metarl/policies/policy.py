@@ -98,7 +98,7 @@ class Policy:
     def act_raw(
         self, observation: Any, *, deterministic: bool = False
     ) -> tuple[NDArray, NDArray[np.float32]]:
-        """Return the result of `act` and the policy's unclipped action, [..., action_size]."""
+        """Return the result of `act` and the policy's raw action, [..., action_size]."""
         shape = list(self.policy.observation_shape)
         network = self.policy.network
         if isinstance(observation, Mapping | tuple) and isinstance(network, ModuleNetwork):

@@ -76,7 +76,7 @@ def train(
         init: policy to start from, or an argument of `metarl.load`. A resumed run does not read it
             again.
         callbacks: `metarl.Callback` objects, or functions of an `Iteration`, called after it is
-        saved.
+            saved.
         display: called on rank 0 with each iteration's metrics, before they are saved; True shows a
             progress bar.
         stop: called after each iteration; True ends the run after that iteration is saved. Ctrl-C

@@ -138,7 +138,7 @@ class Trainer:
 
         Args:
             on_rollouts: called with the iteration's rollouts of this process's tasks, support
-            first.
+                first.
             tasks: all tasks of the iteration, [T, task_dim]; by default they are sampled.
         """
         clock, state = IterationClock(self.process_group), self.state
