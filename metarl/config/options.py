@@ -227,8 +227,8 @@ class Config:
     def _unnamed_parts(self) -> list[str]:
         """Return the parts of the policy that cannot be found again by name."""
         unnamed = []
+        fresh = dataclasses.replace(self, policy=self.domain.model_options())
         for name, part in self.policy.parts.items():
-            fresh = Config.of(self.family, "maml-trpo", self.family_options)
             try:
                 found = fresh.with_options({name: self.options()[name]}).sections()[name]
                 same = found.with_options(part.options()) == part

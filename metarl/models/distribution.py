@@ -55,11 +55,7 @@ class Distribution(Part, ABC):
         return dataclasses.replace(self, space=space)
 
     def check(self, space: gym.Space) -> None:
-        """Raise UserError if an action space is not supported; by default, a flat Box is."""
-        self.require_box(space)
-
-    def require_box(self, space: gym.Space) -> None:
-        """Raise UserError if a space is not a Box."""
+        """Raise UserError if an action space is not supported; by default, only a flat Box is."""
         if categories(space) is not None:
             raise UserError(f"policy.distribution {self.label} is for a Box, got actions {space}")
 

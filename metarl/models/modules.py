@@ -60,6 +60,9 @@ class ModuleNetwork(Network):
         self._outputs = outputs
         self.inputs = Inputs(space, context_dim, label)
         self._template = self._make(np.random.default_rng(0))
+        parameters = dict(self._template.named_parameters())
+        self._shapes = {PREFIX + name: tuple(p.shape) for name, p in parameters.items()}
+        self._frozen = {PREFIX + name for name, p in parameters.items() if not p.requires_grad}
         self._local = threading.local()
         self._check_layers()
         self._check_buffers()
@@ -100,8 +103,7 @@ class ModuleNetwork(Network):
         return self._activations
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        found = self._template.named_parameters()
-        return {PREFIX + name: tuple(p.shape) for name, p in found}
+        return dict(self._shapes)
 
     def init(self, rng: np.random.Generator) -> Params:
         """Return the parameters of a new module, whose torch generator is seeded from `rng`."""
@@ -112,14 +114,11 @@ class ModuleNetwork(Network):
         }
 
     def forward(self, params: Params, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        shapes = self.shapes()
-        own = {name: params[name] for name in shapes}
-        frozen = {n for n, p in self._template.named_parameters() if not p.requires_grad}
-        own = {n: p.detach() if n.removeprefix(PREFIX) in frozen else p for n, p in own.items()}
+        own = {n: params[n].detach() if n in self._frozen else params[n] for n in self._shapes}
         context = params.get("context") if self.context_dim else None
         if x.dim() == len(self.input_shape) + 1:
             return self._call(own, self.inputs.split(x, context))
-        stacked = {name for name, p in own.items() if p.dim() > len(shapes[name])}
+        stacked = {name for name, p in own.items() if p.dim() > len(self._shapes[name])}
         if weight is not None:
             weight = weight.expand(x.shape[: x.dim() - len(self.input_shape)])
         outputs = []
@@ -141,7 +140,6 @@ class ModuleNetwork(Network):
                 f"policy.network {self.label} has no known upper layers: use an algorithm"
                 " that adapts all parameters, such as maml-trpo"
             )
-        parameter = self._template.get_parameter(name.removeprefix(PREFIX))
         if part == "head" and not hasattr(self._template, "head"):
             raise UserError(
                 f"policy.network {self.label} must name its last layer head for an algorithm that"
@@ -149,7 +147,7 @@ class ModuleNetwork(Network):
             )
         own = name.removeprefix(PREFIX)
         inside = part == "all" or own == "head" or own.startswith("head.")
-        return parameter.requires_grad and inside
+        return name not in self._frozen and inside
 
     def module(self, params: Params) -> nn.Module:
         """Return a module of the given parameters, [...] each."""
