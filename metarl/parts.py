@@ -24,9 +24,29 @@ def fixed(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"option": False})
 
 
-def of_policies(default: Any) -> Any:
-    """Return a dataclass field that is an option only if policies draw the samples, see `Part`."""
-    return dataclasses.field(default=default, metadata={"of_policies": True})
+@dataclass(frozen=True)
+class Range:
+    """Range of values that a search for better options draws from."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Draw the logarithm uniformly."""
+
+
+def tunable(
+    default: Any, low: float, high: float, *, log: bool = False, of_policies: bool = False
+) -> Any:
+    """Return a dataclass field that is an option with a range to search.
+
+    Args:
+        low, high: bounds of the search, both included. Other values are allowed. In a tuple, they
+            bound the first entry.
+        log: draw the logarithm uniformly.
+        of_policies: the option exists only if policies draw the samples, see `Part`.
+    """
+    metadata = {"range": Range(low, high, log), "of_policies": of_policies}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +81,11 @@ class Part:
     def options(self) -> dict[str, Any]:
         """Return the values of the options by name."""
         return {name: getattr(self, name) for name in self.option_fields()}
+
+    def ranges(self) -> dict[str, Range]:
+        """Return the ranges of the options that have one, by name."""
+        fields = self.option_fields().items()
+        return {name: f.metadata["range"] for name, f in fields if "range" in f.metadata}
 
     def with_options(self, values: Mapping[str, Any]) -> Self:
         """Return the part with other values of its options.

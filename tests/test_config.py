@@ -22,7 +22,7 @@ from metarl.config.options import Config
 from metarl.config.resolve import find_recipe, recipes, resolve
 from metarl.envs.errors import UserError
 from metarl.envs.registry import family_names
-from metarl.parts import Part, fixed, of_policies
+from metarl.parts import Part, fixed, tunable
 from metarl.runs.checkpoints import CheckpointError
 from metarl.runs.folder import run_config
 from metarl.training.run import train
@@ -58,7 +58,7 @@ class Widget(Part):
     """Each."""
     limit: float | None = None
     """Or none."""
-    kl: float = of_policies(0.1)
+    kl: float = tunable(0.1, 0.01, 1.0, of_policies=True)
     """Of policies."""
     kind: str = fixed("round")
 

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from metarl.algorithms.algorithm import Algorithm
 from metarl.learning.adapter import Fast
 from metarl.learning.inner_update import GradientUpdate
-from metarl.parts import fixed
+from metarl.parts import fixed, tunable
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextUpdate(GradientUpdate):
     """Gradient steps on a context vector, an input of the network."""
 
+    step_sizes: tuple[float, ...] = tunable((0.1,), 0.1, 100.0, log=True)
+    """Size of each inner step. The last size repeats for later steps."""
     context: int = 8
     """Size of the context vector."""
     adapts: Fast = fixed("context")

@@ -16,7 +16,7 @@ from metarl.learning.adapter import Adapter
 from metarl.learning.inner_update import GradientUpdate
 from metarl.learning.losses import Loss, dice
 from metarl.models.networks import Model
-from metarl.parts import fixed
+from metarl.parts import fixed, tunable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class DiceUpdate(GradientUpdate):
     """Gradient steps on the loaded DiCE objective."""
 
     loss: Loss | None = fixed(dice)
-    decay: float = 0.8
+    decay: float = tunable(0.8, 0.5, 1.0)
     """Discount of earlier actions' scores at later time steps (lambda of loaded DiCE): 1 is
     unbiased, smaller values have less variance."""
 

@@ -22,6 +22,7 @@ from metarl.learning.losses import Batch, log_ratio
 from metarl.learning.meta_gradients.problem import Objective, Sampled
 from metarl.learning.meta_gradients.unrolled import Unrolled
 from metarl.models.networks import Dist
+from metarl.parts import tunable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class SamplingCredit(Unrolled):
     needs_policy: ClassVar[bool] = True
 
     # 1 is the weight of the paper: unbiased, with the variance of the score of all task samples.
-    sampling_coef: float = 1.0
+    sampling_coef: float = tunable(1.0, 0.0, 1.0)
     """Weight of the term that credits pre-update sampling for the post-update return."""
 
     def __post_init__(self) -> None:

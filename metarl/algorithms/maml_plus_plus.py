@@ -20,13 +20,14 @@ from metarl.learning.gradient_steps import Adam
 from metarl.learning.inner_update import LearnedStepSizes
 from metarl.learning.meta_gradients.problem import Objective, Sampled
 from metarl.learning.meta_gradients.unrolled import Unrolled
+from metarl.parts import tunable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Annealed(Unrolled):
     """Multi-step loss and first-order gradient early; exact gradient of the last loss later."""
 
-    anneal_fraction: float = 0.3
+    anneal_fraction: float = tunable(0.3, 0.0, 1.0)
     """Share of the run in which the losses of earlier inner steps fade out and the meta-gradient is
     first order; afterwards it is second order."""
 

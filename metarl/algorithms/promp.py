@@ -22,6 +22,7 @@ from metarl.learning.losses import Batch, likelihood_ratio
 from metarl.learning.meta_gradients.problem import Objective, Sampled
 from metarl.learning.meta_gradients.unrolled import Unrolled
 from metarl.models.networks import Dist
+from metarl.parts import tunable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class InnerKLPenalty(Unrolled):
 
     needs_policy: ClassVar[bool] = True
 
-    inner_kl_coef: float = 5e-4
+    inner_kl_coef: float = tunable(5e-4, 1e-5, 0.1, log=True)
     """Weight of the penalty on the KL from the policies that drew the support samples (eta)."""
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from metarl.learning.inner_loop import check_finite
 from metarl.learning.losses import Batch, make_batch
 from metarl.models.networks import Params
 from metarl.models.policies import PolicyModel
-from metarl.parts import Part
+from metarl.parts import Part, tunable
 from metarl.sampling.trajectories import Rollout
 
 CHUNK = 2
@@ -80,7 +80,7 @@ class Advantages(Part):
 
     discount: float = 0.99
     """Discount of future rewards (gamma)."""
-    gae_lambda: float = 1.0
+    gae_lambda: float = tunable(1.0, 0.8, 1.0)
     """Lambda of generalized advantage estimation; 1 uses whole returns."""
     targets: Targets = "returns"
     """Targets of the baseline: discounted returns, as in the papers, or lambda-returns, which have

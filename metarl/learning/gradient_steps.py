@@ -18,7 +18,7 @@ from metarl.learning.meta_gradients.problem import Evaluation, Problem, QueryPro
 from metarl.learning.outer import OuterOptimizer, OuterState
 from metarl.learning.stopwatch import Stopwatch
 from metarl.models.networks import Params, unflatten
-from metarl.parts import of_policies
+from metarl.parts import tunable
 
 _STARTED = "started"
 
@@ -31,14 +31,14 @@ class GradientSteps(OuterOptimizer):
     arguments: ClassVar[tuple[str, ...]] = ()
     """Options that are arguments of the optimizer."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = tunable(1e-3, 1e-4, 3e-2, log=True)
     """Step size of the optimizer."""
-    steps: int = 1
+    steps: int = tunable(1, 1, 10)
     """Gradient steps on one iteration's samples."""
     max_norm: float = 10.0
     """Upper bound on the norm of the gradient. A longer gradient is scaled down before it enters
     the moments of the optimizer, which it would distort for hundreds of steps."""
-    max_kl: float = of_policies(0.05)
+    max_kl: float = tunable(0.05, 5e-3, 0.2, log=True, of_policies=True)
     """Upper bound on the mean KL between adapted and sampling policies on the query samples. Steps
     stop beyond the bound, and the whole update is shortened until it is within."""
 
@@ -231,9 +231,9 @@ class ClippedSurrogate(Adam):
     name: ClassVar[str] = "clipped"
     needs_policy: ClassVar[bool] = True
 
-    steps: int = 5
+    steps: int = tunable(5, 1, 10)
     """Gradient steps on one iteration's samples."""
-    clip: float = 0.3
+    clip: float = tunable(0.3, 0.05, 0.5)
     """Clip likelihood ratios to 1 +- this value."""
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from metarl.envs.errors import UserError, check_one_of
 from metarl.learning.adapter import Adapter, Fast
 from metarl.learning.losses import Loss, name_of, trait
 from metarl.models.networks import Model
-from metarl.parts import Part, fixed, of_policies
+from metarl.parts import Part, fixed, tunable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class InnerUpdate(Part):
 
     steps: int = 1
     """Gradient steps per task in training, each on new episodes."""
-    step_sizes: tuple[float, ...] = (0.1,)
+    step_sizes: tuple[float, ...] = tunable((0.1,), 3e-3, 3.0, log=True)
     """Size of each inner step. The last size repeats for later steps."""
     test_step_sizes: tuple[float, ...] = ()
     """Size of each inner step in evaluation; by default the learned sizes, else the training
@@ -88,7 +88,7 @@ class GradientUpdate(InnerUpdate):
     updates: int = 1
     """Gradient steps on each batch. More than one on episodes requires an inner loss with
     likelihood ratios."""
-    min_kl: float = of_policies(0.0)
+    min_kl: float = tunable(0.0, 0.0, 1.0, of_policies=True)
     """Lower bound on the mean KL of the first inner step; 0: off. If step_sizes change policies
     less, training scales all sizes up to it, and the policy keeps the factor."""
 
@@ -148,7 +148,7 @@ class ProximalUpdate(InnerUpdate):
     """Size of each update; by default 0.5 / proximal."""
     updates: int = 8
     """Gradient steps on each batch."""
-    proximal: float = 10.0
+    proximal: float = tunable(10.0, 0.1, 100.0, log=True)
     """Coefficient of the proximal term towards the initialization (lambda). If step_sizes are
     given, the default is half of the inverse of the first."""
     backtrack: bool = False

@@ -16,6 +16,7 @@ from metarl.learning.outer import OuterOptimizer, OuterState
 from metarl.learning.stopwatch import Stopwatch
 from metarl.models.networks import Params, flatten, unflatten
 from metarl.models.samples import Samples
+from metarl.parts import tunable
 
 FISHER_SAMPLES = 200
 """Minimum number of valid samples per task in Fisher products, if that many exist."""
@@ -31,7 +32,7 @@ class TrustRegion(OuterOptimizer):
     name: ClassVar[str] = "trust-region"
     needs_policy: ClassVar[bool] = True
 
-    max_kl: float = 0.01
+    max_kl: float = tunable(0.01, 2e-3, 0.2, log=True)
     """Upper bound on the mean KL between adapted and sampling policies on the query samples."""
     cg_iterations: int = 10
     """Iterations of the conjugate gradient method."""

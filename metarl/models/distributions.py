@@ -21,7 +21,7 @@ from metarl.envs.errors import UserError, did_you_mean
 from metarl.envs.policy_spaces import categories
 from metarl.models.distribution import Distribution
 from metarl.models.networks import Dist, Params
-from metarl.parts import find_part
+from metarl.parts import find_part, tunable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Gaussian(Distribution):
 
     name: ClassVar[str] = "gaussian"
 
-    initial_std: float = 1.0
+    initial_std: float = tunable(1.0, 0.2, 8.0, log=True)
     """Initial standard deviation of the actions."""
     min_std: float = 1e-6
     """Lower bound on the standard deviation of the actions."""

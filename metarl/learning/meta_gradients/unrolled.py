@@ -22,6 +22,7 @@ from metarl.learning.meta_gradients.problem import (
 )
 from metarl.models.networks import Params
 from metarl.models.samples import Samples
+from metarl.parts import tunable
 
 
 @dataclass
@@ -155,7 +156,7 @@ class FirstOrder(MetaGradient):
 class Unrolled(FirstOrder):
     """Meta-gradient through the inner steps (Finn et al. 2017, algorithm 3)."""
 
-    second_order: float = 1.0
+    second_order: float = tunable(1.0, 0.0, 1.0)
     """Weight of the inner steps' curvature in the meta-gradient: 1 is exact, 0 is first order."""
 
     def __post_init__(self) -> None:
