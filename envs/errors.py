@@ -39,6 +39,11 @@ def raised(error: BaseException) -> str:
     return f"{text} ({os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name})"
 
 
+def add_note(error: BaseException, note: str) -> None:
+    """Do what `BaseException.add_note` does, also on Python 3.10."""
+    error.__notes__ = [*getattr(error, "__notes__", ()), note]
+
+
 def is_ours(error: BaseException) -> bool:
     """Return whether a line of this package raised an error, and not code that it calls."""
     frames = traceback.extract_tb(error.__traceback__)

@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from metarl.envs.errors import UserError, check_one_of
+from metarl.envs.errors import UserError, add_note, check_one_of
 from metarl.envs.family import TaskFamily
 
 Bools = NDArray[np.bool_]
@@ -164,7 +164,7 @@ class TaskVectorEnv(VectorEnv):
         try:
             yield
         except BaseException as error:
-            error.add_note(f"{self.family.name}: {describe_progress(self.progress, self.tasks)}")
+            add_note(error, f"{self.family.name}: {describe_progress(self.progress, self.tasks)}")
             raise
 
     # Methods of a backend

@@ -11,7 +11,9 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
+
+from typing_extensions import Self
 
 from metarl.envs.errors import UserError, did_you_mean
 from metarl.envs.registry import import_attribute

@@ -316,19 +316,3 @@ def test_an_error_while_python_takes_environments_apart_changes_nothing(tmp_path
     )  # fmt: skip
     assert done.returncode == 0
     assert len(read_metrics(tmp_path / "run")) == 2
-
-
-def test_a_platform_without_locks_is_refused_in_one_line(tmp_path):
-    code = (
-        "import sys; sys.modules['fcntl'] = None\n"
-        "from metarl.cli.main import main\n"
-        "print(main(['train', 'navigation-2d']), main(['evaluate', 'x']))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.stdout.split() == ["2", "2"]
-    lines = done.stderr.splitlines()
-    assert len(lines) == 2
-    assert all(mentions(line, "Linux", "macOS", sys.platform) for line in lines)
-    assert not list(tmp_path.iterdir())

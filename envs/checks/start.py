@@ -27,7 +27,7 @@ from metarl.envs.checks.copies import action_pairs, shared, unseeded
 from metarl.envs.checks.environments import conversion
 from metarl.envs.checks.global_generators import kept, watched
 from metarl.envs.checks.traces import close, play, play_beside
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, add_note
 from metarl.envs.family import TaskFamily
 from metarl.envs.registry import is_built_in
 from metarl.envs.seeds import training_seeds
@@ -79,7 +79,7 @@ def start_findings(family: TaskFamily, progress: MutableSequence[int] | None = N
             except Exception:  # the run raises it again, with its task and worker
                 pass
             except BaseException as error:  # such as SystemExit
-                error.add_note(f"{family.name}: in {PHASES[progress[1]]}")
+                add_note(error, f"{family.name}: in {PHASES[progress[1]]}")
                 raise
         gc.collect()  # remains of a renderer could blacken the frames of later ones
     return found

@@ -83,6 +83,8 @@ def _of_the_system(error: Exception) -> int | None:
 
 def _reader_left() -> bool:
     """Return whether the reader of standard output is gone; if so, silence it from now on."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
     poll = select.poll()
     poll.register(results(), 0)  # errors and hang-ups are always reported
     left = bool(poll.poll(0))

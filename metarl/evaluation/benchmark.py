@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import resource
 import statistics
 import sys
 import time
@@ -73,7 +72,7 @@ def benchmark(
                 for k, rollout in enumerate(seen)
             )
             rows.append(row)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = _peak_memory()
     native = isinstance(family, MujocoFamily)
 
     def median(values: list[float]) -> float:
@@ -109,7 +108,7 @@ def benchmark(
             key.removeprefix("seconds_"): median([row.get(key, 0.0) for row in rows])
             for key in phases
         },
-        "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+        "peak_memory_bytes": peak,
         "collectives": {key: median([row[key] for row in rows]) for key in ("calls", "bytes")},
     }
     if processes is not None:
@@ -123,6 +122,16 @@ def benchmark(
             [row["seconds_ceiling"] / row["seconds_iteration"] for row in rows]
         )
     return result
+
+
+def _peak_memory() -> int | None:
+    """Return the largest memory of this process so far in bytes, or None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
@@ -141,7 +150,7 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with contextlib.ExitStack() as closing:
         closing.enter_context(own_settings())
-        vector = gym.vector.AsyncVectorEnv(make)  # forks, so it must be created before the workers
+        vector = gym.vector.AsyncVectorEnv(make)  # it may fork, so the workers start later
         closing.callback(vector.close)
         collectors = {
             name: make_collector(
@@ -307,7 +316,8 @@ def table(result: dict[str, Any]) -> str:
     lines.append("")
     lines.append(f"{'phase':<28}{'seconds':>12}")
     lines += [f"{name:<28}{value:>12.3f}" for name, value in result["seconds"].items()]
-    lines.append(f"peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
+    if result["peak_memory_bytes"] is not None:
+        lines.append(f"peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
     if result["ranks"] > 1:
         calls, sent = (result["collectives"][key] for key in ("calls", "bytes"))
         lines.append(f"rank 0 sent {sent / 1e6:.2f} MB in {calls:.0f} collectives an iteration")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, get_args
+
+from typing_extensions import Self
 
 from metarl.envs.errors import UserError, check_one_of
 from metarl.learning.adapter import Adapter, Fast

@@ -9,11 +9,22 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from metarl.envs.errors import UserError, kind_of
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    try:
+        import fcntl
+    except ImportError:
+        fcntl = None
+
+_WRITE = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0)  # Windows translates line ends
 
 
 def as_path(role: str, value: Any) -> Path:
@@ -45,7 +56,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             return
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            file = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            file = os.open(aside, _WRITE | os.O_TRUNC, 0o666)
             try:
                 _write(file, data)
                 os.fsync(file)
@@ -55,11 +66,26 @@ def write_atomically(path: Path, data: bytes) -> None:
         finally:
             with contextlib.suppress(OSError):
                 aside.unlink()
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def lock(file: int) -> bool:
+    """Lock an open file until it is closed. Return False if another process has locked it."""
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        elif fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:  # it does not see a lock of this process
+            os.lockf(file, os.F_TLOCK, 0)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def is_aside(path: Path) -> bool:
@@ -89,7 +115,7 @@ class GrowingFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         with named(path):
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            self._file = os.open(path, _WRITE | os.O_APPEND, 0o666)
 
     def append(self, data: bytes) -> None:
         """Write a piece, and wait until it is on the disk."""

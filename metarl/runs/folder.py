@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import logging
@@ -33,7 +32,7 @@ from metarl.runs.checkpoints import (
     newest_good,
     versions,
 )
-from metarl.runs.files import is_aside, set_aside, sweep, write_atomically
+from metarl.runs.files import is_aside, lock, set_aside, sweep, write_atomically
 from metarl.runs.fingerprint import Fingerprint
 from metarl.runs.metrics import read_metrics
 
@@ -80,14 +79,12 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
     path = folder.absolute() / "lock"
     with open(path, "a", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            busy = f"another process is training in {folder}; wait for it, or"
-            raise RunError(
-                f"{busy} give another folder as out", f"{busy} choose another --out"
-            ) from error
+            mine = lock(file.fileno())
         except OSError as error:
             raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(path)) from error
+        if not mine:
+            busy = f"another process is training in {folder}; wait for it, or"
+            raise RunError(f"{busy} give another folder as out", f"{busy} choose another --out")
 
         def check() -> None:
             try:
@@ -192,7 +189,7 @@ def run_config(folder: Path, given: Config | None = None) -> Config:
 
 def check_family(folder: Path, config: Config, family: Fingerprint) -> None:
     """Raise RunError if the run's family has the same name but differs from `family`."""
-    data = json.loads((folder / "config.json").read_text())
+    data = json.loads((folder / "config.json").read_text("utf-8"))
     if found := fingerprint.changes(data.get("family") or {}, family):
         raise RunError(_other_family(folder, config, found))
 

@@ -7,17 +7,10 @@ shares with its parent (`workers`). It ignores Ctrl-C and SIGTERM, and ends with
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import faulthandler
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -33,6 +26,7 @@ from metarl.envs.processes import Parcel, unpack
 from metarl.models.policies import PolicyModel
 from metarl.models.settings import plain_attention
 from metarl.sampling.rollouts import RolloutBuffer, collect_into
+from metarl.sampling.signals import end_with_parent, leave_tracebacks
 from metarl.sampling.spaces import ActionMode, check_spaces
 
 
@@ -72,10 +66,8 @@ class Reply:
 
 def work(share: Share, channel: Connection, dump: Connection, with_parent: bool) -> None:
     """Serve collect orders until the order None or the end of the parent process."""
-    _end_with_parent(with_parent)
-    # Traceback of a hang or a crash, written without the interpreter.
-    faulthandler.enable(dump.fileno(), all_threads=False)
-    faulthandler.register(signal.SIGUSR1, dump.fileno(), all_threads=False)
+    end_with_parent(with_parent)
+    leave_tracebacks(dump)
     torch.set_num_threads(1)
     try:
         with plain_attention(), _restored(share, channel) as (env, memory):
@@ -140,22 +132,3 @@ def _restored(share: Share, channel: Connection) -> Iterator[tuple[TaskVectorEnv
     )
     with guard.user_code():
         env.close()
-
-
-def _end_with_parent(exactly: bool) -> None:
-    """End this process and its children with the parent, even while an environment hangs."""
-    os.setpgrp()  # Ctrl-C in a terminal does not reach workers or their child processes
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-    if exactly and sys.platform == "linux":
-        # The thread above needs the interpreter's lock, which an environment may hold forever.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -20,16 +20,13 @@ import ctypes
 import dataclasses
 import logging
 import multiprocessing
-import os
 import pickle
 import signal
-import socket
-import struct
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from multiprocessing import resource_tracker, util
+from multiprocessing import util
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -46,6 +43,7 @@ from metarl.envs.vector import describe_progress
 from metarl.models.networks import Params
 from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import Collector, RandomKey, RolloutBuffer, clear_after_the_end
+from metarl.sampling.signals import interrupts_blocked, kill_group, limit_waits, traceback_of
 from metarl.sampling.spaces import ActionMode
 from metarl.sampling.trajectories import Rollout
 from metarl.sampling.worker_process import Reply, Share, work
@@ -91,24 +89,17 @@ class _Worker:
         self.share.progress[:] = [0, 0, -1]
         self.channel, theirs = _context.Pipe()
         self.dump, their_dump = _context.Pipe(duplex=False)
-        # A stopped process must not block this one: OSError after the timeout.
-        limit = struct.pack("ll", int(self.timeout) + 1, 0)
-        with socket.socket(fileno=os.dup(self.channel.fileno())) as end:
-            for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-                end.setsockopt(socket.SOL_SOCKET, option, limit)
+        limit_waits(self.channel, self.timeout)
         main = threading.current_thread() is threading.main_thread()
         self.process: BaseProcess = _context.Process(
             target=work,
             args=(self.share, theirs, their_dump, main),
             name=f"metarl worker {self.share.index}",
         )
-        # A worker inherits a blocked Ctrl-C until it ignores it. The tracker would unblock it.
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
-            self.process.start()
+            with interrupts_blocked():
+                self.process.start()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
             their_dump.close()
         self.ready, self.busy = False, True
@@ -171,14 +162,7 @@ class _Worker:
         elif code is not None and code < 0:
             kind, what = "was killed", signal.Signals(-code).name
         text = f"{self._name(kind)}: {what}"
-        if hung:  # dump its traceback; the signal may wake it
-            with contextlib.suppress(OSError):
-                os.kill(self.process.pid or 0, signal.SIGUSR1)
-        trace = b""
-        with contextlib.suppress(OSError):
-            while self.dump.poll(0.3) and (part := os.read(self.dump.fileno(), 1 << 16)):
-                trace += part
-        return Reply(kind, text, trace.decode(errors="replace"))
+        return Reply(kind, text, traceback_of(self.process, self.dump, hung=hung))
 
     def _name(self, verb: str) -> str:
         tasks = np.repeat(self.tasks, self.share.episodes, axis=0)
@@ -187,11 +171,7 @@ class _Worker:
 
     def kill(self) -> None:
         """Kill the process and the processes that its environments started."""
-        if self.process.pid is not None:
-            with contextlib.suppress(OSError):  # not yet a process group, or gone
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.kill()
-            self.process.join()
+        kill_group(self.process)
         self.channel.close()
         self.dump.close()
 

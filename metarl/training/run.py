@@ -19,7 +19,7 @@ import torch
 from metarl.config.options import Config
 from metarl.distributed.process_group import ALONE, ProcessGroup
 from metarl.envs import guard
-from metarl.envs.errors import UserError, kind_of
+from metarl.envs.errors import UserError, add_note, kind_of
 from metarl.envs.registry import SUCH_AS
 from metarl.envs.tasks import Tasks
 from metarl.models.settings import own_settings
@@ -145,7 +145,7 @@ def train(
                 loop.run(display or None, lambda: interrupted() or stop())
         except OSError as error:
             if checkpoints_of(folder):
-                error.add_note(f"then continue with: metarl train --resume {quote(str(folder))}")
+                add_note(error, f"then continue with: metarl train --resume {quote(str(folder))}")
             raise
         if process_group.any(interrupted()):
             raise KeyboardInterrupt(f"stopped after iteration {trainer.state.iteration}")
