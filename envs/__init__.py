@@ -7,25 +7,28 @@ Importing this package registers its families with Gymnasium:
 
 A keyword names a component of the task or an option of the family. In `make_vec` a component may be
 a sequence with one value for each sub-environment. A task outside the training range is accepted.
-Without a task, every reset draws one.
+Without a task, every reset draws one. `max_episode_steps` sets the horizon.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
+import sys
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs import registration
 
 from metarl.envs import families, supervised
 from metarl.envs.checks.checker import Finding, check_task_family
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UnexpectedKeyword, UserError, check_whole
 from metarl.envs.family import TaskFamily
 from metarl.envs.gymnasium.family import GymnasiumFamily
 from metarl.envs.mujoco.family import MujocoFamily
-from metarl.envs.registry import family_names, make_family, register
+from metarl.envs.registry import family_names, keywords_of, make_family, register
 from metarl.envs.supervised.family import FunctionFamily, SupervisedFamily
 from metarl.envs.supervised.few_shot import FewShotFamily
 from metarl.envs.tasks import Finite, TaskDistribution, Uniform
@@ -51,9 +54,18 @@ __all__ = [
 ]
 
 
+_SIZE = ("width", "height")
+
+
 def make_env(family: str, render_mode: str | None = None, **keywords: Any) -> gym.Env:
     """Entry point of `gym.make`: one environment of a family."""
-    made, tasks = _family_and_tasks(family, 1, keywords)
+    asked, limit = _limits()
+    made, tasks = _family_and_tasks(family, 1, keywords, asked)
+    if limit is not None and made.horizon > max(limit, asked or 0):
+        raise UserError(
+            f"{family}: episodes of {made.horizon} steps, but gym.make ends them after {limit};"
+            f" give max_episode_steps={made.horizon}"
+        )
     return made.make(None if tasks is None else tasks[0], render_mode=render_mode)
 
 
@@ -63,10 +75,14 @@ def make_vec_env(
     autoreset_mode: str = "NextStep",
     threads: int = 1,
     render_mode: str | None = None,
+    max_episode_steps: int | None = None,
     **keywords: Any,
 ) -> TaskVectorEnv:
     """Entry point of `gym.make_vec`: num_envs environments of a family, one for each task."""
-    made, tasks = _family_and_tasks(family, num_envs, keywords)
+    asked, limit = _limits()
+    if max_episode_steps != limit:
+        asked = max_episode_steps
+    made, tasks = _family_and_tasks(family, num_envs, keywords, asked)
     vector = made.make_vec(
         num_envs, 1, autoreset_mode=autoreset_mode, threads=threads, render_mode=render_mode
     )
@@ -74,9 +90,33 @@ def make_vec_env(
     return vector
 
 
+def _limits() -> tuple[int | None, int | None]:
+    """Return the `max_episode_steps` of the call of `gym.make` or `make_vec`, and the default.
+
+    `gym.make` does not pass it on, and `make_vec` passes on the default too.
+    """
+    caller = sys._getframe(2)
+    spec = caller.f_locals.get("env_spec")
+    if caller.f_globals.get("__name__") != registration.__name__ or spec is None:
+        return None, None
+    registered = gym.registry.get(spec.id)
+    limit = None if registered is None else registered.max_episode_steps
+    given = {**caller.f_locals.get("kwargs", {}), **caller.f_locals}
+    asked = given.get("max_episode_steps")
+    if asked is None and spec.max_episode_steps != limit:  # a changed or loaded specification
+        asked = spec.max_episode_steps
+    return asked, limit
+
+
 def _family_and_tasks(
-    name: str, count: int, keywords: dict[str, Any]
+    name: str, count: int, keywords: dict[str, Any], horizon: int | None
 ) -> tuple[TaskFamily, np.ndarray | None]:
+    """Return a family and the tasks that the keywords give, [count, task_dim], or None.
+
+    Raises:
+        UserError: a value is wrong.
+        UnexpectedKeyword: a keyword is unknown.
+    """
     components = make_family(name).tasks.names
     goal = {key: keywords.pop(key) for key in list(keywords) if key in components}
     # One keyword for a task of several components, such as goal=(0.3, -0.2).
@@ -89,7 +129,23 @@ def _family_and_tasks(
                 f" ({', '.join(components)}), got {whole.tolist()}"
             )
         goal = dict(zip(components, np.moveaxis(whole, -1, 0), strict=True))
+    options = keywords_of(name)
+    changes = {key: keywords.pop(key) for key in _SIZE if key in keywords}
+    for key in keywords:
+        if options is not None and key not in options:
+            raise UnexpectedKeyword.of(name, key, [*components, *options, *_SIZE])
+    if horizon is not None:
+        check_whole("max_episode_steps", horizon, 1)
+        if keywords.get("horizon") not in (None, horizon):
+            raise UserError(
+                f"horizon={keywords['horizon']} and max_episode_steps={horizon} differ; give one"
+            )
+        changes["horizon"] = horizon
     family = make_family(name, **keywords)
+    for key in changes:
+        if not hasattr(family, key):
+            raise UnexpectedKeyword.of(name, key, [*components, *(options or ())])
+    family = dataclasses.replace(family, **changes)
     if not goal:
         return family, None
     columns = {key: _column(key, value, count) for key, value in goal.items()}

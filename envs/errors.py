@@ -23,6 +23,25 @@ class UserError(ValueError):
         self.command = command or message
 
 
+class UnexpectedKeyword(UserError, TypeError):
+    """An unknown keyword argument.
+
+    It is a TypeError too, with Python's words in its message: programs such as TorchRL repeat the
+    call without the keyword then.
+    """
+
+    @classmethod
+    def of(cls, called: str, keyword: str, known: Iterable[str]) -> UnexpectedKeyword:
+        """Return the error for a keyword, with the nearest known one."""
+        options = tuple(known)
+        hint = did_you_mean(keyword, options)
+        hint += f" (options: {', '.join(options)})" if options else " (it has no options)"
+        return cls(
+            f"{called} got an unexpected keyword argument {keyword!r}{hint}",
+            f"{called} has no option {keyword!r}{hint}",
+        )
+
+
 class NonFiniteError(UserError):
     """A sampled reward, observation or action, or an adapted parameter, is NaN or infinite."""
 

@@ -14,16 +14,17 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import gymnasium as gym
 
 from metarl.envs import guard
-from metarl.envs.errors import UserError, check_name, did_you_mean
+from metarl.envs.errors import UnexpectedKeyword, UserError, check_name, did_you_mean
 from metarl.envs.family import Family, TaskFamily
 from metarl.envs.supervised.family import SupervisedFamily
 
 Factory = Callable[..., Family]
+F = TypeVar("F", bound=Factory)
 ENTRY_POINTS = "metarl.families"
 _factories: dict[str, Factory] = {}
 _data_sets: dict[str, Any] = {}
@@ -33,25 +34,28 @@ _MORE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @overload
-def register(factory: Factory) -> Factory: ...
+def register(factory: F) -> F: ...
 
 
 @overload
-def register(*, gymnasium_id: str) -> Callable[[Factory], Factory]: ...
+def register(*, gymnasium_id: str, max_episode_steps: int | None = None) -> Callable[[F], F]: ...
 
 
-def register(factory: Factory | None = None, *, gymnasium_id: str = "") -> Any:
+def register(
+    factory: F | None = None, *, gymnasium_id: str = "", max_episode_steps: int | None = None
+) -> F | Callable[[F], F]:
     """Register a function that returns a family under its own name, with '-' for '_' (decorator).
 
     Args:
         factory: the function.
         gymnasium_id: also register the family with Gymnasium, for `gym.make` and `gym.make_vec`.
+        max_episode_steps: horizon of the family with its default options, for `gym.spec`.
 
     Raises:
         UserError: another function has that name already.
     """
 
-    def add(factory: Factory) -> Factory:
+    def add(factory: F) -> F:
         name = _free_name(factory)
         _factories[name] = factory
         if gymnasium_id and gymnasium_id not in gym.registry:
@@ -59,6 +63,7 @@ def register(factory: Factory | None = None, *, gymnasium_id: str = "") -> Any:
                 id=gymnasium_id,
                 entry_point="metarl.envs:make_env",
                 vector_entry_point="metarl.envs:make_vec_env",
+                max_episode_steps=max_episode_steps,
                 kwargs={"family": name},
             )
         return factory
@@ -75,14 +80,14 @@ def _free_name(factory: Any) -> str:
     return name
 
 
-def register_data(training: Mapping[str, Any]) -> Callable[[Factory], Factory]:
+def register_data(training: Mapping[str, Any]) -> Callable[[F], F]:
     """Register a function that returns a family of supervised tasks (decorator).
 
     Args:
         training: default config values of runs on the family, see `training_values`.
     """
 
-    def add(factory: Factory) -> Factory:
+    def add(factory: F) -> F:
         _data_sets[_free_name(factory)] = factory
         factory.training = training  # type: ignore[attr-defined]
         return factory
@@ -184,10 +189,7 @@ def find_family(name: str, **options: Any) -> Family:
             )
         for option in () if _takes_any(factory) else options:
             if option not in known:
-                takes = f"options: {', '.join(known)}" if known else "it has no options"
-                raise UserError(
-                    f"{name} has no option {option!r}{did_you_mean(option, known)} ({takes})"
-                )
+                raise UnexpectedKeyword.of(name, option, known)
         for option, value in options.items():
             if isinstance(known.get(option), bool) and not isinstance(value, bool):
                 raise UserError(f"{name}: {option} must be True or False, got {value!r}")
@@ -212,6 +214,18 @@ def import_source(name: str) -> None:
         UserError: the name is unknown, or the module cannot be imported.
     """
     _find(name)
+
+
+def keywords_of(name: str) -> list[str] | None:
+    """Return the names of a family's options, or None if it takes any.
+
+    Raises:
+        UserError: the name is unknown, or the module cannot be imported.
+    """
+    factory = _find(name)
+    if not callable(factory):
+        return []
+    return None if _takes_any(factory) else list(_parameters(factory))
 
 
 def option_defaults(name: str) -> dict[str, Any]:

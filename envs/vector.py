@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from metarl.envs.errors import UserError, add_note, check_one_of
+from metarl.envs.errors import UserError, add_note, check_one_of, did_you_mean
 from metarl.envs.family import TaskFamily
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
+Advanced = tuple[Floats, Bools | None, Bools | None, Bools | None, dict[str, Any]]
 
 PHASES = ("start", "reset", "step", "close")
 RESET, STEP, CLOSE = 1, 2, 3
@@ -72,6 +73,16 @@ def check_movable(name: str, space: gym.Space, model: Any = None) -> None:
         )
 
 
+def check_options(options: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise UserError if `reset` does not know one of its options."""
+    for key in options:
+        if key not in known:
+            raise UserError(
+                f"reset has no option {key!r}{did_you_mean(key, known)}"
+                f" (options: {', '.join(known)})"
+            )
+
+
 def no_entry(family: TaskFamily, key: str, info: Iterable[str]) -> UserError:
     """Return the error for an entry that `achieved` names and `info` does not have."""
     return UserError(
@@ -88,23 +99,31 @@ class TaskVectorEnv(VectorEnv):
     - `set_tasks` takes effect at the next reset. Without it, every reset of a sub-environment draws
       a training task.
     - `reset(seed=...)` takes None, one int (sub-environment i gets seed + i) or a list of ints.
-      `options={"reset_mask": ...}`, booleans [num_envs], resets only some. It returns observations
+      `options={"reset_mask": ...}`, booleans [num_envs], resets only some, and
+      `options={"task": ...}`, [num_tasks, task_dim], calls `set_tasks`. It returns observations
       [num_envs, *observation_shape] and info with "task" [num_envs, task_dim].
     - `step` takes actions [num_envs, *action_shape]. It returns observations, rewards (float64),
       terminated and truncated (bool), [num_envs] each, and info of arrays [num_envs, ...].
+    - As in Gymnasium, the entry `key` of info has a mask `_key` [num_envs]: whether a
+      sub-environment reports it. Other rows are zero.
     - Returned arrays are copies: later calls do not change them, and writing to them has no effect
       here. The current tasks, `tasks` [num_envs, task_dim], are a copy too.
     - With `autoreset_mode` DISABLED a finished sub-environment stays as it is, with reward 0, until
-      it is reset. With NEXT_STEP the step after its end resets it, with reward 0.
+      it is reset. With NEXT_STEP the step after its end resets it, with reward 0. With SAME_STEP
+      the last step resets it; the last observation and info are `info["final_obs"]` and
+      `info["final_info"]`.
     - An episode whose simulation diverged is truncated and marked in `info["diverged"]`.
     - `progress` shows the current call and can be read from another process. An exception from an
       environment has it as a note.
 
-    A backend implements `_begin`, `_advance` and `_observe`.
+    A backend implements `_begin`, `advance` and `_observe`.
 
     Raises:
-        UserError: num_tasks or episodes is below 1, or autoreset_mode is SAME_STEP.
+        UserError: num_tasks or episodes is below 1, or autoreset_mode does not exist.
     """
+
+    numbers = False
+    """Whether `advance` may return numbers instead of arrays of one element."""
 
     def __init__(
         self,
@@ -121,8 +140,7 @@ class TaskVectorEnv(VectorEnv):
             raise UserError(f"num_tasks and episodes must be >= 1, got {num_tasks}, {episodes}")
         check_movable(family.name, action_space)
         mode = getattr(autoreset_mode, "value", autoreset_mode)
-        allowed = (AutoresetMode.NEXT_STEP.value, AutoresetMode.DISABLED.value)
-        check_one_of("autoreset_mode", mode, allowed)
+        check_one_of("autoreset_mode", mode, [each.value for each in AutoresetMode])
         self.autoreset_mode = AutoresetMode(mode)
         self.family = family
         self.num_tasks, self.episodes = num_tasks, episodes
@@ -152,7 +170,7 @@ class TaskVectorEnv(VectorEnv):
             check_one_of("render_mode", mode, self.metadata.get("render_modes", []))
         self.render_mode = mode
 
-    def _begun(self, phase: int, i: int = -1) -> None:
+    def begun(self, phase: int, i: int = -1) -> None:
         progress = self.progress
         progress[0] += 1
         progress[1] = phase
@@ -164,8 +182,12 @@ class TaskVectorEnv(VectorEnv):
         try:
             yield
         except BaseException as error:
-            add_note(error, f"{self.family.name}: {describe_progress(self.progress, self.tasks)}")
+            self.name(error)
             raise
+
+    def name(self, error: BaseException) -> None:
+        """Add the family, the task and the current call to an exception as a note."""
+        add_note(error, f"{self.family.name}: {describe_progress(self.progress, self.tasks)}")
 
     # Methods of a backend
 
@@ -174,9 +196,7 @@ class TaskVectorEnv(VectorEnv):
         """Start an episode of the task in `self.tasks` in each of the sub-environments."""
 
     @abstractmethod
-    def _advance(
-        self, ids: NDArray[np.int64] | None, actions: Any
-    ) -> tuple[Floats, Bools | None, Bools | None, Bools | None, dict[str, Any]]:
+    def advance(self, ids: NDArray[np.int64] | None, actions: Any) -> Advanced:
         """Step the sub-environments ids, or all.
 
         Returns:
@@ -188,6 +208,16 @@ class TaskVectorEnv(VectorEnv):
     @abstractmethod
     def _observe(self) -> NDArray:
         """Return the observations of all sub-environments; the caller copies them."""
+
+    def check_achieved(self, info: Iterable[str]) -> None:
+        """Raise UserError unless info has the entries that the family's `achieved` names."""
+        for key in self.family.achieved.values():
+            if key not in info:
+                raise no_entry(self.family, key, info)
+
+    def observations(self) -> NDArray:
+        """Return a copy of the observations of all sub-environments."""
+        return np.array(self._observe())
 
     # gymnasium.vector.VectorEnv
 
@@ -214,8 +244,10 @@ class TaskVectorEnv(VectorEnv):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[NDArray, dict[str, Any]]:
+        options = options or {}
+        check_options(options, ("reset_mask", "task"))
         ids = np.arange(self.num_envs)
-        if options is not None and "reset_mask" in options:
+        if "reset_mask" in options:
             mask = np.asarray(options["reset_mask"])
             if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
                 raise UserError(
@@ -230,37 +262,43 @@ class TaskVectorEnv(VectorEnv):
             seeds = list(seed)
             if len(seeds) != self.num_envs:
                 raise UserError(f"seed must have {self.num_envs} entries, got {len(seeds)}")
+        if "task" in options:
+            self.set_tasks(options["task"])
         self._start(ids, [seeds[int(i)] for i in ids])
-        return np.array(self._observe()), {"task": self.tasks}
+        return self.observations(), self._masked({"task": self._tasks}, ids)
 
     def step(self, actions: Any) -> tuple[NDArray, Floats, Bools, Bools, dict[str, Any]]:
         if not self._ready.all():
             raise gym.error.ResetNeeded("reset every sub-environment before the first step")
         finished = self._terminated | self._truncated
         ids, stand = None, None
+        info: dict[str, Any] = {}
         if finished.any():
             stand = np.flatnonzero(finished)
             ids = np.flatnonzero(~finished)
             if self.autoreset_mode is AutoresetMode.NEXT_STEP:
                 self._start(stand, [None] * len(stand))
+                info = self._masked({"task": self._tasks}, stand)
         if ids is not None and not len(ids):
             ends = self._terminated.copy(), self._truncated.copy()
-            return np.array(self._observe()), np.zeros(self.num_envs), *ends, {}
-        self._begun(STEP)
+            return self.observations(), np.zeros(self.num_envs), *ends, info
+        self.begun(STEP)
         with self._named():
-            reward, terminated, truncated, diverged, info = self._advance(ids, actions)
+            reward, terminated, truncated, diverged, said = self.advance(ids, actions)
+        self.check_achieved(said)
         # Copy: a backend may change these arrays later, and the caller may keep them.
-        reward, info = np.array(reward, np.float64), detached(info)
-        for key in self.family.achieved.values():
-            if key not in info:
-                raise no_entry(self.family, key, info)
+        reward = np.array(reward, np.float64)
+        info |= self._masked(said, ids)
         self._elapsed[slice(None) if ids is None else ids] += 1
         now_truncated = self._elapsed >= self.family.horizon
         if truncated is not None:
             now_truncated |= truncated
         if diverged is not None:
+            diverged = np.array(diverged)
+            if stand is not None:
+                diverged[stand] = False
             now_truncated |= diverged
-            info["diverged"] = diverged = np.array(diverged)
+            info |= {"diverged": diverged, "_diverged": diverged.copy()}
             reward = np.where(diverged, 0.0, reward)
         if terminated is None:
             terminated = np.zeros(self.num_envs, np.bool_)
@@ -272,11 +310,47 @@ class TaskVectorEnv(VectorEnv):
             reward[stand] = 0.0
             terminated[stand] = self._terminated[stand]
             now_truncated[stand] = self._truncated[stand]
-            if diverged is not None:
-                diverged[stand] = False
         self._terminated, self._truncated = terminated, now_truncated
-        seen = np.array(self._observe())
-        return seen, reward, terminated.copy(), now_truncated.copy(), info
+        ends = terminated.copy(), now_truncated.copy()
+        if self.autoreset_mode is AutoresetMode.SAME_STEP and (terminated | now_truncated).any():
+            info = self._restart(np.flatnonzero(terminated | now_truncated), info)
+        return self.observations(), reward, *ends, info
+
+    def _restart(self, ids: NDArray[np.int64], info: dict[str, Any]) -> dict[str, Any]:
+        """Reset sub-environments in the step that ended their episode, and return the new info."""
+        last, seen = np.full(self.num_envs, None, object), self._observe()
+        for i in ids.tolist():
+            last[i] = np.array(seen[i])
+        ended = np.zeros(self.num_envs, np.bool_)
+        ended[ids] = True
+        final: dict[str, Any] = {}
+        for key in [key for key in info if f"_{key}" in info]:
+            values, mask = info[key], info[f"_{key}"]
+            if (mask & ended).any():
+                final[key] = values.copy()
+                final[key][~ended] = 0
+                final[f"_{key}"] = mask & ended
+            values[ended] = 0
+            mask[ended] = False
+            if not mask.any():
+                del info[key], info[f"_{key}"]
+        self._start(ids, [None] * len(ids))
+        ends = {"final_obs": last, "_final_obs": ended, "final_info": final}
+        task = self._masked({"task": self._tasks}, ids)
+        return {**ends, "_final_info": ended.copy(), **info, **task}
+
+    def _masked(self, info: Mapping[str, NDArray], ids: NDArray[np.int64] | None) -> dict[str, Any]:
+        """Return copies of arrays with their masks; rows outside ids become zero."""
+        found: dict[str, Any] = {}
+        for key, values in info.items():
+            mask = np.ones(self.num_envs, np.bool_)
+            found[key] = values = np.array(values)
+            if ids is not None and len(ids) < self.num_envs:
+                mask[:] = False
+                mask[ids] = True
+                values[~mask] = 0
+            found[f"_{key}"] = mask
+        return found
 
     def _start(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
         if self._next_tasks is not None:
@@ -284,7 +358,7 @@ class TaskVectorEnv(VectorEnv):
         else:
             for i, seed in zip(ids, seeds, strict=True):
                 self._tasks[i] = self._draw_task(i, seed)
-        self._begun(RESET)
+        self.begun(RESET)
         with self._named():
             self._begin(ids, seeds)
         self._elapsed[ids] = 0
@@ -297,54 +371,3 @@ class TaskVectorEnv(VectorEnv):
         if seed is not None or rng is None:
             rng = self._task_rngs[i] = np.random.default_rng(None if seed is None else [seed, 1])
         return self.family.tasks.sample(rng, 1)[0]
-
-
-class SingleTaskEnv(gym.Env):
-    """One sub-environment of a `TaskVectorEnv` as an ordinary Gymnasium environment."""
-
-    def __init__(
-        self,
-        family: TaskFamily,
-        task: ArrayLike | None = None,
-        render_mode: str | None = None,
-        **options: Any,
-    ) -> None:
-        self.family = family
-        self.vector = family.make_vec(
-            1, 1, autoreset_mode=AutoresetMode.DISABLED, render_mode=render_mode, **options
-        )
-        if task is not None:
-            self.vector.set_tasks(np.asarray(task, np.float64)[None])
-        self.metadata = {k: v for k, v in self.vector.metadata.items() if k != "autoreset_mode"}
-        modes = self.metadata.get("render_modes", [])
-        if render_mode is not None and render_mode not in modes:
-            raise UserError(f"render_mode must be one of {modes}, got {render_mode!r}")
-        self.render_mode = render_mode
-        self.observation_space = self.vector.single_observation_space
-        self.action_space = self.vector.single_action_space
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray, dict[str, Any]]:
-        super().reset(seed=seed)
-        observation, info = self.vector.reset(seed=[seed])
-        return observation[0], {name: value[0] for name, value in info.items()}
-
-    def step(self, action: Any) -> tuple[NDArray, float, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, truncated, info = self.vector.step(
-            np.asarray(action)[None]
-        )
-        return (
-            observation[0],
-            float(reward[0]),
-            bool(terminated[0]),
-            bool(truncated[0]),
-            {name: value[0] for name, value in info.items()},
-        )
-
-    def render(self) -> Any:
-        frames = self.vector.render()
-        return None if frames is None else frames[0]
-
-    def close(self) -> None:
-        self.vector.close()

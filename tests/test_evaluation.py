@@ -227,8 +227,8 @@ def test_an_evaluation_is_json_and_a_plot(tmp_path):
 class ReachingVectorEnv(NavigationVectorEnv):
     """Points that tell where they are within 0.2 of the goal."""
 
-    def _advance(self, ids, actions):
-        reward, *flags, info = super()._advance(ids, actions)
+    def advance(self, ids, actions):
+        reward, *flags, info = super().advance(ids, actions)
         return reward, *flags, {**info, "success": (reward > -0.2).astype(float)}
 
 

@@ -13,7 +13,7 @@ from test_evaluation import navigator
 
 import metarl
 from metarl.envs.errors import NonFiniteError
-from metarl.envs.vector import SingleTaskEnv
+from metarl.envs.single import SingleTaskEnv
 from metarl.policies.loading import load, shipped
 from metarl.runs.checkpoints import CheckpointError
 

@@ -160,7 +160,7 @@ def _variant(name: str) -> Scale:
     return VARIANTS[name]
 
 
-@register(gymnasium_id="metarl/AntDir-v0")
+@register(gymnasium_id="metarl/AntDir-v0", max_episode_steps=200)
 def ant_dir(
     variant: str = "stock",
     horizon: int | None = None,
@@ -184,7 +184,7 @@ def ant_dir(
     )
 
 
-@register(gymnasium_id="metarl/AntVel-v0")
+@register(gymnasium_id="metarl/AntVel-v0", max_episode_steps=200)
 def ant_vel(
     variant: str = "stock",
     low: float = 0.0,
@@ -205,7 +205,7 @@ def ant_vel(
     )
 
 
-@register(gymnasium_id="metarl/AntGoal-v0")
+@register(gymnasium_id="metarl/AntGoal-v0", max_episode_steps=200)
 def ant_goal(
     variant: str = "stock",
     reach: float = 3.0,

@@ -17,7 +17,7 @@ def put_length(env: Any, task: Floats) -> None:
     env.polemass_length = env.masspole * env.length
 
 
-@register(gymnasium_id="metarl/PendulumGravity-v0")
+@register(gymnasium_id="metarl/PendulumGravity-v0", max_episode_steps=200)
 def pendulum_gravity(low: float = 5.0, high: float = 15.0, horizon: int = 200) -> GymnasiumFamily:
     """Swing a pendulum up under a gravity (m/s^2) drawn from [low, high]; stock is 10."""
     return GymnasiumFamily(
@@ -30,7 +30,7 @@ def pendulum_gravity(low: float = 5.0, high: float = 15.0, horizon: int = 200) -
     )
 
 
-@register(gymnasium_id="metarl/CartPoleLength-v0")
+@register(gymnasium_id="metarl/CartPoleLength-v0", max_episode_steps=200)
 def cartpole_length(low: float = 0.25, high: float = 2.0, horizon: int = 200) -> GymnasiumFamily:
     """Balance a pole whose half length (m) is drawn from [low, high]; stock is 0.5."""
     if not low > 0.0:

@@ -109,7 +109,7 @@ def _variant(name: str, horizon: int | None) -> Scale:
     return replace(VARIANTS[name], horizon=VARIANTS[name].horizon if horizon is None else horizon)
 
 
-@register(gymnasium_id="metarl/HalfCheetahDir-v0")
+@register(gymnasium_id="metarl/HalfCheetahDir-v0", max_episode_steps=200)
 def half_cheetah_dir(
     variant: str = "stock", horizon: int | None = None, balanced: bool | None = None
 ) -> MujocoFamily:
@@ -128,7 +128,7 @@ def half_cheetah_dir(
     )
 
 
-@register(gymnasium_id="metarl/HalfCheetahVel-v0")
+@register(gymnasium_id="metarl/HalfCheetahVel-v0", max_episode_steps=200)
 def half_cheetah_vel(
     variant: str = "stock",
     low: float = 0.0,

@@ -13,7 +13,7 @@ from metarl.envs.mujoco.simulation import load_model
 from metarl.envs.registry import register
 
 
-@register(gymnasium_id="metarl/HopperParams-v0")
+@register(gymnasium_id="metarl/HopperParams-v0", max_episode_steps=200)
 def hopper_params(limit: float = 3.0, horizon: int = 200, frame_skip: int = 4) -> MujocoFamily:
     """Hop forwards with varying body parameters and the stock reward (rand_param_envs).
 

@@ -28,7 +28,7 @@ def heading_reward(step: Step) -> Reward:
     return 1.25 * speed + rest, {"speed": speed, **info}
 
 
-@register(gymnasium_id="metarl/HumanoidDir-v0")
+@register(gymnasium_id="metarl/HumanoidDir-v0", max_episode_steps=200)
 def humanoid_dir(horizon: int = 200, contact_forces: bool = True) -> MujocoFamily:
     """Run in a direction at an angle from [0, 2 pi) (Rakelly et al. 2019, arXiv:1903.08254).
 

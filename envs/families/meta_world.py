@@ -28,8 +28,9 @@ from metarl.envs.errors import UserError, check_one_of, did_you_mean
 from metarl.envs.family import TaskFamily
 from metarl.envs.memory import Copies
 from metarl.envs.registry import register
+from metarl.envs.single import SingleTaskEnv
 from metarl.envs.tasks import Split, TaskDistribution, Tasks
-from metarl.envs.vector import CLOSE, RESET, STEP, Bools, Floats, SingleTaskEnv, TaskVectorEnv
+from metarl.envs.vector import CLOSE, RESET, STEP, Advanced, Floats, TaskVectorEnv
 
 MAX_HORIZON = 500
 # Values drawn at a reset: the object's initial position and, in some environments, the goal.
@@ -125,6 +126,11 @@ class MetaWorldFamily(TaskFamily):
 
     job: str | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.horizon > MAX_HORIZON:
+            raise UserError(f"Meta-World's horizon is at most {MAX_HORIZON}, got {self.horizon}")
+
     def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
         return SingleTaskEnv(self, task, render_mode)
 
@@ -199,22 +205,20 @@ class MetaWorldVectorEnv(TaskVectorEnv):
             if self._envs[i] is not None:
                 self._free.setdefault(self._jobs[i], []).append(self._envs[i])
         for i in changed:
-            self._begun(RESET, i)  # making an environment takes a while
+            self.begun(RESET, i)  # making an environment takes a while
             self._jobs[i], self._envs[i] = wanted[i], self._take(wanted[i])
             if watch is not None:
                 watch.one_more()
         for i, job in wanted.items():
-            self._begun(RESET, i)
+            self.begun(RESET, i)
             # A reset depends only on the task; nothing else is random.
             self._observation[i] = _reset(self._envs[i], job, self._tasks[i, -len(PLACES) :])
 
-    def _advance(
-        self, ids: NDArray[np.int64] | None, actions: Any
-    ) -> tuple[Floats, Bools | None, Bools | None, Bools | None, dict[str, Any]]:
+    def advance(self, ids: NDArray[np.int64] | None, actions: Any) -> Advanced:
         reward, success = np.zeros(self.num_envs), np.zeros(self.num_envs)
         diverged = np.zeros(self.num_envs, np.bool_)
         for i in range(self.num_envs) if ids is None else ids.tolist():
-            self._begun(STEP, i)
+            self.begun(STEP, i)
             env = self._envs[i]
             self._observation[i], reward[i], _, _, info = env.step(actions[i])
             success[i] = info["success"]
@@ -234,7 +238,7 @@ class MetaWorldVectorEnv(TaskVectorEnv):
         waiting = [env for free in self._free.values() for env in free]
         for i, env in enumerate([*self._envs, *waiting]):
             if env is not None:
-                self._begun(CLOSE, i if i < self.num_envs else -1)
+                self.begun(CLOSE, i if i < self.num_envs else -1)
                 env.close()
 
 
@@ -267,8 +271,6 @@ def _family(
     benchmark: str, job: str | None, description: str, horizon: int, seed: int
 ) -> MetaWorldFamily:
     import_metaworld()
-    if horizon > MAX_HORIZON:
-        raise UserError(f"Meta-World's horizon is at most {MAX_HORIZON}, got {horizon}")
     if not isinstance(seed, int) or seed < 0:
         raise UserError(f"seed must be a whole number of at least 0, got {seed!r}")
     return MetaWorldFamily(
@@ -280,7 +282,7 @@ def _family(
     )
 
 
-@register(gymnasium_id="metarl/MetaWorldML1-v0")
+@register(gymnasium_id="metarl/MetaWorldML1-v0", max_episode_steps=MAX_HORIZON)
 def metaworld_ml1(
     task: str = "reach-v3", seed: int = 0, horizon: int = MAX_HORIZON
 ) -> MetaWorldFamily:
@@ -294,13 +296,13 @@ def metaworld_ml1(
     return _family("ML1", job, f"a robot arm does {job} at a hidden place", horizon, seed)
 
 
-@register(gymnasium_id="metarl/MetaWorldML10-v0")
+@register(gymnasium_id="metarl/MetaWorldML10-v0", max_episode_steps=MAX_HORIZON)
 def metaworld_ml10(seed: int = 0, horizon: int = MAX_HORIZON) -> MetaWorldFamily:
     """ML10: ten training and five other test jobs, 50 variations each, drawn by `seed`."""
     return _family("ML10", None, "a robot arm does one of ten jobs; five to test", horizon, seed)
 
 
-@register(gymnasium_id="metarl/MetaWorldML45-v0")
+@register(gymnasium_id="metarl/MetaWorldML45-v0", max_episode_steps=MAX_HORIZON)
 def metaworld_ml45(seed: int = 0, horizon: int = MAX_HORIZON) -> MetaWorldFamily:
     """ML45: 45 training and five other test jobs, 50 variations each, drawn by `seed`."""
     return _family("ML45", None, "a robot arm does one of 45 jobs; five to test", horizon, seed)

@@ -13,8 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from metarl.envs.errors import UserError, check_one_of
 from metarl.envs.family import TaskFamily
 from metarl.envs.registry import register
+from metarl.envs.single import SingleTaskEnv
 from metarl.envs.tasks import Uniform
-from metarl.envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
+from metarl.envs.vector import Advanced, Bools, Floats, TaskVectorEnv
 
 STEP = 0.1  # the longest displacement along an axis
 REACHED = 0.01  # along each axis
@@ -69,9 +70,7 @@ class NavigationVectorEnv(TaskVectorEnv):
         for i in ids if self.render_mode else ():
             self._trails[i] = [self._position[i].copy()]
 
-    def _advance(
-        self, ids: NDArray[np.int64] | None, actions: Any
-    ) -> tuple[Floats, Bools | None, Bools | None, Bools | None, dict[str, Any]]:
+    def advance(self, ids: NDArray[np.int64] | None, actions: Any) -> Advanced:
         action = np.clip(np.asarray(actions, np.float32), -self._bound, self._bound)
         moves = slice(None) if ids is None else ids
         self._position[moves] += self._gain * action[moves].astype(np.float64)
@@ -121,7 +120,7 @@ def _draw(goal: Floats, trail: Sequence[Floats]) -> NDArray[np.uint8]:
     return frame
 
 
-@register(gymnasium_id="metarl/Navigation2D-v0")
+@register(gymnasium_id="metarl/Navigation2D-v0", max_episode_steps=100)
 def navigation_2d(
     actions: Literal["scaled", "clipped"] = "scaled",
     horizon: int = 100,

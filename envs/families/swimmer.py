@@ -14,7 +14,7 @@ from metarl.envs.registry import register
 from metarl.envs.tasks import Uniform
 
 
-@register(gymnasium_id="metarl/SwimmerVel-v0")
+@register(gymnasium_id="metarl/SwimmerVel-v0", max_episode_steps=200)
 def swimmer_vel(low: float = 0.1, high: float = 0.2, horizon: int = 200) -> MujocoFamily:
     """Swim at a goal velocity from [low, high] m/s: -|v - g| - 1e-4 |a|^2 (Rothfuss et al. 2019).
 

@@ -19,8 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 from metarl.envs.errors import UserError, check_one_of
 from metarl.envs.family import TaskFamily
 from metarl.envs.registry import register
+from metarl.envs.single import SingleTaskEnv
 from metarl.envs.tasks import Split, TaskDistribution, Tasks, Uniform
-from metarl.envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv
+from metarl.envs.vector import Advanced, Floats, TaskVectorEnv
 
 _GRID_SEEDS = {"train": 1, "test": 2}
 
@@ -160,9 +161,7 @@ class TabularVectorEnv(TaskVectorEnv):
             self._luck[i] = (rng.standard_normal if normal else rng.random)(family.horizon)
         self._state[ids] = self._time[ids] = 0
 
-    def _advance(
-        self, ids: NDArray[np.int64] | None, actions: Any
-    ) -> tuple[Floats, Bools | None, Bools | None, Bools | None, dict[str, Any]]:
+    def advance(self, ids: NDArray[np.int64] | None, actions: Any) -> Advanced:
         moved = np.arange(self.num_envs) if ids is None else ids
         action = np.asarray(actions)
         if action.shape != (self.num_envs,) or not np.issubdtype(action.dtype, np.integer):
@@ -183,7 +182,7 @@ class TabularVectorEnv(TaskVectorEnv):
         return np.eye(self.family.states, dtype=np.float32)[self._state]
 
 
-@register(gymnasium_id="metarl/TabularMDP-v0")
+@register(gymnasium_id="metarl/TabularMDP-v0", max_episode_steps=10)
 def tabular_mdp(states: int = 10, actions: int = 5, horizon: int = 10) -> TabularFamily:
     """Random MDPs as in RL^2 (Duan et al. 2016, arXiv:1611.02779)."""
     if states < 2 or actions < 2:
@@ -199,7 +198,7 @@ def tabular_mdp(states: int = 10, actions: int = 5, horizon: int = 10) -> Tabula
     )
 
 
-@register(gymnasium_id="metarl/Bandit-v0")
+@register(gymnasium_id="metarl/Bandit-v0", max_episode_steps=10)
 def bandit(arms: int = 5, horizon: int = 10) -> TabularFamily:
     """Bernoulli bandits; arms pay 1 with p ~ U[0, 1] (Duan et al. 2016), one pull per step."""
     if arms < 2:

@@ -20,7 +20,7 @@ from metarl.envs.tasks import Uniform
 CONTROL_COST = 1e-3
 
 
-@register(gymnasium_id="metarl/Walker2dDir-v0")
+@register(gymnasium_id="metarl/Walker2dDir-v0", max_episode_steps=200)
 def walker2d_dir(horizon: int = 200, frame_skip: int = 4, balanced: bool = False) -> MujocoFamily:
     """Walk forwards or backwards: d v + 1 - 0.001 |a|^2 (Rothfuss et al. 2019).
 
@@ -39,7 +39,7 @@ def walker2d_dir(horizon: int = 200, frame_skip: int = 4, balanced: bool = False
     )
 
 
-@register(gymnasium_id="metarl/Walker2dVel-v0")
+@register(gymnasium_id="metarl/Walker2dVel-v0", max_episode_steps=200)
 def walker2d_vel(
     low: float = 0.0, high: float = 10.0, horizon: int = 200, frame_skip: int = 4
 ) -> MujocoFamily:
@@ -57,7 +57,7 @@ def walker2d_vel(
     )
 
 
-@register(gymnasium_id="metarl/Walker2dParams-v0")
+@register(gymnasium_id="metarl/Walker2dParams-v0", max_episode_steps=200)
 def walker2d_params(limit: float = 3.0, horizon: int = 200, frame_skip: int = 4) -> MujocoFamily:
     """Walk forwards with varying body parameters and the stock reward (rand_param_envs).
 

@@ -23,7 +23,7 @@ from metarl.envs.vector import (
     CLOSE,
     RESET,
     STEP,
-    Bools,
+    Advanced,
     Floats,
     TaskVectorEnv,
     describe_progress,
@@ -178,14 +178,12 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         if not self._ready.any():
             watch = Copies(self.family.name, self.num_tasks, self.episodes)
         for i, seed in zip(ids.tolist(), seeds, strict=True):
-            self._begun(RESET, i)
+            self.begun(RESET, i)
             self._keep(i, self._envs[i].begin(self._tasks[i], seed)[0])
             if watch is not None:
                 watch.one_more()
 
-    def _advance(
-        self, ids: NDArray[np.int64] | None, actions: Any
-    ) -> tuple[Floats, Bools | None, Bools | None, Bools | None, dict[str, Any]]:
+    def advance(self, ids: NDArray[np.int64] | None, actions: Any) -> Advanced:
         reward = np.zeros(self.num_envs)
         terminated = np.zeros(self.num_envs, np.bool_)
         truncated = np.zeros(self.num_envs, np.bool_)
@@ -201,7 +199,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         # Copy: an environment may write to its action.
         given, actions = np.asarray(actions)[moved], np.array(actions)
         for i in moved.tolist():
-            self._begun(STEP, i)
+            self.begun(STEP, i)
             env = self._envs[i].env  # without TaskEnv, which computes one reward at a time
             observation, paid, ended, cut, info = env.step(actions[i])
             # Avoid a call for the usual types.
@@ -217,7 +215,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
             infos.append(info)
             tells = tells or "success" in info
         if self.family.reward is not None and len(moved):
-            self._begun(STEP)
+            self.begun(STEP)
             after = self._observation[moved]
             reward[moved] = self.family.compute_reward(
                 before, given, after, infos, self._tasks[moved]
@@ -278,7 +276,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
         failed: Exception | None = None
         with self._named():
             for i, env in enumerate(self._envs):
-                self._begun(CLOSE, i)
+                self.begun(CLOSE, i)
                 try:
                     env.env.close()
                 except Exception as error:

@@ -30,11 +30,13 @@ from numpy.typing import ArrayLike, NDArray
 from metarl.envs.errors import UserError, check_whole, did_you_mean
 from metarl.envs.family import TaskFamily
 from metarl.envs.mujoco.bodies import find_body
+from metarl.envs.mujoco.one_simulation import OneSimulation, has_views
 from metarl.envs.mujoco.rewards import root_x
 from metarl.envs.mujoco.serial_batch import DATA_FIELDS, SerialBatch
 from metarl.envs.mujoco.simulation import Sim, Step, control_bounds, load_model, read_only
+from metarl.envs.single import SingleTaskEnv
 from metarl.envs.tasks import Tasks
-from metarl.envs.vector import Bools, Floats, SingleTaskEnv, TaskVectorEnv, detached
+from metarl.envs.vector import Advanced, Bools, Floats, TaskVectorEnv, detached
 
 try:
     from mujoco.batch import DATA_FIELDS, Batch
@@ -44,6 +46,11 @@ except ImportError:  # an older MuJoCo
 _DIVERGED = slice(mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADCTRL + 1)
 _COUNT = 1  # index in (last info, number of warnings)
 _CONTACT_FORCES = "cfrc_ext"
+# Attributes that show a batch's memory, and the renderer. A copy makes its own.
+_MEMORY = frozenset({
+    "batch", "sim", "_data", "_forces", "_shown_sim", "_ctrl", "_expanded", "_counters",
+    "_warnings", "_warned", "_renderer", "_shown",
+})  # fmt: skip
 
 STOCK: Any = None
 """Default: the value of the stock body."""
@@ -111,6 +118,9 @@ class MujocoFamily(TaskFamily):
     control of an actuator without `ctrlrange` is the action divided by s, without bounds."""
     camera: str | None = "track"
     """Camera of the model for rendering; a free camera if the model does not have this one."""
+    width: int = 480
+    height: int = 480
+    """Size of rendered images in pixels."""
 
     parallel: ClassVar[bool] = Batch is not SerialBatch
 
@@ -132,7 +142,8 @@ class MujocoFamily(TaskFamily):
             raise UserError(
                 f"{self.name}: missing {', '.join(missing)}; give them, or env for a stock body"
             )
-        check_whole(f"{self.name}: frame_skip", self.frame_skip, 1)
+        for number in ("frame_skip", "width", "height"):
+            check_whole(f"{self.name}: {number}", getattr(self, number), 1)
         if not 0.0 < self.action_scale < math.inf:
             raise UserError(f"{self.name}: action_scale must be positive, got {self.action_scale}")
         for field in fields:
@@ -158,6 +169,14 @@ class MujocoFamily(TaskFamily):
         return load_model(self.xml, self.edit)
 
 
+def _is_built_in(function: Callable[..., Any]) -> bool:
+    """Return whether a function, and those that it is given, belong to this package."""
+    if isinstance(function, functools.partial):
+        given = [*function.args, *function.keywords.values()]
+        return all(_is_built_in(x) for x in (function.func, *filter(callable, given)))
+    return getattr(function, "__module__", "").startswith("metarl.envs.")
+
+
 class MujocoVectorEnv(TaskVectorEnv):
     """Vector environment of a `MujocoFamily`, with `threads` threads of one batch."""
 
@@ -176,16 +195,48 @@ class MujocoVectorEnv(TaskVectorEnv):
     ) -> None:
         if threads < 1:
             raise UserError(f"threads must be at least 1, got {threads}")
-        model = family.model
-        self.model = model
-        self.dt = model.opt.timestep * family.frame_skip
-        forces = _CONTACT_FORCES in family.fields
-        # Contact forces need a simulation's complete data, so the batch must be persistent.
-        self.batch = Batch(model, max(num_tasks * episodes, 1), threads, persistent=forces)
-        self._forces = np.zeros((self.batch.nsim, model.nbody, 6)) if forces else None
-        derived: dict[str, NDArray] = {
-            name: self.batch.bind(name) for name in family.fields if name != _CONTACT_FORCES
-        }
+        self._threads = threads
+        self.model = family.model
+        self.dt = self.model.opt.timestep * family.frame_skip
+        self._bind(family, max(num_tasks * episodes, 1))
+        low, high = control_bounds(self.model)
+        self._low, self._high = low[None], high[None]
+        scale = np.float32(family.action_scale)
+        super().__init__(
+            family,
+            num_tasks,
+            episodes,
+            observation_space=gym.spaces.Box(
+                -np.inf, np.inf, (family.observe(self._shown_sim).shape[1],), np.float64
+            ),
+            action_space=gym.spaces.Box(scale * low, scale * high, dtype=np.float32),
+            metadata={
+                "render_modes": ["human", "rgb_array", "depth_array"],
+                "render_fps": int(np.round(1.0 / self.dt)),
+            },
+            **options,
+        )
+        self.set_render_mode(render_mode)
+        self._scale, self._scaled = scale, scale != 1.0
+        self._built_in = all(map(_is_built_in, (family.reward, family.track, family.observe)))
+        """Functions of this package return new arrays, and for one simulation also numbers."""
+        self._rngs: list[np.random.Generator | None] = [None] * self.num_envs
+        self._before = self._track()
+        self._shown_tasks = read_only(self.tasks)
+
+    def _bind(self, family: MujocoFamily, count: int) -> None:
+        """Make the simulations, and the arrays that show their memory."""
+        model, forces = self.model, _CONTACT_FORCES in family.fields
+        bound = [name for name in family.fields if name != _CONTACT_FORCES]
+        if count == 1 and has_views(model, bound):
+            self.batch = OneSimulation(model)
+            self._data = self.batch.data
+        else:
+            # Contact forces need a simulation's complete data, so the batch must be persistent.
+            self.batch = Batch(model, count, self._threads, persistent=forces)
+            self._data = mujoco.MjData(model)
+        self._forces = np.zeros((count, model.nbody, 6)) if forces else None
+        derived: dict[str, NDArray] = {name: self.batch.bind(name) for name in bound}
         if self._forces is not None:
             derived[_CONTACT_FORCES] = self._forces
         self.sim = Sim(self.batch.bind("qpos"), self.batch.bind("qvel"), derived)
@@ -196,36 +247,58 @@ class MujocoVectorEnv(TaskVectorEnv):
             {name: read_only(field) for name, field in derived.items()},
         )
         self._ctrl = self.batch.bind("ctrl")
-        self._low, self._high = control_bounds(model)
-        scale = np.float32(family.action_scale)
-        super().__init__(
-            family,
-            num_tasks,
-            episodes,
-            observation_space=gym.spaces.Box(
-                -np.inf, np.inf, (family.observe(self._shown_sim).shape[1],), np.float64
+        self._expanded: tuple[str, ...] = ()
+        """Fields of the model that tasks changed."""
+        if isinstance(self.batch, OneSimulation):
+            self._counters = self.batch.warning_numbers[:, _DIVERGED]
+        else:
+            self._counters = self.batch.warning[:, _DIVERGED, _COUNT]
+        self._keep_warnings()
+        self._renderer: Any = None
+
+    def _keep_warnings(self) -> None:
+        self._warnings = self._counters.copy()
+        self._warned = self._warnings.tobytes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {key: value for key, value in vars(self).items() if key not in _MEMORY}
+        one = isinstance(self.batch, OneSimulation)
+        return {
+            **state,
+            "_saved": (
+                self.batch.get_state() if one else self.batch.state.copy(),
+                detached(dict(self.sim.derived)),
+                {name: self.batch.expand(name).copy() for name in self._expanded},
             ),
-            action_space=gym.spaces.Box(scale * self._low, scale * self._high, dtype=np.float32),
-            metadata={
-                "render_modes": ["human", "rgb_array", "depth_array"],
-                "render_fps": int(np.round(1.0 / self.dt)),
-            },
-            **options,
-        )
-        self.set_render_mode(render_mode)
-        self._data = mujoco.MjData(model)
-        self._scale = scale
-        self._rngs: list[np.random.Generator | None] = [None] * self.num_envs
-        self._warnings = self.batch.warning[:, _DIVERGED, _COUNT].copy()
-        self._before = self._track()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved, derived, expanded = state["_saved"]
+        vars(self).update({key: value for key, value in state.items() if key != "_saved"})
+        self._bind(self.family, self.num_envs)
+        for name, values in expanded.items():
+            self.batch.expand(name)[...] = values
+        if expanded:
+            self._expanded = tuple(expanded)
+            self.batch.set_const()
+        if isinstance(self.batch, OneSimulation):
+            self.batch.set_state(saved)
+        else:
+            self.batch.state[...] = saved
+        for name, values in derived.items():  # one physics step old, so they cannot be recomputed
+            field = self.sim.derived[name]
+            field.flags.writeable = True
+            field[...] = values
 
     def _track(self) -> Floats:
         """Return a copy of the values of the current state that a reward needs."""
-        return detached(self.family.track(self._shown_sim))
+        values = self.family.track(self._shown_sim)
+        return values if self._built_in else detached(values)
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
         if self.family.model_fields is not None:
             self._put_model_fields(ids, self.family.model_fields(self.model, self._tasks[ids]))
+        self._shown_tasks = read_only(self.tasks)
         # Stage 0 clears the data of the last episode without computing anything. A warm start
         # would change the trajectory.
         self.batch.reset(ids, stage=0)
@@ -240,30 +313,30 @@ class MujocoVectorEnv(TaskVectorEnv):
             self._forces[ids] = 0.0
             if self.family.stage != mujoco.mjtStage.mjSTAGE_NONE:
                 self._compute_forces(ids)
-        self._warnings[ids] = self.batch.warning[ids, _DIVERGED, _COUNT]
+        self._keep_warnings()
         self._before = self._track()
 
-    def _advance(
-        self, ids: NDArray[np.int64] | None, actions: Any
-    ) -> tuple[Floats, Bools | None, Bools | None, Bools | None, dict[str, Any]]:
+    def advance(self, ids: NDArray[np.int64] | None, actions: Any) -> Advanced:
         family = self.family
         action = np.asarray(actions, np.float32)
-        if action.shape != self.action_space.shape:
-            raise UserError(f"actions must be {self.action_space.shape}, got {action.shape}")
-        if self._scale != 1.0:
+        if action.shape != self._ctrl.shape:
+            raise UserError(f"actions must be {self._ctrl.shape}, got {action.shape}")
+        if self._scaled:
             action = action / self._scale
-        action = np.clip(action, self._low, self._high)
+        # np.clip takes twice as long.
+        action = np.minimum(np.maximum(action, self._low), self._high)
         self._ctrl[...] = action
-        self.batch.step(ids, nstep=family.frame_skip, stage=family.stage)
+        self.batch.step(ids, family.frame_skip, family.stage)
         if self._forces is not None:
             self._compute_forces(range(self.num_envs) if ids is None else ids)
-        step = Step(self._shown_sim, self._before, action, self.tasks, self.dt)
+        numbers = self.numbers and self._built_in
+        step = Step(self._shown_sim, self._before, action, self._shown_tasks, self.dt, numbers)
         reward, info = family.reward(step)
         self._before = self._track()
         diverged = None
-        if not np.array_equal(counters := self.batch.warning[:, _DIVERGED, _COUNT], self._warnings):
-            diverged = (counters != self._warnings).any(axis=1)
-            self._warnings = counters.copy()
+        if self._counters.tobytes() != self._warned:
+            diverged = (self._counters != self._warnings).any(axis=1)
+            self._keep_warnings()
         terminated = family.terminated(self._shown_sim) if family.terminated is not None else None
         return reward, terminated, None, diverged, info
 
@@ -275,6 +348,7 @@ class MujocoVectorEnv(TaskVectorEnv):
                 raise UserError(
                     f"{self.family.name}: model_fields returned {name!r}: {error}"
                 ) from error
+        self._expanded = tuple(fields)
         self.batch.set_const(ids)
 
     def _compute_forces(self, ids: Iterable[int]) -> None:
@@ -287,6 +361,9 @@ class MujocoVectorEnv(TaskVectorEnv):
     def _observe(self) -> NDArray:
         return self.family.observe(self._shown_sim)
 
+    def observations(self) -> NDArray:
+        return self._observe() if self._built_in else super().observations()
+
     def render(self) -> Any:
         """Return a frame of each sub-environment, or show the first one (render_mode 'human')."""
         if self.render_mode is None:
@@ -294,22 +371,25 @@ class MujocoVectorEnv(TaskVectorEnv):
         if self._renderer is None:
             from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
-            self._shown = copy.copy(self.model)
+            # Copies, because drawing computes fields that the next step would start from.
+            shown, drawn = copy.copy(self.model), mujoco.MjData(self.model)
             named = mujoco.mj_name2id(
                 self.model, mujoco.mjtObj.mjOBJ_CAMERA, self.family.camera or ""
             )
+            self._shown = shown, drawn
             self._renderer = MujocoRenderer(
-                self._shown,
-                self._data,
-                width=480,
-                height=480,
+                shown,
+                drawn,
+                width=self.family.width,
+                height=self.family.height,
                 camera_id=named if named >= 0 else None,
             )
+        model, data = self._shown
         frames = []
         for i in range(1 if self.render_mode == "human" else self.num_envs):
-            self.batch.get_data(i, self._data)
-            self.batch.get_model(i, self._shown)
-            mujoco.mj_forward(self._shown, self._data)
+            self.batch.get_data(i, data)
+            self.batch.get_model(i, model)
+            mujoco.mj_forward(model, data)
             frames.append(self._renderer.render(self.render_mode))
         return None if self.render_mode == "human" else tuple(frames)
 

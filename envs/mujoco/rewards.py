@@ -24,7 +24,7 @@ def root_x(sim: Sim) -> Floats:
 
 def forward_velocity(step: Step) -> Floats:
     """Return the forward velocity of the root over the step, m/s; `track` must be `root_x`."""
-    return (step.sim.qpos[:, 0] - step.before) / step.dt
+    return (step.column(step.sim.qpos, 0) - step.each(step.before)) / step.dt
 
 
 def centre_of_mass(sim: Sim) -> Floats:
@@ -34,17 +34,20 @@ def centre_of_mass(sim: Sim) -> Floats:
 
 def centre_of_mass_velocity(step: Step) -> Floats:
     """Return the forward velocity of the centre of mass in the new state, m/s; needs the same."""
-    return step.sim["sensordata"][:, 3].copy()  # a view of the simulations' memory
+    return step.column(step.sim["sensordata"].copy(), 3)  # a view of the simulations' memory
 
 
 def costs_and_bonus(
     step: Step, *, control: float, contact: float = 0.0, bonus: float | NDArray = 0.0
 ) -> Reward:
     """Return bonus - control |a|^2 - contact |clip(cfrc_ext, -1, 1)|^2; a is the applied action."""
-    cost = control * np.square(step.action, dtype=np.float64).sum(axis=1)
+    action = step.action.astype(np.float64)
+    # np.add.reduce is what the method sum calls.
+    cost = control * step.each(np.add.reduce(action * action, axis=1))
     info = {"reward_ctrl": -cost}
     if contact:
-        forces = np.square(np.clip(step.sim["cfrc_ext"], -1.0, 1.0)).sum(axis=(1, 2))
+        clipped = np.minimum(np.maximum(step.sim["cfrc_ext"], -1.0), 1.0)
+        forces = step.each(np.add.reduce(np.square(clipped), axis=(1, 2)))
         info["reward_contact"] = -contact * forces
         cost = cost + contact * forces
     return bonus - cost, info
@@ -56,7 +59,7 @@ def direction_reward(
     """Return d v - costs + bonus; d is the task's direction (Finn et al. 2017)."""
     speed = velocity(step)
     rest, info = costs_and_bonus(step, **weights)
-    return step.task[:, 0] * speed + rest, {"x_velocity": speed, **info}
+    return step.column(step.task, 0) * speed + rest, {"x_velocity": speed, **info}
 
 
 def velocity_reward(
@@ -65,7 +68,7 @@ def velocity_reward(
     """Return -|v - g| - costs + bonus; g is the task's goal velocity (Finn et al. 2017)."""
     speed = velocity(step)
     rest, info = costs_and_bonus(step, **weights)
-    return -np.abs(speed - step.task[:, 0]) + rest, {"x_velocity": speed, **info}
+    return -abs(speed - step.column(step.task, 0)) + rest, {"x_velocity": speed, **info}
 
 
 def direction_tasks(balanced: bool) -> Finite:

@@ -21,7 +21,7 @@ from metarl.envs.errors import did_you_mean
 
 Ids = Sequence[int] | NDArray | None
 
-_SPEC = int(mujoco.mjtState.mjSTATE_INTEGRATION)
+SPEC = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 # Fields of MjData that belong to the integration state, and their bits.
 _STATE = {
     name: int(getattr(mujoco.mjtState, f"mjSTATE_{bit}"))
@@ -32,7 +32,7 @@ _STATE = {
         "mocap_quat": "MOCAP_QUAT", "userdata": "USERDATA",
     }.items()
 }  # fmt: skip
-_NONE, _POS, _VEL, _ACC = (
+NONE, _POS, _VEL, _ACC = (
     int(getattr(mujoco.mjtStage, f"mjSTAGE_{stage}")) for stage in ("NONE", "POS", "VEL", "ACC")
 )
 
@@ -53,7 +53,7 @@ class SerialBatch:
         self._data = [mujoco.MjData(model) for _ in range(nsim)]
         self._expanded: dict[str, NDArray] = {}
         self._bound: dict[str, NDArray] = {}
-        self.state = np.zeros((nsim, mujoco.mj_stateSize(model, _SPEC)))
+        self.state = np.zeros((nsim, mujoco.mj_stateSize(model, SPEC)))
         self.warning = np.zeros((nsim, len(self._data[0].warning.number), 2), np.int32)
         for i in range(nsim):
             self._save(i)
@@ -62,7 +62,7 @@ class SerialBatch:
         """Return a field of MjData for all simulations, [nsim, ...]."""
         if name in _STATE:
             bit = _STATE[name]
-            start = mujoco.mj_stateSize(self.model, _SPEC & (bit - 1))
+            start = mujoco.mj_stateSize(self.model, SPEC & (bit - 1))
             view = self.state[:, start : start + mujoco.mj_stateSize(self.model, bit)]
             return view.reshape(self.nsim, *np.shape(getattr(self._data[0], name)))
         if name not in DATA_FIELDS:
@@ -76,7 +76,7 @@ class SerialBatch:
     def expand(self, name: str) -> NDArray:
         """Copy a field of MjModel, or of its options (`opt.NAME`), for each simulation."""
         if name not in self._expanded:
-            holder, field = _holder(self.model, name)
+            holder, field = model_field(self.model, name)
             if not isinstance(getattr(holder, field, None), (np.ndarray, float, int)):
                 hint = did_you_mean(name, dir(self.model))
                 raise ValueError(f"{name} is not a field of MjModel{hint}")
@@ -97,10 +97,10 @@ class SerialBatch:
             model = self._load(i)
             mujoco.mj_setConst(model, scratch)
             for name, values in self._expanded.items():
-                holder, field = _holder(model, name)
+                holder, field = model_field(model, name)
                 values[i] = getattr(holder, field)
 
-    def step(self, ids: Ids = None, nstep: int = 1, stage: int = _NONE) -> None:
+    def step(self, ids: Ids = None, nstep: int = 1, stage: int = NONE) -> None:
         """Advance by nstep physics steps, then compute the stages up to `stage`."""
         for i in self._each(ids):
             model, data = self._load(i), self._data[i]
@@ -130,8 +130,8 @@ class SerialBatch:
         for name, field in _arrays(own):
             getattr(model, name)[...] = field
         for name in self._expanded:
-            holder, field = _holder(model, name)
-            setattr(holder, field, getattr(_holder(own, name)[0], field))
+            holder, field = model_field(model, name)
+            setattr(holder, field, getattr(model_field(own, name)[0], field))
         return model
 
     def get_data(self, sim: int, data: mujoco.MjData | None = None) -> mujoco.MjData:
@@ -142,7 +142,7 @@ class SerialBatch:
         if data is None:
             self._load(sim)
             return copy.copy(self._data[sim])
-        mujoco.mj_setState(self.model, data, self.state[sim], _SPEC)
+        mujoco.mj_setState(self.model, data, self.state[sim], SPEC)
         return self._data[sim] if self.persistent else data
 
     def _each(self, ids: Ids) -> Iterable[int]:
@@ -152,14 +152,14 @@ class SerialBatch:
         """Apply values written since the last call, and return the simulation's model."""
         model = self._models[i]
         for name, values in self._expanded.items():
-            holder, field = _holder(model, name)
+            holder, field = model_field(model, name)
             setattr(holder, field, values[i])
-        mujoco.mj_setState(model, self._data[i], self.state[i], _SPEC)
+        mujoco.mj_setState(model, self._data[i], self.state[i], SPEC)
         return model
 
     def _save(self, i: int) -> None:
         data = self._data[i]
-        mujoco.mj_getState(self._models[i], data, self.state[i], _SPEC)
+        mujoco.mj_getState(self._models[i], data, self.state[i], SPEC)
         for name, values in self._bound.items():
             values[i] = getattr(data, name)
         self.warning[i, :, 0] = data.warning.lastinfo
@@ -173,7 +173,7 @@ def _arrays(held: mujoco.MjModel | mujoco.MjData) -> Iterator[tuple[str, NDArray
             yield name, field
 
 
-def _holder(model: mujoco.MjModel, name: str) -> tuple[Any, str]:
+def model_field(model: mujoco.MjModel, name: str) -> tuple[Any, str]:
     """Return the object that has a model field, and the field's name in it."""
     return (model.opt, name[4:]) if name.startswith("opt.") else (model, name)
 

@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import mujoco
@@ -39,8 +39,7 @@ class Sim:
         return self.derived[name]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One step of all simulations, the argument of a reward; arrays are [simulations, ...]."""
 
     sim: Sim
@@ -51,6 +50,16 @@ class Step:
     task: Floats
     dt: float
     """Simulated time of a step, in seconds."""
+    numbers: bool = False
+    """Whether there is one simulation, and the reward may be a number instead of an array."""
+
+    def each(self, values: NDArray) -> Any:
+        """Return values [n], or the number of the only simulation, which is faster."""
+        return values.item() if self.numbers else values
+
+    def column(self, values: NDArray, i: int) -> Any:
+        """Return values[:, i], or the number of the only simulation."""
+        return values.item(0, i) if self.numbers else values[:, i]
 
 
 Reward = tuple[Floats, dict[str, Any]]  # [simulations], and info arrays

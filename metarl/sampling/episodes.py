@@ -17,7 +17,7 @@ from metarl.envs.gymnasium.observations import check_fits
 from metarl.envs.gymnasium.step_results import plain_reset, plain_step, success
 from metarl.envs.gymnasium.wrappers import refuse_running_statistics
 from metarl.envs.seeds import foreign_seed
-from metarl.envs.vector import SingleTaskEnv
+from metarl.envs.single import SingleTaskEnv
 from metarl.models.networks import Params
 from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import RandomKey, RolloutBuffer
