@@ -20,7 +20,7 @@ from metarl import Callback, EarlyStopping, KeepBest, evaluate, load, resolve, t
 from metarl.config.options import Config
 from metarl.runs import checkpoints
 from metarl.runs import recorder as recording
-from metarl.runs.folder import RunError
+from metarl.runs.folder import RunError, flat
 from metarl.runs.metrics import read_metrics
 from metarl.training.callbacks import CallbackList, Iteration, Run
 
@@ -298,7 +298,8 @@ class Metrics:
     def __init__(self, folder: Path, family: str = "navigation-2d") -> None:
         folder.mkdir(exist_ok=True)
         policy = train(small(family, iterations=1), folder / "policy", resume="auto")
-        self.run = Run(folder, policy.config, policy.source, lambda: policy)
+        options, measure = flat(policy.record["config"]), policy.domain.measure
+        self.run = Run(folder, options, policy.source, measure, lambda: policy)
         self.number = 0
 
     def give(self, callback: Callback, **metrics: float) -> str:

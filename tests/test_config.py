@@ -23,8 +23,8 @@ from metarl.config.resolve import find_recipe, recipes, resolve
 from metarl.envs.errors import UserError
 from metarl.envs.registry import family_names
 from metarl.parts import Part, fixed, of_policies
+from metarl.policies.loading import run_config
 from metarl.runs.checkpoints import CheckpointError
-from metarl.runs.folder import run_config
 from metarl.training.run import train
 
 FAMILIES = ["navigation-2d", "sinusoid", "characters"]

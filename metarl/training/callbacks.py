@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metarl.config.options import Config
 from metarl.envs import guard
 from metarl.envs.errors import UserError, kind_of
 from metarl.envs.family import Family
@@ -43,8 +42,11 @@ class Run:
     """Run, as callbacks see it."""
 
     folder: Path
-    config: Config
+    options: Mapping[str, Any]
+    """Values of the config by key, such as `family`, `seed` or `inner.steps`, as JSON values."""
     family: Family
+    measure: str
+    """Measure of adaptation in the metrics: return, or loss for supervised tasks."""
     meta_policy: Callable[[], MetaPolicy]
     """Returns the current meta-parameters as a policy."""
     stopped: str = ""

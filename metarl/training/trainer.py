@@ -86,6 +86,8 @@ class Trainer:
         )
         self._stack.callback(self.source.close)
         self.fingerprint = fingerprint(self.family, self.source.spaces)
+        self.record = {"config": config.to_json(), "family": self.fingerprint}
+        """Config and family as the files of a run contain them."""
         self.inner_loop = InnerLoop(adapter, self.pool)
 
     def _initial_state(self, adapter: Adapter) -> State:
