@@ -276,6 +276,17 @@ def test_callbacks_of_wrong_kinds_are_refused(tmp_path):
     second.name = "second"
     assert CallbackList([EarlyStopping(), second])
 
+    class Misspelt(Curriculum):
+        def on_iteraton(self, iteration: Iteration) -> None: ...
+
+    class Idle(Callback):
+        def udpate(self, iteration: Iteration) -> None: ...
+
+    with refused("Misspelt", "on_iteraton"):
+        CallbackList([Misspelt()])
+    with refused("Idle", "update"):
+        CallbackList([Idle()])
+
     class Unreadable(Callback):
         def state(self) -> Mapping[str, Any]:
             return {"kept": 1}
@@ -284,6 +295,10 @@ def test_callbacks_of_wrong_kinds_are_refused(tmp_path):
     with refused("Unreadable", "load_state"):
         train(small(), tmp_path / "run", resume=True, callbacks=[Unreadable()])
     odd = Unreadable()
+    for state in ({1: 2}, {"seen": {1: 2}}, {"seen": [{"of": {(0, 1): 2}}]}):  # JSON has texts
+        odd.state = lambda state=state: state  # type: ignore[method-assign]
+        with refused("Unreadable", "state"):
+            CallbackList([odd]).states()
     odd.state = lambda: {"kept": print}  # type: ignore[method-assign]
     with refused("print"):
         CallbackList([odd]).states()
