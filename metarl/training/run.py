@@ -25,7 +25,7 @@ from metarl.envs.tasks import Tasks
 from metarl.models.settings import own_settings
 from metarl.policies.loading import load, run_config
 from metarl.policies.meta_policy import MetaPolicy
-from metarl.runs.checkpoints import checkpoints_of
+from metarl.runs.checkpoints import checkpoints_of, in_shapes
 from metarl.runs.files import as_path
 from metarl.runs.folder import (
     RunError,
@@ -74,8 +74,8 @@ def train(
         config: config of the run; `iterations` is the total, also for a resumed run.
         out: the run folder; a new one, or with `resume` the one to continue.
         resume: continue from a checkpoint; "auto": continue if the run exists, else start it.
-        init: policy to start from, or an argument of `metarl.load`. A resumed run does not read it
-            again.
+        init: policy to start from, or an argument of `metarl.load`. The state of its baseline is
+            also used if both baselines are equal. A resumed run does not read it again.
         callbacks: `metarl.Callback` objects, or functions of an `Iteration`, called after it is
             saved.
         display: called on rank 0 with each iteration's metrics, before they are saved; True shows a
@@ -114,7 +114,9 @@ def train(
                     started_from = _recorded_origin(folder, config, init)
                 elif init is not None:
                     policy = init if isinstance(init, MetaPolicy) else load(init)
-                    started_from = origin("" if policy is init else str(init), policy)
+                    started_from = origin(
+                        "" if policy is init else str(init), policy, config.baseline
+                    )
                 config = dataclasses.replace(config, origin=started_from)
                 _check_folder(folder, config, bool(resume))
             config = dataclasses.replace(config, origin=process_group.from_main(config.origin))
@@ -315,6 +317,9 @@ def _start_from(policy: MetaPolicy, trainer: Trainer, notice: Callable[[str], ob
     name = config.origin["policy"]
     state.params, left = transferred(policy, trainer.meta_policy(), name)
     state.outer = config.outer.init(state.params)
+    if "baseline" in config.origin:
+        shapes = {key: tuple(value.shape) for key, value in state.baseline.items()}
+        state.baseline = in_shapes(f"the baseline of init {name}", policy.baseline, shapes)
     if left:
         notice(f"{config.algorithm.name} does not use these parameters of init: {', '.join(left)}")
 

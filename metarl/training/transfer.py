@@ -7,6 +7,7 @@ from typing import Any
 
 from metarl.envs.errors import UserError
 from metarl.learning.adapter import is_step_size
+from metarl.learning.baselines import Baseline
 from metarl.models.networks import Params, copied
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.runs.fingerprint import sizes_changed
@@ -15,15 +16,19 @@ _NOT_OF_THE_FUNCTION = ("policy.output_scale", "policy.initial_std", "policy.min
 """Network options that affect only its initial values or a bound."""
 
 
-def origin(name: str, policy: MetaPolicy) -> dict[str, Any]:
+def origin(name: str, policy: MetaPolicy, baseline: Baseline | None) -> dict[str, Any]:
     """Return a run's record of the policy that it starts from.
 
     Args:
         name: path or name of the policy; empty for an object.
         policy: the policy.
+        baseline: baseline of the run. If the policy's is equal and has a state, the run starts with
+            this state, and the record contains its names.
     """
     algorithm, family = policy.algorithm.name, policy.config.family
+    kept = list(policy.baseline) if policy.algorithm.baseline == baseline else []
     return {
+        **({"baseline": kept} if kept else {}),
         "policy": name or f"{algorithm} on {family}",
         "family": family,
         "algorithm": algorithm,
