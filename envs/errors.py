@@ -81,9 +81,29 @@ def _is_installed(file: str) -> bool:
     return any(place in file for place in places)
 
 
+_SYNONYMS = {
+    "lr": ("learning_rate", "step_sizes"),
+    "learning_rate": ("step_sizes",),
+    "step_size": ("step_sizes", "learning_rate"),
+    "gamma": ("discount",),
+    "lambda": ("gae_lambda",),
+    "num_steps": ("steps",),
+    "hidden_sizes": ("hidden",),
+    "batch_size": ("tasks",),
+    "epochs": ("iterations",),
+}
+"""Names that other packages give to options."""
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest known name, or an empty string."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
+    names = {n.strip("-").replace("-", "_"): n for n in known}
+    section, dot, last = str(name).strip("-").replace("-", "_").rpartition(".")
+    others = _SYNONYMS.get(last, ())
+    close = [names[key] for other in others if (key := f"{section}{dot}{other}") in names]
+    if not section:
+        close += [n for other in others for key, n in names.items() if key.endswith(f".{other}")]
+    close = close or difflib.get_close_matches(str(name), names.values(), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -342,8 +342,9 @@ def import_attribute(name: str, what: str) -> Any:
     try:
         with guard.user_code():
             module = importlib.import_module(module_name)
-    except UserError:
-        raise
+    except UserError as error:
+        named = f"{module_name} cannot be imported"
+        raise UserError(f"{named}: {error}", f"{named}: {error.command}") from error
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module_name}.".startswith(f"{missing}."):

@@ -11,11 +11,12 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from typing_extensions import Self
 
-from metarl.envs.errors import UserError, did_you_mean
+from metarl.envs.errors import UserError, did_you_mean, raised
 from metarl.envs.registry import import_attribute
 
 
@@ -140,6 +141,7 @@ class Part:
 
 
 P = TypeVar("P", bound=Part)
+T = TypeVar("T")
 
 
 def find_part(
@@ -190,6 +192,25 @@ def importable_name(what: Any) -> str:
     if module in (None, "__main__") or module.split(".")[0] in ("metarl", "torch"):
         return ""
     return f"{module}:{name}" if getattr(sys.modules.get(module), name, None) is what else ""
+
+
+def called(what: str, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function that may be a user's.
+
+    Raises:
+        UserError: a user's function raised another error; the message names both.
+    """
+    try:
+        return function(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        inside: Any = function
+        while isinstance(inside, partial):
+            inside = inside.func
+        if (getattr(inside, "__module__", None) or "").partition(".")[0] == "metarl":
+            raise  # a bug of ours, or no memory
+        raise UserError(f"{what} raised {raised(error)}") from error
 
 
 _KINDS: Mapping[type, tuple[str, tuple[type, ...]]] = {

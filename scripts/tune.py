@@ -18,7 +18,6 @@ import dataclasses
 import json
 import shutil
 import statistics
-import tomllib
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import optuna
+import tomllib
 import tyro
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage

@@ -20,7 +20,7 @@ from metarl import Callback, EarlyStopping, KeepBest, evaluate, load, resolve, t
 from metarl.config.options import Config
 from metarl.runs import checkpoints
 from metarl.runs import recorder as recording
-from metarl.runs.folder import RunError
+from metarl.runs.folder import RunError, flat
 from metarl.runs.metrics import read_metrics
 from metarl.training.callbacks import CallbackList, Iteration, Run
 
@@ -276,6 +276,17 @@ def test_callbacks_of_wrong_kinds_are_refused(tmp_path):
     second.name = "second"
     assert CallbackList([EarlyStopping(), second])
 
+    class Misspelt(Curriculum):
+        def on_iteraton(self, iteration: Iteration) -> None: ...
+
+    class Idle(Callback):
+        def udpate(self, iteration: Iteration) -> None: ...
+
+    with refused("Misspelt", "on_iteraton"):
+        CallbackList([Misspelt()])
+    with refused("Idle", "update"):
+        CallbackList([Idle()])
+
     class Unreadable(Callback):
         def state(self) -> Mapping[str, Any]:
             return {"kept": 1}
@@ -284,6 +295,10 @@ def test_callbacks_of_wrong_kinds_are_refused(tmp_path):
     with refused("Unreadable", "load_state"):
         train(small(), tmp_path / "run", resume=True, callbacks=[Unreadable()])
     odd = Unreadable()
+    for state in ({1: 2}, {"seen": {1: 2}}, {"seen": [{"of": {(0, 1): 2}}]}):  # JSON has texts
+        odd.state = lambda state=state: state  # type: ignore[method-assign]
+        with refused("Unreadable", "state"):
+            CallbackList([odd]).states()
     odd.state = lambda: {"kept": print}  # type: ignore[method-assign]
     with refused("print"):
         CallbackList([odd]).states()
@@ -298,7 +313,8 @@ class Metrics:
     def __init__(self, folder: Path, family: str = "navigation-2d") -> None:
         folder.mkdir(exist_ok=True)
         policy = train(small(family, iterations=1), folder / "policy", resume="auto")
-        self.run = Run(folder, policy.config, policy.source, lambda: policy)
+        options, measure = flat(policy.record["config"]), policy.domain.measure
+        self.run = Run(folder, options, policy.source, measure, lambda: policy)
         self.number = 0
 
     def give(self, callback: Callback, **metrics: float) -> str:

@@ -15,7 +15,7 @@ import metarl
 from metarl.algorithms import algorithms
 from metarl.config.options import Config
 from metarl.envs.errors import UserError
-from metarl.runs.folder import run_config
+from metarl.policies.loading import run_config
 from metarl.runs.metrics import read_metrics
 
 SMALL = [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,8 +25,8 @@ from metarl.config.resolve import find_recipe, recipes, resolve
 from metarl.envs.errors import UserError
 from metarl.envs.registry import family_names
 from metarl.parts import Part, fixed, tunable
+from metarl.policies.loading import run_config
 from metarl.runs.checkpoints import CheckpointError
-from metarl.runs.folder import run_config
 from metarl.training.run import train
 
 FAMILIES = ["navigation-2d", "sinusoid", "characters"]
@@ -302,6 +304,7 @@ def test_every_algorithm_takes_every_recipe(name):
 
 OWN = """
 import dataclasses
+import importlib
 import torch
 from metarl.algorithms import find_algorithm
 
@@ -332,6 +335,43 @@ def test_an_algorithm_of_a_file_trains_resumes_evaluates_and_reports(
     assert run("evaluate", "run", *few) == 0
     assert run("report", "run", "--no-video") == 0
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_run_is_plotted_without_the_module_of_its_algorithm(tmp_path, monkeypatch):
+    (tmp_path / "lost_algorithm.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ["--algorithm", "lost_algorithm:mine", *SMALL, "--out", "run"]
+    assert run("train", "navigation-2d", *own) == 0
+    monkeypatch.delitem(sys.modules, "lost_algorithm")
+    (tmp_path / "lost_algorithm.py").unlink()
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    importlib.invalidate_caches()
+    assert run("evaluate", "run") == 2
+    assert run("plot", "run") == 0
+    assert (tmp_path / "run" / "learning.png").exists()
+
+
+def test_an_error_in_a_users_file_names_the_file(tmp_path, monkeypatch):
+    (tmp_path / "faulty.py").write_text(
+        "import metarl\nmine = metarl.Algorithm(name='mine', outer='adamq')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with refused("faulty", "adamq"):
+        find_algorithm("faulty:mine")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [("outer.lr", "outer.learning_rate"), ("inner.lr", "inner.step_sizes"),
+     ("lr", "outer.learning_rate"), ("gamma", "advantage.discount"),
+     ("advantage.lambda", "advantage.gae_lambda")],
+)  # fmt: skip
+def test_names_of_other_packages_are_understood(said, meant, capsys):
+    with refused(said, meant):
+        resolve(None, "navigation-2d", "reptile", {said: 0.5})
+    assert run("train", "navigation-2d", "--algorithm", "reptile", f"--{said}", "0.5") == 2
+    assert mentions(capsys.readouterr().err, said, meant)
 
 
 def test_an_algorithm_without_a_name_trains_and_is_refused_when_it_is_loaded(tmp_path):

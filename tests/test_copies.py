@@ -445,7 +445,7 @@ def test_policies_own_their_parameters(whole):
     policy = meta.adapt(np.zeros(2), steps=0, episodes=1)
     online = meta.adapter()
     again = Policy(policy.policy, dict(policy.params), gym.spaces.Box(-1.0, 1.0, (2,)), 8,
-                   meta.config, policy.provenance)  # fmt: skip
+                   "clip", policy.provenance, meta.record)  # fmt: skip
     seen = np.array([0.1, 0.2])
     before = [p.act(seen, deterministic=True) for p in (policy, again, online.adapted())]
     zeroed(given)

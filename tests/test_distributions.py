@@ -292,6 +292,16 @@ class NoKL(Laplace):
         raise NotImplementedError
 
 
+class NoNoise(Laplace):
+    def noise(self, rng, *shape):
+        return None
+
+
+class NoSize(Laplace):
+    def size(self, space):
+        raise KeyError(space)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Incomplete(Distribution):
     def size(self, space):
@@ -301,7 +311,7 @@ class Incomplete(Distribution):
 @pytest.mark.parametrize(
     ("kind", "named"),
     [(NegativeKL, "kl"), (Unsummed, "log_prob"), (NoKL, "NotImplementedError"),
-     (Incomplete, "Incomplete")],
+     (NoNoise, "noise"), (NoSize, "size"), (Incomplete, "Incomplete")],
 )  # fmt: skip
 def test_a_distribution_whose_methods_do_not_work_is_refused(kind, named):
     with refused(named):

@@ -168,7 +168,7 @@ def test_documented_commands_are_accepted(command, tmp_path, monkeypatch):
 
         from metarl.runs.folder import create_run
 
-        create_run(tmp_path / words[words.index("--resume") + 1], small())
+        create_run(tmp_path / words[words.index("--resume") + 1], {"config": small().to_json()})
     assert run(*words[1:]) == 0
 
 

@@ -48,7 +48,7 @@ def made(space, shape=(3,), context=0, **options) -> Policy:
         params["norm.var"] = params["norm.var"].square() + 0.1
     if context:
         params["context"] = torch.from_numpy(rng.standard_normal(context).astype(np.float32))
-    return Policy(policy, params, space, 10, config, RECORD)
+    return Policy(policy, params, space, 10, config.action_mode, RECORD, {})
 
 
 BOX = gym.spaces.Box(

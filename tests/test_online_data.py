@@ -300,7 +300,7 @@ def test_a_density_must_be_a_number(value):
 
 def test_a_density_that_the_inner_loss_has_no_use_for_is_refused():
     adapter = _meta(UNIT, algorithm="dice-maml").adapter(UNIT)
-    with refused("log_prob", "dice-maml"):
+    with refused("log_prob", "dice"):
         adapter.add(np.zeros(2), [0.5], 0.0, log_prob=-1.0)
 
 

@@ -133,7 +133,7 @@ def test_returns_and_achieved_values_are_drawn_against_goals(name, tmp_path, dra
 
 
 def run_folder(folder, seed: int, rows: list[tuple[float, float | None, float]], **changes):
-    create_run(folder, navigator(**changes, seed=seed).config)
+    create_run(folder, navigator(**changes, seed=seed).record)
     lines = [
         {
             "iteration": i + 1,

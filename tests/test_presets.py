@@ -12,7 +12,7 @@ from expecting import refused, run
 from metarl import load, resolve
 from metarl.config.options import Config
 from metarl.envs.registry import training_values
-from metarl.runs.folder import run_config
+from metarl.policies.loading import run_config
 from metarl.training.trainer import Trainer
 
 

@@ -11,7 +11,6 @@ import torch
 from conftest import policy_options, reals
 from expecting import refused
 
-from metarl.config.options import Config
 from metarl.domains.reinforcement import make_policy
 from metarl.models.policies import PolicyModel
 from metarl.policies.export import export
@@ -24,10 +23,9 @@ def _made(distribution="gaussian", space=BOX, action="clip", **options):
     if action != "clip":
         options["action"] = action
     policy = policy_options(hidden=(8,), distribution=distribution, **options)
-    config = Config(family="navigation-2d", policy=policy)
     network = make_policy(policy, reals(3), space)
     params = network.init(np.random.default_rng(0))
-    return Policy(network, params, space, 10, config, {"seed": 0, "steps": 0})
+    return Policy(network, params, space, 10, action, {"seed": 0, "steps": 0}, {})
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ from metarl import evaluate, load, resolve, train
 from metarl.envs import GymnasiumFamily, MujocoFamily, Uniform, make_family
 from metarl.envs.mujoco.family import MujocoVectorEnv
 from metarl.models.distributions import Gaussian
-from metarl.policies.loading import newest_checkpoint
+from metarl.policies.loading import newest_checkpoint, run_config
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.runs.checkpoints import CheckpointError
-from metarl.runs.folder import RunError, load_state, locked, run_config
+from metarl.runs.folder import RunError, load_state, locked
 from metarl.runs.metrics import read_metrics
 from metarl.training.trainer import Trainer
 
@@ -330,7 +330,7 @@ def test_ten_skipped_updates_in_a_row_stop_the_run(tmp_path, monkeypatch):
     with refused(10, "reward", error=RunError):
         train(POISONED, tmp_path / "run")
     with Trainer(POISONED) as trainer:
-        state = load_state(tmp_path / "run", POISONED, trainer.state)
+        state = load_state(tmp_path / "run", trainer.record, trainer.state)
     assert state.iteration == 9
     assert all(torch.isfinite(p).all() for p in state.params.values())
 

@@ -150,3 +150,25 @@ def test_the_config_of_a_started_run_gives_a_run_of_its_own(tmp_path, parent):
 def test_without_an_origin_the_config_has_none(tmp_path, parent):
     assert "origin" not in json.loads((parent / "config.json").read_text())["config"]
     assert not load(parent).config.origin
+
+
+def test_the_state_of_an_equal_baseline_is_kept(tmp_path):
+    critic = {"baseline": "critic", "baseline.steps": 2}
+    policy = train(small(iterations=1, **critic), tmp_path / "policy")
+    assert any(p.abs().sum() for p in policy.baseline.values())
+
+    def start(name: str, **options: Any) -> dict[str, torch.Tensor]:
+        train(config(**options), tmp_path / name, init=policy)
+        tensors, _ = checkpoints.load(tmp_path / name / "checkpoints" / "000000.safetensors")
+        return {n: t for n, t in tensors.items() if n.startswith("baseline.")}
+
+    kept = start("same", seed=5, **critic)
+    assert kept.keys() == {f"baseline.{name}" for name in policy.baseline}
+    assert all(torch.equal(p, kept[f"baseline.{name}"]) for name, p in policy.baseline.items())
+    assert load(tmp_path / "same").config.origin["baseline"] == list(policy.baseline)
+    other = start("other", seed=5, **{**critic, "baseline.steps": 3})
+    assert not all(torch.equal(kept[name], p) for name, p in other.items())
+    for name, options in (("other", {}), ("linear", {"baseline": "linear"})):
+        if options:
+            assert not start(name, **options)
+        assert "baseline" not in load(tmp_path / name).config.origin

@@ -4,11 +4,11 @@ import dataclasses
 import importlib.util
 import json
 import sys
-import tomllib
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import metarl
 from metarl.algorithms import algorithms

@@ -242,7 +242,7 @@ def family_and_policy(env: type[Draws]) -> tuple[GymnasiumFamily, Policy]:
     assert isinstance(network, PolicyModel)
     params = network.init(np.random.default_rng(0))
     record = {"task": None, "steps": 0, "episodes": 0, "seed": 0}
-    return family, Policy(network, params, Draws.action_space, 3, config, record)
+    return family, Policy(network, params, Draws.action_space, 3, "clip", record, {})
 
 
 def test_images_of_every_kind_become_frames():

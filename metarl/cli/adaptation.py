@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from metarl.cli.streams import note
 from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.envs.registry import make_family
+
+if TYPE_CHECKING:
+    from metarl.policies.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,12 @@ def _vector(family: Family, texts: Sequence[str]) -> NDArray[np.float64]:
     return family.tasks.vector(components)
 
 
+def training_family(policy: Policy) -> Family:
+    """Return the family that an adapted policy was trained on."""
+    config = policy.record["config"]
+    return make_family(config["family"], **config["family_options"])
+
+
 def film(
     what: str,
     texts: Sequence[str],
@@ -106,7 +115,7 @@ def film(
     videos.prepare()
     if Path(what).is_file() and checkpoints.load(Path(what))[1].get("kind") == "adapted":
         policy = load_policy(what)
-        family = make_family(policy.config.family, **policy.config.family_options)
+        family = training_family(policy)
         task = policy.provenance["task"] if not texts else parse_task(family, texts)
         if task is None:
             raise UserError(f"{what} does not contain its task: give it with --task")

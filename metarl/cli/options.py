@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -11,9 +13,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from metarl.algorithms import Algorithm, find_algorithm
 from metarl.algorithms.named_parts import BASELINES, OUTER
-from metarl.cli.arguments import said
-from metarl.config.options import CHOICES, Config
+from metarl.cli.arguments import peek, said
+from metarl.cli.parsing import first_name, flags_of
+from metarl.config.options import CHOICES, Config, default_workers
+from metarl.config.resolve import resolve, usual_preset
+from metarl.envs.errors import UserError
 from metarl.envs.registry import parse_options
 from metarl.models.distributions import DISTRIBUTIONS
 
@@ -75,6 +81,65 @@ def given(command: Any, config: Config, arguments: Sequence[str]) -> dict[str, A
     values["family"] = command.family
     values["family_options"] = parse_options(values.get("family_options", ()))
     return values
+
+
+def family_named(kind: type, arguments: Sequence[str]) -> str:
+    """Return the family that a command line names, at any position; "" for none."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0]
+    config = Config(algorithm=_algorithm_named(arguments))
+    for name, word in _chosen(arguments).items():
+        with contextlib.suppress(UserError):  # a network of data sets; parsing reports errors
+            config = config.with_options({name: word})
+    flags = flags_of(with_options(kind, config))
+    return first_name(arguments, [name for name, flag in flags.items() if flag.kind is bool])
+
+
+def _algorithm_named(arguments: Sequence[str]) -> Algorithm:
+    return find_algorithm(peek(arguments, "--algorithm") or "maml-trpo")
+
+
+def _chosen(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the parts that a command line chooses, by option."""
+    words = {name: peek(arguments, f"--{name}") for name in CHOICES}
+    return {name: word for name, word in words.items() if word is not None}
+
+
+def _family_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the family options of a command line. Parsing refuses invalid ones."""
+    words = list(arguments)
+    if "--family-options" not in words:
+        return {}
+    rest = words[words.index("--family-options") + 1 :]
+    given = itertools.takewhile(lambda word: "=" in word and not word.startswith("--"), rest)
+    return parse_options(given)
+
+
+def starting_config(
+    kind: type, arguments: Sequence[str], *, family: str, preset: str = ""
+) -> Config:
+    """Return the config that the flags of a command line modify.
+
+    Args:
+        kind: dataclass of the command.
+        family: default family.
+        preset: default preset; by default the usual one of the family.
+    """
+    family = family_named(kind, arguments) or family
+    algorithm = _algorithm_named(arguments)
+    named = peek(arguments, "--preset") or preset or usual_preset(family)
+    values: dict[str, Any] = {**_chosen(arguments), "family_options": _family_options(arguments)}
+    config = resolve(None if named == "None" else named, family, algorithm, values)
+    return dataclasses.replace(config, workers=default_workers())
+
+
+def resolved_config(start: Config, said: Mapping[str, Any]) -> Config:
+    """Return the config with the given values and the values that follow from them."""
+    apart = ("family", "preset", "algorithm")
+    values = {key: value for key, value in said.items() if key not in apart}
+    if "workers" in start.options():
+        values.setdefault("workers", start.workers)
+    return resolve(start.preset, start.family, start.algorithm.source, values)
 
 
 def _field(name: str, annotation: Any, default: Any) -> tuple[str, Any, Any]:

@@ -31,7 +31,8 @@ def grouped(what: Sequence[str | Path]) -> dict[str, dict[str, MetaPolicy]]:
     """
     names = list(map(str, what))
     loaded = [load(name) for name in names]
-    groups = [{names[i]: loaded[i] for i in group} for group in alike([m.config for m in loaded])]
+    same = alike(list(map(_setting, loaded)), [member.config.seed for member in loaded])
+    groups = [{names[i]: loaded[i] for i in group} for group in same]
     found = [next(iter(group.values())).algorithm for group in groups]
     called = {}  # a reference has its own name; a second one is named like other policies
     for i, algorithm in enumerate(found):
@@ -62,16 +63,20 @@ def seeds_of(what: What | Sequence[What], name: str) -> list[MetaPolicy]:
     if not several:
         raise UserError(f"{name}: no policy given")
     members = [one if isinstance(one, MetaPolicy) else load(one) for one in several]
-    configs = [but_seed(member.config) for member in members]
-    if any(config != configs[0] for config in configs):
+    if any(_setting(member) != _setting(members[0]) for member in members):
         raise UserError(f"{name}: these policies differ in more than the seed")
     for member in members[1:]:
         if found := changes(members[0].trained_on, member.trained_on):
             raise UserError(
-                f"{name}: policies trained on different versions of {configs[0].family}:"
+                f"{name}: policies trained on different versions of {members[0].config.family}:"
                 f" {'; '.join(found)}; evaluate them one by one"
             )
     return members
+
+
+def _setting(policy: MetaPolicy) -> Any:
+    """Return what seeds of one policy have in common. An algorithm may have no importable name."""
+    return but_seed(policy.record["config"]), policy.algorithm, policy.config.policy
 
 
 def references_of(

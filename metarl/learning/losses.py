@@ -18,6 +18,7 @@ from metarl.envs.errors import UserError
 from metarl.models.networks import Dist
 from metarl.models.policies import PolicyModel
 from metarl.models.samples import Samples
+from metarl.parts import called
 from metarl.sampling.trajectories import Rollout
 
 
@@ -95,9 +96,10 @@ def task_losses(loss: Loss, model: Any, output: Dist, samples: Samples) -> Tenso
     """Return a loss of each task, [T].
 
     Raises:
-        UserError: the function returns another shape, such as a mean over tasks.
+        UserError: a user's function raises an error, or returns another shape, such as a mean over
+            tasks.
     """
-    found = loss(model, output, samples)
+    found = called(f"the loss {name_of(loss)}", loss, model, output, samples)
     tasks = len(samples.weight)
     shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
     if shape != [tasks]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Self
 
-from metarl.envs.errors import UserError
+from metarl.envs.errors import UserError, raised
 from metarl.envs.policy_spaces import categories
 from metarl.models.networks import Dist, Params
 from metarl.parts import Part
@@ -167,26 +167,30 @@ def check_distribution(distribution: Distribution, space: gym.Space) -> None:
     Raises:
         UserError: a method fails, returns another shape, or `kl` is no divergence.
     """
-    rng, size = np.random.default_rng(0), distribution.size(space)
-    name = f"policy.distribution {distribution.label}"
-    numbers = torch.from_numpy(rng.standard_normal((2, 1, _TRIED, size)).astype(np.float32))
-    free = {n: torch.from_numpy(np.asarray(x, np.float32)) for n, x in distribution.free().items()}
+    rng, name = np.random.default_rng(0), f"policy.distribution {distribution.label}"
 
     def call(method: str, *arguments: Any) -> Any:
         try:
             with torch.enable_grad():
                 return getattr(distribution, method)(*arguments)
         except Exception as error:
-            raise UserError(f"{name}: {method} raised {type(error).__name__}: {error}") from error
+            raise UserError(f"{name}: {method} raised {raised(error)}") from error
 
     def same(method: str, found: Any, shape: list[int]) -> None:
         got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
         if got != shape:
             raise UserError(f"{name}: {method} must return {shape} here, got {got}")
 
+    size = call("size", space)
+    if not isinstance(size, int | np.integer) or size < 1:
+        raise UserError(f"{name}: size must return a number of outputs, got {size!r}")
+    numbers = torch.from_numpy(rng.standard_normal((2, 1, _TRIED, size)).astype(np.float32))
+    free = {n: torch.from_numpy(np.asarray(x, np.float32)) for n, x in call("free").items()}
     here, there = (call("parameters", x, free) for x in numbers)
-    noise = torch.from_numpy(call("noise", rng, 1, _TRIED))
-    action = call("sample", here, noise)
+    noise = call("noise", rng, 1, _TRIED)
+    if not isinstance(noise, np.ndarray) or noise.dtype.kind not in "biuf":
+        raise UserError(f"{name}: noise must return an array of numbers, got {noise!r}")
+    action = call("sample", here, torch.from_numpy(noise))
     actions = [1, _TRIED, distribution.action_size]
     same("sample", action, actions)
     same("mode", call("mode", here), actions)

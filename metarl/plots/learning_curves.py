@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from metarl.domains.lookup import DOMAINS
 from metarl.envs.errors import UserError, check_one_of
 from metarl.evaluation.statistics import Floats
 from metarl.plots.drawing import add_legend, label_of, new_figure, save, style_of
-from metarl.runs.folder import alike, group_names, run_config
+from metarl.runs.folder import alike, but_seed, flat, group_names, read_record
 from metarl.runs.metrics import measure_of, read_metrics
 
 Against = Literal["env-steps", "time"]
@@ -35,14 +36,15 @@ def plot_learning(
     if smooth < 1:
         raise UserError(f"smooth must be at least 1, got {smooth}")
     groups = _alike(runs)
-    configs = {name: run_config(members[0]) for name, members in groups.items()}
-    still = {name for name, config in configs.items() if not config.inner.steps}
+    # Values, not a Config: a user's algorithm need not be imported.
+    configs = {name: flat(_config(members[0])) for name, members in groups.items()}
+    still = {name for name, config in configs.items() if not config.get("inner.steps")}
     traces = {name: [_trace(run, against, smooth) for run in m] for name, m in groups.items()}
     longest = max(trace["x"][-1] for several in traces.values() for trace in several)
-    domains = {config.domain for config in configs.values()}
-    if len(domains) > 1:
+    measures = {measure_of(read_metrics(run)[0]) for run in runs}
+    if len(measures) > 1:
         raise UserError("losses and returns cannot share a figure: plot these runs separately")
-    (domain,) = domains
+    (domain,) = (one for one in DOMAINS.values() if one.measure in measures)
     unit, label = _axis(longest, against, domain.unit)
     figure = new_figure(7.2, 4.9)
     axes = figure.add_subplot()
@@ -75,7 +77,7 @@ def plot_learning(
     mean = f"\nmean of {smooth} iterations" if smooth > 1 else ""
     bands = "\nband: range of seeds" if any(len(m) > 1 for m in traces.values()) else ""
     axes.set_ylabel(f"{domain.measure} on training tasks{mean}{bands}")
-    axes.set_title(", ".join(sorted({config.family for config in configs.values()})))
+    axes.set_title(", ".join(sorted({config["family"] for config in configs.values()})))
     axes.grid(alpha=0.3)
     add_legend(figure, axes, 2)
     return save(figure, path)
@@ -89,8 +91,14 @@ def _axis(longest: float, against: Against, unit: str) -> tuple[float, str]:
     return (1.0, unit) if longest < 1e5 else (1e6, f"{unit} (millions)")
 
 
+def _config(run: Path) -> dict[str, Any]:
+    return read_record(run)["config"]
+
+
 def _alike(runs: Sequence[Path]) -> dict[str, list[Path]]:
-    groups = [[runs[i] for i in group] for group in alike([run_config(run) for run in runs])]
+    configs = [_config(run) for run in runs]
+    same = alike(list(map(but_seed, configs)), [config["options"]["seed"] for config in configs])
+    groups = [[runs[i] for i in group] for group in same]
     names = group_names([[str(run) for run in group] for group in groups])
     return dict(zip(names, groups, strict=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -18,11 +19,11 @@ from metarl.runs import checkpoints
 from metarl.runs.checkpoints import (
     CheckpointError,
     checkpoint_path,
-    config_of,
     newest_checkpoint,
     newest_good,
 )
 from metarl.runs.files import as_path
+from metarl.runs.folder import read_record
 from metarl.sampling.spaces import space_from_json
 
 _POLICY = "a policy (a run folder, a file or the name of a shipped one)"
@@ -38,6 +39,28 @@ def shipped() -> list[str]:
         for entry in folder.iterdir()
         if entry.name.endswith(".safetensors")
     )
+
+
+def run_config(folder: Path, given: Config | None = None) -> Config:
+    """Return the config of a run folder.
+
+    Args:
+        given: see `Config.from_json`.
+
+    Raises:
+        RunError: the folder is not a run folder.
+        CheckpointError: this version does not accept its config.
+    """
+    return _config_of(folder / "config.json", read_record(folder), given)
+
+
+def _config_of(path: Path, record: Mapping[str, Any], given: Config | None = None) -> Config:
+    try:
+        return Config.from_json(record["config"], given)
+    except KeyError as error:
+        raise CheckpointError(f"{path} contains no config") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} contains a config that cannot be used: {error}") from error
 
 
 @own_settings()
@@ -85,7 +108,7 @@ def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
         )
     if metadata.get("kind") not in ("policy", "checkpoint"):
         raise CheckpointError(f"{path} contains no policy but {metadata.get('kind')!r}")
-    config = config_of(path, metadata, config)
+    config = _config_of(path, metadata, config)
     state = {
         n.removeprefix("baseline."): t for n, t in tensors.items() if n.startswith("baseline.")
     }
@@ -119,7 +142,7 @@ def load_policy(path: str | Path) -> Policy:
         if metadata.get("kind") not in ("policy", "checkpoint"):
             raise CheckpointError(f"{path} contains no policy but {metadata.get('kind')!r}")
         raise CheckpointError(f"{path} is an initialization: metarl adapt creates a policy from it")
-    config = config_of(path, metadata)
+    config = _config_of(path, metadata)
     meta = MetaPolicy(tensors, config, trained_on=metadata.get("family") or {})
     shapes = meta.policy.shapes()
     if meta.policy.context_dim:
@@ -130,6 +153,6 @@ def load_policy(path: str | Path) -> Policy:
         space = spaces_of(meta.family)[1]
     params = checkpoints.in_shapes(path, tensors, shapes)
     return Policy(
-        meta.policy, params, space, meta.family.horizon, config, metadata["adapted"],
-        meta.trained_on,
+        meta.policy, params, space, meta.family.horizon, config.action_mode, metadata["adapted"],
+        meta.record,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from torch import Tensor
 from metarl.algorithms import Algorithm
 from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool
-from metarl.domains.domain import context_dim, scaled_tasks
+from metarl.domains.domain import Domain, context_dim, scaled_tasks
 from metarl.domains.reinforcement import PolicyOptions, make_policy
 from metarl.envs import TaskFamily, guard
 from metarl.envs.checks.start import log_finding, start_findings
@@ -117,6 +117,11 @@ class MetaPolicy:
         """Algorithm of the training."""
         return self.config.algorithm
 
+    @property
+    def domain(self) -> Domain:
+        """Reinforcement or supervised learning."""
+        return self.config.domain
+
     @cached_property
     def source(self) -> Family:
         """Training family, of environments or of supervised tasks.
@@ -165,7 +170,7 @@ class MetaPolicy:
         Raises:
             UserError: the policy was trained on supervised tasks.
         """
-        return self.config.domain.environments(self.source)
+        return self.domain.environments(self.source)
 
     @cached_property
     def _found_at_start(self) -> list[str]:
@@ -180,7 +185,7 @@ class MetaPolicy:
         """Model that adapts: the policy, or the predictor of supervised tasks."""
         images = any(p.dim() == 4 for p in self.params.values())
         if not {"log_std", "layer0.weight"} <= self.params.keys() or images:
-            return self.config.domain.model(self.algorithm, self.config.policy, self.source)
+            return self.domain.model(self.algorithm, self.config.policy, self.source)
         # The parameters determine the sizes of a Gaussian for vectors, so it needs no family.
         assert isinstance(self.config.policy, PolicyOptions)
         dim = self.family.tasks.dim if self.algorithm.task_conditioned else 0
@@ -197,7 +202,7 @@ class MetaPolicy:
         Raises:
             UserError: the policy was trained on supervised tasks.
         """
-        return self.config.domain.policy(self.model)
+        return self.domain.policy(self.model)
 
     def inner_loop(
         self, pool: ChunkPool, step_sizes: Sequence[float] | None = None
@@ -209,7 +214,7 @@ class MetaPolicy:
         """
         given = checked_step_sizes("step_sizes", step_sizes)
         given = given or self.config.inner.sizes_in_evaluation
-        adapter = self.config.domain.adapter(self.algorithm, self.model)
+        adapter = self.domain.adapter(self.algorithm, self.model)
         params = copied(self.params)
         if given:
             adapter = dataclasses.replace(adapter, step_sizes=given, learned="no", fitted=False)
@@ -226,6 +231,11 @@ class MetaPolicy:
         assert advantage is not None
         assert baseline is not None
         return to_batch(self.policy, rollout, advantage, baseline, self.baseline, pool)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Config and fingerprint of the family in training, as files contain them."""
+        return {"config": self.config.to_json(), "family": dict(self.trained_on)}
 
     @property
     def digest(self) -> str:
@@ -322,10 +332,8 @@ class MetaPolicy:
         params = loop.adapter.params(adapted.iterates[-1], adapted.slow, 1) | context
         params = {name: p[0].clone() for name, p in params.items()}
         provenance = {"task": task, "steps": steps, "episodes": episodes, "seed": seed}
-        return Policy(
-            self.policy, params, space, self.family.horizon, self.config, provenance,
-            self.trained_on,
-        )  # fmt: skip
+        horizon = self.family.horizon
+        return Policy(self.policy, params, space, horizon, mode, provenance, self.record)
 
     def _task(self, value: ArrayLike) -> NDArray[np.float64]:
         """Return a task vector of the family."""
@@ -363,7 +371,7 @@ class MetaPolicy:
                 on environments, or it is an oracle.
             NonFiniteError: an adapted parameter is not finite (a subclass of UserError).
         """
-        model = self.config.domain.predictor(self.model)
+        model = self.domain.predictor(self.model)
         if self.algorithm.task_conditioned:
             raise UserError("an oracle observes its task and does not adapt")
         check_whole("steps", steps, 0)
@@ -407,15 +415,9 @@ class MetaPolicy:
                 self.check_spaces(env.observation_space, env.action_space)
                 action_space = env.action_space
         loop, params = self.inner_loop(ChunkPool(1), step_sizes)
+        horizon, mode = self.family.horizon, self.config.action_mode
         return OnlineAdapter(
-            loop,
-            params,
-            self.batch,
-            action_space,
-            self.family.horizon,
-            self.config,
-            int(seed),
-            self.trained_on,
+            loop, params, self.batch, action_space, horizon, mode, self.record, int(seed)
         )
 
     def save(self, path: str | Path) -> None:
@@ -424,10 +426,7 @@ class MetaPolicy:
         Raises:
             OSError: the file cannot be written.
         """
-        metadata = {
-            "kind": "policy", "config": self.config.to_json(), "family": dict(self.trained_on),
-            **self.provenance,
-        }  # fmt: skip
+        metadata = {"kind": "policy", **self.record, **self.provenance}
         state = {f"baseline.{name}": p for name, p in self.baseline.items()}
         checkpoints.save(as_path("the file", path), self.params | state, metadata)
 
@@ -438,7 +437,7 @@ def random_meta_policy(like: MetaPolicy, seed: int = 0) -> MetaPolicy:
     It keeps the step sizes of the other meta-policy. Sizes that training fitted to a KL are not
     random.
     """
-    adapter = like.config.domain.adapter(like.algorithm, like.model)
+    adapter = like.domain.adapter(like.algorithm, like.model)
     params = adapter.init(like.model.init(stream(seed, 0, "init")))
     if FACTOR in params and FACTOR in like.params:
         params[FACTOR] = like.params[FACTOR]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Real
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs.errors import UserError
 from metarl.learning.inner_loop import InnerLoop
@@ -25,7 +24,6 @@ from metarl.models.networks import Params, copied, stack
 from metarl.models.policies import PolicyModel
 from metarl.models.settings import own_settings
 from metarl.policies.policy import Policy
-from metarl.runs.fingerprint import Fingerprint
 from metarl.sampling.rollouts import RolloutBuffer
 from metarl.sampling.spaces import (
     ActionMode,
@@ -80,9 +78,9 @@ class OnlineAdapter:
         prepare: Callable[[Rollout, ChunkPool], Batch],
         action_space: gym.Space,
         horizon: int,
-        config: Config,
+        mode: ActionMode,
+        record: Mapping[str, Any],
         seed: int = 0,
-        trained_on: Fingerprint | None = None,
     ) -> None:
         """Create an adapter. Users call `MetaPolicy.adapter` instead.
 
@@ -92,15 +90,14 @@ class OnlineAdapter:
             prepare: function that estimates the advantages of a rollout.
             action_space: action space of the environment.
             horizon: maximum number of steps of an episode.
-            config: config of the training.
+            mode: mapping of actions to the bounds of the space.
+            record: config and family of the training, see `MetaPolicy.record`.
             seed: seed of the actions.
-            trained_on: fingerprint of the family in training, if known.
         """
         assert isinstance(loop.adapter.model, PolicyModel)
-        self._mode: ActionMode = config.action_mode
         self._loop, self._network, self._prepare = loop, loop.adapter.model, prepare
-        self._space, self._horizon, self._config, self._seed = action_space, horizon, config, seed
-        self._trained_on = trained_on
+        self._space, self._horizon, self._mode = action_space, horizon, mode
+        self._record, self._seed = record, seed
         fast, self._slow, self._step_sizes = loop.adapter.split(params)
         self._start = self._fast = stack(fast, 1)
         self._steps = self._seen = self._running = 0
@@ -110,7 +107,7 @@ class OnlineAdapter:
         if Plausibility.knows(self._network):
             self._plausibility = Plausibility(
                 self._network,
-                uniform_log_prob(action_space, config.action_mode),
+                uniform_log_prob(action_space, mode),
                 np.issubdtype(action_space.dtype, np.integer),
                 np.random.default_rng(seed),
             )
@@ -226,8 +223,8 @@ class OnlineAdapter:
         loss = self._loop.adapter.loss
         if isinstance(loss, partial) and loss.func is dice:
             raise UserError(
-                f"log_prob has no effect with {self._config.algorithm}, whose inner loss needs"
-                " actions of the policy itself"
+                "log_prob has no effect with the inner loss dice, which needs actions of the policy"
+                " itself"
             )
 
     def _judge(self, seen: NDArray, action: Any) -> None:
@@ -287,8 +284,8 @@ class OnlineAdapter:
             "seed": self._seed,
         }
         return Policy(
-            self._network, params, self._space, self._horizon, self._config, provenance,
-            self._trained_on,
+            self._network, params, self._space, self._horizon, self._mode, provenance,
+            self._record,
         )  # fmt: skip
 
     def _rollout(self) -> Rollout:

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from metarl.config.options import Config
 from metarl.envs import guard
 from metarl.envs.errors import UserError
 from metarl.models.export import Bounded, Chosen, make_module
@@ -22,7 +21,6 @@ from metarl.models.networks import Params, copied
 from metarl.models.policies import PolicyModel
 from metarl.runs import checkpoints
 from metarl.runs.files import as_path
-from metarl.runs.fingerprint import Fingerprint
 from metarl.sampling.episodes import episode
 from metarl.sampling.seeding import stream
 from metarl.sampling.spaces import (
@@ -54,9 +52,9 @@ class Policy:
         params: Params,
         space: gym.Space,
         horizon: int,
-        config: Config,
+        mode: ActionMode,
         provenance: Mapping[str, Any],
-        trained_on: Fingerprint | None = None,
+        record: Mapping[str, Any],
     ) -> None:
         """Create a policy from a network and its parameters. Users call `MetaPolicy.adapt` instead.
 
@@ -65,16 +63,14 @@ class Policy:
             params: network parameters by name, not stacked.
             space: action space of the environment.
             horizon: maximum number of steps of an episode, as in the training family.
-            config: config of the training.
+            mode: mapping of actions to the bounds of the space.
             provenance: `task` (a list of numbers, or None if unknown), `steps`, `episodes` and
                 `seed` of the adaptation. Actions use the same seed.
-            trained_on: fingerprint of the family in training, if known.
+            record: `config` and `family` of the training, see `MetaPolicy.record`.
         """
         self.policy, self.params = policy, copied(params)
-        self.config, self.provenance = config, copy.deepcopy(dict(provenance))
-        self._space, self._horizon = copy.deepcopy(space), horizon
-        self.trained_on = dict(trained_on or {})
-        self._mode: ActionMode = config.action_mode
+        self.provenance, self.record = map(copy.deepcopy, (dict(provenance), dict(record)))
+        self._space, self._horizon, self._mode = copy.deepcopy(space), horizon, mode
         self._rng = stream(provenance["seed"], 0, "test-noise", provenance["steps"])
 
     def act(self, observation: Any, *, deterministic: bool = False) -> NDArray:
@@ -219,8 +215,7 @@ class Policy:
         """
         metadata = {
             "kind": "adapted",
-            "config": self.config.to_json(),
-            "family": self.trained_on,
+            **self.record,
             "adapted": self.provenance,
             "actions": space_to_json(self._space),
             "versions": checkpoints.versions(),

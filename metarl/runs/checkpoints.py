@@ -23,7 +23,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from metarl.config.options import Config
 from metarl.envs.errors import UserError
 from metarl.plain_json import json_text
 from metarl.runs.files import write_atomically
@@ -107,23 +106,6 @@ def newest_good(run: Path, before: int, use: Callable[[Path], Any]) -> int | Non
                 use(path)
                 return iteration
     return None
-
-
-def config_of(path: Path, metadata: Mapping[str, Any], given: Config | None = None) -> Config:
-    """Return the config in a file's metadata.
-
-    Args:
-        given: see `Config.from_json`.
-
-    Raises:
-        CheckpointError: the config is missing, or this version does not accept it.
-    """
-    try:
-        return Config.from_json(metadata["config"], given)
-    except KeyError as error:
-        raise CheckpointError(f"{path} contains no config") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} contains a config that cannot be used: {error}") from error
 
 
 def count_of(path: Path, metadata: Mapping[str, Any], name: str) -> int:

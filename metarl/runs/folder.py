@@ -7,15 +7,14 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from torch import Tensor
 
-from metarl.config.options import Config
 from metarl.envs.errors import UserError
 from metarl.learning.outer import OuterState
 from metarl.models.networks import Params
@@ -26,20 +25,21 @@ from metarl.runs.checkpoints import (
     changes,
     checkpoint_path,
     checkpoints_of,
-    config_of,
     count_of,
     machine,
     newest_good,
     versions,
 )
 from metarl.runs.files import is_aside, lock, set_aside, sweep, write_atomically
-from metarl.runs.fingerprint import Fingerprint
 from metarl.runs.metrics import read_metrics
 
 _log = logging.getLogger(__name__)
 
 CHANGEABLE_ON_RESUME = ("iterations", "threads", "workers", "worker_timeout")
-"""Config keys that may change when a run is continued."""
+"""Options that may change when a run is continued."""
+
+_WITHOUT_EFFECT = ("threads", "workers", "worker_timeout", "device", "checkpoint_every")
+"""Options that results do not depend on."""
 
 
 class RunError(UserError):
@@ -125,8 +125,8 @@ def _is_left(path: Path) -> bool:
 
 def _is_config(path: Path) -> bool:
     try:
-        run_config(path.parent)
-    except UserError:
+        read_record(path.parent)
+    except RunError:
         return False
     return True
 
@@ -147,63 +147,58 @@ def check_free(folder: Path) -> None:
     )
 
 
-def create_run(folder: Path, config: Config, family: Fingerprint | None = None) -> None:
-    """Make a run folder. Its `config.json` also contains the fingerprint of the family.
+def create_run(folder: Path, record: Mapping[str, Any]) -> None:
+    """Make a run folder.
+
+    Args:
+        record: what `config.json` and every checkpoint contain: `config`, the result of
+            `Config.to_json`, and `family`, the fingerprint of the family.
 
     Raises:
         RunError: the folder contains other files.
     """
     check_free(folder)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    data = {
-        "config": config.to_json(), "family": dict(family or {}), "versions": versions(),
-        "machine": machine(),
-    }  # fmt: skip
+    data = {**record, "versions": versions(), "machine": machine()}
     write_atomically(folder / "config.json", json_text(data, indent=2).encode())
 
 
-def plan(folder: Path, config: Config) -> None:
+def plan(folder: Path, iterations: int) -> None:
     """Set the number of iterations in a run folder's config: the new length of the run."""
-    path = folder / "config.json"
-    data = json.loads(path.read_text("utf-8"))
-    data["config"]["options"]["iterations"] = config.iterations
-    write_atomically(path, json_text(data, indent=2).encode())
+    data = read_record(folder)
+    data["config"]["options"]["iterations"] = iterations
+    write_atomically(folder / "config.json", json_text(data, indent=2).encode())
 
 
-def run_config(folder: Path, given: Config | None = None) -> Config:
-    """Return the config of a run folder.
-
-    Args:
-        given: see `Config.from_json`.
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record of a run folder, see `create_run`, with versions and machine.
 
     Raises:
         RunError: the folder is not a run folder.
-        UserError: this version does not accept its config.
     """
     try:
         data = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        _ = data["config"]["options"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder} is not a run folder: it has no readable config.json") from error
-    return config_of(folder / "config.json", data if isinstance(data, dict) else {}, given)
+    return data
 
 
-def check_family(folder: Path, config: Config, family: Fingerprint) -> None:
-    """Raise RunError if the run's family has the same name but differs from `family`."""
-    data = json.loads((folder / "config.json").read_text("utf-8"))
-    if found := fingerprint.changes(data.get("family") or {}, family):
-        raise RunError(_other_family(folder, config, found))
+def check_family(folder: Path, record: Mapping[str, Any]) -> None:
+    """Raise RunError if the run's family has the same name but differs from the record's."""
+    if found := _family_changes(folder, read_record(folder), record):
+        raise RunError(found)
 
 
-def _other_family(where: Path, config: Config, found: Sequence[str]) -> str:
-    return (
-        f"{where} was trained on a different {config.family} (then -> now):"
+def _family_changes(where: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    found = fingerprint.changes(old.get("family") or {}, new.get("family") or {})
+    return found and (
+        f"{where} was trained on a different {new['config']['family']} (then -> now):"
         f" {'; '.join(found)}; put the family back as it was, or start a new run"
     )
 
 
-def save_checkpoint(
-    folder: Path, config: Config, state: State, family: Fingerprint | None = None
-) -> None:
+def save_checkpoint(folder: Path, record: Mapping[str, Any], state: State) -> None:
     """Save a run's state as its newest checkpoint. Remove the previous one unless it is kept."""
     tensors = {f"meta.{name}": p for name, p in state.params.items()}
     tensors |= {f"outer.{name}": p for name, p in state.outer.items()}
@@ -212,22 +207,18 @@ def save_checkpoint(
         tensors |= {f"callback.{name}/{key}": array for key, array in arrays.items()}
     counters = {k: v for k, v in vars(state).items() if k not in _NO_COUNTERS}
     metadata = {
-        "kind": "checkpoint", "config": config.to_json(), "family": dict(family or {}),
-        "versions": versions(), "machine": machine(), **counters,
+        "kind": "checkpoint", **record, "versions": versions(), "machine": machine(), **counters,
         "callbacks": {name: values for name, (values, _) in state.callbacks.items()},
     }  # fmt: skip
     checkpoints.save(checkpoint_path(folder, state.iteration), tensors, metadata)
+    every = record["config"]["options"]["checkpoint_every"]
     for before, path in checkpoints_of(folder).items():
-        if before < state.iteration and before % config.checkpoint_every:
+        if before < state.iteration and before % every:
             path.unlink(missing_ok=True)
 
 
 def load_state(
-    folder: Path,
-    config: Config,
-    like: State,
-    start: int | None = None,
-    family: Fingerprint | None = None,
+    folder: Path, record: Mapping[str, Any], like: State, start: int | None = None
 ) -> State:
     """Return the state of a checkpoint. Names and shapes must match `like`.
 
@@ -235,8 +226,8 @@ def load_state(
     changed since the run started, and this changes the last bits, one line reports it.
 
     Args:
+        record: config and family of the run, see `create_run`; a checkpoint with others is refused.
         start: iteration of the checkpoint; by default the newest. Later checkpoints are set aside.
-        family: fingerprint of the family; a checkpoint of a different family is refused.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or belongs to another run or network.
@@ -256,9 +247,9 @@ def load_state(
         return like
     chosen = max(found) if start is None else start
     try:
-        state, metadata = _load_state(found[chosen], config, like, family)
+        state, metadata = _load_state(found[chosen], record, like)
     except CheckpointError as error:
-        older = newest_good(folder, chosen, lambda path: _load_state(path, config, like, family))
+        older = newest_good(folder, chosen, lambda path: _load_state(path, record, like))
         if older is None:
             raise
         good = f"{error}; continue from the newest good one with"
@@ -271,8 +262,7 @@ def load_state(
             set_aside(found[later], found[later].read_bytes())
             found[later].unlink()
     here = {"versions": versions(), "machine": machine()}
-    began = json.loads((folder / "config.json").read_text("utf-8"))
-    if changed := changes(began, here) or changes(metadata, here):
+    if changed := changes(read_record(folder), here) or changes(metadata, here):
         _log.warning(
             "%s started with %s: from here on, results agree with such a run in distribution,"
             " not in every bit", folder, ", ".join(changed),
@@ -280,18 +270,14 @@ def load_state(
     return state
 
 
-def _load_state(
-    path: Path, config: Config, like: State, family: Fingerprint | None
-) -> tuple[State, dict[str, Any]]:
+def _load_state(path: Path, record: Mapping[str, Any], like: State) -> tuple[State, dict[str, Any]]:
     tensors, metadata = checkpoints.load(path)
     if metadata.get("kind") != "checkpoint":
         raise CheckpointError(f"{path} is not a checkpoint of a run but {metadata.get('kind')!r}")
-    stored = config_of(path, metadata, config)
-    if replace(stored, **{k: getattr(config, k) for k in CHANGEABLE_ON_RESUME}) != config:
-        other = differences(stored, config)[0]
-        raise CheckpointError(f"{path} belongs to another run: {other}")
-    if found := fingerprint.changes(metadata.get("family") or {}, family or {}):
-        raise CheckpointError(_other_family(path, config, found))
+    if other := differences(metadata["config"], record["config"]):
+        raise CheckpointError(f"{path} belongs to another run: {other[0]}")
+    if changed := _family_changes(path, metadata, record):
+        raise CheckpointError(changed)
     params, outer, baseline = (
         checkpoints.in_shapes(
             path,
@@ -316,18 +302,22 @@ def _load_state(
     return State(params, outer, baseline, callbacks, **counters), metadata
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Return the differences that prevent a resume: "key old, not new"."""
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a config, given as JSON values, with its options by key."""
+    return {**{k: v for k, v in config.items() if k != "options"}, **config["options"]}
 
-    def flat(config: Config) -> dict[str, Any]:
-        data = config.to_json()
-        return {**data.pop("options"), **data}
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return the differences of two configs that prevent a resume: "key old, not new".
+
+    An option that an older version did not have is not compared.
+    """
     a, b = flat(old), flat(new)
+    later = new["options"].keys() - old["options"].keys()
     return [
         f"{key} is {a.get(key)}, not {b.get(key)}"
         for key in {**a, **b}
-        if key not in CHANGEABLE_ON_RESUME and a.get(key) != b.get(key)
+        if key not in {*CHANGEABLE_ON_RESUME, *later} and a.get(key) != b.get(key)
     ]
 
 
@@ -368,25 +358,22 @@ def group_names(groups: Sequence[Sequence[str]], taken: Collection[str] = ()) ->
     return found
 
 
-def alike(configs: Sequence[Config]) -> list[list[int]]:
-    """Return groups of indices of configs that differ only in the seed, in order.
+def but_seed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a config that results depend on, except the seed."""
+    return {k: v for k, v in flat(config).items() if k not in ("seed", *_WITHOUT_EFFECT)}
+
+
+def alike(settings: Sequence[Any], seeds: Sequence[int]) -> list[list[int]]:
+    """Return groups of indices of equal settings with different seeds, in order.
 
     If a seed repeats, for instance in another checkpoint or file, it starts a new group.
     """
     groups: list[list[int]] = []
-    for i, config in enumerate(configs):
+    for i, setting in enumerate(settings):
         for group in groups:
-            seeds = {configs[j].seed for j in group}
-            if but_seed(configs[group[0]]) == but_seed(config) and config.seed not in seeds:
+            if settings[group[0]] == setting and seeds[i] not in {seeds[j] for j in group}:
                 group.append(i)
                 break
         else:
             groups.append([i])
     return groups
-
-
-def but_seed(config: Config) -> Config:
-    """Return a config without its seed and without the keys that results do not depend on."""
-    return replace(
-        config, seed=0, threads=1, workers=0, worker_timeout=60.0, device="cpu", checkpoint_every=1
-    )

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from metarl.config.options import Config
 from metarl.plain_json import json_text
-from metarl.runs.fingerprint import Fingerprint
 from metarl.runs.folder import State, save_checkpoint
 from metarl.runs.metrics import MetricsLog
 
@@ -32,28 +30,25 @@ class Recorder:
 
     Args:
         folder: run folder, locked.
-        config: config of the run.
+        record: config and family of the run, see `create_run`.
         state: state that the run continues from; metrics of later iterations are removed.
         check: function that raises if the folder was moved or deleted.
         between: minimum seconds between two checkpoints; kept checkpoints are always written.
-        family: fingerprint of the family, stored in checkpoints.
     """
 
     def __init__(
         self,
         folder: Path,
-        config: Config,
+        record: Mapping[str, Any],
         state: State,
         check: Callable[[], None],
         between: float = 0.0,
-        family: Fingerprint | None = None,
     ) -> None:
-        self._folder, self._config, self._check = folder, config, check
-        self._family = family
+        self._folder, self._record, self._check = folder, record, check
         self._between, self._saved = between, time.monotonic()
         self._rows: list[dict[str, Any]] = []  # not written yet
         self._state = state
-        text = json_text(config.to_json(), indent=2)
+        text = json_text(record["config"], indent=2)
         self._metrics = MetricsLog(folder, state.iteration, text)
         self._thread = ThreadPoolExecutor(1, "metarl-recorder")
         self._writing: Future[None] | None = None
@@ -67,7 +62,7 @@ class Recorder:
         """
         self._rows.append(row)
         self._state = replace(state)
-        kept = state.iteration % self._config.checkpoint_every == 0
+        kept = state.iteration % self._record["config"]["options"]["checkpoint_every"] == 0
         if kept or time.monotonic() - self._saved >= self._between:
             self._begin()
 
@@ -82,7 +77,7 @@ class Recorder:
         try:
             self._metrics.write(*rows)
             # After the metrics: a crash in between repeats the iterations and their rows.
-            save_checkpoint(self._folder, self._config, state, self._family)
+            save_checkpoint(self._folder, self._record, state)
         except OSError:
             self._check()  # reports a folder that was removed meanwhile
             raise

@@ -34,7 +34,7 @@ class _Best(Callback):
 
     def start(self, run: Run) -> None:
         self.best = self.loaded.get("best")
-        self.metric = self.metric or f"{run.config.domain.measure}_post"
+        self.metric = self.metric or f"{run.measure}_post"
         self.mode = self.mode or ("min" if self.metric.startswith("loss") else "max")
 
     def better(self, metrics: Mapping[str, Any], by: float = 0.0) -> bool:

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metarl.config.options import Config
 from metarl.envs import guard
 from metarl.envs.errors import UserError, kind_of
 from metarl.envs.family import Family
@@ -43,8 +42,11 @@ class Run:
     """Run, as callbacks see it."""
 
     folder: Path
-    config: Config
+    options: Mapping[str, Any]
+    """Values of the config by key, such as `family`, `seed` or `inner.steps`, as JSON values."""
     family: Family
+    measure: str
+    """Measure of adaptation in the metrics: return, or loss for supervised tasks."""
     meta_policy: Callable[[], MetaPolicy]
     """Returns the current meta-parameters as a policy."""
     stopped: str = ""
@@ -120,6 +122,9 @@ class Callback:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `state`; arrays and tensors are NumPy arrays."""
         raise UserError(f"the callback {self.name} has a state, but no load_state")
+
+
+_METHODS = [name for name, method in vars(Callback).items() if callable(method)]
 
 
 class _Function(Callback):
@@ -269,6 +274,17 @@ def _as_callback(what: Any) -> Callback:
         )
     callback = what if isinstance(what, Callback) else _Function(what)
     callback.name = callback.name or type(callback).__name__
+    for name in dir(callback):
+        if name.startswith("on_") and callable(getattr(type(callback), name, None)):
+            raise UserError(
+                f"the callback {callback.name} has the method {name}, which no run calls; the"
+                f" methods of callbacks are {', '.join(_METHODS)}"
+            )
+    own = (getattr(getattr(callback, name), "__func__", None) for name in _METHODS)
+    if all(method is vars(Callback)[name] for method, name in zip(own, _METHODS, strict=True)):
+        raise UserError(
+            f"the callback {callback.name} does nothing: define one of {', '.join(_METHODS)}"
+        )
     if "/" in callback.name:
         raise UserError(f"the name of a callback must not have '/', got {callback.name!r}")
     return callback
@@ -284,12 +300,20 @@ def _copied(iteration: Iteration) -> Iteration:
 
 
 def _checked_state(name: str, state: Any) -> dict[str, Any]:
-    """Return the state of a callback; raise UserError unless it is a dict with texts as keys."""
-    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+    """Return the state of a callback; raise UserError unless all its keys are texts."""
+    if not isinstance(state, Mapping) or not _text_keys(state):
         raise UserError(
-            f"state of the callback {name} must be a dict with texts as keys, got {state!r}"
+            f"state of the callback {name} must be a dict with texts as keys, and so must dicts"
+            f" inside, got {state!r}"
         )
     return dict(state)
+
+
+def _text_keys(value: Any) -> bool:
+    """Whether all keys of nested dicts are texts; JSON would make them texts."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _text_keys(v) for key, v in value.items())
+    return not isinstance(value, list | tuple) or all(map(_text_keys, value))
 
 
 def _tensor(callback: str, key: str, value: NDArray | torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from metarl.config.options import Config
 from metarl.envs.errors import UserError
 from metarl.plain_json import json_text
 from metarl.runs.files import write_atomically
@@ -64,11 +63,7 @@ class WeightsAndBiases(_Logger):
     def start(self, run: Run) -> None:
         self._own = self._module.run is None
         if self._own:
-            common = {
-                "name": run.folder.name,
-                "dir": str(run.folder),
-                "config": _values(run.config),
-            }
+            common = {"name": run.folder.name, "dir": str(run.folder), "config": dict(run.options)}
             name = self._known_id(run)
             again = {} if name is None else {"id": name, "resume": "allow"}
             self._run = self._module.init(**{**common, **again, **self._options})
@@ -104,7 +99,7 @@ class MLflow(_Logger):
             self._run = self._module.start_run(**{**again, **self._options})
             self._keep_id(run, self._run.info.run_id)
             if name is None:
-                self._module.log_params(_values(run.config))
+                self._module.log_params(dict(run.options))
 
     def update(self, iteration: Iteration) -> None:
         numbers = _numbers(iteration.metrics)
@@ -118,12 +113,6 @@ class MLflow(_Logger):
 
 LOGGERS: dict[str, type[_Logger]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
 """Callbacks by their `--log` names."""
-
-
-def _values(config: Config) -> dict[str, Any]:
-    """Return a config's values by key."""
-    data = config.to_json()
-    return {**{k: v for k, v in data.items() if k != "options"}, **data["options"]}
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

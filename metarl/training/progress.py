@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from metarl.config.options import Config
-
 
 class ProgressBar:
     """Progress bar, created at the first iteration. It is a `display` of `metarl.train`."""
 
-    def __init__(self, config: Config) -> None:
-        self._name, self._total = config.family.replace(":", "-"), config.iterations
+    def __init__(self, name: str, total: int) -> None:
+        self._name, self._total = name.replace(":", "-"), total
         self._bar: Any = None
 
     @property

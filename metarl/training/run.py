@@ -23,9 +23,9 @@ from metarl.envs.errors import UserError, add_note, kind_of
 from metarl.envs.registry import SUCH_AS
 from metarl.envs.tasks import Tasks
 from metarl.models.settings import own_settings
-from metarl.policies.loading import load
+from metarl.policies.loading import load, run_config
 from metarl.policies.meta_policy import MetaPolicy
-from metarl.runs.checkpoints import checkpoints_of
+from metarl.runs.checkpoints import checkpoints_of, in_shapes
 from metarl.runs.files import as_path
 from metarl.runs.folder import (
     RunError,
@@ -33,11 +33,12 @@ from metarl.runs.folder import (
     check_free,
     create_run,
     differences,
+    flat,
     is_free,
     load_state,
     locked,
     plan,
-    run_config,
+    read_record,
     save_checkpoint,
 )
 from metarl.runs.recorder import SAVE_SECONDS, Recorder
@@ -73,8 +74,8 @@ def train(
         config: config of the run; `iterations` is the total, also for a resumed run.
         out: the run folder; a new one, or with `resume` the one to continue.
         resume: continue from a checkpoint; "auto": continue if the run exists, else start it.
-        init: policy to start from, or an argument of `metarl.load`. A resumed run does not read it
-            again.
+        init: policy to start from, or an argument of `metarl.load`. The state of its baseline is
+            also used if both baselines are equal. A resumed run does not read it again.
         callbacks: `metarl.Callback` objects, or functions of an `Iteration`, called after it is
             saved.
         display: called on rank 0 with each iteration's metrics, before they are saved; True shows a
@@ -113,7 +114,9 @@ def train(
                     started_from = _recorded_origin(folder, config, init)
                 elif init is not None:
                     policy = init if isinstance(init, MetaPolicy) else load(init)
-                    started_from = origin("" if policy is init else str(init), policy)
+                    started_from = origin(
+                        "" if policy is init else str(init), policy, config.baseline
+                    )
                 config = dataclasses.replace(config, origin=started_from)
                 _check_folder(folder, config, bool(resume))
             config = dataclasses.replace(config, origin=process_group.from_main(config.origin))
@@ -128,16 +131,14 @@ def train(
                 between = SAVE_SECONDS if trainer.source.independent_of_policy else 0.0
                 # It writes while user code may have another current folder.
                 there = folder.absolute()
-                recorder = Recorder(
-                    there, config, trainer.state, check, between, trainer.fingerprint
-                )
+                recorder = Recorder(there, trainer.record, trainer.state, check, between)
                 stack.enter_context(recorder)
             trainer.state = process_group.from_main(trainer.state)
         started()
         loop = _Loop(trainer, folder, recorder, watchers)
         stack.push(loop.close)
         if display is True:
-            display = bar = ProgressBar(config)
+            display = bar = ProgressBar(config.family, config.iterations)
             stack.callback(bar.close)
         try:
             with stop_by_ctrl_c(quiet=not process_group.is_main) as interrupted:
@@ -170,7 +171,10 @@ class _Loop:
     ) -> None:
         self.trainer, self.folder, self.recorder = trainer, folder, recorder
         self.callbacks = callbacks
-        self.seen = Run(folder, trainer.config, trainer.family, trainer.meta_policy)
+        self.seen = Run(
+            folder, flat(trainer.record["config"]), trainer.family, trainer.domain.measure,
+            trainer.meta_policy,
+        )  # fmt: skip
 
     def start(self) -> None:
         """Prepare callbacks."""
@@ -300,7 +304,7 @@ def _check_folder(folder: Path, config: Config, resume: bool) -> None:
     """Raise RunError if a run cannot start in a folder, or with `resume` continue there."""
     if not resume:
         check_free(folder)
-    elif found := differences(run_config(folder, config), config):
+    elif found := differences(run_config(folder, config).to_json(), config.to_json()):
         raise RunError(
             f"{folder} was trained with other options: {found[0]}; remove that option, or start"
             " a new run"
@@ -310,8 +314,12 @@ def _check_folder(folder: Path, config: Config, resume: bool) -> None:
 def _start_from(policy: MetaPolicy, trainer: Trainer, notice: Callable[[str], object]) -> None:
     """Copy the meta-parameters of a policy to a new run."""
     config, state = trainer.config, trainer.state
-    state.params, left = transferred(policy, config, state.params, trainer.fingerprint)
+    name = config.origin["policy"]
+    state.params, left = transferred(policy, trainer.meta_policy(), name)
     state.outer = config.outer.init(state.params)
+    if "baseline" in config.origin:
+        shapes = {key: tuple(value.shape) for key, value in state.baseline.items()}
+        state.baseline = in_shapes(f"the baseline of init {name}", policy.baseline, shapes)
     if left:
         notice(f"{config.algorithm.name} does not use these parameters of init: {', '.join(left)}")
 
@@ -322,8 +330,8 @@ def _begun(folder: Path, trainer: Trainer) -> Iterator[Callable[[], None]]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder) as check:
-            create_run(folder, trainer.config, trainer.fingerprint)
-            save_checkpoint(folder, trainer.config, trainer.state, trainer.fingerprint)
+            create_run(folder, trainer.record)
+            save_checkpoint(folder, trainer.record, trainer.state)
             yield check
     except Exception as error:
         # No iteration could be continued; another process may have created the folder first.
@@ -337,17 +345,17 @@ def _continued(
     folder: Path, trainer: Trainer, start: int | None, notice: Callable[[str], object]
 ) -> Iterator[Callable[[], None]]:
     """Hold the folder of a continued run, and load its state into the trainer."""
-    config = trainer.config
+    config, record = trainer.config, trainer.record
     with locked(folder) as check:
-        planned = run_config(folder, config).iterations
-        check_family(folder, config, trainer.fingerprint)
-        trainer.state = load_state(folder, config, trainer.state, start, trainer.fingerprint)
+        planned = read_record(folder)["config"]["options"]["iterations"]
+        check_family(folder, record)
+        trainer.state = load_state(folder, record, trainer.state, start)
         iteration = trainer.state.iteration
         if not iteration:  # it may have been killed before its first checkpoint
-            save_checkpoint(folder, config, trainer.state, trainer.fingerprint)
+            save_checkpoint(folder, record, trainer.state)
         if iteration < config.iterations != planned:
             change = schedule_change(config, planned, iteration)
             if change is not None:
                 notice(change)
-            plan(folder, config)
+            plan(folder, config.iterations)
         yield check

@@ -31,6 +31,7 @@ from metarl.learning.signals import inner_gradient_cosine
 from metarl.models.networks import Params, copied
 from metarl.models.policies import PolicyModel
 from metarl.models.settings import own_settings
+from metarl.parts import called
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.runs.checkpoints import versions
 from metarl.runs.fingerprint import fingerprint
@@ -86,6 +87,8 @@ class Trainer:
         )
         self._stack.callback(self.source.close)
         self.fingerprint = fingerprint(self.family, self.source.spaces)
+        self.record = {"config": config.to_json(), "family": self.fingerprint}
+        """Config and family as the files of a run contain them."""
         self.inner_loop = InnerLoop(adapter, self.pool)
 
     def _initial_state(self, adapter: Adapter) -> State:
@@ -243,7 +246,7 @@ class Trainer:
         if function is None or returns is None:
             return None
         everywhere = self.process_group.gather(returns)
-        weights = function(everywhere)
+        weights = called("task_weights", function, everywhere)
         if not isinstance(weights, Tensor) or weights.shape != everywhere.shape:
             shape = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise UserError(

@@ -8,12 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from metarl.cli.adaptation import Adaptation, one_of, parse_task
+from metarl.cli.adaptation import Adaptation, one_of, parse_task, training_family
 from metarl.cli.arguments import check_file
 from metarl.cli.streams import say
 from metarl.envs import guard
 from metarl.envs.errors import UserError
-from metarl.envs.registry import make_family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ def export(command: Export) -> int:
         if command.task:
             raise UserError(f"{what} is already adapted: remove --task")
         policy = load_policy(what)
-        family = make_family(policy.config.family, **policy.config.family_options)
+        family = training_family(policy)
     else:
         meta = load(what)
         family = meta.family

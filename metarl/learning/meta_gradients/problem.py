@@ -25,7 +25,7 @@ from metarl.learning.inner_loop import Adapted
 from metarl.learning.losses import Loss, task_losses
 from metarl.models.networks import Dist, Params, stack
 from metarl.models.samples import Samples
-from metarl.parts import Part
+from metarl.parts import Part, called
 
 SupportTerm = Callable[[Any, Dist, Any, slice], Tensor]
 """(model, its output at iterate k, the samples of iterate k, the chunk of tasks) -> [T].
@@ -126,7 +126,7 @@ class Problem(ABC):
         if self.objective.regularizer is None:
             return gradient, loss
         theta = {name: p.detach().requires_grad_() for name, p in meta.items()}
-        value = self.objective.regularizer(theta)
+        value = called("the regularizer", self.objective.regularizer, theta)
         if not (isinstance(value, Tensor) and value.shape == () and value.requires_grad):
             raise UserError(
                 "the regularizer must return one number, a tensor that depends on the"
