@@ -179,11 +179,19 @@ class _Factory:
 
 
 def _signature(
-    app: Sphinx, what: str, name: str, found: Any, options: Any, text: str, returned: str
+    app: Sphinx,
+    what: str,
+    name: str,
+    found: Any,
+    options: Any,
+    text: str | None,
+    returned: str | None,
 ) -> tuple[str, str] | None:
     """Leave out the fields of every part that users do not set; shorten factories to `...`."""
     if not (inspect.isclass(found) and dataclasses.is_dataclass(found)):
-        return _alias_names(text or ""), _alias_names(returned or "")
+        if text is None:  # an attribute
+            return None
+        return _alias_names(text), _alias_names(returned or "")
     hidden = ("policies", "source") if issubclass(found, Part) else ()
     signature = signature_of(found, type_aliases=app.config.autodoc_type_aliases)
     factories = {

@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 MOVED = {
     "README.md": "index.md",
-    "docs/README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }

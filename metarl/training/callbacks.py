@@ -43,8 +43,11 @@ class Run:
     """Run, as callbacks see it."""
 
     folder: Path
+    """Run folder."""
     config: Config
+    """Config of the run."""
     family: Family
+    """Task family of the run."""
     meta_policy: Callable[[], MetaPolicy]
     """Returns the current meta-parameters as a policy."""
     stopped: str = ""
@@ -60,12 +63,13 @@ class Iteration:
     """Iteration, as callbacks see it."""
 
     run: Run
+    """The run that the iteration belongs to."""
     number: int
     """Index of the iteration, from 1."""
     metrics: dict[str, Any]
     """Metrics as in `metrics.jsonl`; a copy."""
     tasks: Tasks
-    """[T, task_dim]"""
+    """Task vectors, [T, task_dim]."""
     returns_pre: NDArray[np.float64] | None
     """Mean return of each task before adaptation, [T]; None for supervised tasks."""
     returns_post: NDArray[np.float64] | None
