@@ -6,7 +6,7 @@ RUN := runs/first
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: install dev train test noise slow lint matrix matrix-whole
+.PHONY: install dev train test noise slow lint matrix matrix-whole docs
 
 install: .venv/installed
 dev: .venv/installed-dev
@@ -19,6 +19,11 @@ dev: .venv/installed-dev
 .venv/installed-dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	touch .venv/installed $@
+
+.venv/installed-docs: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[docs]"
 	touch .venv/installed $@
 
 # Half-cheetah learns to adapt to either direction in one step; stopped, it goes on where it was.
@@ -52,3 +57,8 @@ matrix: dev
 
 matrix-whole: dev
 	JOBS=$(JOBS) PYTHON=$(BIN)/python scripts/matrix.sh whole
+
+# The documentation site, build/docs/index.html. Warnings are errors: broken links, missing names.
+docs: .venv/installed-docs
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -b html -d build/doctrees -E -W --keep-going -q docs build/docs

@@ -26,8 +26,11 @@ class Family:
     """Kind of learning that the tasks are for: reinforcement or supervised."""
 
     name: str
+    """Name in tables, figures and run folders."""
     tasks: TaskDistribution
+    """Distribution of the task vector."""
     description: str = ""
+    """One line for `metarl families`."""
     units: Mapping[str, str] = field(default_factory=dict)
     """Units of task components and info entries, for the axes of pictures."""
     source: tuple[str, Mapping[str, Any]] | None = field(default=None, compare=False)

@@ -151,6 +151,10 @@ def _kind(name: str, options: Mapping[str, Any]) -> tuple[str | None, Mapping[st
 def make_family(name: str, **options: Any) -> TaskFamily:
     """Return a family of environments by its name, or by `module:attribute`, as `find_family` does.
 
+    Args:
+        name: a name that `metarl families` lists, or `module:attribute`.
+        options: options of the family.
+
     Raises:
         UserError: as in `find_family`, or the family has supervised tasks.
     """

@@ -103,8 +103,11 @@ class TaskDistribution(ABC):
 class Uniform(TaskDistribution):
     """Tasks drawn uniformly from a box, such as `Uniform({"velocity": (0.0, 2.0)})`.
 
-    Train and test tasks of one box come from different random streams. `test` gives another box for
-    test tasks, for extrapolation.
+    Train and test tasks of one box come from different random streams.
+
+    Args:
+        bounds: smallest and largest value of each component, by name.
+        test: another box for test tasks, for extrapolation.
 
     Raises:
         UserError: a lower bound is not below its upper bound, or `test` has other components.

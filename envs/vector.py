@@ -118,6 +118,14 @@ class TaskVectorEnv(VectorEnv):
 
     A backend implements `_begin`, `advance` and `_observe`.
 
+    Args:
+        family: the family.
+        num_tasks: number of tasks.
+        episodes: sub-environments of each task.
+        observation_space, action_space: spaces of one sub-environment.
+        autoreset_mode: NEXT_STEP or DISABLED.
+        metadata: metadata of the environments, such as the render modes.
+
     Raises:
         UserError: num_tasks or episodes is below 1, or autoreset_mode does not exist.
     """

@@ -21,7 +21,11 @@ from metarl.envs.registry import import_attribute
 
 
 def fixed(default: Any) -> Any:
-    """Return a dataclass field that belongs to the definition of a part and is not an option."""
+    """Return a dataclass field that belongs to the definition of a part and is not an option.
+
+    Args:
+        default: default value of the field.
+    """
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: default, metadata={"option": False})
     return dataclasses.field(default=default, metadata={"option": False})

@@ -26,7 +26,7 @@ from metarl.envs.registry import data_names, option_defaults
 from metarl.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-PAGES = {str(p.relative_to(ROOT)): p for p in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))}
+PAGES = {str(p.relative_to(ROOT)): p for p in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))}
 TEXTS = {name: path.read_text() for name, path in sorted(PAGES.items())}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -239,9 +239,7 @@ def test_every_page_is_in_the_index():
     assert pages == set(re.findall(r"\]\(([\w-]+\.md)\)", TEXTS["docs/README.md"]))
 
 
-def test_every_algorithm_and_family_is_described():
-    for name in algorithms():
-        assert f"| `{name}` |" in TEXTS["docs/algorithms.md"], name
+def test_every_family_is_described():
     for name in set(family_names()):
         assert f"`{name}`" in TEXTS["docs/families.md"], name
 

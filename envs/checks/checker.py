@@ -36,6 +36,7 @@ class Finding:
     check: str
     """Name in `CHECKS`."""
     message: str
+    """The fault and the remedy, in one line."""
     severity: Severity = "fault"
     """With "warning", training is possible; the message names the consequence or the doubt."""
 
@@ -126,5 +127,8 @@ def check_task_family(family: TaskFamily) -> list[Finding]:
 
     A family that only has warnings may be trained. The checks take seconds, because they play
     episodes in this process and in a worker process.
+
+    Args:
+        family: the family; `make_family` returns one by its name.
     """
     return [finding for checked in checks(family) for finding in checked.findings]

@@ -25,8 +25,11 @@ class Sim:
     """State of all simulations; arrays are live and read-only, [simulations, ...]."""
 
     qpos: Floats
+    """Generalized positions, [simulations, nq]."""
     qvel: Floats
+    """Generalized velocities, [simulations, nv]."""
     derived: Mapping[str, NDArray]
+    """The family's `fields`, by name, [simulations, ...] each."""
 
     def __getitem__(self, name: str) -> NDArray:
         """Return a derived field of MjData, such as sim["xpos"].
@@ -43,11 +46,13 @@ class Step(NamedTuple):
     """One step of all simulations, the argument of a reward; arrays are [simulations, ...]."""
 
     sim: Sim
+    """State after the step."""
     before: Floats
     """Result of the family's `track` before the step."""
     action: NDArray[np.float32]
     """Applied action: scaled and clipped to the actuators' bounds."""
     task: Floats
+    """Tasks, [simulations, task_dim]."""
     dt: float
     """Simulated time of a step, in seconds."""
     numbers: bool = False

@@ -34,7 +34,10 @@ def algorithms() -> dict[str, Algorithm]:
 
 
 def find_algorithm(what: str | Algorithm) -> Algorithm:
-    """Return an algorithm by name or `module:attribute`. An `Algorithm` is returned unchanged.
+    """Return an algorithm.
+
+    Args:
+        what: a name, `module:attribute`, or an algorithm, which is returned unchanged.
 
     Raises:
         UserError: it does not exist, or the module cannot be imported.

@@ -40,14 +40,21 @@ class Algorithm:
     """
 
     name: str
+    """Name of `--algorithm`, and in tables and figures."""
     summary: str = ""
+    """One line for `metarl algorithms`."""
     citation: str = ""
+    """Paper, with its arXiv identifier."""
     inner: InnerUpdate = field(default_factory=GradientUpdate)
+    """Adaptation to one task."""
     meta: MetaGradient = field(default_factory=Unrolled)
+    """Gradient of the meta-objective."""
     outer: OuterOptimizer = field(default_factory=TrustRegion)
     """An outer optimizer, the name of one, or a class of torch.optim."""
     advantage: Advantages | None = field(default_factory=Advantages)
+    """Estimation of advantages; None on data sets."""
     baseline: Baseline | None = field(default_factory=LinearFeatures)
+    """Values that are subtracted from returns, or the name of a baseline; None on data sets."""
     outer_loss: Loss | None = None
     """Loss of the adapted policies on the query samples. None: the likelihood ratio for policies,
     or the inner loss for a data set."""

@@ -1,8 +1,15 @@
 """Almost no inner loop (Raghu et al. 2020): only the last layer adapts.
 
-As `maml_trpo`, with theta = (body, head):
+for each iteration:
+    sample tasks
+    for each task:
+        sample support episodes with theta = (body, head)
+        head' = head - alpha grad_head L_support(body, head)
+        sample query episodes with (body, head')
+    g = d/dtheta mean L_query(body, head'(theta))           through the inner step
+    theta = TRPO step along g                               mean KL of the adapted <= max_kl
 
-            head' = head - alpha grad_head L_support(body, head)
+alpha is inner.step_sizes, max_kl is outer.max_kl.
 """
 
 from __future__ import annotations

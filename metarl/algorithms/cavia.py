@@ -1,8 +1,15 @@
 """Fast context adaptation (Zintgraf et al. 2019): only a context input adapts.
 
-As `maml_trpo`, with a context c as additional input, which starts at zero for every task:
+for each iteration:
+    sample tasks
+    for each task:
+        sample support episodes with theta and the context c = 0
+        c' = 0 - alpha grad_c L_support(theta, c = 0)
+        sample query episodes with theta and c'
+    g = d/dtheta mean L_query(theta, c'(theta))             through the inner step
+    theta = TRPO step along g                               mean KL of the adapted <= max_kl
 
-            c' = 0 - alpha grad_c L_support(theta, c = 0)
+c has inner.context components, alpha is inner.step_sizes, max_kl is outer.max_kl.
 """
 
 from __future__ import annotations

@@ -1,9 +1,16 @@
 """MAML with the loaded DiCE inner objective (Foerster et al. 2018; Farquhar et al. 2019).
 
-As `maml_trpo`, with an inner objective whose higher derivatives contain the scores of earlier
-actions:
+for each iteration:
+    sample tasks
+    for each task:
+        sample support episodes with theta
+        theta' = theta - alpha grad L_dice(theta)           `dice` in metarl/learning/losses.py
+        sample query episodes with theta'
+    g = d/dtheta mean L_query(theta'(theta))                through the inner step
+    theta = TRPO step along g                               mean KL of the theta' <= max_kl
 
-            theta' = theta - alpha grad L_dice(theta)           `dice` in metarl/learning/losses.py
+alpha is inner.step_sizes, max_kl is outer.max_kl. Higher derivatives of L_dice contain the scores
+of earlier actions, discounted by inner.decay.
 """
 
 from __future__ import annotations

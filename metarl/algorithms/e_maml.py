@@ -1,10 +1,17 @@
 """E-MAML (Stadie et al. 2018): credit the pre-update sampling for the post-update return.
 
-As `maml_trpo`, with an additional term in the meta-gradient:
+for each iteration:
+    sample tasks
+    for each task:
+        sample support episodes with theta
+        theta' = theta - alpha grad L_support(theta)        policy gradient, K steps
+        sample query episodes with theta'
+        credit = return of the query episodes - its expected value
+    g = d/dtheta mean (L_query(theta') - c credit log pi_theta(support actions))
+    theta = TRPO step along g                               mean KL of the theta' <= max_kl
 
-        g = d/dtheta mean (L_query(theta') - credit * log pi_theta(support actions))
-
-where credit is the return of a task's query episodes minus its expected value.
+alpha is inner.step_sizes, K is inner.steps, c is meta.sampling_coef, max_kl is outer.max_kl.
+A regression of returns on the task vectors of the other tasks predicts the expected value.
 """
 
 from __future__ import annotations

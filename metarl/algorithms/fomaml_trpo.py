@@ -1,8 +1,15 @@
 """First-order MAML with a trust region (Finn et al. 2017, section 5.2).
 
-As `maml_trpo`, with the identity as d theta' / d theta:
+for each iteration:
+    sample tasks
+    for each task:
+        sample support episodes with theta
+        theta' = theta - alpha grad L_support(theta)        policy gradient, K steps
+        sample query episodes with theta'
+    g = mean dL_query / dtheta'                             d theta' / d theta = 1
+    theta = TRPO step along g                               mean KL of the theta' <= max_kl
 
-        g = mean dL_query / d theta'
+alpha is inner.step_sizes, K is inner.steps, max_kl is outer.max_kl.
 """
 
 from __future__ import annotations
@@ -13,6 +20,6 @@ from metarl.learning.meta_gradients.unrolled import FirstOrder
 fomaml_trpo = Algorithm(
     name="fomaml-trpo",
     summary="as maml-trpo, the inner steps' Jacobian taken for the identity",
-    citation="Finn et al. 2017, section 5.2; Nichol et al. 2018, arXiv:1803.02999",
+    citation="Finn et al. 2017, arXiv:1703.03400; Nichol et al. 2018, arXiv:1803.02999",
     meta=FirstOrder(),
 )

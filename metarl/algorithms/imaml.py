@@ -4,10 +4,13 @@ for each iteration:
     sample tasks
     for each task:
         sample support episodes with theta
-        theta' = argmin L_support(phi) + lambda / 2 |phi - theta|^2     by gradient descent
+        theta' = argmin L_support(phi) + lambda / 2 |phi - theta|^2     M steps of size alpha
         sample query episodes with theta'
         g_task = (I + H / lambda)^-1 grad L_query(theta')               by conjugate gradient
     theta = Adam step along mean g_task
+
+lambda is inner.proximal, M is inner.updates, alpha is inner.step_sizes. H is the Hessian of
+L_support at theta'. meta.cg_iterations is the number of iterations of conjugate gradient.
 """
 
 from __future__ import annotations

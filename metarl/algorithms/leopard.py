@@ -1,9 +1,14 @@
 """LEOPARD (Bansal et al. 2020): the last layer is generated from the support.
 
-As `maml_reinforce`, for few-shot classification:
+for each iteration:
+    sample tasks, and the support and query of each
+    for each task:
+        (W_k, b_k) = mean over class k of generator(embedding)
+        theta' = theta - alpha[layer, step] grad L_support(theta)   upper layers only, alpha learned
+    g = d/d(theta, alpha) mean L_query(theta'(theta, alpha))
+    (theta, alpha) = Adam step along g
 
-            (W_k, b_k) = mean over class k of generator(embedding)
-            theta' = theta - alpha grad L_support(theta)        upper layers only, alpha learned
+alpha starts at inner.step_sizes. Adam's step size is outer.learning_rate.
 """
 
 from __future__ import annotations

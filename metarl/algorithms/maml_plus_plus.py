@@ -1,13 +1,16 @@
 """MAML++ (Antoniou et al. 2019): learned step sizes, a multi-step loss, annealed order.
 
-As `maml_reinforce`, with K inner steps:
+for each iteration:
+    sample tasks
+    for each task, for each of K steps:
+        sample episodes with theta_k                                        theta_0 = theta
+        theta_{k+1} = theta_k - alpha[layer, k] grad L_support(theta_k)     alpha learned
+    g = d/d(theta, alpha) mean sum_k w_k L_query(theta_k)   of first order at first
+    (theta, alpha) = Adam step along g                      on a cosine schedule
 
-            theta_{k+1} = theta_k - alpha[layer, k] grad L_support(theta_k)     alpha learned
-        g = d/d(theta, alpha) mean sum_k w_k L_query(theta_k)   of first order at first
-        (theta, alpha) = Adam step along g                      on a cosine schedule
-
-The weights w_k start equal. Over the first `anneal_fraction` of the run, they move to the last
-step. After that, the meta-gradient is second order.
+K is inner.steps, alpha starts at inner.step_sizes. The weights w_k start equal. Over the first
+meta.anneal_fraction of the run, they move to the last step. After that, the meta-gradient is
+second order. The schedule is outer.schedule.
 """
 
 from __future__ import annotations

@@ -1,8 +1,15 @@
 """MAML with Adam on the policy gradient (Finn et al. 2017).
 
-As `maml_trpo`, with another last line:
+for each iteration:
+    sample tasks
+    for each task:
+        sample support episodes with theta
+        theta' = theta - alpha grad L_support(theta)        policy gradient, K steps
+        sample query episodes with theta'
+    g = d/dtheta mean L_query(theta'(theta))                through the inner steps
+    theta = Adam step along g
 
-        theta = Adam step along g
+alpha is inner.step_sizes, K is inner.steps. Adam's step size is outer.learning_rate.
 """
 
 from __future__ import annotations

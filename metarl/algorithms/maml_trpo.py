@@ -4,10 +4,13 @@ for each iteration:
     sample tasks
     for each task:
         sample support episodes with theta
-        theta' = theta - alpha grad L_support(theta)        policy gradient
+        theta' = theta - alpha grad L_support(theta)        policy gradient, K steps
         sample query episodes with theta'
-    g = d/dtheta mean L_query(theta'(theta))                through the inner step
+    g = d/dtheta mean L_query(theta'(theta))                through the inner steps
     theta = TRPO step along g                               mean KL of the theta' <= max_kl
+
+alpha is inner.step_sizes, K is inner.steps. meta.second_order weights the second derivatives,
+outer.max_kl bounds the step.
 """
 
 from __future__ import annotations

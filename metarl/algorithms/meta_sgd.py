@@ -1,9 +1,15 @@
 """Meta-SGD (Li et al. 2017): a step size, and its sign, for every parameter.
 
-As `maml_trpo`, with alpha a vector of meta-parameters:
+for each iteration:
+    sample tasks
+    for each task:
+        sample support episodes with theta
+        theta' = theta - alpha * grad L_support(theta)      elementwise, alpha learned
+        sample query episodes with theta'
+    g = d/d(theta, alpha) mean L_query(theta'(theta, alpha))
+    (theta, alpha) = TRPO step along g                      mean KL of the theta' <= max_kl
 
-            theta' = theta - alpha * grad L_support(theta)      elementwise
-        (theta, alpha) = TRPO step along d/d(theta, alpha) mean L_query(theta')
+alpha starts at inner.step_sizes, max_kl is outer.max_kl.
 """
 
 from __future__ import annotations

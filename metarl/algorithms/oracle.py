@@ -2,7 +2,9 @@
 
 for each iteration:
     sample tasks, and episodes of each with theta(task)
-    theta = TRPO step on all episodes                       no inner step
+    theta = TRPO step on all episodes                       no inner step, KL <= max_kl
+
+max_kl is outer.max_kl.
 """
 
 from __future__ import annotations

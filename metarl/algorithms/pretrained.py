@@ -2,7 +2,9 @@
 
 for each iteration:
     sample tasks, and episodes of each with theta
-    theta = TRPO step on all episodes                       no inner step
+    theta = TRPO step on all episodes                       no inner step, KL <= max_kl
+
+max_kl is outer.max_kl. Evaluation takes inner steps of size inner.step_sizes.
 """
 
 from __future__ import annotations

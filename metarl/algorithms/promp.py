@@ -1,11 +1,17 @@
 """Proximal meta-policy search (Rothfuss et al. 2019, algorithm 1).
 
-As `maml_ppo`, with an inner surrogate of low-variance curvature and a penalty:
+for each iteration:
+    sample tasks
+    for each task:
+        sample support episodes with theta
+        theta' = theta - alpha grad mean ratio A            ratio = pi_theta / pi_old at theta = old
+        sample query episodes with theta'
+    repeat N times, on the same episodes:
+        g = d/dtheta mean (clipped surrogate of theta' + eta KL(pi_old || pi_theta))
+        theta = Adam step along g
 
-            theta' = theta - alpha grad mean ratio A            pi_theta / pi_old, at theta = old
-        repeat 5 times, on the same episodes:
-            g = d/dtheta mean (clipped surrogate of theta' + eta KL(pi_old || pi_theta))
-            theta = Adam step along g
+alpha is inner.step_sizes, eta is meta.inner_kl_coef, N is outer.steps. Likelihood ratios are
+clipped to 1 +- outer.clip. The inner surrogate has a low-variance curvature.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""Reference: the random initialization; training does not change it (Finn et al. 2017)."""
+"""Reference: the random initialization; training does not change it (Finn et al. 2017).
+
+theta = random initialization
+in evaluation: theta' = theta - alpha grad L_support(theta)
+
+alpha is inner.step_sizes.
+"""
 
 from __future__ import annotations
 

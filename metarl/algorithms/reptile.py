@@ -3,9 +3,12 @@
 for each iteration:
     sample tasks
     for each task:
+        theta_0 = theta
         repeat K times: sample episodes with theta_k, theta_{k+1} = theta_k - alpha grad L(theta_k)
     g = mean (theta - theta_K)                              no query episodes
     theta = Adam step along g
+
+alpha is inner.step_sizes, K is inner.steps. Adam's step size is outer.learning_rate.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def with_options(kind: type, config: Config) -> type:
     """Return a command's dataclass with a field for every option of a config."""
     fields: list[tuple[str, Any, Any]] = [
         _field("family", Annotated[str, tyro.conf.Positional, tyro.conf.arg(
-            metavar="[FAMILY]", help=_helps(Config)["family"])], config.family),
+            metavar="[FAMILY]", help=help_texts(Config)["family"])], config.family),
         _field("preset", Annotated[str | None, _arg("preset", Config)], config.preset),
         _field("algorithm", Annotated[str, _arg("algorithm", Config)], config.algorithm.source),
         _field("family_options", Annotated[tuple[str, ...], _arg("family_options", Config)], ()),
@@ -69,7 +69,7 @@ def with_options(kind: type, config: Config) -> type:
          dataclasses.field(default=f.default))
         for f in dataclasses.fields(kind)
     ]  # fmt: skip
-    helps = _helps(kind)
+    helps = help_texts(kind)
     own = [(n, Annotated[t, tyro.conf.arg(help=helps.get(n, ""))], d) for n, t, d in own]
     return dataclasses.make_dataclass(kind.__name__, fields + own, kw_only=True)
 
@@ -148,11 +148,11 @@ def _field(name: str, annotation: Any, default: Any) -> tuple[str, Any, Any]:
 
 def _arg(name: str, kind: type, key: str | None = None) -> Any:
     flag = (key or name).replace("_", "-")
-    return tyro.conf.arg(name=flag, help=_helps(kind).get(name, ""))
+    return tyro.conf.arg(name=flag, help=help_texts(kind).get(name, ""))
 
 
 @cache
-def _helps(kind: type) -> Mapping[str, str]:
+def help_texts(kind: type) -> Mapping[str, str]:
     """Return the documentation of a dataclass's fields by name, each as one paragraph."""
     from docstring_parser import parse, parse_from_object
 

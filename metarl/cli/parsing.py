@@ -103,14 +103,20 @@ def first_name(words: Sequence[str], switches: Collection[str]) -> str:
 def flags_of(kind: type) -> dict[str, Flag]:
     """Return the flags of a command's dataclass by name, including the negated switches."""
     found: dict[str, Flag] = {}
-    for name, hint in _hints(kind).items():
-        if any(marker is tyro.conf.Positional for marker in _markers(hint)):
-            continue
-        flag = _flag(_flag_name(name, hint), hint)
+    for flag in flags_by_field(kind).values():
         found[flag.name] = flag
         if flag.kind is bool:
             found[flag.switch_off] = flag
     return found
+
+
+def flags_by_field(kind: type) -> dict[str, Flag]:
+    """Return the flag of each field of a command's dataclass, without the command's names."""
+    return {
+        name: _flag(_flag_name(name, hint), hint)
+        for name, hint in _hints(kind).items()
+        if not any(marker is tyro.conf.Positional for marker in _markers(hint))
+    }
 
 
 def _hints(kind: type) -> dict[str, Any]:

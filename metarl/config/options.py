@@ -53,6 +53,7 @@ class Config:
     """Meta-learning algorithm: a name that `metarl algorithms` lists, or module:attribute. Its
     parts have the options inner.*, meta.*, outer.*, advantage.* and baseline.*."""
     policy: ModelOptions = field(default_factory=PolicyOptions)
+    """Model of the policy or predictor, with the options policy.*."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Policy that the run started from, its iteration and checksum; empty: a random start."""
     iterations: int = 100

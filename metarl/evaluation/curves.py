@@ -61,7 +61,9 @@ class Curve:
     per_seed: Floats
     """Mean over episodes, [seeds, tasks, K + 1]; each seed is a separate training."""
     algorithm: str = "maml-trpo"
+    """Name of the algorithm."""
     seeds: list[int] = field(default_factory=lambda: [0])
+    """Seed of each training."""
     achieved: Mapping[str, Floats] = field(default_factory=dict)
     """Achieved value of a component of the task, [tasks, K + 1]: the mean over steps, episodes and
     seeds. If the components are a position in the plane, the mean over the ends of episodes."""
@@ -73,7 +75,9 @@ class Curve:
     functions: Floats | None = None
     """Predictions for the first tasks, [tasks, K + 1, points], if inputs are scalars."""
     measure: Measure = RETURN
+    """The measure, such as the return or the accuracy."""
     role: RowRole = "meta-learner"
+    """Role in the evaluation: meta-learner, or a kind of reference."""
     per_episode: Floats | None = None
     """Return of each episode, [seeds, tasks, K + 1, episodes]; NaN if it diverged; None for a data
     set."""
@@ -223,9 +227,13 @@ class Difference:
     """Mean difference over tasks, with its interval."""
 
     mean: float
+    """Mean over tasks."""
     low: float
+    """Lower end of the 95 % interval."""
     high: float
+    """Upper end of the 95 % interval."""
     measure: Measure
+    """Measure of both curves."""
 
     def __str__(self) -> str:
         mean, low, high = map(self.measure.number, (self.mean, self.low, self.high))

@@ -79,6 +79,7 @@ def evaluate(
         family_options: options of the family that differ from training, for instance another
             horizon or task range. Observations, actions and task components must stay the same.
         episodes: episodes per task, for each inner step and for each measured return.
+        steps: number of inner steps.
         seed: seed of the episodes and of drawn tasks; the same for every policy.
         step_sizes: one for each step, the last repeated; by default the policy's step sizes.
         references: other policies of the family, evaluated on the same tasks. An untrained one

@@ -21,11 +21,13 @@ class EvaluationResult:
     """Curve of an evaluated policy, curves of references on the same tasks, and the setting."""
 
     curve: Curve
+    """Curve of the evaluated policy."""
     references: Mapping[str, Curve]
     """Curves of the random initialization and other references, by name."""
     setting: Mapping[str, Any] = field(default_factory=dict)
     """Family, tasks and other settings of the evaluation."""
     name: str = "this policy"
+    """Name of the policy in tables and figures."""
 
     @property
     def rows(self) -> dict[str, Curve]:

@@ -110,7 +110,13 @@ def task_losses(loss: Loss, model: Any, output: Dist, samples: Samples) -> Tenso
 
 
 def log_likelihood(policy: PolicyModel, dist: Dist, batch: Batch) -> Tensor:
-    """REINFORCE (Williams 1992): -E[log pi(a | s) A], [T]; the inner loss of Finn et al. 2017."""
+    """REINFORCE (Williams 1992): -E[log pi(a | s) A], [T]; the inner loss of Finn et al. 2017.
+
+    Args:
+        policy: policy model.
+        dist: parameters of its distribution at the samples, [T, samples, ...] each.
+        batch: samples of T tasks.
+    """
     log_prob = policy.log_prob(dist, batch.action)
     return -(batch.weight * batch.advantage * log_prob).sum(dim=1)
 
@@ -121,6 +127,11 @@ def likelihood_ratio(policy: PolicyModel, dist: Dist, batch: Batch) -> Tensor:
     Schulman et al. 2015, eq. 14 (arXiv:1502.05477). As an inner loss, it has the low-variance
     curvature of Rothfuss et al. 2019, eq. 14 (arXiv:1810.06784). Its Hessian at the old parameters
     is the Hessian of the mean of (grad^2 log pi + grad log pi grad log pi') A.
+
+    Args:
+        policy: policy model.
+        dist: parameters of its distribution at the samples, [T, samples, ...] each.
+        batch: samples of T tasks.
     """
     ratio = (policy.log_prob(dist, batch.action) - batch.old_log_prob).exp()
     return -(batch.weight * batch.advantage * ratio).sum(dim=1)
@@ -130,6 +141,12 @@ def clipped_ratio(policy: PolicyModel, dist: Dist, batch: Batch, *, clip: float)
     """PPO's pessimistic surrogate, -E[min(r A, clip(r, 1 - c, 1 + c) A)], [T].
 
     Schulman et al. 2017, eq. 7 (arXiv:1707.06347).
+
+    Args:
+        policy: policy model.
+        dist: parameters of its distribution at the samples, [T, samples, ...] each.
+        batch: samples of T tasks.
+        clip: clip range c.
     """
     ratio = (policy.log_prob(dist, batch.action) - batch.old_log_prob).exp()
     cut = ratio.clamp(1.0 - clip, 1.0 + clip)
@@ -145,6 +162,12 @@ def dice(policy: PolicyModel, dist: Dist, batch: Batch, *, decay: float = 1.0) -
     gradient is the policy gradient at any d. At d = 1, higher derivatives are unbiased, and their
     variance grows with the horizon. At d = 0, they equal the derivatives of the likelihood ratio.
     The value is 0.
+
+    Args:
+        policy: policy model.
+        dist: parameters of its distribution at the samples, [T, samples, ...] each.
+        batch: samples of T tasks.
+        decay: d, in [0, 1].
 
     Raises:
         ValueError: the samples are not whole episodes.

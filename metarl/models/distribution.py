@@ -94,7 +94,7 @@ class Distribution(Part, ABC):
             free: see `free`; [...] each.
 
         Returns:
-            by default {"output": output}.
+            parameters by name; by default only the output, under the name "output".
         """
         return {"output": output}
 

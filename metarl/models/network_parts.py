@@ -171,6 +171,7 @@ class ModulePart(NetworkPart):
     structured: ClassVar[bool] = True
 
     factory: Factory = fixed(None)
+    """Function of the observation space and the number of outputs that returns the module."""
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -185,11 +185,15 @@ class MLP(Network):
     outputs: int
     """Size of one output."""
     hidden: tuple[int, ...] = (64, 64)
+    """Sizes of the hidden layers."""
     activation: Activation = "tanh"
+    """Activation of the hidden layers."""
     context_dim: int = 0
+    """Size of the context input; 0: none."""
     output_scale: float = 1.0
     """Factor of the last layer's initial weights."""
     encoder: Encoder | None = None
+    """Network before the hidden layers; None: inputs are vectors."""
     images: bool = False
     """Whether inputs are stored as bytes."""
 

@@ -63,6 +63,7 @@ class Examples(Samples):
     targets: Tensor
     """[T, N, size] for regression, or [T, N] class numbers of 0 ... C - 1 (int64)."""
     weight: Tensor
+    """[T, N]; sums to 1 for each task, and is 0 for examples that do not exist."""
     classes: Tensor | None = None
     """[T, C] bool; mask of a task's classes. None: all classes."""
     context: Tensor | None = None

@@ -21,11 +21,13 @@ class AdaptedPredictor:
     """Regressor or classifier of one task."""
 
     model: Predictor
+    """The predictor as a function of its parameters."""
     params: Params
     """Parameters, not stacked."""
     classes: torch.Tensor | None = None
     """[1, C]; classes that the examples had. Only these are predicted; None: all classes."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Training and adaptation that it comes from."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", copied(self.params))

@@ -129,6 +129,9 @@ def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
 def load_policy(path: str | Path) -> Policy:
     """Return an adapted policy from a file that `metarl adapt` or `Policy.save` wrote.
 
+    Args:
+        path: the file.
+
     Raises:
         CheckpointError: the file is missing, damaged or not an adapted policy.
         UserError: the training family cannot be created. A custom family must be importable by its

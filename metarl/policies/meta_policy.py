@@ -76,6 +76,7 @@ class MetaPolicy:
     """Meta-parameters by name, float32, not stacked. Network parameters, such as `layer0.weight`
     [inputs, outputs]; also learned step sizes or the fitted factor of step sizes, if any."""
     config: Config
+    """Config of the training."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Iterations, env steps and versions of the training."""
     trained_on: Fingerprint = field(default_factory=dict)

@@ -58,12 +58,14 @@ class _Episode:
 class OnlineAdapter:
     """Adapter of a meta-policy to one task from given transitions. It steps no environment itself.
 
-    adapter = meta_policy.adapter()
-    while ...:
-        action = adapter.act(observation)
-        ...
-        adapter.add(observation, action, reward, terminated, truncated)
-    policy = adapter.adapted()
+    In a loop of your own:
+
+        adapter = meta_policy.adapter()
+        while ...:
+            action = adapter.act(observation)
+            ...
+            adapter.add(observation, action, reward, terminated, truncated)
+        policy = adapter.adapted()
 
     Each call of `adapted` takes one inner step on the transitions since the previous call. Later
     actions use the new parameters. An episode continues across calls of `add` until it ends or

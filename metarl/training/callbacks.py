@@ -42,9 +42,11 @@ class Run:
     """Run, as callbacks see it."""
 
     folder: Path
+    """Run folder."""
     options: Mapping[str, Any]
     """Values of the config by key, such as `family`, `seed` or `inner.steps`, as JSON values."""
     family: Family
+    """Task family of the run."""
     measure: str
     """Measure of adaptation in the metrics: return, or loss for supervised tasks."""
     meta_policy: Callable[[], MetaPolicy]
@@ -62,12 +64,13 @@ class Iteration:
     """Iteration, as callbacks see it."""
 
     run: Run
+    """The run that the iteration belongs to."""
     number: int
     """Index of the iteration, from 1."""
     metrics: dict[str, Any]
     """Metrics as in `metrics.jsonl`; a copy."""
     tasks: Tasks
-    """[T, task_dim]"""
+    """Task vectors, [T, task_dim]."""
     returns_pre: NDArray[np.float64] | None
     """Mean return of each task before adaptation, [T]; None for supervised tasks."""
     returns_post: NDArray[np.float64] | None

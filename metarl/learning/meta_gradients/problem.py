@@ -40,12 +40,15 @@ class Objective:
     """Meta-objective of one iteration: the query loss and additional terms of the algorithm."""
 
     outer_loss: Loss
+    """Loss of the adapted models on the query samples."""
     step_weights: tuple[float, ...] = ()
     """Weights of the losses of iterates 1 ... K (MAML++); empty: only the last."""
     support_terms: Sequence[SupportTerm] = ()
+    """Terms on the support samples that are added to the loss, such as ProMP's penalty."""
     task_weights: Tensor | None = None
     """[T] of this process, with mean 1 over all tasks; None: equal weights."""
     regularizer: Regularizer | None = None
+    """Function of the meta-parameters that is added to the meta-objective."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,19 @@ class Problem(ABC):
     """Samples of one iteration, with the adaptation of meta-parameters to them."""
 
     adapter: Adapter
+    """Inner update of the model."""
     batches: Sequence[Samples]
     """K support batches, then the query batch if there is one."""
     pool: ChunkPool
+    """Threads that share the chunks of tasks."""
     objective: Objective
+    """Meta-objective of the iteration."""
     sampled_with: Params = field(default_factory=dict)
     """Meta-parameters that the samples were drawn with."""
     iterates: Sequence[Params] = ()
     """theta_1 ... theta_K of the inner loop from `sampled_with`, stacked."""
     chunk: int = CHUNK
+    """Number of tasks that are differentiated together."""
     device: str = "cpu"
     """Device of the products. Only vectors of the size of the parameters are copied back."""
 
@@ -196,15 +203,19 @@ class Sampled:
     """Samples of one iteration, and further inputs of a meta-gradient."""
 
     adapter: Adapter
+    """Inner update of the model."""
     adapted: Adapted
     """Result of the inner loop from its `meta`."""
     pool: ChunkPool
+    """Threads that share the chunks of tasks."""
     objective: Objective
     """Objective without the terms of the meta-gradient itself."""
     progress: float = 0.0
     """Progress of the run, from 0 to 1."""
     chunk: int = CHUNK
+    """Number of tasks that are differentiated together."""
     device: str = "cpu"
+    """Device of the update."""
     permutation: Callable[[int], Tensor] = torch.randperm
     """Function of n that returns 0 ... n - 1 in a random order, the same at every call."""
 
