@@ -1,4 +1,4 @@
-"""What is promised when something breaks. docs/faults.md lists every test here."""
+"""What is promised when something breaks. guarantees.txt lists every test here."""
 
 from __future__ import annotations
 
@@ -827,16 +827,22 @@ def test_writing_to_links_and_pipes_keeps_them(tmp_path):
 # The table ----------------------------------------------------------------------------------------
 
 
-def test_the_table_of_faults_names_every_test():
-    text = (ROOT / "docs" / "faults.md").read_text()
-    table = text.partition("| fault |")[2].partition("\n\n")[0].splitlines()[2:]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    named = [name for row in rows for name in re.findall(r"`(\w+)::(\w+)`", row[-1])]
-    assert all(len(row) == 4 and all(row) and "::" in row[-1] for row in rows)
-    for module, name in named:
+def test_the_tables_of_faults_and_the_tests_agree():
+    text = (ROOT / "tests" / "guarantees.txt").read_text()
+    promised = {
+        fault: re.findall(r"    (\w+)::(\w+)\n", names)
+        for fault, names in re.findall(r"^([^#\s].*)\n((?:    \w+::\w+\n)+)", text, re.M)
+    }
+    assert sum(map(len, promised.values())) == text.count("::")
+    for module, name in (test for tests in promised.values() for test in tests):
         assert name in names_of_tests(module), f"{module} has no {name}"
-    here = names_of_tests("test_faults") - {"test_the_table_of_faults_names_every_test"}
-    assert here == {name for module, name in named if module == "test_faults"}
+    here = names_of_tests("test_faults") - {"test_the_tables_of_faults_and_the_tests_agree"}
+    assert here == {n for tests in promised.values() for m, n in tests if m == "test_faults"}
+    page = (ROOT / "docs" / "faults.md").read_text()
+    tables = re.findall(r"^\| fault \| what happens \|\n\|.*\n((?:\|.*\n)+)", page, re.M)
+    rows = [line.strip("|").split(" | ") for table in tables for line in table.splitlines()]
+    assert [row[0].strip() for row in rows] == list(promised)
+    assert all(len(row) == 2 and row[1].strip() for row in rows)
 
 
 def names_of_tests(module: str) -> set[str]:

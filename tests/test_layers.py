@@ -1,4 +1,4 @@
-"""A module imports only what stands above it in the documentation's list of modules."""
+"""A module imports only modules above it in `import_order.txt`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "architecture.md").read_text()
+ORDER = (ROOT / "tests" / "import_order.txt").read_text()
 TOP = "metarl"
-"""Room of the modules that are in no folder."""
+"""Package of the modules that are in no folder."""
 ROOMS = {
-    room: re.findall(r"^\| `([\w.]*\w|(?:\w+\.)?\*)` \|", text, re.M)
-    for room, text in re.findall(r"^### `(\w+)`\n(.*?)(?=^##)", PAGE, re.M | re.S)
+    room: rows.split()
+    for room, rows in re.findall(r"^(\w+)\n((?:    [\w.*]+\n)+)", ORDER, re.M)
 }
-"""Rooms in their order, and the rows of each in theirs, as the documentation lists them."""
+"""Packages in their order, and the modules of each in theirs."""
 
 ENTRY = {"metarl.__init__", "metarl.__main__", "envs.__init__"}
 """Files that only name what others have."""
@@ -34,7 +34,7 @@ MODULES = {name for name in FILES if not name.endswith("__init__")} - ENTRY
 
 
 def places() -> dict[str, int]:
-    """Return each module's place in the order; modules of one row with a star share a place."""
+    """Return each module's place in the order; the modules of a star share a place."""
     rows = [f"{room}.{row}" for room, names in ROOMS.items() for row in names]
     found = {row: place for place, row in enumerate(rows) if not row.endswith("*")}
     for place, row in enumerate(rows):
@@ -89,6 +89,14 @@ def test_every_module_has_its_place():
     folders = {path.name for path in (ROOT / "metarl").iterdir() if list(path.glob("*.py"))}
     assert set(ROOMS) == {"envs", TOP, *folders}
     assert set(PLACES) == MODULES
+    lines = [line for line in ORDER.splitlines() if line.strip() and not line.startswith("#")]
+    assert len(lines) == sum(map(len, ROOMS.values())) + len(ROOMS)  # no line is left unread
+
+
+def test_the_documentation_lists_the_packages_in_their_order():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    table = page.partition("| package |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `([\w]+)` \|", table, re.M) == [r for r in ROOMS if r != TOP]
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

@@ -21,7 +21,8 @@ Columns = Mapping[str, Sequence[Any]]
 def columns(rows: Mapping[str, Curve], setting: Mapping[str, Any]) -> Columns:
     """Return the columns of an evaluation by name, with equal lengths; None is a missing value.
 
-    docs/usage.md lists the columns. `episode` and `success` are omitted if no row has a value.
+    `EvaluationResult.to_csv` describes them. `episode` and `success` are omitted if no row has a
+    value.
 
     Args:
         rows: curves by name.

@@ -123,7 +123,13 @@ class EvaluationResult:
         }  # fmt: skip
 
     def to_csv(self, path: str | Path) -> None:
-        """Write every episode's return as CSV, in long format; see `frames.columns`.
+        """Write every episode's return as CSV, in long format.
+
+        A row is one episode. Its columns are `policy` and `algorithm`, `task` (an index) and
+        `task_NAME` for each component, `outside_training`, `step` (the number of inner steps),
+        `seed` (of the training), `episode`, `return`, and `success` (0 or 1). For a data set, a row
+        is one task, with `loss` or `accuracy` instead of `return` and no `episode`. Columns without
+        any value are omitted.
 
         Raises:
             OSError: the file cannot be written.
@@ -133,7 +139,7 @@ class EvaluationResult:
     def to_frame(self) -> Any:
         """Return every episode's return as a `pandas.DataFrame` in long format.
 
-        The columns are the same as in `to_csv`. For a data set, a row is a task's loss or accuracy.
+        The columns are the same as in `to_csv`.
 
         Raises:
             UserError: pandas is not installed.

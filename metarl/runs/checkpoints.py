@@ -3,6 +3,20 @@
 The format is safetensors, so reading a file runs no code. The header contains a JSON text. It also
 contains the SHA-256 of that text and of every tensor's name, type, shape and bytes. A truncated or
 altered file is refused.
+
+    checkpoint    meta.NAME, outer.NAME, baseline.NAME, callback.NAME/KEY
+    meta-policy   the meta-parameters by name, baseline.NAME
+    adapted       the adapted parameters by name
+
+The JSON text has `format`, `kind` ("checkpoint", "policy", "adapted"), `config`, `family` and
+`versions`. A checkpoint adds `machine`, `iteration`, `env_steps`, other counters, and `callbacks`
+with their remaining values; a meta-policy adds `iteration` and `env_steps`; an adapted policy adds
+`adapted`: task, steps, episodes and seed. `family` is the fingerprint of the family: horizon, task
+components and ranges, spaces. Files without one are not compared.
+
+`config`, as in `config.json`, has `family`, `family_options`, `preset`, `algorithm` and the value of
+every option by key in `options`. `named` is false if the algorithm was given as an object, which
+cannot be found again. `origin` is the policy that the run started from, with its checksum.
 """
 
 from __future__ import annotations

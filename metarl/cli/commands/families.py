@@ -32,9 +32,9 @@ def families(command: Families) -> int:
         say(f"{name}\n    {family.description}\n    tasks: {tasks}")
         options = option_defaults(name)
         say("    options: " + ", ".join(f"{k}={v}" for k, v in options.items()))
-    say("\nsupervised tasks (docs/supervised.md):\n")
+    say("\nsupervised tasks (docs/tutorials/few-shot.md):\n")
     for name in data_names():
         options = ", ".join(f"{k}={v}" for k, v in option_defaults(name).items())
         say(f"{name}\n    {description(name)}\n    options: {options}")
-    say("\nYour own: metarl check my_module:my_family, then train (see docs/families.md)")
+    say("\nYour own: metarl check my_module:my_family, then train (see docs/tutorials/own-environment.md)")
     return 0
