@@ -9,7 +9,7 @@ import numpy as np
 
 LAST = 10  # number of examined iterations
 
-# Limits beyond which runs did not improve (docs/results.md, why seeds differed).
+# Limits beyond which runs did not improve (docs/experiments/seeds.md).
 _LITTLE_KL, _LARGE_KL = 0.01, 3.0
 _LITTLE_AGREEMENT = 0.1
 _SATURATED = 0.36  # a standard normal action is beyond -1 and 1 in 0.32 of all cases
