@@ -19,7 +19,11 @@ STYLES = {
     "random": ("#009E73", "^"),
     "oracle": ("#000000", "D"),
 }
-LABELS = {"random": "random initialization", "oracle": "oracle (observes the task)"}
+LABELS = {
+    "pretrained": "pretrained on all tasks",
+    "random": "random initialization",
+    "oracle": "oracle (observes the task)",
+}
 DPI = 120
 
 
@@ -101,7 +105,7 @@ def plot_adaptation(
             values = np.array(there * 4 if len(there) == 1 else there, np.float64)
             style |= {"linestyle": ":", "markerfacecolor": "white"}
             source = FINN if row.variant == "icml2017" else row.source
-            axes.plot(values, label=f"{label.partition(' (')[0]}, {source}", **style)
+            axes.plot(values, label=f"{name}, {source}", **style)
     axes.set_xlabel("inner steps (20 episodes each)")
     axes.set_ylabel("return, mean of 40 held-out tasks")
     axes.set_xticks(range(4))

@@ -32,7 +32,7 @@ def findings(rows: Sequence[Mapping[str, Any]], *, stratified: bool = False) -> 
         return []
     mean = gains.mean()
     noise = 2.0 * gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.inf
-    said = [f"One adaptation gains {mean:+.1f} on training tasks (last {len(gains)} iterations)."]
+    said = [f"Adaptation gains {mean:+.1f} on training tasks (last {len(gains)} iterations)."]
     if abs(mean) <= noise:
         said[0] += " This is not significantly different from zero."
     checks = (
