@@ -31,7 +31,7 @@ img, video { max-width: 100%; height: auto; display: block; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; white-space: normal; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
 tr.own { font-weight: bold; }
 pre { background: #f5f5f5; padding: .75rem; overflow-x: auto; white-space: pre; font-size: .85rem; }
 """
