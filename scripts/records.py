@@ -80,7 +80,7 @@ def returns(records: Sequence[dict[str, Any]]) -> list[str]:
         "published, 1 / 2 / 3 steps",
         "core-minutes",
     )
-    for one in records:
+    for one, name in zip(records, short_names(records), strict=True):
         known = published_of(ROWS[one["row"]], "MAML")[1:]
         published = " / ".join(map(number, known)) if any(known) else "none"
         means = [number(mean) for mean in plain_means(one["even"])]
@@ -89,7 +89,7 @@ def returns(records: Sequence[dict[str, Any]]) -> list[str]:
             means[1] += f" ± {tuned['half_interval'][1]:.1f}"
         lines.append(
             line(
-                f"`{one['row']}`",
+                name,
                 millions(one),
                 len(one["seeds"]),
                 *means,
@@ -107,16 +107,14 @@ def returns(records: Sequence[dict[str, Any]]) -> list[str]:
 def references(records: Sequence[dict[str, Any]]) -> list[str]:
     """Return the table of references with tuned step sizes, and MAML's lead over each."""
     lines = header("row", "reference", "pre-adaptation", "1 step", "MAML's lead, 1 step")
-    for one in records:
+    for one, row in zip(records, short_names(records), strict=True):
         compared = {key: curve for key, curve in one["references"].items() if "lead" in curve}
         for i, (key, curve) in enumerate(compared.items()):
             name = f"{key}, {curve['seeds']} seeds" if curve["seeds"] > 1 else key
             before, after, *_ = map(number, curve["returns"])
             lead = "{} [{}, {}]".format(*map(number, curve["lead"]))
             half = f"{curve['half_interval'][1]:.1f}"
-            lines.append(
-                line("" if i else f"`{one['row']}`", name, before, f"{after} ± {half}", lead)
-            )
+            lines.append(line("" if i else row, name, before, f"{after} ± {half}", lead))
     return lines
 
 
@@ -165,6 +163,17 @@ TABLES: Mapping[str, Callable[..., list[str]]] = {
     "repetitions": repetitions,
     "commands": commands,
 }
+
+
+def short_names(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the variants of rows of one family, or the families of several."""
+    rows = [ROWS[one["row"]] for one in records]
+    if len({row.family for row in rows}) > 1:
+        return [row.family for row in rows]
+    made = "make-train"
+    return [
+        made if one["row"] == made else row.variant for one, row in zip(records, rows, strict=True)
+    ]
 
 
 def gap_closed(returns: Mapping[str, Sequence[float]]) -> str:
