@@ -123,7 +123,7 @@ def plot(results: Results, family: str, path: Path) -> None:
             band = {"color": style["color"], "alpha": 0.08, "linewidth": 0}
             axes.fill_between(x, smooth.min(0), smooth.max(0), **band)
     left.set_xlabel("env steps (millions)")
-    left.set_ylabel(f"return on {family} after one inner step,\ntraining tasks")
+    left.set_ylabel(f"return on {family} after 1 inner step,\ntraining tasks")
     right.set_xlabel("processor time (core-minutes)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -133,7 +133,7 @@ def plot(results: Results, family: str, path: Path) -> None:
 
 def table(results: Results) -> str:
     rows = [
-        "| algorithm | env steps | core-minutes | before | after one step, mean | by seed |",
+        "| algorithm | env steps | core-minutes | pre-adaptation | 1 step | by seed |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     means = {

@@ -79,8 +79,8 @@ def main(arguments: Arguments) -> int:
         "checkpoint_every": arguments.iterations,
         "threads": arguments.threads,
     }
-    counts = ["before", "1 step", *(f"{k} steps" for k in range(2, arguments.steps + 1))]
-    heads = ["accuracy, %", *counts, "gain of a step", "after one, by seed", "core-minutes"]
+    counts = ["pre-adaptation", "1 step", *(f"{k} steps" for k in range(2, arguments.steps + 1))]
+    heads = ["accuracy, %", *counts, "gain of 1 step", "1 step, by seed", "core-minutes"]
     shown: dict[str, list[str]] = {}
     for name in arguments.algorithms:
         folders = [arguments.out / f"{name}-{seed}" for seed in arguments.seeds]

@@ -1,124 +1,29 @@
-"""Rows of the records in docs/results.md, and the page and figures that are generated from them.
+"""Tables and figures of the records, generated from docs/records/*.json alone.
 
-`reproduce.py` writes docs/records/ROW.json. Everything here is generated from these files alone.
+`reproduce.py` writes these files. A page in docs/results or docs/experiments has a table between
+two comments: `<!-- records: KIND ROW ... -->` and `<!-- end of records -->`. KIND is a key of
+`TABLES`, ROW a pattern such as `ant-*`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from record_figures import draw_adaptation, draw_overview, draw_record
+from record_rows import ROWS, published_of
 
 from metarl.runs.checkpoints import write_atomically
 
 DOCS = Path(__file__).parents[1] / "docs"
-BEGIN, END = "<!-- records: written by scripts/reproduce.py -->", "<!-- end of records -->"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table: its training, budget and reference values."""
-
-    family: str
-    variant: str
-    env_steps: float
-    """Env steps of each seed."""
-    published: Sequence[float | None] = (None, None, None)
-    """Returns after 1, 2 and 3 inner steps if the variant is not icml2017, see `published_of`."""
-    source: str = ""
-    options: Sequence[str] = ()
-    """Additional options of the family."""
-    flags: Sequence[str] = ()
-    """Additional options of the trainings."""
-    kept: int = 20
-    """Approximate number of checkpoints that a run keeps."""
-    last: int = 5
-    """Number of the newest checkpoints to choose from on validation tasks."""
-    judged_after: int = 1
-    """Number of inner steps before the compared returns."""
-    judged_on: int = 20
-    """Number of validation tasks for the comparison."""
-
-
-FINN, PROMP = "Finn et al. 2017", "Rothfuss et al. 2019"
-PUBLISHED = {
-    "half-cheetah-dir": {
-        "MAML": (-50.7, 293.2, 313.5, 315.7),
-        "pretrained": (-43.0, -24.7, -12.9, 19.6),
-        "oracle": (442.7,),
-        "random": (-35.7, 21.8, 62.3, 86.2),
-    },
-    "half-cheetah-vel": {
-        "MAML": (-129.5, -78.6, -66.6, -60.8),
-        "pretrained": (-158.0, -135.4, -128.5, -133.6),
-        "oracle": (-54.5,),
-        "random": (-254.8, -254.3, -246.8, -230.8),
-    },
-    "navigation-2d": {
-        "MAML": (-40.4, -11.7, -3.3, -3.2),
-        "pretrained": (-40.8, -19.7, -11.7, -8.5),
-        "oracle": (-2.3,),
-        "random": (-82.7, -58.0, -53.8, -46.8),
-    },
-    "ant-dir": {
-        "MAML": (8.7, 499.2, 500.7, 499.1),
-        "pretrained": (3.2, 1.3, 6.5, 6.9),
-        "oracle": (524.8,),
-        "random": (3.1, 9.3, 16.0, 26.1),
-    },
-    "ant-vel": {
-        "MAML": (30.6, 96.7, 100.1, 101.4),
-        "pretrained": (-1.8, 6.1, 8.5, 9.5),
-        "oracle": (107.9,),
-        "random": (-78.6, -62.8, -48.6, -35.6),
-    },
-}
-"""Mean returns over 40 held-out tasks after 0, 1, 2 and 3 inner steps, variant icml2017: the stored
-evaluation of the authors of arXiv:1703.03400. An oracle takes no step."""
-
-
-ROWS = {
-    # `make train` produces the last iterate.
-    "make-train": Row("half-cheetah-dir", "icml2017", 6.4e6, last=1),
-    # Without a cosine schedule, a long run on direction deteriorates again (docs/results.md).
-    "half-cheetah-dir-icml2017": Row(
-        "half-cheetah-dir", "icml2017", 24e6, flags=("--outer.schedule", "cosine")
-    ),
-    "half-cheetah-vel-icml2017": Row("half-cheetah-vel", "icml2017", 32e6),
-    # Episodes that end early take fewer env steps than the budget: 8M here, less on the ants. The
-    # checkpoints differ in the gain of the second step, hardly in that of the first. These
-    # differences are smaller than the ones between two choices of 20 tasks.
-    "navigation-2d-icml2017": Row(
-        "navigation-2d", "icml2017", 8.64e6, judged_after=2, judged_on=80
-    ),
-    "half-cheetah-dir-promp2019": Row(
-        "half-cheetah-dir", "promp2019", 9.6e6, (310.0, None, 405.0), f"{PROMP}; learn2learn"
-    ),
-    # The published figure is for goals of up to 2 m/s; the authors' code has 3. A larger least step
-    # goes farther there than the preset's (docs/results.md).
-    "half-cheetah-vel-promp2019": Row(
-        "half-cheetah-vel",
-        "promp2019",
-        9.6e6,
-        (-31.1, None, None),
-        PROMP,
-        options=("high=2",),
-        flags=("--inner.step-sizes", "0.05", "0.025"),
-    ),
-    "half-cheetah-dir-pearl2019": Row(
-        "half-cheetah-dir", "pearl2019", 40e6, flags=("--outer.schedule", "cosine")
-    ),
-    "half-cheetah-vel-pearl2019": Row("half-cheetah-vel", "pearl2019", 16e6),
-    "ant-dir-icml2017": Row("ant-dir", "icml2017", 17.6e6, kept=36),
-    "ant-vel-icml2017": Row("ant-vel", "icml2017", 17.6e6, kept=36),
-}
+FOLDERS = ("results", "experiments")
+BLOCK = re.compile(r"(<!-- records: (\w+) (.+?) -->\n).*?(<!-- end of records -->)", re.S)
 PICTURED = (
     "half-cheetah-dir-icml2017",
     "half-cheetah-vel-icml2017",
@@ -126,172 +31,149 @@ PICTURED = (
     "ant-dir-icml2017",
     "ant-vel-icml2017",
 )
+STEPS = ("pre-adaptation", "1 step", "2 steps", "3 steps")
 
 
-def draw_training(name: str, found: dict[str, Any], path: Path) -> None:
-    """Plot every seed's return after one step during training."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for i, (seed, curve) in enumerate(zip(found["seeds"], found["curves"], strict=True)):
-        steps = np.arange(1, len(curve) + 1) * found["env_steps"] / len(curve) / 1e6
-        axes.plot(steps, curve, color=f"C{i % 10}", linewidth=1.2, label=f"seed {seed}")
-    published = published_of(ROWS[name], "MAML")[1]
-    if published is not None:
-        axes.axhline(published, color="black", linestyle=":", linewidth=1, label="published")
-    axes.set_xlabel("env steps (millions)")
-    axes.set_ylabel("return after one inner step,\ntraining tasks")
-    axes.set_title(name)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, ncols=2, fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-STYLES = {
-    "MAML": ("#0072B2", "o"),
-    "pretrained": ("#E69F00", "s"),
-    "random": ("#009E73", "^"),
-    "oracle": ("#000000", "D"),
-}
-
-
-def draw_references(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot policies and references against inner steps, together with Finn et al. 2017."""
-    columns = min(3, len(records))
-    rows = math.ceil(len(records) / columns)
-    figure = Figure(figsize=(4.2 * columns, 0.8 + 3.6 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for axes in panels.flat[len(records) :]:
-        axes.axis("off")
-    for axes, one in zip(panels.flat, records, strict=False):
-        family = ROWS[one["row"]].family
-        for name, (colour, marker) in STYLES.items():
-            here, there = one["references"][name]["returns"], PUBLISHED[family][name]
-            style = {"color": colour, "marker": marker}
-            axes.plot(here, label=f"{name}, here", **style)
-            style |= {"linestyle": ":", "markerfacecolor": "white"}
-            there = there * 4 if len(there) == 1 else there
-            axes.plot(there, label=f"{name}, {FINN}", **style)
-        axes.set_title(family)
-        axes.set_xlabel("inner steps (20 episodes each)")
-        axes.set_xticks(range(4))
-        axes.grid(alpha=0.3)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("return, mean of 40 held-out tasks")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def table(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any]]) -> str:
-    """Return the tables of all rows in Markdown.
-
-    Args:
-        records: records of the rows.
-        repeats: further records of these rows, by "ROW.NAME".
-    """
-    compared = [one for one in records if "references" in one]
-    parts = (
-        returns_of_rows(records),
-        seeds_and_draws(records),
-        beside_references(compared),
-        gaps_closed(compared),
-        repeated(records, repeats),
-        commands(records),
+def summary(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a table with one row per record: returns, gap closed, published values."""
+    lines = header(
+        "row",
+        "pre-adaptation",
+        "1 step",
+        "published, 1 step",
+        "gap closed",
+        "gap closed, published",
     )
-    return "\n\n".join("\n".join(lines) for lines in parts if lines)
-
-
-def returns_of_rows(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the main table."""
-    lines = [
-        "| row | env steps | seeds | before | 1 step | 2 steps | 3 steps | worst seed, 1 step"
-        " | published, 1 / 2 / 3 steps | core-minutes per seed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
     for one in records:
         row = ROWS[one["row"]]
-        paper = FINN if row.variant == "icml2017" else row.source
-        means = " | ".join(both_means(one["even"]))
-        there = published_of(row, "MAML")[1:]
-        published = " / ".join("none" if x is None else f"{x:g}" for x in there)
-        minutes = sum(one["core_minutes"]) / len(one["core_minutes"])
-        worst = one["even"]["worst"][1]
+        before, after, *_ = plain_means(one["even"])
+        here, there = "none", "none"
+        if "references" in one:
+            here = gap_closed({key: c["returns"] for key, c in one["references"].items()})
+            known = {key: published_of(row, key) for key in one["references"]}
+            there = gap_closed(known) if all(known.values()) else "none"
         lines.append(
-            f"| `{one['row']}` | {one['env_steps'] / 1e6:.1f}M | {len(one['seeds'])} | {means}"
-            f" | {worst:.1f} | {published} {paper and f'({paper})'} | {minutes:.0f} |"
+            line(
+                f"`{one['row']}`",
+                number(before),
+                number(after),
+                number(published_of(row, "MAML")[1]),
+                here,
+                there,
+            )
         )
     return lines
 
 
-def seeds_and_draws(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the table of single seeds, drawn tasks and step sizes."""
-    lines = [
-        "Returns after one step by seed, and on drawn tasks instead of evenly spread tasks. On"
-        " direction both evaluations are the same, because both have each direction equally often:",
-        "",
-        "| row | by seed, evenly spread tasks | drawn tasks, 0 / 1 / 2 / 3 steps | step sizes |",
-        "| --- | --- | --- | --- |",
-    ]
+def returns(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table of mean returns; also on drawn tasks, as published returns are.
+
+    The interval over tasks comes from the comparison with references, which tunes the step sizes.
+    It is shown if that comparison has the same first step size.
+    """
+    lines = header(
+        "row",
+        "env steps",
+        "seeds",
+        *STEPS,
+        "worst seed, 1 step",
+        "published, 1 / 2 / 3 steps",
+        "core-minutes",
+    )
+    for one, name in zip(records, short_names(records), strict=True):
+        known = published_of(ROWS[one["row"]], "MAML")[1:]
+        published = " / ".join(map(number, known)) if any(known) else "none"
+        means = [number(mean) for mean in plain_means(one["even"])]
+        tuned = one.get("references", {}).get("MAML")
+        if tuned and tuned["step_sizes"][0] == one["even"]["step_sizes"][0]:
+            means[1] += f" ± {tuned['half_interval'][1]:.1f}"
+        lines.append(
+            line(
+                name,
+                millions(one),
+                len(one["seeds"]),
+                *means,
+                number(one["even"]["worst"][1]),
+                published,
+                f"{np.mean(one['core_minutes']):.0f}",
+            )
+        )
+        if any(known) and one["drawn"]["by_seed"] != one["even"]["by_seed"]:
+            drawn = map(number, plain_means(one["drawn"]))
+            lines.append(line("drawn tasks", "", "", *drawn, "", "", ""))
+    return lines
+
+
+def references(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table of references with tuned step sizes, and MAML's lead over each."""
+    lines = header("row", "reference", "pre-adaptation", "1 step", "MAML's lead, 1 step")
+    for one, row in zip(records, short_names(records), strict=True):
+        compared = {key: curve for key, curve in one["references"].items() if "lead" in curve}
+        for i, (key, curve) in enumerate(compared.items()):
+            name = f"{key}, {curve['seeds']} seeds" if curve["seeds"] > 1 else key
+            before, after, *_ = map(number, curve["returns"])
+            lead = "{} [{}, {}]".format(*map(number, curve["lead"]))
+            half = f"{curve['half_interval'][1]:.1f}"
+            lines.append(line("" if i else row, name, before, f"{after} ± {half}", lead))
+    return lines
+
+
+def repetitions(
+    records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any]]
+) -> list[str]:
+    """Return the table of repetitions, each below its record."""
+    lines = header("row", "run", "seeds", "1 / 2 / 3 steps", "worst seed, 1 step")
     for one in records:
-        same = one["drawn"]["by_seed"] == one["even"]["by_seed"]
-        drawn = "the same" if same else " / ".join(both_means(one["drawn"]))
-        sizes = ", ".join(f"{size:.3g}" for size in one["even"]["step_sizes"])
-        lines.append(f"| `{one['row']}` | {by_seed(one)} | {drawn} | {sizes} |")
+        own = {key: again for key, again in repeats.items() if again["row"] == one["row"]}
+        for name, found in {"record": one, **own}.items():
+            where = name.removeprefix(f"{one['row']}.")
+            means = " / ".join(map(number, plain_means(found["even"])[1:]))
+            lines.append(
+                line(
+                    "" if name in own else f"`{one['row']}`",
+                    where,
+                    len(found["seeds"]),
+                    means,
+                    number(found["even"]["worst"][1]),
+                )
+            )
     return lines
 
 
-def beside_references(compared: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the table of policies and references with tuned step sizes; empty without rows."""
-    if not compared:
-        return []
-    lines = [
-        "References and MAML, with step sizes that the same procedure chose on validation tasks. A"
-        " ± is half of a 95 % interval over tasks. MAML's lead is its return after one step minus"
-        " the reference's. Its interval is a paired 95 % interval over tasks and does not include"
-        " differences between seeds.",
-        "",
-        "| row | policy | seeds | before | 1 step | 2 steps | 3 steps | MAML's lead"
-        " | step sizes | published, 0 / 1 / 2 / 3 steps |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+def commands(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a block of the commands that write the rows, and of one training of the main rows."""
+    lines = ["```bash"]
+    for one in records:
+        words = f"python scripts/reproduce.py {one['row']} --seeds {listed(one['seeds'])}"
+        if "references" in one:
+            words += " --references"
+            count = one["references"]["pretrained"]["seeds"]
+            if count > 1:
+                words += f" --reference-seeds {listed(range(count))}"
+        lines.append(words)
+    main = [one for one in records if one["row"] in PICTURED]
+    lines += [one["command"].replace("SEED", str(one["seeds"][0])) for one in main]
+    return [*lines, "```"]
+
+
+TABLES: Mapping[str, Callable[..., list[str]]] = {
+    "summary": summary,
+    "returns": returns,
+    "references": references,
+    "repetitions": repetitions,
+    "commands": commands,
+}
+
+
+def short_names(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the variants of rows of one family, or the families of several."""
+    rows = [ROWS[one["row"]] for one in records]
+    if len({row.family for row in rows}) > 1:
+        return [row.family for row in rows]
+    made = "make-train"
+    return [
+        made if one["row"] == made else row.variant for one, row in zip(records, rows, strict=True)
     ]
-    for one in compared:
-        for key, curve in one["references"].items():
-            pairs = zip(curve["returns"], curve["half_interval"], strict=True)
-            there = published_of(ROWS[one["row"]], key)
-            known = any(value is not None for value in there)
-            paper = " / ".join("none" if x is None else f"{x:.1f}" for x in there if known)
-            cells = [
-                f"`{one['row']}`",
-                key,
-                str(curve["seeds"]),
-                *(f"{mean:.1f} ± {half:.1f}" for mean, half in pairs),
-                "{:.1f} [{:.1f}, {:.1f}]".format(*curve["lead"]) if "lead" in curve else "",
-                ", ".join(f"{size:.3g}" for size in curve["step_sizes"]) or "none",
-                paper or "none",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def gaps_closed(compared: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the table of the gap that policies close; empty without rows."""
-    if not compared:
-        return []
-    lines = [
-        "Gap closed: (MAML after one step - random) / (oracle - random), with random before any"
-        " step. It is 1 for a policy that equals the oracle:",
-        "",
-        "| row | here | published |",
-        "| --- | --- | --- |",
-    ]
-    for one in compared:
-        here = {key: curve["returns"] for key, curve in one["references"].items()}
-        there = {key: published_of(ROWS[one["row"]], key) for key in here}
-        paper = gap_closed(there) if all(there.values()) else "none"
-        lines.append(f"| `{one['row']}` | {gap_closed(here)} | {paper} |")
-    return lines
 
 
 def gap_closed(returns: Mapping[str, Sequence[float]]) -> str:
@@ -303,93 +185,61 @@ def gap_closed(returns: Mapping[str, Sequence[float]]) -> str:
     return f"{(returns['MAML'][1] - floor) / (ceiling - floor):.2f}"
 
 
-def commands(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a list of the commands that write the rows, and of the trainings they start."""
-    lines = ["The command of each row, and the command of its trainings:", ""]
-    places: dict[str, list[str]] = {}
-    for one in records:
-        name, seeds = one["row"], " ".join(map(str, one["seeds"]))
-        words = f"python scripts/reproduce.py {name} --seeds {seeds}"
-        if "references" in one:
-            words += " --references"
-            count = one["references"]["pretrained"]["seeds"]
-            if count > 1:
-                words += f" --reference-seeds {' '.join(map(str, range(count)))}"
-        lines.append(f"- `{words}`: `{one['command']}`")
-        made = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
-        place = f"{processor(one)}, {one['machine']['cores']} cores; {made}"
-        places.setdefault(place, []).append(f"`{name}`")
-    for place, names in places.items():
-        lines += ["", f"{', '.join(names) if len(places) > 1 else 'All'} on: {place}."]
-    return lines
+def plain_means(found: Mapping[str, Any]) -> list[float]:
+    """Return plain means over seeds and tasks, after 0, 1, 2 and 3 steps."""
+    return np.mean(found["by_seed"], axis=0).tolist()
 
 
-def processor(found: Mapping[str, Any]) -> str:
-    """Return a record's processor and the instructions that torch used."""
-    where = found["machine"]
-    return f"{where['processor']} ({where['torch_cpu']})"
+def header(*names: str) -> list[str]:
+    """Return the first two lines of a Markdown table."""
+    return [line(*names), line(*["---"] * len(names))]
 
 
-def both_means(found: Mapping[str, Any]) -> list[str]:
-    """Return interquartile means after 0, 1, 2 and 3 steps, and plain means in brackets.
-
-    The published figures are plain means, which a few hard tasks may dominate.
-    """
-    plain = np.mean(found["by_seed"], axis=0)
-    pairs = zip(found["interquartile_mean"], plain, strict=True)
-    return [f"{robust:.1f} ({mean:.1f})" for robust, mean in pairs]
+def line(*cells: Any) -> str:
+    """Return a line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
 
 
-def published_of(row: Row, policy: str) -> Sequence[float | None]:
-    """Return a policy's published returns after 0, 1, 2 and 3 steps; None or fewer if unknown."""
-    if row.variant == "icml2017":
-        return PUBLISHED[row.family][policy]
-    return (None, *row.published) if policy == "MAML" else ()
+def number(value: float | None) -> str:
+    """Return a value with one decimal and a minus sign; "none" if unknown."""
+    return "none" if value is None else f"{value:.1f}".replace("-", "\N{MINUS SIGN}")
 
 
-def by_seed(found: dict[str, Any]) -> str:
-    """Return each seed's return after one step, on evenly spread tasks."""
-    pairs = zip(found["seeds"], found["even"]["by_seed"], strict=True)
-    return ", ".join(f"{seed}: {scores[1]:.1f}" for seed, scores in pairs)
+def millions(record: Mapping[str, Any]) -> str:
+    return f"{record['env_steps'] / 1e6:.1f}M"
 
 
-def repeated(records: Sequence[dict[str, Any]], repeats: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Return the table of repetitions, each next to its record; empty without repetitions."""
-    if not repeats:
-        return []
-    lines = [
-        "Repetitions on another machine or with other instructions. Figures are plain means over"
-        " tasks, in the last column also over seeds:",
-        "",
-        "| row | run | processor | by seed, 1 step | 0 / 1 / 2 / 3 steps |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for one in records:
-        own = {key: again for key, again in repeats.items() if again["row"] == one["row"]}
-        if not own:
-            continue
-        for name, found in {"the record": one, **own}.items():
-            means = " / ".join(f"{mean:.1f}" for mean in np.mean(found["even"]["by_seed"], axis=0))
-            where = name.removeprefix(f"{one['row']}.")
-            cells = [f"`{one['row']}`", where, processor(found), by_seed(found), means]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+def listed(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
 
 
-def write_docs(docs: Path = DOCS) -> str:
-    """Write all records' tables into docs/results.md, draw the figures, and return the page."""
+def load(docs: Path = DOCS) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Return the records by row, and their repetitions by "ROW.NAME"."""
     stored = [docs / "records" / f"{name}.json" for name in ROWS]
-    records = [json.loads(path.read_text("utf-8")) for path in stored if path.exists()]
+    found = {path.stem: json.loads(path.read_text("utf-8")) for path in stored if path.exists()}
     again = sorted((docs / "records").glob("*.*.json"))
-    repeats = {path.stem: json.loads(path.read_text("utf-8")) for path in again}
-    for one in records:
-        draw_training(one["row"], one, docs / "records" / f"{one['row']}.png")
-    compared = [one for one in records if one["row"] in PICTURED and "references" in one]
+    return found, {path.stem: json.loads(path.read_text("utf-8")) for path in again}
+
+
+def write_docs(docs: Path = DOCS) -> dict[str, str]:
+    """Write all generated tables and figures, and return the pages' texts by path below docs."""
+    found, repeats = load(docs)
+
+    def generated(block: re.Match[str]) -> str:
+        begin, kind, names, end = block.groups()
+        records = [found[name] for name in found if any(map(partial(fnmatch, name), names.split()))]
+        extra = (repeats,) if kind == "repetitions" else ()
+        return "\n".join([begin, *TABLES[kind](records, *extra), "", end])
+
+    pages = {}
+    for path in sorted(path for folder in FOLDERS for path in (docs / folder).glob("*.md")):
+        text = BLOCK.sub(generated, path.read_text("utf-8"))
+        write_atomically(path, text.encode())
+        pages[str(path.relative_to(docs))] = text
+    for name, one in found.items():
+        draw_record(one, docs / "records" / f"{name}.png")
+    compared = [found[name] for name in PICTURED if "references" in found.get(name, {})]
     if compared:
-        draw_references(compared, docs / "records" / "references.png")
-    page = docs / "results.md"
-    before, _, rest = page.read_text("utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    text = f"{before}{BEGIN}\n\n{table(records, repeats)}\n\n{END}{after}"
-    write_atomically(page, text.encode())
-    return text
+        draw_overview(compared, docs / "records" / "references.png")
+        draw_adaptation(compared[0], docs / "half-cheetah-dir.png")
+    return pages

@@ -1,4 +1,4 @@
-"""Reproduce rows of the table in docs/results.md: train, choose, evaluate, write.
+"""Reproduce rows of the tables in docs/results: train, choose, evaluate, write.
 
     python scripts/reproduce.py navigation-2d-icml2017 --seeds 0 1 2 3 4 --jobs 2
 
@@ -10,10 +10,10 @@ for all policies on validation tasks.
 Runs, choices and evaluations are in --out. After an interruption, the same command continues. Under
 torchrun on machines that share --out, each rank trains some of the runs.
 
-The figures of a row are stored in docs/records/ROW.json. The tables in docs/results.md and their
-figures are generated from these files alone. Without a row, only this is done. With --repeat NAME,
-for instance on another machine, the figures are stored next to the record, in
-docs/records/ROW.NAME.json.
+The measured values of a row are stored in docs/records/ROW.json. The tables in docs/results and
+docs/experiments and the figures are generated from these files alone. Without a row, only this is
+done. With --repeat NAME, for instance on another machine, the values are stored next to the record,
+in docs/records/ROW.NAME.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from choose_policy import validation_return
-from records import DOCS, ROWS, Row, draw_training, table, write_docs
+from record_figures import draw_record
+from record_rows import ROWS, Row
+from records import DOCS, TABLES, write_docs
 from trainings import train_all
 
 import metarl
@@ -48,7 +50,7 @@ LONGEST = 30 * 24 * 3600.0  # seconds to wait for the trainings of other ranks
 
 @dataclass
 class Arguments:
-    """Reproduce rows of the table in docs/results.md: train, choose, evaluate, write."""
+    """Reproduce rows of the tables in docs/results: train, choose, evaluate, write."""
 
     rows: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Names of rows; without a name, only write the tables from the records."""
@@ -229,8 +231,9 @@ def main(arguments: Arguments, process_group: ProcessGroup) -> int:
         found = record(name, row, folders, references, arguments)
         text = json.dumps(found, indent=1).encode()
         write_atomically(place / "record.json", text)
-        draw_training(name, found, place / "curves.png")
-        print(table([found], {}))
+        draw_record(found, place / "record.png")
+        for kind in ("returns", "references") if references else ("returns",):
+            print("\n".join(TABLES[kind]([found])), end="\n\n")
         if recorded:
             stored.parent.mkdir(exist_ok=True)
             write_atomically(stored, text)

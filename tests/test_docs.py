@@ -272,16 +272,18 @@ def test_the_cited_version_is_the_newest():
     assert f"\nversion: {newest}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_records_match_their_rows_and_produce_the_results_page(monkeypatch, tmp_path):
+def test_records_match_their_rows_and_produce_the_tables_of_results(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     reproduce = importlib.import_module("reproduce")
     for name, row in reproduce.ROWS.items():
         record = json.loads((ROOT / "docs" / "records" / f"{name}.json").read_text())
         flags = reproduce.flags_of(row, reproduce.Arguments())
         assert record["command"] == " ".join(["metarl train", *flags, "--seed SEED"])
-    shutil.copytree(ROOT / "docs" / "records", tmp_path / "records")
-    shutil.copy(ROOT / "docs" / "results.md", tmp_path)
-    assert reproduce.write_docs(tmp_path) == TEXTS["docs/results.md"]
+    for folder in ("records", "results", "experiments"):
+        shutil.copytree(ROOT / "docs" / folder, tmp_path / folder)
+    written = reproduce.write_docs(tmp_path)
+    assert written == {name: TEXTS[f"docs/{name}"] for name in written}
+    assert {Path(name).parent.name for name in written} == {"results", "experiments"}
 
 
 def test_a_script_continues_a_run_only_with_the_same_options(monkeypatch, tmp_path):
@@ -346,8 +348,9 @@ def test_the_best_of_the_newest_checkpoints_is_chosen_by_the_rows_measure(tmp_pa
 def test_the_documented_commands_reproduce_the_records(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     reproduce = importlib.import_module("reproduce")
-    commands = re.findall(r"python scripts/reproduce\.py ([^`\n]+)", TEXTS["docs/results.md"])
-    assert len(commands) >= len(reproduce.ROWS)
+    pages = [TEXTS[name] for name in TEXTS if name.startswith(("docs/results", "docs/experiments"))]
+    commands = re.findall(r"python scripts/reproduce\.py ([^`\n]+)", "\n".join(pages))
+    assert {command.split()[0] for command in commands} == set(reproduce.ROWS)
     for words in commands:
         given = tyro.cli(reproduce.Arguments, args=words.split())
         for name in given.rows:

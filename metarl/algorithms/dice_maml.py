@@ -47,6 +47,6 @@ dice_maml = Algorithm(
     name="dice-maml",
     summary="loaded DiCE inner objective: higher-order terms, unbiased at decay 1",
     citation="Foerster et al. 2018, arXiv:1802.05098; Farquhar et al. 2019, arXiv:1909.10549",
-    # decay 1 is unbiased; its variance at 200 steps prevented learning (docs/results.md).
+    # decay 1 is unbiased; its variance at 200 steps prevented learning.
     inner=DiceUpdate(),
 )

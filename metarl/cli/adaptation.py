@@ -39,7 +39,7 @@ class Adaptation:
 
 
 def steps_of(count: int) -> str:
-    return f"{count} step{'s' if count != 1 else ''}"
+    return f"{count} inner step{'s' if count != 1 else ''}"
 
 
 def one_of(what: Sequence[str]) -> str:
@@ -119,7 +119,7 @@ def film(
         task = policy.provenance["task"] if not texts else parse_task(family, texts)
         if task is None:
             raise UserError(f"{what} does not contain its task: give it with --task")
-        policies = {f"after {steps_of(policy.provenance['steps'])}": policy}
+        policies = {steps_of(policy.provenance["steps"]): policy}
     else:
         meta = load(what)
         family = meta.family
@@ -133,7 +133,7 @@ def film(
         if meta.algorithm.task_conditioned:
             policies = {"observes its task": after(0)}
         else:
-            policies = {"before adaptation": after(0), f"after {steps_of(steps)}": after(steps)}
+            policies = {"pre-adaptation": after(0), steps_of(steps): after(steps)}
     return videos.record(
         policies, family, np.asarray(task), seed=seed, deterministic=deterministic, speed=speed
     )

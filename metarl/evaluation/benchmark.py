@@ -295,7 +295,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     if ceiling is not None:
         lines.append(f"{'physics alone (ceiling)':<28}{ceiling:>12,.0f}{1:>12.2f}")
-    for name, key in (("collect", "collect"), ("train, end to end", "train")):
+    for name, key in (("sampling", "collect"), ("training, end to end", "train")):
         ratio = result.get(f"{key}_to_ceiling")
         cell = f"{ratio:>12.2f}" if ratio is not None else ""
         lines.append(f"{name:<28}{result[f'{key}_env_steps_per_second']:>12,.0f}{cell}")

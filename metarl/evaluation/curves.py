@@ -162,28 +162,28 @@ class Curve:
         if len(self.returns) < 2:
             return "No inner step was taken."
         if self.role == "oracle":
-            return "An oracle observes its task and takes no inner step."
+            return "An oracle observes the task and takes no inner step."
         mean, low, high = self.gain()
         said, gains = self.measure.number, known(self.gains())
         if not len(gains):
-            return "No task has a return before and after a step: every episode diverged."
+            return "No task has a return pre- and post-adaptation: every episode diverged."
         improved = f"{100.0 * float((gains > 0.0).mean()):.0f} % of tasks improve"
         if len(gains) < 2:
-            return f"One step gains {said(mean)} on a single task; an interval needs several tasks."
+            return f"One inner step gains {said(mean)} on one task; an interval needs several."
         if len(gains) < FEWEST:
             return (
-                f"One step gains {said(mean)} on {len(gains)} tasks ({improved});"
+                f"One inner step gains {said(mean)} on {len(gains)} tasks ({improved});"
                 f" a 95 % interval needs at least {FEWEST} tasks."
             )
         if low <= 0.0 <= high:
             return (
-                f"The gain of one adaptation step is not significantly different from zero:"
+                f"The gain of one inner step is not significantly different from zero:"
                 f" {said(mean)}, 95 % interval [{said(low)}, {said(high)}]."
             )
         word = "gains" if mean > 0.0 else "LOSES"
         return (
             f"Adaptation {word} {said(abs(mean), signed=False)} ±"
-            f" {said((high - low) / 2.0, signed=False)} after one step"
+            f" {said((high - low) / 2.0, signed=False)} after one inner step"
             f" ({improved})."
         )
 

@@ -90,10 +90,10 @@ class EvaluationResult:
                 said.append(
                     f"The random initialization gains {measure.number(np.nanmean(own))}; {earned}."
                 )
-                said.append(f"Before any step, meta-training adds {curve.lead(other, 0)}.")
+                said.append(f"Pre-adaptation, meta-training adds {curve.lead(other, 0)}.")
             if other.role == "from-scratch":
                 said.append(
-                    f"After one step it earns {curve.lead(other)} more than training {name}."
+                    f"After one inner step its lead over training {name} is {curve.lead(other)}."
                 )
         return said
 

@@ -29,7 +29,7 @@ def tables(evaluation: Mapping[str, Any]) -> list[Table]:
     """
     curves = {evaluation["name"]: evaluation, **evaluation["references"]}
     steps = len(evaluation["returns"])
-    counts = ["before", "1 step", *(f"{k} steps" for k in range(2, steps))][:steps]
+    counts = ["pre-adaptation", "1 step", *(f"{k} steps" for k in range(2, steps))][:steps]
     digits = evaluation.get("digits", 1)
     tail = f"CVaR {100.0 * evaluation['cvar_fraction']:g} %"
     first = []

@@ -28,7 +28,7 @@ from metarl.plots.drawing import (
 _REFERENCES = {
     "untrained": "random initialization",
     "pretrained": "pretrained on all tasks",
-    "oracle": "oracle, which observes its task",
+    "oracle": "oracle (observes the task)",
 }
 """Labels of references by role."""
 _SEVERAL = 6  # values of a task component, shared by tasks, that stand side by side
@@ -46,7 +46,7 @@ def _label(name: str, curve: Curve) -> str:
 
 
 def _after(steps: int) -> str:
-    return "before adaptation" if not steps else f"after {steps} step{'s' if steps > 1 else ''}"
+    return f"{steps} inner step{'s' if steps > 1 else ''}" if steps else "pre-adaptation"
 
 
 def _with_unit(name: str, setting: Mapping[str, Any]) -> str:
@@ -107,7 +107,7 @@ def plot_functions(result: EvaluationResult, path: Path) -> list[Path]:
         assert curve.functions is not None
         last = curve.functions.shape[1] - 1
         for t, axes in enumerate(line):
-            axes.plot(known["x"], known["truth"][t], color="black", label="truth")
+            axes.plot(known["x"], known["truth"][t], color="black", label="true function")
             for i, steps in enumerate(sorted({0, min(1, last), last})):
                 axes.plot(
                     known["x"], curve.functions[t, steps], color=STYLES[i][0],
@@ -115,7 +115,7 @@ def plot_functions(result: EvaluationResult, path: Path) -> list[Path]:
                 )  # fmt: skip
             axes.plot(
                 known["support_x"][t], known["support_y"][t], "^", color=BEFORE, markersize=8,
-                label="examples",
+                label="support",
             )  # fmt: skip
             axes.grid(alpha=0.3)
         line[0].set_ylabel(_label(name, curve))
@@ -153,10 +153,10 @@ def plot_tasks(result: EvaluationResult, path: Path) -> list[Path]:
         _against_goal(axes, goals[:, 0], values[:, shown], shown)
         if setting["units"].get(name) and setting["units"].get(name) == setting["units"].get(key):
             ends = [goals[:, 0].min(), goals[:, 0].max()]
-            axes.plot(ends, ends, color="black", linewidth=1, label="as asked")
+            axes.plot(ends, ends, color="black", linewidth=1, label="achieved = task")
         axes.set_ylabel(f"achieved {_with_unit(key, setting)}\nmean over steps and episodes")
     for axes in panels:
-        axes.set_xlabel(f"{_with_unit(names[0], setting)} asked")
+        axes.set_xlabel(f"task: {_with_unit(names[0], setting)}")
         axes.grid(alpha=0.3)
     figure.suptitle(f"{_title(setting)}: {result.name}")
     add_legend(figure, panels[-1], 3)
@@ -227,11 +227,11 @@ def plot_paths(result: EvaluationResult, path: Path) -> list[Path]:
             colour = STYLES[i % len(STYLES)][0]
             axes.plot(
                 x[i, steps], y[i, steps], color=colour, linewidth=1.0,
-                label="one episode's path" if not i else None,
+                label="path of one episode" if not i else None,
             )  # fmt: skip
             axes.plot(
                 *goals[i], color=colour, marker="*", markersize=17, markeredgecolor="black",
-                linestyle="none", label="its goal" if not i else None,
+                linestyle="none", label="goal" if not i else None,
             )  # fmt: skip
             axes.annotate(
                 str(i + 1), goals[i], textcoords="offset points", xytext=(9, 6), weight="bold"
@@ -240,7 +240,7 @@ def plot_paths(result: EvaluationResult, path: Path) -> list[Path]:
                 x[i, steps][np.isfinite(x[i, steps])][-1:],
                 y[i, steps][np.isfinite(y[i, steps])][-1:],
                 color=colour, marker="o", markersize=7, markeredgecolor="black",
-                linestyle="none", label="its end" if not i else None,
+                linestyle="none", label="end of the path" if not i else None,
             )  # fmt: skip
         axes.set_title(_after(steps))
         axes.set_xlabel(_with_unit(setting["achieved_by"][x_name], setting))

@@ -61,12 +61,12 @@ def plot_learning(
             after = kind == "post"
             if not after and name in still:
                 continue  # one curve is enough
-            when = "no" if name in still else "after" if after else "before"
+            when = "no adaptation" if name in still else f"{kind}-adaptation"
             axes.plot(
                 common / unit, curves.mean(axis=0), color=style["color"], marker=style["marker"],
                 markevery=marked, markersize=5, linewidth=2.0 if after else 1.2,
                 linestyle="-" if after else "--", markerfacecolor=None if after else "white",
-                label=f"{label_of(name)}, {when} adaptation{seeds}",
+                label=f"{label_of(name)}, {when}{seeds}",
             )  # fmt: skip
             if len(several) > 1:
                 low, high = curves.min(axis=0), curves.max(axis=0)

@@ -31,7 +31,7 @@ img, video { max-width: 100%; height: auto; display: block; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; white-space: normal; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
 tr.own { font-weight: bold; }
 pre { background: #f5f5f5; padding: .75rem; overflow-x: auto; white-space: pre; font-size: .85rem; }
 """
@@ -39,9 +39,9 @@ pre { background: #f5f5f5; padding: .75rem; overflow-x: auto; white-space: pre; 
 _PICTURES = (
     ("evaluation", "Adaptation", "Held-out tasks after each number of inner steps."),
     ("evaluation-tasks", "Task by task", "Each held-out task before and after adaptation."),
-    ("evaluation-functions", "Functions", "True, before and after adaptation; and pretrained."),
-    ("evaluation-paths", "Paths", "One episode of some tasks, before and after adaptation."),
-    ("learning", "Learning", "Training tasks before and after adaptation."),
+    ("evaluation-functions", "Functions", "True function, and predictions by inner steps."),
+    ("evaluation-paths", "Paths", "One episode of some tasks after each number of inner steps."),
+    ("learning", "Meta-training", "Training tasks, pre-adaptation and post-adaptation."),
 )
 
 
@@ -71,7 +71,7 @@ def write_report(
     parts.append(f'<p class="verdict">{html.escape(evaluation["verdict"])}</p>')
     parts.append(_tables(evaluation))
     if adapts and (said := findings(read_metrics(folder), stratified=stratified)):
-        parts.append("<h2>Is it adapting?</h2>")
+        parts.append("<h2>Diagnosis</h2>")
         parts += [f"<p>{html.escape(sentence)}</p>" for sentence in said]
     for name, heading, caption in _PICTURES:
         picture = folder / f"{name}.svg"
@@ -113,7 +113,7 @@ def _video(path: Path) -> str:
     return (
         "<figure><video controls autoplay loop muted playsinline>"
         f"<source type='video/mp4' src='{mp4}'><source type='video/webm' src='{webm}'></video>"
-        "<figcaption>The same task, from the same start, before and after adaptation."
+        "<figcaption>One task from the same initial state, pre-adaptation and post-adaptation."
         "</figcaption></figure>"
     )
 
@@ -131,7 +131,7 @@ def _setting(evaluation: Mapping[str, Any]) -> str:
         after = f" after {trained['iteration']} iterations, {count:,} {unit}"
     how = ", drawn at random," if evaluation.get("drawn") else ""
     if evaluation.get("deterministic"):
-        how += " by mean actions"
+        how += " with deterministic actions"
     text = (
         f"{evaluation['algorithm']} on {evaluation['family']}{options}{after};"
         f" evaluated on {described(evaluation)}{how} with"

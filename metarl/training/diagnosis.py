@@ -9,7 +9,7 @@ import numpy as np
 
 LAST = 10  # number of examined iterations
 
-# Limits beyond which runs did not improve (docs/results.md, why seeds differed).
+# Limits beyond which runs did not improve (docs/experiments/seeds.md).
 _LITTLE_KL, _LARGE_KL = 0.01, 3.0
 _LITTLE_AGREEMENT = 0.1
 _SATURATED = 0.36  # a standard normal action is beyond -1 and 1 in 0.32 of all cases
@@ -32,7 +32,7 @@ def findings(rows: Sequence[Mapping[str, Any]], *, stratified: bool = False) -> 
         return []
     mean = gains.mean()
     noise = 2.0 * gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.inf
-    said = [f"One adaptation gains {mean:+.1f} on training tasks (last {len(gains)} iterations)."]
+    said = [f"Adaptation gains {mean:+.1f} on training tasks (last {len(gains)} iterations)."]
     if abs(mean) <= noise:
         said[0] += " This is not significantly different from zero."
     checks = (
