@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +29,7 @@ from metarl.envs.errors import UserError
 from metarl.envs.registry import parse_options
 from metarl.evaluation.tables import experience_table, method_name
 from metarl.runs.metrics import read_metrics
-from metarl.training.callbacks import Iteration
+from metarl.training.callbacks import Iteration, Run
 
 
 @dataclass
@@ -70,22 +70,27 @@ class Arguments:
         return self.out / self.family.replace(":", "-")
 
 
-def stops_after(env_steps: int) -> Callable[[Iteration], None]:
-    """Return a callback that ends a run after a number of env steps."""
+class Budget(metarl.Callback):
+    """End of a run after a number of env steps."""
 
-    def stop(iteration: Iteration) -> None:
-        if iteration.metrics["env_steps"] >= env_steps:
-            iteration.stop(f"{env_steps} env steps")
+    def __init__(self, env_steps: int) -> None:
+        self.env_steps = env_steps
 
-    return stop
+    def start(self, run: Run) -> None:
+        for row in read_metrics(run.folder)[-1:]:
+            self._check(run, row)
+
+    def saved(self, iteration: Iteration) -> None:
+        self._check(iteration.run, iteration.metrics)
+
+    def _check(self, run: Run, row: Mapping[str, Any]) -> None:
+        if row["env_steps"] >= self.env_steps:
+            run.stop(f"{row['env_steps']} env steps")
 
 
 def trained(arguments: Arguments, algorithm: str, seed: int) -> str:
-    """Train with an algorithm and a seed, unless it is done; return the run folder."""
+    """Train with an algorithm and a seed, or continue; return the run folder."""
     folder = arguments.folder / f"{algorithm.replace(':', '-')}-{seed}"
-    rows = read_metrics(folder)
-    if rows and rows[-1]["env_steps"] >= arguments.env_steps:
-        return str(folder)
     base = metarl.resolve(
         arguments.preset,
         arguments.family,
@@ -99,8 +104,10 @@ def trained(arguments: Arguments, algorithm: str, seed: int) -> str:
     )
     options = parse_options(arguments.options)
     base = base.with_options(options, known_only=True)
-    config = dataclasses.replace(base, iterations=arguments.env_steps)  # ended by the callback
-    metarl.train(config, folder, resume="auto", callbacks=[stops_after(arguments.env_steps)])
+    config = dataclasses.replace(
+        base, iterations=arguments.env_steps
+    )  # the budget is reached first
+    metarl.train(config, folder, resume="auto", callbacks=[Budget(arguments.env_steps)])
     return str(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from metarl.evaluation.tables import experience_table
 from metarl.learning.advantages import Advantages
 from metarl.plots.figures import plot_experience
 from metarl.policies.meta_policy import MetaPolicy, random_meta_policy
+from metarl.runs.metrics import read_metrics
 from metarl.sampling.rollouts import Collector, RandomKey
 
 TASKS = [[0.4, 0.1], [-0.3, 0.2], [0.0, -0.4]]
@@ -418,3 +420,69 @@ def test_numbers_that_allow_a_step_are_the_default():
     result = evaluate(navigator(), **SMALL, experience=7)
     assert [one.episodes_per_step for one in result.experience] == [1, 5]
     assert [one.experience.episodes[-1] for one in result.experience] == [7, 5]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    return importlib.import_module("which_method")
+
+
+def test_the_script_trains_compares_and_continues(script, tmp_path, monkeypatch, capsys):
+    options = ("tasks=2", "episodes=2")
+    small = {
+        "family": "bandit", "out": tmp_path, "algorithms": ("maml-trpo", "promp"), "tasks": 6,
+        "options": options, "episodes": 2, "experience": 2, "episodes_per_step": (1,), "threads": 1,
+    }  # fmt: skip
+    # An iteration has 80 env steps; a run that was stopped early equals one that was not.
+    script.trained(script.Arguments(**small, env_steps=100), "promp", 0)
+    arguments = script.Arguments(**small, env_steps=200)
+    assert script.main(arguments) == 0
+    folder = tmp_path / "bandit"
+    for name in small["algorithms"]:
+        assert [row["env_steps"] for row in read_metrics(folder / f"{name}-0")] == [80, 160, 240]
+    straight = dataclasses.replace(arguments, out=tmp_path / "straight")
+    script.trained(straight, "promp", 0)
+    rows = [
+        [row["return_post"] for row in read_metrics(out / "bandit" / "promp-0")]
+        for out in (tmp_path, straight.out)
+    ]
+    assert rows[0] == rows[1]
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("|")]
+    assert (folder / "table.md").read_text().splitlines() == lines
+    methods = ("maml-trpo-0", "promp-0", "from scratch", "optimum")
+    assert all(name in said for name in methods)
+    assert len({line.count("|") for line in lines}) == 1
+    # Called again, nothing is repeated; with other options, a run is not continued.
+    monkeypatch.setattr(script, "evaluate_into", None)
+    assert script.main(arguments) == 0
+    with refused("tasks"):
+        script.main(dataclasses.replace(arguments, options=("tasks=3", *options[1:])))
+    with refused("--algorithms", "--policies"):
+        script.main(script.Arguments("bandit", tmp_path))
+
+
+def test_the_script_counts_the_episodes_to_the_best_return(script):
+    def curve(method: str, n: int | None, episodes: list[float], returns: list[float | None]):
+        return {
+            "method": method, "role": "meta-learner" if n else "from-scratch",
+            "episodes_per_step": n, "episodes": episodes, "returns": returns,
+            "ci95": [[None, None]] * len(returns),
+        }  # fmt: skip
+
+    curves = [
+        curve("a", 1, [0, 1, 2], [1.0, 5.0, 4.0]),
+        curve("a", 2, [0, 2], [9.0, 3.0]),  # before any experience nothing is reached
+        curve("b", None, [0, 10, 20], [0.0, None, 6.0]),
+        curve("c", None, [0, 10], [0.0, 4.9]),
+    ]
+    text = script.table(
+        {
+            "name": "a", "role": "meta-learner", "returns": [1.0], "references": {},
+            "experience": 2, "episodes_per_step": [1, 2], "experience_curves": curves,
+        }
+    )  # fmt: skip
+    cells = [line.strip("| ").split(" | ")[-1] for line in text.splitlines()]
+    assert mentions(cells[0], "5.0")
+    assert cells[2:] == ["1", "0", "20", "more than 10"]
