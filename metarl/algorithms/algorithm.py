@@ -119,6 +119,11 @@ class Algorithm:
         """Whether it is a reference for meta-learners."""
         return self.role != "meta-learner"
 
+    @property
+    def takes_inner_steps(self) -> bool:
+        """Whether it adapts by inner steps in evaluation."""
+        return not self.task_conditioned
+
     def sections(self) -> dict[str, Part]:
         """Return the parts with options, by the section of their keys."""
         parts = {name: getattr(self, name) for name in SECTIONS}

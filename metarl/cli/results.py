@@ -75,9 +75,23 @@ def evaluate_into(
     files += plots.plot_tasks(result, folder / "evaluation-tasks.png")
     files += plots.plot_paths(result, folder / "evaluation-paths.png")
     files += plots.plot_functions(result, folder / "evaluation-functions.png")
+    files += _experience_files(result, folder)
     if (folder / "config.json").exists():  # a run, which TensorBoard shows
         pictures = {path.stem: path for path in files if path.suffix == ".png"}
         shown = {"curve": "evaluation", "tasks": "evaluation-tasks"}
         images = {k: pictures[v].read_bytes() for k, v in shown.items() if v in pictures}
         show_adaptation(folder / "evaluation", result.curve.returns, images)
     return result, [path for path in files if path.suffix != ".svg"]
+
+
+def _experience_files(result: EvaluationResult, folder: Path) -> list[Path]:
+    """Write returns against experience as figure and CSV; remove those of an earlier evaluation."""
+    from metarl.plots.figures import plot_experience
+
+    for suffix in (".png", ".svg", ".csv"):
+        (folder / f"experience{suffix}").unlink(missing_ok=True)
+    files = plot_experience(result, folder / "experience.png")
+    if files:
+        files.append(folder / "experience.csv")
+        result.experience_to_csv(files[-1])
+    return files

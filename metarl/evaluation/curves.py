@@ -53,6 +53,16 @@ SQUARED_ERROR = Measure("loss", "mean squared error", -1.0, 3)
 
 
 @dataclass(frozen=True)
+class Experience:
+    """Experience on a new task before each return of a curve; means over tasks and seeds."""
+
+    episodes: list[float]
+    """Number of episodes, [K + 1]; the first is 0."""
+    env_steps: list[float]
+    """Number of environment steps, [K + 1]; the first is 0."""
+
+
+@dataclass(frozen=True)
 class Curve:
     """Returns of one policy, or another measure, after 0 ... K inner steps."""
 
@@ -83,6 +93,8 @@ class Curve:
     set."""
     episode_success: Floats | None = None
     """1 for an episode with success, else 0, [seeds, tasks, K + 1, episodes]."""
+    experience: Experience | None = None
+    """Experience before each return; None for an oracle, which needs none, and for a data set."""
 
     @property
     def reference(self) -> bool:

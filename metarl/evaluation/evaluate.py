@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from numpy.typing import ArrayLike
@@ -22,7 +23,8 @@ from metarl.envs.errors import NonFiniteError, UserError
 from metarl.envs.family import Family
 from metarl.envs.registry import find_family
 from metarl.evaluation.curves import Curve
-from metarl.evaluation.evaluator import EPISODES, Evaluator, Options
+from metarl.evaluation.evaluator import EPISODES, Evaluator, Options, Sizes
+from metarl.evaluation.experience import ExperienceCurve, experience_curves
 from metarl.evaluation.groups import START, What, references_of, seeds_of
 from metarl.evaluation.reinforcement import PolicyEvaluator
 from metarl.evaluation.results import EvaluationResult
@@ -60,6 +62,8 @@ def evaluate(
     split: Split = "test",
     threads: int | None = None,
     workers: int = 0,
+    experience: int = 0,
+    episodes_per_step: Sequence[int] | None = None,
     from_scratch: bool = False,
     scratch_learning_rate: float = LEARNING_RATE,
     name: str = "this policy",
@@ -99,6 +103,12 @@ def evaluate(
         threads: threads for physics and updates; by default one per available processor. Results do
             not depend on their number.
         workers: processes for environments without a native backend; 0 steps them in this process.
+        experience: also measure returns against experience, up to this number of episodes on each
+            task; training from scratch has ten times as much. 0: not measured.
+        episodes_per_step: numbers of episodes per inner step, each with its own curve against
+            experience; by default those of 1, 5, 10 and 20 that allow a step. Adaptation with fewer
+            than `episodes` is repeated until as many returns are measured. The step sizes are the
+            same.
         from_scratch: also train on each task from scratch, with the env steps of adaptation and
             with ten times as many. Also train with PPO of stable-baselines3, if it is installed.
         scratch_learning_rate: learning rate of the built-in training from scratch.
@@ -113,8 +123,9 @@ def evaluate(
     members = seeds_of(meta_policy, name)
     first = members[0]
     options = Options(
-        episodes=episodes, steps=steps, seed=seed, deterministic=deterministic, workers=workers
-    )
+        episodes=episodes, steps=steps, seed=seed, deterministic=deterministic, workers=workers,
+        experience=experience, episodes_per_step=episodes_per_step,
+    )  # fmt: skip
     if tune_step_sizes and split == "validation":
         raise UserError("tune_step_sizes uses the validation tasks: evaluate on split 'test'")
     _check_learning_rate(scratch_learning_rate, from_scratch)
@@ -126,6 +137,8 @@ def evaluate(
     rows = {name: members, **references_of(references, first, name)}
     policies = [group[0] for group in rows.values()]
     sizes.check(policies[1:])
+    if options.experience and all(p.algorithm.role == "oracle" for p in policies):
+        raise UserError("experience has no effect: an oracle observes its task and learns nothing")
     family, changes = _evaluated_family(policies, family_options)
     kind = EVALUATORS[family.domain]
     kind.require(family, options, process_group)
@@ -135,16 +148,24 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_group.errors_shared())
         pool = stack.enter_context(ChunkPool(threads, process_group))
-        evaluator = kind(family, used, key, options, pool)
+        new = partial(kind, family, used, key)
+        evaluator = new(options, pool)
         stack.callback(evaluator.close)
         if tune_step_sizes and options.steps:
             one_step = replace(options, steps=1, deterministic=False)
             sizes.tuner = kind(family, *choice.tasks("validation"), one_step, pool, check=False)
             stack.callback(sizes.tuner.close)
         try:
-            curves = _policies(evaluator, sizes, rows)
-            if from_scratch and options.steps:
-                curves |= evaluator.scratch(first, scratch_learning_rate)
+            sizes_of = _sizes(sizes, rows)
+            curves = _policies(evaluator, sizes, sizes_of, rows)
+            against = []
+            if options.experience:
+                few = partial(new, pool=pool, check=False)
+                against += experience_curves(few, options, rows, sizes_of, curves)
+            if from_scratch and (options.steps or options.experience):
+                trained, longer = evaluator.scratch(first, scratch_learning_rate)
+                curves |= trained
+                against += [ExperienceCurve(key, curve) for key, curve in longer.items()]
             curves = evaluator.settled(curves | evaluator.own_rows())
         except NonFiniteError as error:
             raise UserError(f"{family.name}: {error}") from error
@@ -169,7 +190,10 @@ def evaluate(
         "policy": first.digest,
         "tried_step_factors": sizes.to_json(),
     }
-    return EvaluationResult(curves.pop(name), curves, setting, name)
+    if options.experience:
+        setting["experience"] = options.experience
+        setting["episodes_per_step"] = options.episodes_per_step
+    return EvaluationResult(curves.pop(name), curves, setting, name, against)
 
 
 def _check_learning_rate(rate: float, used: bool) -> None:
@@ -210,14 +234,21 @@ def _evaluated_family(
     return family, changes[0]
 
 
+def _sizes(sizes: StepSizes, rows: Mapping[str, Sequence[MetaPolicy]]) -> dict[str, Sizes]:
+    """Return the step sizes of policies by name; the first one is the evaluated policy."""
+    (name, own), *others = rows.items()
+    return {name: sizes.own(name, own)} | {k: sizes.reference(k, group) for k, group in others}
+
+
 def _policies(
-    evaluator: Evaluator, sizes: StepSizes, rows: Mapping[str, Sequence[MetaPolicy]]
+    evaluator: Evaluator,
+    sizes: StepSizes,
+    sizes_of: Mapping[str, Sizes],
+    rows: Mapping[str, Sequence[MetaPolicy]],
 ) -> dict[str, Curve]:
     """Return the curves of policies by name; add a random initialization if all are trained."""
-    (name, own), *others = rows.items()
-    curves = {name: evaluator.curve(own, sizes.own(name, own))}
-    for key, members in others:
-        curves[key] = evaluator.curve(members, sizes.reference(key, members))
+    curves = {key: evaluator.curve(members, sizes_of[key]) for key, members in rows.items()}
+    own = next(iter(rows.values()))
     if all(members[0].algorithm.role != "untrained" for members in rows.values()):
         start = random_meta_policy(own[0], evaluator.options.seed)
         curve = evaluator.curve([start], sizes.start(start))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.distributed.process_group import ProcessGroup
-from metarl.envs.errors import check_whole
+from metarl.envs.errors import UserError, check_whole
 from metarl.envs.family import Family
 from metarl.evaluation.curves import Curve, Measure
 from metarl.evaluation.statistics import Floats
@@ -25,6 +28,9 @@ Sizes = Sequence[float] | Callable[[MetaPolicy], Sequence[float]] | None
 
 EPISODES = 20
 """Default number of episodes per task."""
+
+EPISODES_PER_STEP = (1, 5, 10, 20)
+"""Default numbers of episodes per inner step, if returns are measured against experience."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +46,32 @@ class Options:
     seed: int = 0
     deterministic: bool = False
     workers: int = 0
+    experience: int = 0
+    episodes_per_step: Sequence[int] | None = None
+    """None: those of `EPISODES_PER_STEP` that allow an inner step."""
 
     def __post_init__(self) -> None:
-        for key, least in (("episodes", 1), ("steps", 0), ("seed", 0), ("workers", 0)):
-            check_whole(key, getattr(self, key), least)
+        least = {"episodes": 1, "steps": 0, "seed": 0, "workers": 0, "experience": 0}
+        for key, smallest in least.items():
+            check_whole(key, getattr(self, key), smallest)
             object.__setattr__(self, key, int(getattr(self, key)))
+        object.__setattr__(self, "episodes_per_step", self._episodes_per_step())
+
+    def _episodes_per_step(self) -> tuple[int, ...]:
+        given, most = self.episodes_per_step, self.experience
+        if given is None:
+            return tuple(n for n in EPISODES_PER_STEP if n <= most)
+        numbers = list(given) if np.iterable(given) else [given]
+        for n in numbers:
+            check_whole("episodes_per_step", n, 1)
+            if n > most:
+                raise UserError(
+                    f"episodes_per_step {n} needs an experience of {n} episodes or more, got"
+                    f" {most}: raise experience, or give smaller numbers"
+                )
+        if not numbers or len({*numbers}) < len(numbers):
+            raise UserError(f"episodes_per_step must be different numbers, got {given!r}")
+        return tuple(map(int, numbers))
 
 
 @dataclass(frozen=True)
@@ -122,9 +149,27 @@ class Evaluator(ABC):
     def curve(self, members: Sequence[MetaPolicy], sizes: Sizes) -> Curve:
         """Return the curve of a policy's seeds; an oracle takes no step."""
 
+    def repeated(self, count: int) -> Evaluator:
+        """Return an evaluator with the same tasks and environments, but other random numbers.
+
+        Args:
+            count: number of the repeat; 0 has the same random numbers.
+        """
+        other = copy.copy(self)
+        first = self.key.first_task + count * len(self.all_tasks)
+        other.key = dataclasses.replace(self.key, first_task=first)
+        return other
+
     @abstractmethod
-    def scratch(self, like: MetaPolicy, learning_rate: float) -> dict[str, Curve]:
-        """Return the curves of training from scratch on each task, by name."""
+    def scratch(
+        self, like: MetaPolicy, learning_rate: float
+    ) -> tuple[dict[str, Curve], dict[str, Curve]]:
+        """Return curves of training from scratch on each task, by name.
+
+        Returns:
+            curves after the experience of each inner step, and after that of ten times as many.
+            Curves against experience, if it is measured.
+        """
 
     def own_rows(self) -> dict[str, Curve]:
         """Return the curves of references that need no policy, by name."""

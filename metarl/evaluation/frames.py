@@ -13,6 +13,7 @@ import numpy as np
 
 from metarl.envs.errors import UserError
 from metarl.evaluation.curves import Curve
+from metarl.evaluation.experience import ExperienceCurve
 from metarl.runs.files import as_path, write_atomically
 
 Columns = Mapping[str, Sequence[Any]]
@@ -52,6 +53,39 @@ def columns(rows: Mapping[str, Curve], setting: Mapping[str, Any]) -> Columns:
     for head in ("episode", "success"):
         if all(cell is None for cell in found[head]):
             del found[head]
+    return found
+
+
+def experience_columns(curves: Sequence[ExperienceCurve], setting: Mapping[str, Any]) -> Columns:
+    """Return the columns of returns against experience: a row for each curve, task, point, seed.
+
+    `method`, `algorithm`, `episodes_per_step` (missing for a method without inner steps), `task`,
+    `task_NAME` for each component, `outside_training`, `seed`; `episodes` and `env_steps` of
+    experience, means over tasks; `return`, the mean over episodes.
+
+    Args:
+        setting: as in `columns`.
+    """
+    names = [f"task_{name}" for name in setting["components"]]
+    heads = ["method", "algorithm", "episodes_per_step", "task", *names, "outside_training", "seed"]
+    found: dict[str, list[Any]] = {head: [] for head in (*heads, "episodes", "env_steps", "return")}
+    for one in curves:
+        values = one.curve.per_seed
+        seeds, tasks, points = (index.ravel() for index in np.indices(values.shape))
+        own = {
+            "method": [one.method] * values.size,
+            "algorithm": [one.curve.algorithm] * values.size,
+            "episodes_per_step": [one.episodes_per_step] * values.size,
+            "task": tasks.tolist(),
+            "outside_training": np.array(setting["outside_training"])[tasks].tolist(),
+            "seed": np.array(one.curve.seeds)[seeds].tolist(),
+            "episodes": np.array(one.experience.episodes)[points].tolist(),
+            "env_steps": np.array(one.experience.env_steps)[points].tolist(),
+            "return": _known(values),
+            **dict(zip(names, np.array(setting["tasks"])[tasks].T.tolist(), strict=True)),
+        }
+        for head, cells in own.items():
+            found[head] += cells
     return found
 
 

@@ -21,14 +21,16 @@ from metarl.domains.reinforcement import PolicyOptions, spaces_of
 from metarl.envs import TaskFamily, guard
 from metarl.envs.family import Family
 from metarl.evaluation import stable_baselines
-from metarl.evaluation.curves import RETURN, Curve, Measure
+from metarl.evaluation.curves import RETURN, Curve, Experience, Measure
 from metarl.evaluation.evaluator import EPISODES, Evaluator, OneTask, Options, Sizes
 from metarl.evaluation.scratch import (
     TIMES,
     ScratchTrainer,
+    Trained,
     curves,
     scratch_policy,
     train_from_scratch,
+    updates,
 )
 from metarl.evaluation.statistics import Floats
 from metarl.learning.inner_loop import check_finite
@@ -122,15 +124,15 @@ class PolicyEvaluator(Evaluator):
     def curve(self, members: Sequence[MetaPolicy], sizes: Sizes) -> Curve:
         names = self.family.achieved
         algorithm = members[0].algorithm
-        adapts = not algorithm.task_conditioned
+        adapts = algorithm.takes_inner_steps
         scores, success, achieved, paths = [], [], [], {}
-        episodes, done = [], []
+        episodes, done, lengths = [], [], []
         used: list[float] = []
         told = False
         with self.pool.process_group.errors_shared():
             for i, member in enumerate(members):
                 given = sizes(member) if callable(sizes) else sizes
-                sizes_of_one, rollouts = self._rollouts(member, given, adapts)
+                sizes_of_one, rollouts, used_steps = self._rollouts(member, given, adapts)
                 if i == 0:
                     used = sizes_of_one
                     if len(names) == 2:
@@ -142,6 +144,7 @@ class PolicyEvaluator(Evaluator):
                 success.append(np.stack([r.success_rates().numpy() for r in rollouts], axis=1))
                 episodes.append(np.stack([r.returns().numpy() for r in rollouts], axis=1))
                 done.append(np.stack([r.successes().numpy() for r in rollouts], axis=1))
+                lengths.append(used_steps)
                 told |= any(_tells_success(rollout) for rollout in rollouts)
                 came = _last if len(names) == 2 else _mean
                 achieved.append([[came(r, key) for r in rollouts] for key in names.values()])
@@ -158,7 +161,18 @@ class PolicyEvaluator(Evaluator):
             role=algorithm.role,
             per_episode=self._of_all(np.stack(episodes), axis=1),
             episode_success=self._of_all(np.stack(done), axis=1),
+            experience=self._experience(np.stack(lengths)) if adapts else None,
         )
+
+    def _experience(self, env_steps: Floats) -> Experience:
+        """Return the experience before each return.
+
+        Args:
+            env_steps: number of steps, [seeds, tasks, K + 1].
+        """
+        episodes = self.options.episodes * np.arange(float(env_steps.shape[2]))
+        means = self._of_all(env_steps, axis=1).mean(axis=(0, 1))
+        return Experience(episodes.tolist(), means.tolist())
 
     def settled(self, curves: Mapping[str, Curve]) -> dict[str, Curve]:
         """Return the curves, without success rates if no environment reported success or failure.
@@ -171,29 +185,40 @@ class PolicyEvaluator(Evaluator):
         unknown = {"success": None, "episode_success": None}
         return {name: dataclasses.replace(curve, **unknown) for name, curve in curves.items()}
 
-    def scratch(self, like: MetaPolicy, learning_rate: float) -> dict[str, Curve]:
+    def scratch(
+        self, like: MetaPolicy, learning_rate: float
+    ) -> tuple[dict[str, Curve], dict[str, Curve]]:
         """Return the curves of our training, and of stable-baselines3's PPO if it is installed."""
         options, advantage = like.config.policy, like.config.advantage
         assert isinstance(options, PolicyOptions)
         assert advantage is not None
         policy = scratch_policy(options, self.family)
-        steps, seed = self.options.steps, self.key.seed
-        updates = TIMES * steps
+        steps, seed, episodes = self.options.steps, self.key.seed, self.options.episodes
+        in_rows, against = updates(steps, self.options.experience, episodes)
+        rows, experienced = {}, {}
+
+        def add(name: str, method: str, found: Trained, after: list[int]) -> None:
+            found = found.map(self._of_all)
+            rows.update(curves(name, found, steps, seed))
+            if against:
+                experienced[method] = found.curve(after, seed)
+
         trainer = ScratchTrainer(policy, len(self.tasks), seed, learning_rate)
         collector = self._collector(policy, options.action, like.config.worker_timeout)
         found = train_from_scratch(
-            trainer, collector, self.tasks, advantage, self.pool, self.key, updates
+            trainer, collector, self.tasks, advantage, self.pool, self.key, max(in_rows, against)
         )
-        rows = curves("", [self._of_all(values) for values in found], steps, seed)
+        add("", "training from scratch", found, list(range(against + 1)))
         if stable_baselines.installed() and isinstance(options.network, MLPPart):
+            after = [0, *(2**i for i in range(against.bit_length()) if 2**i < against), against]
+            needed = {times * k for times in (1, TIMES) for k in range(steps + 1)}
             found = stable_baselines.train_by_ppo(
                 self.family, self.tasks, hidden=options.network.hidden, mode=options.action,
-                advantage=advantage, episodes=self.options.episodes, updates=updates,
-                measured={times * k for times in (1, TIMES) for k in range(steps + 1)},
-                key=self.key,
+                advantage=advantage, episodes=episodes, updates=max(in_rows, against),
+                measured=needed.union(after), key=self.key,
             )  # fmt: skip
-            rows |= curves(", SB3 PPO", [self._of_all(values) for values in found], steps, seed)
-        return rows
+            add(", SB3 PPO", "PPO of stable-baselines3 from scratch", found, after)
+        return rows, experienced
 
     def setting(self) -> dict[str, Any]:
         setting: dict[str, Any] = {
@@ -208,7 +233,11 @@ class PolicyEvaluator(Evaluator):
 
     def _rollouts(
         self, policy: MetaPolicy, sizes: Sequence[float] | None, adapts: bool
-    ) -> tuple[list[float], list[Rollout]]:
+    ) -> tuple[list[float], list[Rollout], Floats]:
+        """Return the step sizes, the measured rollouts after 0 ... K inner steps, and the steps.
+
+        The last array counts the steps of all episodes before each inner step, [tasks, K + 1].
+        """
         tasks, config, options = len(self.tasks), policy.config, self.options
         loop, meta = policy.inner_loop(self.pool, sizes)
         context = policy.context(self.tasks)
@@ -231,13 +260,16 @@ class PolicyEvaluator(Evaluator):
         steps = options.steps if adapts else 0
         adapted = loop.run(sample, meta, tasks, steps=steps, query=False)
         iterates = adapted.iterates * (1 if adapts else options.steps + 1)
+        counts = [r.valid.sum(dim=(1, 2)).double().numpy() for r in rollouts]
+        used_steps = np.stack([np.zeros(tasks), *counts], axis=1).cumsum(axis=1)
         measured = rollouts if adapts and not options.deterministic else []
         for k in range(len(measured), len(iterates)):
             params = loop.adapter.params(iterates[k], adapted.slow, tasks)
             rollout = collect(params, k, options.deterministic)
             check_finite({"reward": rollout.reward}, rollout.tasks)
             measured.append(rollout)
-        return loop.adapter.mean_step_sizes(meta, options.steps) if adapts else [], measured
+        used_sizes = loop.adapter.mean_step_sizes(meta, options.steps) if adapts else []
+        return used_sizes, measured, used_steps
 
 
 def _tells_success(rollout: Rollout) -> bool:

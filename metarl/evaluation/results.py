@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from metarl.envs.errors import UserError
 from metarl.evaluation.curves import ROLES, Curve, difference, finite, known
-from metarl.evaluation.frames import columns, to_frame, write_csv
+from metarl.evaluation.experience import ExperienceCurve
+from metarl.evaluation.frames import Columns, columns, experience_columns, to_frame, write_csv
 from metarl.evaluation.statistics import CVAR, FEWEST, Floats, bootstrap_interval
-from metarl.evaluation.tables import as_text, tables, task_table
+from metarl.evaluation.tables import as_text, experience_table, tables, task_table
 from metarl.plain_json import plain
 
 
@@ -28,6 +30,8 @@ class EvaluationResult:
     """Family, tasks and other settings of the evaluation."""
     name: str = "this policy"
     """Name of the policy in tables and figures."""
+    experience: Sequence[ExperienceCurve] = ()
+    """Returns against experience on the tasks, if they were measured."""
 
     @property
     def rows(self) -> dict[str, Curve]:
@@ -117,9 +121,11 @@ class EvaluationResult:
                 rows[name]["gap_closed"] = finite([gap[0] for gap in gaps])
                 rows[name]["gap_closed_ci95"] = finite([list(gap[1:]) for gap in gaps])
         own = rows.pop(self.name)
+        against = [curve.to_json() for curve in self.experience]
         return {
             **plain(self.setting), "name": self.name, "cvar_fraction": CVAR, **own,
             "references": rows, "verdict": self.verdict(),
+            **({"experience_curves": against} if against else {}),
         }  # fmt: skip
 
     def to_csv(self, path: str | Path) -> None:
@@ -145,6 +151,32 @@ class EvaluationResult:
             UserError: pandas is not installed.
         """
         return to_frame(columns(self.rows, self.setting))
+
+    def experience_to_csv(self, path: str | Path) -> None:
+        """Write returns against experience as CSV; see `frames.experience_columns`.
+
+        Raises:
+            UserError: they were not measured.
+            OSError: the file cannot be written.
+        """
+        write_csv(self._experience_columns(), path)
+
+    def experience_to_frame(self) -> Any:
+        """Return returns against experience as a `pandas.DataFrame` in long format.
+
+        Raises:
+            UserError: they were not measured, or pandas is not installed.
+        """
+        return to_frame(self._experience_columns())
+
+    def _experience_columns(self) -> Columns:
+        if not self.experience:
+            raise UserError("experience was not measured: evaluate with experience=40, for example")
+        return experience_columns(self.experience, self.setting)
+
+    def experience_table(self) -> str:
+        """Return a plain-text table with a row per method, a column per number of episodes."""
+        return as_text([experience_table(self.to_json())])
 
     def table(self) -> str:
         """Return plain-text tables with a row per policy and a column per number of inner steps."""

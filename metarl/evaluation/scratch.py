@@ -7,7 +7,8 @@ from a random initialization. A batch has the number of episodes of an inner ste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,7 +18,7 @@ from metarl.distributed.chunk_pool import ChunkPool, slices
 from metarl.domains.reinforcement import PolicyOptions, make_policy, policy_spaces
 from metarl.envs import TaskFamily
 from metarl.envs.errors import NonFiniteError
-from metarl.evaluation.curves import Curve
+from metarl.evaluation.curves import Curve, Experience
 from metarl.evaluation.statistics import Floats
 from metarl.learning.advantages import Advantages, to_batch
 from metarl.learning.baselines import LinearFeatures
@@ -89,6 +90,34 @@ class ScratchTrainer:
                 raise NonFiniteError(f"parameter {name} is not finite in training from scratch")
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Training from scratch on each task: returns after 0 ... N updates."""
+
+    means: Floats
+    """Mean returns, [tasks, N + 1]."""
+    episodes: Floats
+    """Returns of episodes, [tasks, N + 1, episodes]."""
+    used_episodes: Floats
+    """Number of episodes for training, [tasks, N + 1]."""
+    used_steps: Floats
+    """Number of environment steps for training, [tasks, N + 1]."""
+
+    def map(self, change: Callable[[Floats], Floats]) -> Trained:
+        """Change all arrays."""
+        return Trained(**{name: change(array) for name, array in vars(self).items()})
+
+    def curve(self, after: Collection[int] | slice, seed: int) -> Curve:
+        """Return the curve after some numbers of updates."""
+        part = self.map(lambda array: array[:, after])
+        used = (part.used_episodes, part.used_steps)
+        spent = Experience(*(counts.mean(axis=0).tolist() for counts in used))
+        return Curve(
+            [], part.means[None], "from-scratch", [seed], role="from-scratch",
+            per_episode=part.episodes[None], experience=spent,
+        )  # fmt: skip
+
+
 def train_from_scratch(
     trainer: ScratchTrainer,
     collector: AnyCollector,
@@ -97,15 +126,12 @@ def train_from_scratch(
     pool: ChunkPool,
     key: RandomKey,
     batches: int,
-) -> tuple[Floats, Floats]:
-    """Return the returns of policies after 0 ... `batches` batches.
+) -> Trained:
+    """Train policies with `batches` batches, one for each update.
 
     Returns after n batches come from the episodes of the next batch.
-
-    Returns:
-        mean returns [tasks, batches + 1], returns of episodes [tasks, batches + 1, episodes].
     """
-    means, episodes = [], []
+    means, episodes, lengths = [], [], [np.zeros(len(tasks))]
     for n in range(batches + 1):
         where = dataclasses.replace(key, iteration=key.iteration + 1 + n)
         rollout = collector.collect(trainer.params, tasks, where)
@@ -114,21 +140,33 @@ def train_from_scratch(
         if n < batches:
             batch = to_batch(trainer.policy, rollout, advantage, LinearFeatures(), {}, pool)
             trainer.update(batch, pool)
-    return np.stack(means, axis=1), np.stack(episodes, axis=1)
+            lengths.append(rollout.valid.sum(dim=(1, 2)).double().numpy())
+    returns = np.stack(episodes, axis=1)
+    count = returns.shape[2] * np.arange(batches + 1.0)
+    return Trained(
+        np.stack(means, axis=1), returns, np.tile(count, (len(tasks), 1)),
+        np.stack(lengths, axis=1).cumsum(axis=1),
+    )  # fmt: skip
 
 
-def curves(by: str, returns: Sequence[Floats], steps: int, seed: int) -> dict[str, Curve]:
+def updates(steps: int, experience: int, episodes: int) -> tuple[int, int]:
+    """Return the number of updates for the rows of a table, and for a curve against experience.
+
+    Args:
+        steps: number of inner steps of meta-learners.
+        experience: number of episodes of experience of meta-learners.
+        episodes: number of episodes of an inner step, and of an update.
+    """
+    return TIMES * steps, -(-TIMES * experience // episodes)
+
+
+def curves(by: str, trained: Trained, steps: int, seed: int) -> dict[str, Curve]:
     """Return curves with the env steps of 0 ... `steps` inner steps, and with ten times as many.
 
     Args:
         by: name of the trainer, "" for ours.
-        returns: mean returns [tasks, TIMES * steps + 1], and returns of episodes [tasks, TIMES *
-            steps + 1, episodes].
     """
-    found = {}
-    for times, more in ((1, ""), (TIMES, f", {TIMES} x steps")):
-        means, episodes = (values[None, :, : times * steps + 1 : times] for values in returns)
-        found[f"from scratch{by}{more}"] = Curve(
-            [], means, "from-scratch", [seed], role="from-scratch", per_episode=episodes
-        )
-    return found
+    return {
+        f"from scratch{by}{more}": trained.curve(slice(0, times * steps + 1, times), seed)
+        for times, more in ((1, ""), (TIMES, f", {TIMES} x steps"))
+    }

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from metarl.envs import TaskFamily
 from metarl.envs.errors import check_one_of
 from metarl.envs.policy_spaces import image_size
+from metarl.evaluation.scratch import Trained
 from metarl.evaluation.statistics import Floats
 from metarl.learning.advantages import Advantages
 from metarl.models.encoders import NatureCNN
@@ -44,23 +45,21 @@ def train_by_ppo(
     updates: int,
     measured: set[int],
     key: RandomKey,
-) -> tuple[Floats, Floats]:
-    """Return the returns of policies after 0 ... `updates` updates.
+) -> Trained:
+    """Train policies with `updates` updates.
 
     Tasks are trained one after the other. Returns come from separate episodes with sampled actions.
 
     Args:
-        measured: numbers of updates after which returns are measured; other entries are NaN.
-
-    Returns:
-        mean returns [tasks, updates + 1], returns of episodes [tasks, updates + 1, episodes].
+        measured: numbers of updates after which returns are measured; other returns are NaN.
     """
     from stable_baselines3 import PPO  # pyright: ignore[reportMissingImports]  (an extra)
 
     returns = np.full((len(tasks), updates + 1, episodes), np.nan)
+    used = np.zeros((2, len(tasks), updates + 1))  # episodes and steps
     steps = max(episodes * family.horizon, 2)  # steps of an update; it normalizes advantages
     for i, task in enumerate(tasks):
-        env, watched = (_as_acted_in(family.make(task), mode) for _ in range(2))
+        env, watched = (_Counter(_as_acted_in(family.make(task), mode)) for _ in range(2))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a smaller last minibatch
             model = PPO(
@@ -80,11 +79,30 @@ def train_by_ppo(
                 seeds = key.episode_seeds(i, episodes)
                 played = [episode(watched, act, family.horizon, seed) for seed in seeds]
                 returns[i, n] = [sum(step.reward for step in one) for one in played]
+            used[:, i, n] = env.episodes, env.steps
             if n < updates:
                 model.learn(steps, reset_num_timesteps=n == 0)
         env.close()
         watched.close()
-    return returns.mean(axis=2), returns
+    return Trained(returns.mean(axis=2), returns, *used)
+
+
+class _Counter(gym.Wrapper):
+    """Counts steps, and episodes with at least one step."""
+
+    episodes = 0
+    steps = 0
+    _fresh = True
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        self._fresh = True
+        return super().reset(**options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        self.episodes += self._fresh
+        self.steps += 1
+        self._fresh = False
+        return super().step(action)
 
 
 def _act(model: Any, observation: NDArray, t: int) -> NDArray:

@@ -63,6 +63,10 @@ class PredictorEvaluator(Evaluator):
         if options.deterministic or options.episodes != EPISODES:
             key = "deterministic" if options.deterministic else "episodes"
             raise UserError(f"{key} has no effect on the supervised tasks of {family.name}")
+        if options.experience:
+            raise UserError(
+                f"experience is measured in episodes, and {family.name} has supervised tasks"
+            )
         if process_group.size > 1:
             raise UserError(f"{family.name}: supervised tasks are evaluated on one rank")
 
@@ -105,7 +109,7 @@ class PredictorEvaluator(Evaluator):
 
     def curve(self, members: Sequence[MetaPolicy], sizes: Sizes) -> Curve:
         algorithm = members[0].algorithm
-        adapts = not algorithm.task_conditioned
+        adapts = algorithm.takes_inner_steps
         scores, used, functions = [], [], None
         for i, member in enumerate(members):
             given = sizes(member) if callable(sizes) else sizes
@@ -139,7 +143,9 @@ class PredictorEvaluator(Evaluator):
             role=algorithm.role,
         )
 
-    def scratch(self, like: MetaPolicy, learning_rate: float) -> dict[str, Curve]:
+    def scratch(
+        self, like: MetaPolicy, learning_rate: float
+    ) -> tuple[dict[str, Curve], dict[str, Curve]]:
         """Return the curve of training a random initialization on each support alone."""
         config = like.config
         if like.algorithm.task_conditioned:  # training uses only examples
@@ -156,7 +162,7 @@ class PredictorEvaluator(Evaluator):
             params = {**stack(slow, count), **own}
             parts.append(self._trained(loop.adapter, params, support, query, learning_rate))
         name = f"from scratch, {UPDATES} updates a step"
-        return {name: self._reference("from-scratch", np.concatenate(parts))}
+        return {name: self._reference("from-scratch", np.concatenate(parts))}, {}
 
     def own_rows(self) -> dict[str, Curve]:
         """Return the accuracy of the nearest class mean of the inputs, without any network."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,47 @@ def tables(evaluation: Mapping[str, Any]) -> list[Table]:
         if rows:
             found.append(Table([what, *counts], rows))
     return found
+
+
+def experience_table(evaluation: Mapping[str, Any]) -> Table:
+    """Return the table of returns against experience: a row per method.
+
+    A column is a number of episodes on the new task. A method is listed with the last policy that
+    it has after at most as many episodes.
+    """
+    curves = evaluation["experience_curves"]
+    own = evaluation["experience"]
+    most = max(curve["episodes"][-1] for curve in curves)
+    more = (own * n for n in (2, 5, 10) if own * n <= most)
+    columns = sorted({0, own, *evaluation["episodes_per_step"], *more})
+    digits = evaluation.get("digits", 1)
+    rows = []
+    for curve in curves:
+        cells = _cells(curve["returns"], curve["ci95"], digits)
+        at = [bisect_right(curve["episodes"], n) - 1 for n in columns]
+        reached = [n <= max(curve["episodes"][-1], own) for n in columns]
+        picked = [cells[i] if there else "" for i, there in zip(at, reached, strict=True)]
+        rows.append([method_name(curve), *picked])
+    for name, level in levels(evaluation).items():
+        rows.append([name, f"{level:.{digits}f}"])
+    return Table(["return after episodes of experience", *map(str, columns)], rows)
+
+
+def method_name(curve: Mapping[str, Any]) -> str:
+    """Return the name of a method with its number of episodes per inner step."""
+    n = curve["episodes_per_step"]
+    return curve["method"] + ("" if n is None else f", {n} episode{'s' * (n > 1)} per step")
+
+
+def levels(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Return mean returns that no experience changes, by name: oracles, and the known optimum."""
+    curves = {evaluation["name"]: evaluation, **evaluation["references"]}
+    found = {
+        name: curve["returns"][0] for name, curve in curves.items() if curve["role"] == "oracle"
+    }
+    if best := evaluation.get("optimal_returns"):
+        found["optimum"] = sum(best) / len(best)
+    return {name: level for name, level in found.items() if level is not None}
 
 
 def task_table(evaluation: Mapping[str, Any]) -> Table:

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from metarl.evaluation.curves import ACCURACY, Curve
 from metarl.evaluation.results import EvaluationResult
 from metarl.evaluation.statistics import Floats
+from metarl.evaluation.tables import levels, method_name
 from metarl.plots.drawing import (
     AFTER,
     BEFORE,
@@ -80,6 +82,67 @@ def plot_evaluation(result: EvaluationResult, path: Path) -> list[Path]:
     axes.grid(alpha=0.3)
     add_legend(figure, axes, 2)
     return save(figure, path)
+
+
+def plot_experience(result: EvaluationResult, path: Path) -> list[Path]:
+    """Plot return against experience on the task: episodes on the left, env steps on the right.
+
+    A line per method and number of episodes per inner step, each with its 95 % interval over tasks.
+    It is level until the next inner step or update. Both axes are logarithmic, and linear near 0.
+    Nothing is drawn if experience was not measured.
+    """
+    if not result.experience:
+        return []
+    setting = result.setting
+    figure = new_figure(10.0, 5.6)
+    panels = figure.subplots(1, 2, sharey=True)
+    methods = list(dict.fromkeys(one.method for one in result.experience))
+    shades = setting["episodes_per_step"]
+    for i, one in enumerate(result.experience):
+        n = one.episodes_per_step
+        style = style_of(methods.index(one.method)) | {"marker": style_of(i)["marker"]}
+        if n is not None:  # few episodes are light, many dark
+            style["color"] = _lighter(style["color"], 0.55 * _share(n, shades))
+        low, high = np.array(one.curve.ci95).T
+        label = label_of(method_name(one.to_json()))
+        for axes, x in zip(panels, vars(one.experience).values(), strict=True):
+            axes.fill_between(
+                x, low, high, color=style["color"], alpha=0.12, linewidth=0, step="post"
+            )
+            axes.plot(
+                x, one.curve.returns, label=label, markersize=5, drawstyle="steps-post", **style
+            )
+    for i, (name, level) in enumerate(levels(result.to_json()).items()):
+        for axes in panels:
+            axes.axhline(
+                level, color="black", linestyle=("--", ":", "-.")[i % 3], label=label_of(name)
+            )
+    for axes, what, parts in zip(panels, ("episodes", "env_steps"), ((1, 2, 5), (1,)), strict=True):
+        used = [x for one in result.experience for x in getattr(one.experience, what) if x > 0.0]
+        axes.set_xscale("symlog", linthresh=min(used), linscale=0.4)
+        axes.set_xlim(0.0, 1.1 * max(used))
+        ticks = [part * 10**i for i in range(10) for part in parts]
+        ticks = [0, *(tick for tick in ticks if min(used) <= tick <= max(used))]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(f"{what.replace('_', ' ')} of experience on the new task")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(
+        f"{_measured(result)}\nmean of {len(setting['tasks'])} tasks, 95 % interval"
+    )
+    figure.suptitle(_title(setting))
+    add_legend(figure, panels[0], 2)
+    return save(figure, path)
+
+
+def _share(n: int, numbers: Sequence[int]) -> float:
+    """Return the share of larger numbers, 0 for the largest."""
+    return sum(other > n for other in numbers) / max(1, len(numbers) - 1)
+
+
+def _lighter(colour: str, share: float) -> tuple[float, ...]:
+    """Return a mixture of a colour with white."""
+    return tuple(share + (1.0 - share) * part for part in to_rgb(colour))
 
 
 def _measured(result: EvaluationResult) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metarl.evaluation.tables import described, tables
+from metarl.evaluation.tables import Table, described, experience_table, tables
 from metarl.plain_json import json_text
 from metarl.plots.video import to_webm
 from metarl.runs.checkpoints import machine, versions
@@ -38,6 +38,7 @@ pre { background: #f5f5f5; padding: .75rem; overflow-x: auto; white-space: pre; 
 
 _PICTURES = (
     ("evaluation", "Adaptation", "Held-out tasks after each number of inner steps."),
+    ("experience", "Returns against experience", "Held-out tasks after some experience on each."),
     ("evaluation-tasks", "Task by task", "Each held-out task before and after adaptation."),
     ("evaluation-functions", "Functions", "True function, and predictions by inner steps."),
     ("evaluation-paths", "Paths", "One episode of some tasks after each number of inner steps."),
@@ -69,7 +70,7 @@ def write_report(
     evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
     parts = [f"<h1>{html.escape(title)}</h1>", _setting(evaluation)]
     parts.append(f'<p class="verdict">{html.escape(evaluation["verdict"])}</p>')
-    parts.append(_tables(evaluation))
+    parts.append(_tables(tables(evaluation), evaluation["name"]))
     if adapts and (said := findings(read_metrics(folder), stratified=stratified)):
         parts.append("<h2>Diagnosis</h2>")
         parts += [f"<p>{html.escape(sentence)}</p>" for sentence in said]
@@ -81,6 +82,8 @@ def write_report(
                 f"<h2>{heading}</h2><figure><img alt='{html.escape(caption)}' src='{source}'>"
                 f"<figcaption>{html.escape(caption)}</figcaption></figure>"
             )
+            if name == "experience":
+                parts.append(_tables([experience_table(evaluation)], evaluation["name"]))
     parts.append("<h2>Video</h2>")
     if (folder / "video.mp4").exists():
         parts.append(_video(folder / "video.mp4"))
@@ -141,12 +144,13 @@ def _setting(evaluation: Mapping[str, Any]) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
-def _tables(evaluation: Mapping[str, Any]) -> str:
+def _tables(found: Sequence[Table], name: str) -> str:
+    """Return tables as HTML; the rows of the policy with this name are bold."""
     lines = []
-    for table in tables(evaluation):
+    for table in found:
         lines.append(_row(table.heads, "th"))
         for row in table.rows:
-            own = ' class="own"' if row[0] == evaluation["name"] else ""
+            own = ' class="own"' if row[0] == name else ""
             lines.append(_row(row, "td", own))
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 

@@ -51,6 +51,12 @@ class Evaluate:
     """Seed of episodes, and of drawn tasks."""
     deterministic: bool = False
     """Measure returns with the mean action instead of a sample."""
+    experience: int = 0
+    """Also measure returns against experience, up to this number of episodes on each task, and ten
+    times as many for --from-scratch; 0 does not. Writes experience.png and experience.csv."""
+    episodes_per_step: tuple[int, ...] = ()
+    """Numbers of episodes per inner step, each with its own curve against experience; by default
+    those of 1, 5, 10 and 20 that allow a step."""
     from_scratch: bool = False
     """Compare with training from scratch on each task with clipped policy gradients, with the env
     steps of adaptation and with ten times as many. Also with PPO of stable-baselines3 if it is
@@ -103,6 +109,8 @@ def evaluate(command: Evaluate) -> int:
             tune_step_sizes=command.tune_step_sizes,
             deterministic=command.deterministic,
             drawn=command.drawn,
+            experience=command.experience,
+            episodes_per_step=command.episodes_per_step or None,
             from_scratch=command.from_scratch,
             scratch_learning_rate=command.scratch_learning_rate,
             threads=command.threads,
@@ -124,6 +132,9 @@ def evaluate(command: Evaluate) -> int:
     say(f"{setting['family']}{options}: {said}\n")
     if command.per_task:
         say(f"{result.task_table()}\n")
-    say(f"{result.table()}\n\n{result.verdicts()}")
+    say(f"{result.table()}\n")
+    if result.experience:
+        say(f"{result.experience_table()}\n")
+    say(result.verdicts())
     say(", ".join(map(str, files)))
     return 0

@@ -35,6 +35,14 @@ class Report:
     existing evaluation, else 20."""
     steps: int | None = None
     """Number of inner steps; by default as in an existing evaluation, else 3."""
+    experience: int | None = None
+    """Episodes of experience on each task, up to which returns are measured; by default as in an
+    existing evaluation, else none."""
+    episodes_per_step: tuple[int, ...] = ()
+    """Numbers of episodes per inner step, each with its own curve against experience; by default
+    as in an existing evaluation, else those of 1, 5, 10 and 20 that allow a step."""
+    from_scratch: bool = False
+    """Compare with training from scratch, as in `metarl evaluate`."""
     threads: int | None = None
     """Threads; by default one per available processor. Results do not depend on their number."""
     video: bool = True
@@ -78,6 +86,11 @@ class _Earlier:
                 "family_options": found["family_overrides"],
                 **{key: found[key] for key in ("drawn", "deterministic", "seed")},
             }
+            earlier.options["from_scratch"] = any(
+                reference["role"] == "from-scratch" for reference in found["references"].values()
+            )
+            for key in {"experience", "episodes_per_step"} & found.keys():
+                earlier.options[key] = found[key]
             if "episodes" in found:
                 earlier.options["episodes"] = found["episodes"]
         return earlier
@@ -103,8 +116,12 @@ def report(command: Report) -> int:
     what = command.what[0]
     policy = load(what)
     folder = results_folder(what)
-    named = {"tasks": command.tasks, "episodes": command.episodes, "steps": command.steps}
+    named = {key: getattr(command, key) for key in ("tasks", "episodes", "steps", "experience")}
     asked = {key: value for key, value in named.items() if value is not None}
+    if command.episodes_per_step:
+        asked["episodes_per_step"] = list(command.episodes_per_step)
+    if command.from_scratch:
+        asked["from_scratch"] = True
     earlier = _Earlier.of(folder, policy.digest)
     notes: list[str] = []
     if earlier.seeds > 1:
