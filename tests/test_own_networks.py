@@ -317,7 +317,7 @@ def test_a_function_without_a_name_is_refused_with_workers():
         (Dropping, "drop"), (Batched, "batch"), (Noisy, "chance"), (OfTheBatch, "batch"),
         (RandomBuffer, "features"), (Narrow, "2"), (Fails, "RuntimeError"),
         (lambda space, outputs: 3, "int"), (lambda: None, "TypeError"),
-        ("own_networks:Resid", "Resid"), ("lstm", "mlp"), (7, "7"),
+        ("own_networks:Resid", "Resid"), ("mlpp", "mlp"), (7, "7"),
     ],
 )  # fmt: skip
 def test_what_is_no_network_of_this_kind_is_refused(network, named):

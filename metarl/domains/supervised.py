@@ -133,6 +133,11 @@ class Supervised(Domain):
         inputs = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
         context = context_dim(algorithm, family.tasks.dim)
         network = options.network.make(inputs, family.outputs, context)
+        if network.recurrent:
+            raise UserError(
+                f"policy.network {options.network.source or options.network.name} is recurrent, but"
+                f" the examples of {family.name} have no order: use a network without initial_state"
+            )
         if not classes:
             return Regressor(network=network)
         if algorithm.head == "meta":

@@ -234,9 +234,11 @@ def _step_all(
     seen: list[Any] = []
     observation, _ = env.reset(seed=config.seed)
     with torch.inference_mode():
+        state = policy.initial_state(params, tasks, episodes)
         for t in range(steps):
             batch = torch.from_numpy(np.asarray(observation, np.float32)).unflatten(0, (tasks, -1))
-            dist = policy.dist(params, batch)
+            output, state = policy.step(params, batch, state)
+            dist = policy.head(params, output)
             action = policy.sample(dist, noise[t])
             act = env_action(
                 action.flatten(0, 1).numpy(), env.single_action_space, config.action_mode

@@ -77,7 +77,7 @@ class ScratchTrainer:
             chunk, leaves = self._slices[index], self._leaves[index]
             part = batch.map(lambda x: x[chunk])
             for _ in range(EPOCHS):
-                dist = self.policy.dist(leaves, part.observation)
+                dist = self.policy.output(leaves, part)
                 total = loss(self.policy, dist, part).sum()
                 gradient = torch.autograd.grad(total, list(leaves.values()))
                 for p, g in zip(leaves.values(), gradient, strict=True):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metarl.envs.errors import UserError
-from metarl.models.networks import Dist
+from metarl.models.networks import Dist, State
 from metarl.models.policies import PolicyModel
 from metarl.models.samples import Samples
 from metarl.parts import called
@@ -47,6 +47,8 @@ class Batch(Samples):
     """[T]; divisor of each task's advantages."""
     rollout: Rollout | None = None
     """Rollout of the samples, all tasks."""
+    state: State | None = None
+    """[T, episodes, ...] each; see `Rollout.state`."""
 
     of_tasks: ClassVar[tuple[str, ...]] = ("context", "advantage_scale")
     drawn: ClassVar[bool] = True
@@ -56,7 +58,12 @@ class Batch(Samples):
 
     def select(self, samples: Tensor) -> Batch:
         episodes = samples.shape[1] if samples.ndim == 3 else 0
-        return replace(super().select(samples), episodes=episodes)
+        part = replace(Samples.select(replace(self, state=None), samples), episodes=episodes)
+        if not (self.state and episodes):
+            return part
+        each = samples[..., 0] * self.episodes // self.weight.shape[1]
+        task = torch.arange(len(each), device=each.device).unsqueeze(1)
+        return replace(part, state={name: x[task, each] for name, x in self.state.items()})
 
 
 def make_batch(
@@ -78,6 +85,7 @@ def make_batch(
         context=rollout.context,
         advantage_scale=scale,
         rollout=rollout,
+        state=rollout.state,
     )
 
 

@@ -125,9 +125,9 @@ def fisher_samples(problem: UnrolledProblem, fraction: float) -> list[Tensor | N
     """Return, for each batch, the samples for Fisher products, in the format of `Batch.select`.
 
     At least a fraction of every task's valid samples is used, and at least `FISHER_SAMPLES` or all.
-    Invalid samples only pad rows, after all valid ones. None stands for a whole batch. Losses that
-    need whole episodes get whole episodes. The task with the largest need, in the whole process
-    group, determines the number of samples.
+    Invalid samples only pad rows, after all valid ones. None stands for a whole batch. Recurrent
+    policies, and losses that need whole episodes, get whole episodes. The task with the largest
+    need, in the whole process group, determines the number of samples.
     """
     return [_selection(problem, batch, fraction) for batch in problem.batches]
 

@@ -20,6 +20,7 @@ from metarl.models.inputs import Inputs
 from metarl.models.modules import ModuleNetwork
 from metarl.models.networks import MLP, Params
 from metarl.models.policies import CLIP, PolicyModel
+from metarl.models.recurrent import LSTM, RecurrentNetwork, flat_state, nested_state
 
 
 class Pixels(nn.Module):
@@ -134,11 +135,62 @@ class Components(nn.Module):
         return self.inputs.split(x, self.context)
 
 
+class Cell(nn.Module):
+    """A built-in recurrent network: inputs and a state to outputs and the next state."""
+
+    def __init__(self, network: RecurrentNetwork, params: Params) -> None:
+        super().__init__()
+        self.long = isinstance(network, LSTM)
+        self.input, self.recurrent, self.output = (
+            _linear(params, name) for name in ("input", "recurrent", "output")
+        )
+
+    def forward(self, x: Tensor, hidden: Tensor, *cell: Tensor) -> tuple[Tensor, ...]:
+        x, h = self.input(x), self.recurrent(hidden)
+        if self.long:
+            enter, keep, leave, new = (x + h).chunk(4, dim=-1)
+            kept = torch.sigmoid(keep) * cell[0] + torch.sigmoid(enter) * torch.tanh(new)
+            hidden = torch.sigmoid(leave) * torch.tanh(kept)
+            return self.output(hidden), hidden, kept
+        (x_reset, x_update, x_new), (h_reset, h_update, h_new) = x.chunk(3, -1), h.chunk(3, -1)
+        new = torch.tanh(x_new + torch.sigmoid(x_reset + h_reset) * h_new)
+        hidden = new + torch.sigmoid(x_update + h_update) * (hidden - new)
+        return self.output(hidden), hidden
+
+
+class OwnCell(nn.Module):
+    """A user's recurrent module, with the tensors of its state as arguments and results."""
+
+    def __init__(self, network: ModuleNetwork, params: Params) -> None:
+        super().__init__()
+        self.module, self.like = network.module(params), network.state_like
+        self.names = list(network.initial_state(params, (1,)))
+
+    def forward(self, x: Any, *state: Tensor) -> tuple[Tensor, ...]:
+        before = nested_state(self.like, dict(zip(self.names, state, strict=True)))
+        output, after = self.module(x, before)
+        return (output, *flat_state(after).values())
+
+
+class WithState(nn.Module):
+    """A recurrent policy: observations and the tensors of a state to actions and the next state."""
+
+    def __init__(self, first: list[nn.Module], cell: nn.Module, last: list[nn.Module]) -> None:
+        super().__init__()
+        self.first, self.cell, self.last = nn.Sequential(*first), cell, nn.Sequential(*last)
+
+    def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        output, *after = self.cell(self.first(x), *state)
+        return (self.last(output), *after)
+
+
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
-def make_module(policy: PolicyModel, params: Params, *last: nn.Module) -> nn.Sequential:
+def make_module(policy: PolicyModel, params: Params, *last: nn.Module) -> nn.Module:
     """Return a policy's network as a module, observations [n, *observation_shape] to actions.
+
+    The module of a recurrent policy also maps the tensors of a state to the next ones.
 
     Args:
         params: parameters, not stacked.
@@ -148,15 +200,22 @@ def make_module(policy: PolicyModel, params: Params, *last: nn.Module) -> nn.Seq
     layers: list[nn.Module] = []
     if policy.normalize:
         layers.append(Scale(params["norm.mean"], params["norm.var"]))
-    network = policy.network
+    network, mode = policy.network, []
+    if type(policy.distribution) is not Gaussian:
+        mode = [Mode(policy, params)]
     if isinstance(network, ModuleNetwork):
-        layers += [Components(network.inputs, params.get("context")), network.module(params)]
+        layers.append(Components(network.inputs, params.get("context")))
+        if network.recurrent:
+            return WithState(layers, OwnCell(network, params), [*mode, *last]).eval()
+        layers.append(network.module(params))
+    elif isinstance(network, RecurrentNetwork):
+        if network.context_dim:
+            layers.append(Told(params["context"]))
+        return WithState(layers, Cell(network, params), [*mode, *last]).eval()
     else:
         assert isinstance(network, MLP)
         layers += _layers(network, params)
-    if type(policy.distribution) is not Gaussian:
-        layers.append(Mode(policy, params))
-    return nn.Sequential(*layers, *last).eval()
+    return nn.Sequential(*layers, *mode, *last).eval()
 
 
 def _layers(network: MLP, params: Params) -> list[nn.Module]:

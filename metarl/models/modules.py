@@ -2,6 +2,10 @@
 
 A module is called for one task at a time, with plain batches [samples, ...]. Results therefore do
 not depend on the number of tasks that are computed together.
+
+A module with a method `initial_state` is recurrent. `initial_state(samples)` returns the state at
+the start of episodes: a tensor [samples, ...], or a dict or tuple of them. The forward pass maps
+inputs and a state to outputs and the next state.
 """
 
 from __future__ import annotations
@@ -22,7 +26,14 @@ from torch.func import functional_call
 from metarl.envs import guard
 from metarl.envs.errors import UserError
 from metarl.models.inputs import Inputs
-from metarl.models.networks import Network, Params, Part
+from metarl.models.networks import Network, Params, Part, State
+from metarl.models.recurrent import (
+    StateModule,
+    checked_output,
+    first_state,
+    flat_state,
+    nested_state,
+)
 
 Factory = Callable[[gym.Space, int], nn.Module]
 """(space of the inputs, size of the output) -> module; also a class of modules."""
@@ -36,6 +47,7 @@ _TRIED = 2  # number of inputs in a test call of a module
 class ModuleNetwork(Network):
     """A `torch.nn.Module` that reads inputs [samples, ...] and returns [samples, outputs].
 
+    A recurrent module, see above, also reads and returns its state, structured like `state_like`.
     The module is used as the factory returns it, in training mode. Its buffers are constants. The
     submodule `head`, if it exists, is the last layer for algorithms that adapt only the last layer.
     Inputs of a Dict or Tuple are passed unflattened, with one tensor for each component. A context
@@ -64,6 +76,7 @@ class ModuleNetwork(Network):
         self._shapes = {PREFIX + name: tuple(p.shape) for name, p in parameters.items()}
         self._frozen = {PREFIX + name for name, p in parameters.items() if not p.requires_grad}
         self._local = threading.local()
+        self.state_like: Any = None
         self._check_layers()
         self._check_buffers()
         self._activations = self._tried()
@@ -102,6 +115,10 @@ class ModuleNetwork(Network):
     def activations(self) -> int:
         return self._activations
 
+    @property
+    def recurrent(self) -> bool:
+        return hasattr(self._template, "initial_state")
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
@@ -114,17 +131,16 @@ class ModuleNetwork(Network):
         }
 
     def forward(self, params: Params, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        own = {n: params[n].detach() if n in self._frozen else params[n] for n in self._shapes}
-        context = params.get("context") if self.context_dim else None
+        if self.recurrent:
+            raise TypeError("a recurrent module has no output without its state: use step")
+        own, context = self._own(params)
         if x.dim() == len(self.input_shape) + 1:
             return self._call(own, self.inputs.split(x, context))
-        stacked = {name for name, p in own.items() if p.dim() > len(self._shapes[name])}
         if weight is not None:
             weight = weight.expand(x.shape[: x.dim() - len(self.input_shape)])
         outputs = []
         for task, inputs in enumerate(x):
-            one = {name: p[task] if name in stacked else p for name, p in own.items()}
-            known = context if context is None or context.dim() == 1 else context[task]
+            one, known = self._of_task(own, context, task)
             valid = None if weight is None or bool((weight[task] > 0).all()) else weight[task] > 0
             if valid is not None:
                 inputs = inputs[valid]
@@ -133,6 +149,46 @@ class ModuleNetwork(Network):
                 found = found.new_zeros(len(valid), self._outputs).index_put((valid,), found)
             outputs.append(found)
         return torch.stack(outputs)
+
+    def _own(self, params: Params) -> tuple[Params, Tensor | None]:
+        """Return the module's own parameters and its context input."""
+        own = {n: params[n].detach() if n in self._frozen else params[n] for n in self._shapes}
+        return own, params.get("context") if self.context_dim else None
+
+    def _of_task(
+        self, own: Params, context: Tensor | None, task: int
+    ) -> tuple[Params, Tensor | None]:
+        """Return one task's parameters and context from those of all tasks."""
+        stacked = {name for name, p in own.items() if p.dim() > len(self._shapes[name])}
+        one = {name: p[task] if name in stacked else p for name, p in own.items()}
+        return one, context if context is None or context.dim() == 1 else context[task]
+
+    def initial_state(self, params: Params, samples: tuple[int, ...]) -> State:
+        if not self.recurrent:
+            return {}
+        own, _ = self._own(params)
+        if len(samples) == 1:
+            return flat_state(self._call(own, samples[0], start=True))
+        tasks = range(samples[0])
+        each = [self.initial_state(self._of_task(own, None, t)[0], samples[1:]) for t in tasks]
+        return {name: torch.stack([state[name] for state in each]) for name in each[0]}
+
+    def step(self, params: Params, x: Tensor, state: State) -> tuple[Tensor, State]:
+        if not self.recurrent:
+            return self.forward(params, x), state
+        own, context = self._own(params)
+        if x.dim() == len(self.input_shape) + 1:
+            inputs = self.inputs.split(x, context)
+            output, new = self._call(own, inputs, nested_state(self.state_like, state))
+            return output, flat_state(new)
+        outputs, states = [], []
+        for task, inputs in enumerate(x):
+            one, known = self._of_task(own, context, task)
+            before = nested_state(self.state_like, {name: s[task] for name, s in state.items()})
+            output, new = self._call(one, self.inputs.split(inputs, known), before)
+            outputs.append(output)
+            states.append(flat_state(new))
+        return torch.stack(outputs), {n: torch.stack([s[n] for s in states]) for n in states[0]}
 
     def adapts(self, name: str, part: Part) -> bool:
         if part == "upper":
@@ -163,7 +219,7 @@ class ModuleNetwork(Network):
             try:
                 made = self.factory(self.inputs.given, self._outputs)
                 if isinstance(made, nn.Module) and any(map(is_lazy, made.parameters())):
-                    made(self._example(_TRIED))
+                    made(self._example(_TRIED), *first_state(made, _TRIED))
             except UserError:
                 raise
             except Exception as error:
@@ -266,7 +322,12 @@ class ModuleNetwork(Network):
         context = torch.zeros(self.context_dim, requires_grad=True) if self.context_dim else None
         try:
             with _apart(), torch.enable_grad(), guard.user_code():
-                found = module(self.inputs.split(given, context))
+                start = first_state(module, len(x))
+                found = module(self.inputs.split(given, context), *start)
+                if start:
+                    found, self.state_like = checked_output(self.label, found, start[0], len(x))
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
                 f"policy.network {self.label} cannot read inputs of {self.inputs.given}:"
@@ -298,18 +359,25 @@ class ModuleNetwork(Network):
                 )
         return found.detach()
 
-    def _call(self, params: Params, inputs: Any) -> Tensor:
+    def _call(self, params: Params, *inputs: Any, start: bool = False) -> Any:
+        """Return the module's result, or its initial state for a number of samples."""
         # functional_call swaps parameters in and out, which threads must not do on a shared module.
         module = getattr(self._local, "module", None)
         if module is None:
             module = self._local.module = self._copy()
         own = {name.removeprefix(PREFIX): p for name, p in params.items()}
-        found = functional_call(module, own, (inputs,))
+        if start:
+            own = {f"module.{name}": p for name, p in own.items()}
+            return functional_call(StateModule(module), own, inputs)
+        found = functional_call(module, own, inputs)
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             return found
         # A parameter that these samples do not use, as an expert of a mixture, has gradient 0.
         used = [p for p in params.values() if p.requires_grad]
-        return found + 0.0 * torch.stack([p.sum() for p in used]).sum() if used else found
+        if not used:
+            return found
+        nothing = 0.0 * torch.stack([p.sum() for p in used]).sum()
+        return (found[0] + nothing, found[1]) if self.recurrent else found + nothing
 
 
 def is_lazy(parameter: nn.Parameter) -> bool:

@@ -17,6 +17,7 @@ from metarl.envs.policy_spaces import image_size
 from metarl.models.encoders import Encoder, FourBlocks, NatureCNN, SmallImpala
 from metarl.models.modules import Factory, ModuleNetwork
 from metarl.models.networks import MLP, Activation, Network
+from metarl.models.recurrent import GRU, LSTM, RecurrentNetwork
 from metarl.parts import Part, find_part, fixed
 
 
@@ -134,6 +135,48 @@ class AutoPolicyNetwork(MLPPart):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GRUPart(NetworkPart):
+    """A gated recurrent unit for vectors. Its state lasts for an episode."""
+
+    name: ClassVar[str] = "gru"
+    kind: ClassVar[type[RecurrentNetwork]] = GRU
+
+    units: int = 64
+    """Size of the recurrent state."""
+    output_scale: float = 1.0
+    """Factor of the last layer's initial weights. With a small factor, mean actions start near
+    zero, within the bounds, for every seed."""
+
+    def __post_init__(self) -> None:
+        self.require_at_least(1, "units")
+        self.require_positive("output_scale")
+
+    def make(self, space: gym.Space, outputs: int, context_dim: int = 0) -> RecurrentNetwork:
+        shape = space.shape or ()
+        if len(shape) != 1:
+            raise UserError(
+                f"policy.network {self.name} reads vectors, but inputs are {list(shape)} numbers:"
+                " use your own torch.nn.Module with initial_state, or flatten them"
+                " (gym.wrappers.FlattenObservation)"
+            )
+        return self.kind(
+            inputs=shape[0],
+            outputs=outputs,
+            units=self.units,
+            context_dim=context_dim,
+            output_scale=self.output_scale,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSTMPart(GRUPart):
+    """Long short-term memory for vectors. Its state lasts for an episode."""
+
+    name: ClassVar[str] = "lstm"
+    kind: ClassVar[type[RecurrentNetwork]] = LSTM
+
+
+@dataclass(frozen=True, kw_only=True)
 class Conv4Part(MLPPart):
     """The four blocks of few-shot classification before the hidden layers, for images."""
 
@@ -195,7 +238,8 @@ class _Given:
 
 
 POLICY_NETWORKS: dict[str, type[NetworkPart]] = {
-    kind.name: kind for kind in (AutoPolicyNetwork, MLPPart, NaturePart, ImpalaPart)
+    kind.name: kind
+    for kind in (AutoPolicyNetwork, MLPPart, NaturePart, ImpalaPart, GRUPart, LSTMPart)
 }
 PREDICTOR_NETWORKS: dict[str, type[NetworkPart]] = {
     kind.name: kind for kind in (AutoPredictorNetwork, MLPPart, Conv4Part)

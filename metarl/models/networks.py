@@ -23,6 +23,8 @@ from metarl.models.encoders import Encoder
 Params = dict[str, Tensor]
 Dist = dict[str, Tensor]
 """Output of a model: parameters of a distribution, [..., samples, size] each."""
+State = dict[str, Tensor]
+"""State of a recurrent network, [..., samples, *size] each; empty for other networks."""
 
 Activation = Literal["tanh", "relu"]
 Part = Literal["head", "upper", "all"]
@@ -83,6 +85,11 @@ class Model(ABC):
         return self.network.context_dim
 
     @property
+    def recurrent(self) -> bool:
+        """Whether an output depends on the earlier samples of its episode."""
+        return self.network.recurrent
+
+    @property
     def generated(self) -> tuple[str, ...]:
         """Names of parameters that `start` generates from the support, not meta-learned."""
         return ()
@@ -130,6 +137,11 @@ class Network(ABC):
     """Size of the context input; 0: none."""
 
     @property
+    def recurrent(self) -> bool:
+        """Whether the network has a state. Then it has no `forward`, only `step` and `replay`."""
+        return False
+
+    @property
     @abstractmethod
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input, without the context."""
@@ -166,6 +178,32 @@ class Network(ABC):
             x: [samples, *input_shape], or [tasks, samples, *input_shape].
             weight: [..., samples]; an input of weight 0 is excluded from batch statistics.
         """
+
+    def initial_state(self, params: Params, samples: tuple[int, ...]) -> State:
+        """Return the state at the start of sequences, [*samples, *size] each."""
+        return {}
+
+    def step(self, params: Params, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Return the outputs of one step of sequences, and the state after it.
+
+        Args:
+            params, x: see `forward`.
+            state: state before the step.
+        """
+        return self.forward(params, x), state
+
+    def replay(self, params: Params, x: Tensor, state: State) -> Tensor:
+        """Return the outputs of whole sequences, [tasks, sequences x time, output_dim].
+
+        Args:
+            x: [tasks, sequences, time, *input_shape].
+            state: state before the first step, [tasks, sequences, *size] each.
+        """
+        outputs = []
+        for one in x.unbind(2):
+            output, state = self.step(params, one, state)
+            outputs.append(output)
+        return torch.stack(outputs, dim=2).flatten(1, 2)
 
     @abstractmethod
     def adapts(self, name: str, part: Part) -> bool:

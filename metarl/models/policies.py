@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metarl.distributed.process_group import ALONE, ProcessGroup
 from metarl.models.distribution import Distribution
-from metarl.models.networks import Dist, Model, Network, Params, Part
+from metarl.models.networks import Dist, Model, Network, Params, Part, State
 
 CLIP = 10.0
 """Normalized observations are clipped to plus or minus this many standard deviations."""
@@ -79,10 +79,45 @@ class PolicyModel(Model):
             params: leaves [...] or [tasks, ...]; some may be stacked and others not.
             observation: [samples, *observation_shape], or [tasks, samples, *observation_shape].
         """
-        if self.normalize:
-            mean, var = (params[f"norm.{n}"].detach().unsqueeze(-2) for n in ("mean", "var"))
-            observation = ((observation - mean) / (var + 1e-8).sqrt()).clamp(-CLIP, CLIP)
-        return self.network.forward(params, observation)
+        return self.network.forward(params, self._normalized(params, observation))
+
+    def _normalized(self, params: Params, observation: Tensor) -> Tensor:
+        if not self.normalize:
+            return observation
+        mean, var = (params[f"norm.{n}"].detach().unsqueeze(-2) for n in ("mean", "var"))
+        return ((observation - mean) / (var + 1e-8).sqrt()).clamp(-CLIP, CLIP)
+
+    def initial_state(self, params: Params, *samples: int) -> State:
+        """Return the network's state at the start of episodes, [*samples, *size] each."""
+        return self.network.initial_state(params, samples)
+
+    def step(self, params: Params, observation: Tensor, state: State) -> tuple[Tensor, State]:
+        """Return the network's output at one step of episodes, and its state after the step.
+
+        Args:
+            params, observation: see `network_output`.
+            state: state before the step; empty for a network without one.
+        """
+        if not self.recurrent:
+            return self.network_output(params, observation), state
+        return self.network.step(params, self._normalized(params, observation), state)
+
+    def replay(self, params: Params, observation: Tensor, state: State | None = None) -> Tensor:
+        """Return the network's outputs in whole episodes, [T, E x H, size].
+
+        Args:
+            observation: [T, E, H, *observation_shape].
+            state: state before the first step, [T, E, *size] each. NaN, and None, stand for the
+                initial state, which may depend on the parameters.
+        """
+        flat = observation.flatten(1, 2)
+        if not self.recurrent:
+            return self.network_output(params, flat)
+        sequences = self._normalized(params, flat).unflatten(1, observation.shape[1:3])
+        start = self.initial_state(params, *observation.shape[:2])
+        if state is not None:
+            start = {n: torch.where(state[n].isnan(), x, state[n]) for n, x in start.items()}
+        return self.network.replay(params, sequences, start)
 
     def head(self, params: Params, output: Tensor) -> Dist:
         """Return the distributions of network outputs [..., samples, size]."""
@@ -93,8 +128,20 @@ class PolicyModel(Model):
         return self.head(params, self.network_output(params, observation))
 
     def output(self, params: Params, samples: Any) -> Dist:
-        """Return the distributions at a batch's observations, [T, N, ...] each."""
-        return self.dist(self.in_context(params, samples), samples.observation)
+        """Return the distributions at a batch's observations, [T, N, ...] each.
+
+        A recurrent network replays each episode from its start.
+
+        Raises:
+            ValueError: the network is recurrent, and the samples are not whole episodes.
+        """
+        params, seen = self.in_context(params, samples), samples.observation
+        if not self.recurrent:
+            return self.dist(params, seen)
+        if not samples.episodes:
+            raise ValueError("a recurrent policy needs whole episodes")
+        sequences = seen.unflatten(1, (samples.episodes, -1))
+        return self.head(params, self.replay(params, sequences, samples.state))
 
     def confined(self, params: Params) -> Params:
         return {**params, **self.distribution.confined(params)}

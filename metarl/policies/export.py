@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from metarl.envs.errors import UserError, check_one_of
+from metarl.models.networks import State
 from metarl.policies.policy import Policy
 from metarl.runs.checkpoints import write_atomically
 
@@ -23,12 +25,15 @@ SUFFIXES: dict[Format, str] = {"torchscript": ".pt", "onnx": ".onnx"}
 
 CHECKED = 1000
 """Number of observations on which an exported policy is compared."""
+_ROWS = 50  # observations of a call; those of later calls continue a recurrent policy's episodes
 
 
 def export(policy: Policy, path: Path, kind: Format, observations: gym.Space) -> float:
     """Write a policy to a file and return the largest difference between both policies' actions.
 
-    The file maps observations [n, ...] (float32, images uint8) to the most likely actions.
+    The file maps observations [n, ...] (float32, images uint8) to the most likely actions. The file
+    of a recurrent policy also has the tensors of `Policy.initial_state(n)` as inputs, and those of
+    the next state as outputs.
 
     Args:
         observations: observation space; the observations for the comparison are sampled from it.
@@ -42,60 +47,92 @@ def export(policy: Policy, path: Path, kind: Format, observations: gym.Space) ->
     kept = policy.policy.observation_dtype
     seen = np.stack([observations.sample() for _ in range(CHECKED)]).astype(kept)
     module = policy.module().requires_grad_(False)
-    data = _torchscript(module, seen[:2]) if kind == "torchscript" else _onnx(module, seen[:2])
-    expected = policy.act(seen, deterministic=True)
-    found = _run_torchscript(data, seen) if kind == "torchscript" else _run_onnx(data, seen)
+    state = policy.initial_state(_ROWS)
+    if kind == "torchscript":
+        data = _torchscript(module, seen[:2], policy.initial_state(2))
+        run = _torchscript_runner(data)
+    else:
+        data = _onnx(module, seen[:2], policy.initial_state(2))
+        run = _onnx_runner(data, list(state))
+    actions: list[NDArray] = []
+    others: list[NDArray] = []
+    same = True
+    for one in seen.reshape(-1, _ROWS, *seen.shape[1:]):
+        other, *after = run(one, *(x.numpy() for x in state.values()))
+        action, state = policy.act(one, state=state, deterministic=True)
+        actions.append(action)
+        others.append(other)
+        pairs = zip(after, state.values(), strict=True)
+        same = same and all(np.allclose(a, b.numpy(), atol=1e-4) for a, b in pairs)
+    expected, found = np.concatenate(actions), np.concatenate(others)
     gap = np.abs(found.astype(np.float64) - expected)
     if np.issubdtype(expected.dtype, np.floating):
         wrong = gap > 1e-4 * (1.0 + np.abs(expected))
     else:  # categories that are equally likely up to rounding may swap
         wrong = np.broadcast_to((gap > 0).mean() > 0.005, gap.shape)
-    if found.shape != expected.shape or wrong.any():
+    if found.shape != expected.shape or wrong.any() or not same:
         raise UserError(f"{path}: the exported policy acts differently, by up to {gap.max():g}")
     write_atomically(path, data)
     return float(gap.max())
 
 
-def _torchscript(module: nn.Module, example: NDArray) -> bytes:
+def _torchscript(module: nn.Module, example: NDArray, state: State) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that the format is old
-        traced = torch.jit.trace(module, torch.from_numpy(example), check_trace=False)
+        inputs = (torch.from_numpy(example), *state.values())
+        traced = torch.jit.trace(module, inputs, check_trace=False)
         buffer = io.BytesIO()
         torch.jit.save(traced, buffer)
     return buffer.getvalue()
 
 
-def _run_torchscript(data: bytes, seen: NDArray) -> NDArray:
-    with warnings.catch_warnings(), torch.inference_mode():
+Runner = Callable[..., Sequence[NDArray]]
+"""(observations, tensors of the state) -> actions, tensors of the next state."""
+
+
+def _torchscript_runner(data: bytes) -> Runner:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.jit.load(io.BytesIO(data))(torch.from_numpy(seen)).numpy()
+        loaded = torch.jit.load(io.BytesIO(data))
+
+    def run(*inputs: NDArray) -> list[NDArray]:
+        with torch.inference_mode():
+            found = loaded(*map(torch.from_numpy, inputs))
+        return [x.numpy() for x in (found if isinstance(found, tuple) else (found,))]
+
+    return run
 
 
-def _onnx(module: nn.Module, example: NDArray) -> bytes:
+def _onnx(module: nn.Module, example: NDArray, state: State) -> bytes:
     if importlib.util.find_spec("onnx") is None:
         raise UserError(
             "the format onnx needs the package onnx, which is not installed:"
             " pip install 'metarl-gradient[onnx]', or use --format torchscript"
         )
     buffer = io.BytesIO()
+    inputs, outputs = ["observation", *state], ["action", *(f"next.{name}" for name in state)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
-            (torch.from_numpy(example),),
+            (torch.from_numpy(example), *state.values()),
             buffer,  # pyright: ignore[reportArgumentType]  (a file object is accepted)
-            input_names=["observation"],
-            output_names=["action"],
-            dynamic_axes={"observation": {0: "n"}, "action": {0: "n"}},
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_axes={name: {0: "n"} for name in (*inputs, *outputs)},
             dynamo=False,  # the other exporter needs one more package
         )
     return buffer.getvalue()
 
 
-def _run_onnx(data: bytes, seen: NDArray) -> NDArray:
+def _onnx_runner(data: bytes, names: list[str]) -> Runner:
     import onnx  # pyright: ignore[reportMissingImports]  (an extra)
     from onnx.reference import ReferenceEvaluator  # pyright: ignore[reportMissingImports]
 
-    return np.asarray(
-        ReferenceEvaluator(onnx.load_from_string(data)).run(None, {"observation": seen})[0]
-    )
+    loaded = ReferenceEvaluator(onnx.load_from_string(data))
+
+    def run(*inputs: NDArray) -> list[NDArray]:
+        found = loaded.run(None, dict(zip(("observation", *names), inputs, strict=True)))
+        return [np.asarray(x) for x in found]
+
+    return run

@@ -14,13 +14,14 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.envs.errors import UserError
 from metarl.learning.inner_loop import InnerLoop
 from metarl.learning.losses import Batch, dice, likelihood_ratio, log_likelihood
 from metarl.learning.plausibility import Plausibility
-from metarl.models.networks import Params, copied, stack
+from metarl.models.networks import Params, State, copied, stack
 from metarl.models.policies import PolicyModel
 from metarl.models.settings import own_settings
 from metarl.policies.policy import Policy
@@ -51,6 +52,8 @@ class _Episode:
     """Log-densities under the policy that chose the actions; NaN if it is the current policy."""
     before: int = 0
     """Steps of the same episode that an earlier inner step used."""
+    state: State = field(default_factory=dict)
+    """A recurrent policy's state before the first of these transitions; NaN at the start."""
     terminated: bool = False
     over: bool = False
 
@@ -70,7 +73,8 @@ class OnlineAdapter:
     Each call of `adapted` takes one inner step on the transitions since the previous call. Later
     actions use the new parameters. An episode continues across calls of `add` until it ends or
     reaches the horizon. For the inner step, an unfinished episode counts as truncated. Its later
-    transitions count as a separate episode for the next inner step.
+    transitions count as a separate episode for the next inner step. A recurrent policy keeps its
+    state across this inner step; the step after it starts from that state.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class OnlineAdapter:
             )
         self._warned: set[str] = set()
         self._policy = self._made()
+        self._state = self._policy.initial_state()  # before the next observation
 
     @property
     def transitions(self) -> int:
@@ -123,7 +128,7 @@ class OnlineAdapter:
 
     def act(self, observation: Any) -> NDArray:
         """Return an action for one observation, sampled from the current policy."""
-        action, raw = self._policy.act_raw(observation)
+        action, raw, _ = self._policy.act_raw(observation, state=self._state)
         self._drawn = np.array(action), raw
         return action
 
@@ -179,7 +184,10 @@ class OnlineAdapter:
                 self._judge(seen, action)
         self._drawn = None
         if not self._episodes or self._episodes[-1].over:
-            self._episodes.append(_Episode(before=self._running))
+            known = self._state
+            if not self._running:
+                known = {name: torch.full_like(x, torch.nan) for name, x in known.items()}
+            self._episodes.append(_Episode(before=self._running, state=known))
             self._running = 0
         episode = self._episodes[-1]
         episode.observation.append(np.array(seen))  # the caller may reuse its array
@@ -189,6 +197,8 @@ class OnlineAdapter:
         episode.terminated = bool(terminated)
         full = episode.before + len(episode.reward) >= self._horizon
         episode.over = bool(terminated or truncated or full)
+        if self._state:
+            self._state = self._policy.initial_state() if episode.over else self._after(seen)[1]
 
     def adapted(self) -> Policy:
         """Take an inner step on the transitions since the last one, if any, and return the policy.
@@ -209,6 +219,8 @@ class OnlineAdapter:
             self._running = 0 if last.over else last.before + len(last.reward)
             self._episodes = []
             self._policy = self._made()
+            if last.over:
+                self._state = self._policy.initial_state()
         policy = copy.copy(self._policy)  # the copy draws from the same stream
         policy.params = copied(policy.params)
         return policy
@@ -234,10 +246,7 @@ class OnlineAdapter:
         test = self._plausibility
         if test is None or "implausible" in self._warned:
             return
-        with torch.inference_mode():
-            dist = self._network.dist(
-                self._policy.params, torch.from_numpy(np.ascontiguousarray(seen[None]))
-            )
+        dist = self._network.head(self._policy.params, self._after(seen)[0])
         test.add(dist, *drawn_between(action, self._space, self._mode))
         if test.implausible:
             self._warn(
@@ -245,6 +254,14 @@ class OnlineAdapter:
                 f"the policy did not choose these actions ({test.count} given to add that act did"
                 " not return): an inner step on them may lead anywhere. Use act, or give log_prob",
             )
+
+    def _after(self, seen: NDArray) -> tuple[Tensor, State]:
+        """Return the network's output [1, size] at an observation, and the state after it."""
+        state = {name: x[None] for name, x in self._state.items()}
+        with torch.inference_mode():
+            observation = torch.from_numpy(np.ascontiguousarray(seen[None]))
+            output, after = self._network.step(self._policy.params, observation, state)
+        return output, {name: x[0] for name, x in after.items()}
 
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self._warned:
@@ -305,8 +322,11 @@ class OnlineAdapter:
             memory.terminated[0, e] = episode.terminated
             memory.truncated[0, e] = not episode.terminated
             with torch.inference_mode():
-                seen = torch.from_numpy(memory.observation[:, e, :steps])
-                output = policy.network_output(params, seen)
-                memory.output[0, e, :steps] = output[0].numpy()
+                seen = torch.from_numpy(memory.observation[:, e : e + 1, :steps])
+                before = {name: x[None, None] for name, x in episode.state.items()}
+                memory.output[0, e, :steps] = policy.replay(params, seen, before)[0].numpy()
         detached = {name: p.detach() for name, p in params.items()}
-        return memory.rollout(policy, detached, np.full((1, 0), np.nan))
+        rollout = memory.rollout(policy, detached, np.full((1, 0), np.nan))
+        states = [episode.state for episode in self._episodes]
+        state = {name: torch.stack([s[name] for s in states])[None] for name in states[0]}
+        return replace(rollout, state=state or None)

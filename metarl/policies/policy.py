@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import gymnasium as gym
 import numpy as np
@@ -17,7 +17,7 @@ from metarl.envs import guard
 from metarl.envs.errors import UserError
 from metarl.models.export import Bounded, Chosen, make_module
 from metarl.models.modules import ModuleNetwork
-from metarl.models.networks import Params, copied
+from metarl.models.networks import Params, State, copied
 from metarl.models.policies import PolicyModel
 from metarl.runs import checkpoints
 from metarl.runs.files import as_path
@@ -32,6 +32,7 @@ from metarl.sampling.spaces import (
 )
 
 _COMPARED = 200  # number of observations
+_SEQUENCES = 40  # number of sequences that they form for a recurrent policy
 _TIES = 0.02  # allowed share of different categories
 
 
@@ -41,6 +42,12 @@ def _close(found: NDArray, expected: NDArray) -> bool:
         return False
     scale = 1.0 + np.abs(expected).max(initial=0.0, where=np.isfinite(expected))
     return bool(np.allclose(found, expected, rtol=0.0, atol=1e-5 * scale))
+
+
+def _same_actions(found: NDArray, expected: NDArray) -> bool:
+    if np.issubdtype(expected.dtype, np.integer):  # near ties may go either way
+        return found.shape == expected.shape and bool(np.mean(found != expected) <= _TIES)
+    return _close(found, expected)
 
 
 class Policy:
@@ -73,28 +80,61 @@ class Policy:
         self._space, self._horizon, self._mode = copy.deepcopy(space), horizon, mode
         self._rng = stream(provenance["seed"], 0, "test-noise", provenance["steps"])
 
-    def act(self, observation: Any, *, deterministic: bool = False) -> NDArray:
+    def initial_state(self, count: int | None = None) -> State:
+        """Return the state at the start of an episode, for `act`.
+
+        It is empty unless the network is recurrent. A state is a dict of tensors.
+
+        Args:
+            count: number of episodes of a batch of observations; None for one observation.
+        """
+        with torch.inference_mode():
+            state = self.policy.initial_state(self.params, 1 if count is None else count)
+        return {name: x[0] if count is None else x for name, x in state.items()}
+
+    @overload
+    def act(
+        self, observation: Any, *, state: None = None, deterministic: bool = False
+    ) -> NDArray: ...
+
+    @overload
+    def act(
+        self, observation: Any, *, state: State, deterministic: bool = False
+    ) -> tuple[NDArray, State]: ...
+
+    def act(
+        self, observation: Any, *, state: State | None = None, deterministic: bool = False
+    ) -> NDArray | tuple[NDArray, State]:
         """Return the action for an observation, in the environment's format.
+
+        A recurrent policy needs its state, and returns the next one:
+
+            state = policy.initial_state()
+            while ...:
+                action, state = policy.act(observation, state=state)
 
         Args:
             observation: one observation [*observation_shape] or a batch [n, *observation_shape]. A
                 single Dict or Tuple observation is accepted if the network is a custom module that
                 reads it.
+            state: state from `initial_state` or from the previous step of the same episodes.
             deterministic: take the most likely action instead of a sample.
 
         Returns:
             one action [*action_shape] or a batch [n, *action_shape], within the bounds of the
-            action space.
+            action space. With `state`, a tuple of the action and the next state.
 
         Raises:
-            UserError: the observation has another shape, or is not finite.
+            UserError: the observation has another shape, or is not finite; the policy is recurrent
+                and `state` is missing or of another shape.
         """
-        return self.act_raw(observation, deterministic=deterministic)[0]
+        action, _, after = self.act_raw(observation, state=state, deterministic=deterministic)
+        return action if state is None else (action, after)
 
     def act_raw(
-        self, observation: Any, *, deterministic: bool = False
-    ) -> tuple[NDArray, NDArray[np.float32]]:
-        """Return the result of `act` and the policy's raw action, [..., action_size]."""
+        self, observation: Any, *, state: State | None = None, deterministic: bool = False
+    ) -> tuple[NDArray, NDArray[np.float32], State]:
+        """Return the result of `act`, with the raw action [..., action_size] before the state."""
         shape = list(self.policy.observation_shape)
         network = self.policy.network
         if isinstance(observation, Mapping | tuple) and isinstance(network, ModuleNetwork):
@@ -109,15 +149,33 @@ class Policy:
         if not np.isfinite(seen).all():
             raise UserError(f"observations must be finite, got {seen[~np.isfinite(seen)][0]}")
         batch = torch.from_numpy(seen[None] if one else seen)
+        before = self._checked_state(state, None if one else len(seen))
         with torch.inference_mode():
-            dist = self.policy.dist(self.params, batch)
+            output, after = self.policy.step(self.params, batch, before)
+            dist = self.policy.head(self.params, output)
             if deterministic:
                 action = self.policy.mode(dist)
             else:
                 noise = self.policy.noise(self._rng, len(batch))
                 action = self.policy.sample(dist, torch.from_numpy(noise))
         acts = env_action(action.numpy(), self._space, self._mode)
-        return (acts[0], action[0].numpy()) if one else (acts, action.numpy())
+        if one:
+            return acts[0], action[0].numpy(), {name: x[0] for name, x in after.items()}
+        return acts, action.numpy(), after
+
+    def _checked_state(self, state: State | None, count: int | None) -> State:
+        """Return a state with an axis of observations; raise UserError if it does not fit."""
+        expected = {name: list(x.shape) for name, x in self.initial_state(count).items()}
+        if expected and state is None:
+            raise UserError(
+                "a recurrent policy needs its state: state = policy.initial_state() at the start of"
+                " an episode, then action, state = policy.act(observation, state=state)"
+            )
+        given = {} if state is None else state
+        found = {n: list(x.shape) for n, x in given.items()} if isinstance(given, dict) else given
+        if found != expected:
+            raise UserError(f"state must be tensors of shapes {expected}, got {found}")
+        return {name: x[None] if count is None else x for name, x in given.items()}
 
     def play(
         self,
@@ -140,12 +198,14 @@ class Policy:
         Raises:
             UserError: an observation has another shape than the policy's, or is not finite.
         """
-        taken, total = 0, 0.0
+        taken, total, state = 0, 0.0, self.initial_state()
 
         def act(observation: Any, t: int) -> NDArray:
+            nonlocal state
             if on_step is not None:
                 on_step(t, total)
-            return self.act(observation, deterministic=deterministic)
+            action, state = self.act(observation, state=state, deterministic=deterministic)
+            return action
 
         with guard.restored():
             for step in episode(env, act, self._horizon, seed):
@@ -156,6 +216,9 @@ class Policy:
 
     def module(self) -> nn.Module:
         """Return the policy as an ordinary torch module: observations [n, ...] to actions.
+
+        The module of a recurrent policy maps observations and the tensors of a state, in the order
+        of `initial_state(n)`, to a tuple of actions and the tensors of the next state.
 
         The module takes the most likely action and includes normalization and the mapping of
         actions. It is compared with the policy on random observations.
@@ -182,7 +245,7 @@ class Policy:
         scaling = middle_and_half(space) if self._mode == "scale" else ()
         return [Bounded(space.low, space.high, *scaling)]
 
-    def _agrees(self, module: nn.Sequential) -> bool:
+    def _agrees(self, module: nn.Module) -> bool:
         """Whether a module acts like the policy, before and after the bounds."""
         policy, rng = self.policy, np.random.default_rng(0)  # used only here
         shape = (_COMPARED, *policy.observation_shape)
@@ -194,6 +257,9 @@ class Policy:
             if policy.normalize:
                 mean, var = (self.params[f"norm.{name}"].numpy() for name in ("mean", "var"))
                 seen = (mean + np.sqrt(var + 1e-8) * seen).astype(np.float32)
+        if policy.recurrent:
+            return self._agrees_in_sequences(module, seen)
+        assert isinstance(module, nn.Sequential)
         with torch.inference_mode():
             observation = torch.from_numpy(seen)
             mode = policy.mode(policy.dist(self.params, observation)).numpy()
@@ -201,11 +267,20 @@ class Policy:
             raw = module[:-1](observation).numpy()
         expected = self.act(seen, deterministic=True)
         same = not isinstance(self._space, gym.spaces.Box) or _close(raw, mode)
-        if np.issubdtype(expected.dtype, np.integer):  # near ties may go either way
-            return (
-                same and acts.shape == expected.shape and bool(np.mean(acts != expected) <= _TIES)
-            )
-        return same and _close(acts, expected)
+        return same and _same_actions(acts, expected)
+
+    def _agrees_in_sequences(self, module: nn.Module, seen: NDArray) -> bool:
+        """Whether a module of a recurrent policy acts like it and keeps the same state."""
+        state = self.initial_state(_SEQUENCES)
+        for one in seen.reshape(-1, _SEQUENCES, *seen.shape[1:]):
+            with torch.inference_mode():
+                acts, *own = module(torch.from_numpy(one), *state.values())
+            expected, state = self.act(one, state=state, deterministic=True)
+            pairs = zip(own, state.values(), strict=True)
+            same = all(_close(a.numpy(), b.numpy()) for a, b in pairs)
+            if not (same and _same_actions(acts.numpy(), expected)):
+                return False
+        return True
 
     def save(self, path: str | Path) -> None:
         """Write a policy file that `load_policy` reads.

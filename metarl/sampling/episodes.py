@@ -18,7 +18,7 @@ from metarl.envs.gymnasium.step_results import plain_reset, plain_step, success
 from metarl.envs.gymnasium.wrappers import refuse_running_statistics
 from metarl.envs.seeds import foreign_seed
 from metarl.envs.single import SingleTaskEnv
-from metarl.models.networks import Params
+from metarl.models.networks import Params, State
 from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import RandomKey, RolloutBuffer
 from metarl.sampling.spaces import ActionMode, check_spaces, env_action
@@ -84,14 +84,16 @@ def collect_episodes(
     if not native:
         seeds = [foreign_seed(seed) for seed in seeds]
     noise = torch.from_numpy(policy.noise(key.noise(0), episodes, horizon))
+    state: State = {}
 
     def act(observation: Any, t: int) -> NDArray:
+        nonlocal state
         check_fits(observation, env.observation_space, name)
         buffer.observation[0, e, t] = observation
         if not np.isfinite(observation).all():
             raise NonFiniteError(f"observation is not finite at step {t} of episode {e}")
         seen = torch.from_numpy(buffer.observation[0, e, t : t + 1])
-        output = policy.network_output(params, seen)
+        output, state = policy.step(params, seen, state if t else policy.initial_state(params, 1))
         dist = policy.head(params, output)
         action = policy.mode(dist) if deterministic else policy.sample(dist, noise[e, t])
         buffer.action[0, e, t] = action[0].numpy()

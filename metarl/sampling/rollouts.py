@@ -172,10 +172,11 @@ def collect_into(
     active = np.ones(shape, np.bool_)
     terminated = truncated = np.zeros(shape, np.bool_)
     with torch.inference_mode():
+        state = policy.initial_state(stacked, *shape)
         for t in range(horizon):
             seen = buffer.observation[rows, :, t]
             np.copyto(seen, observation.reshape(seen.shape), casting="same_kind")
-            output = policy.network_output(stacked, torch.from_numpy(seen))
+            output, state = policy.step(stacked, torch.from_numpy(seen), state)
             dist = policy.head(stacked, output)
             action = policy.mode(dist) if deterministic else policy.sample(dist, noise[:, :, t])
             act = action.numpy()

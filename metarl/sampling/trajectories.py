@@ -44,6 +44,9 @@ class Rollout:
     """[T, E] bool; True if the environment's info has `success`."""
     info: dict[str, Tensor] = field(default_factory=dict)
     """[T, E, H] float64 each; the requested entries of the environment's info."""
+    state: dict[str, Tensor] | None = None
+    """[T, E, ...] each; a recurrent network's state before the first step, NaN for the network's
+    initial state. None: all start with the initial state."""
 
     @property
     def env_steps(self) -> int:

@@ -75,8 +75,11 @@ def export(command: Export) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     gap = write(policy, out, kind, space)
     seen = " x ".join(map(str, policy.policy.observation_shape))
+    state = policy.initial_state()
+    kept = f" and the state ({', '.join(state)})" if state else ""
     say(
-        f"{out}: observations [n, {seen}] to the most likely actions;"
+        f"{out}: observations [n, {seen}]{kept} to the most likely actions"
+        f"{' and the next state' if state else ''};"
         f" equal to the policy's on {CHECKED} observations, to {gap:.1g}"
     )
     return 0

@@ -35,8 +35,11 @@ class UnrolledProblem(QueryProblem):
     """Function of n that returns 0 ... n - 1 in a random order, the same at every call."""
 
     def whole_episodes(self, batch: Samples) -> int:
-        """Return the number of episodes of a task if the inner loss needs them whole, else 0."""
-        needed = trait(self.adapter.loss, "whole_episodes")
+        """Return the number of episodes of a task if the samples must stay whole, else 0.
+
+        A recurrent policy and some inner losses need whole episodes.
+        """
+        needed = self.adapter.model.recurrent or trait(self.adapter.loss, "whole_episodes")
         return getattr(batch, "episodes", 0) if needed else 0
 
     def gradient(
