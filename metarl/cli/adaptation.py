@@ -35,8 +35,8 @@ class Adaptation:
         return {"episodes": self.episodes, "seed": self.seed, "step_sizes": sizes}
 
 
-def steps_of(count: int) -> str:
-    return f"{count} step{'s' if count != 1 else ''}"
+def steps_of(count: int, unit: str = "step") -> str:
+    return f"{count} {unit}{'s' if count != 1 else ''}"
 
 
 def one_of(what: Sequence[str]) -> str:
@@ -107,13 +107,14 @@ def film(
     if Path(what).is_file() and checkpoints.load(Path(what))[1].get("kind") == "adapted":
         policy = load_policy(what)
         family = make_family(policy.config.family, **policy.config.family_options)
+        played = policy.config.algorithm.played(family)
         task = policy.provenance["task"] if not texts else parse_task(family, texts)
         if task is None:
             raise UserError(f"{what} does not contain its task: give it with --task")
         policies = {f"after {steps_of(policy.provenance['steps'])}": policy}
     else:
         meta = load(what)
-        family = meta.family
+        family, played = meta.family, meta.played
         # Not the first task of the grid: in the middle of the plane, nothing is visible.
         task = parse_task(family, texts) if texts else family.tasks.grid(4)[-1]
         options: dict[str, Any] = {"episodes": episodes, "seed": seed, "step_sizes": step_sizes}
@@ -123,8 +124,10 @@ def film(
 
         if meta.algorithm.task_conditioned:
             policies = {"observes its task": after(0)}
+        elif not meta.algorithm.takes_inner_steps:
+            policies = {"a trial of several episodes": after(0)}
         else:
             policies = {"before adaptation": after(0), f"after {steps_of(steps)}": after(steps)}
     return videos.record(
-        policies, family, np.asarray(task), seed=seed, deterministic=deterministic, speed=speed
+        policies, played, np.asarray(task), seed=seed, deterministic=deterministic, speed=speed
     )

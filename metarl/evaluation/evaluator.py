@@ -25,6 +25,8 @@ Sizes = Sequence[float] | Callable[[MetaPolicy], Sequence[float]] | None
 
 EPISODES = 20
 """Default number of episodes per task."""
+STEPS = 3
+"""Default number of inner steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Options:
     """
 
     episodes: int = EPISODES
-    steps: int = 3
+    steps: int = STEPS
     seed: int = 0
     deterministic: bool = False
     workers: int = 0
@@ -59,6 +61,8 @@ class OneTask:
     """Samples of each inner step, in words."""
     policy: Policy | None = None
     """The adapted policy, if it can be saved."""
+    unit: str = "step"
+    """What the policy adapts in: a step, or an episode."""
 
 
 class Evaluator(ABC):

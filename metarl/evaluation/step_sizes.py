@@ -86,7 +86,7 @@ def _tuned(evaluator: Evaluator, members: Sequence[MetaPolicy]) -> dict[float, f
     finite has the worst value, minus or plus infinity.
     """
     algorithm = members[0].algorithm
-    if algorithm.inner.learns_step_sizes or algorithm.task_conditioned:
+    if algorithm.inner.learns_step_sizes or not algorithm.takes_inner_steps:
         return {}
     returns = {}
     for factor in FACTORS:

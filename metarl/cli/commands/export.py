@@ -54,9 +54,10 @@ def export(command: Export) -> int:
             raise UserError(f"{what} is already adapted: remove --task")
         policy = load_policy(what)
         family = make_family(policy.config.family, **policy.config.family_options)
+        played = policy.config.algorithm.played(family)
     else:
         meta = load(what)
-        family = meta.family
+        family, played = meta.family, meta.played
         usual = Export(what=command.what)
         adapts = (command.steps, command.options()) != (usual.steps, usual.options())
         told = meta.algorithm.task_conditioned
@@ -67,7 +68,7 @@ def export(command: Export) -> int:
         task = parse_task(family, command.task) if command.task else family.tasks.grid(1)[0]
         steps = command.steps if command.task else 0
         policy = meta.adapt(task, steps=steps, **command.options())
-    with guard.opened(family.make) as env:
+    with guard.opened(played.make) as env:
         space = env.observation_space
     source = Path(what)
     folder = source if source.is_dir() else source.parent
