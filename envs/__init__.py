@@ -32,6 +32,7 @@ from metarl.envs.registry import family_names, keywords_of, make_family, registe
 from metarl.envs.supervised.family import FunctionFamily, SupervisedFamily
 from metarl.envs.supervised.few_shot import FewShotFamily
 from metarl.envs.tasks import Finite, TaskDistribution, Uniform
+from metarl.envs.trials import TrialFamily
 from metarl.envs.vector import TaskVectorEnv
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "TaskDistribution",
     "TaskFamily",
     "TaskVectorEnv",
+    "TrialFamily",
     "Uniform",
     "UserError",
     "check_task_family",

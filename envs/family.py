@@ -64,6 +64,8 @@ class TaskFamily(Family, ABC):
 
     An example is {"velocity": "x_velocity"}. Two entries are a position in the plane."""
 
+    kept: ClassVar[tuple[str, ...]] = ()
+    """Entries of `info` that training needs, a number for each step."""
     parallel: ClassVar[bool] = False
     """Whether several vector environments of the family may run on threads of one process."""
 

@@ -140,7 +140,10 @@ def small(
         "iterations": 4, "tasks": 5, "episodes": 4, "threads": 2, "policy.hidden": (8,),
         "checkpoint_every": 2,
     }  # fmt: skip
-    return Config.of(family, algorithm, family_options).with_options(values | options)
+    config = Config.of(family, algorithm, family_options)
+    if "policy.hidden" not in config.options():  # a recurrent network
+        values["policy.units"] = values.pop("policy.hidden")[0]
+    return config.with_options(values | options)
 
 
 def mostly_slow(values: Iterable[Any], *quick: Any) -> list[Any]:

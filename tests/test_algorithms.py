@@ -793,7 +793,7 @@ def test_every_algorithm_trains_resumes_repeats_and_evaluates(tmp_path, name):
     assert same_params(whole, loaded)
     result = evaluate(loaded, tasks=3, episodes=2, steps=2, threads=1)
     assert np.isfinite(result.curve.per_task).all()
-    assert len(result.curve.step_sizes) == (0 if name == "oracle" else 2)  # it takes none
+    assert len(result.curve.step_sizes) == (0 if name in ("oracle", "rl2") else 2)  # it takes none
     start = Trainer(config())
     initial = start.state.params
     start.close()
@@ -805,7 +805,9 @@ def test_every_algorithm_trains_resumes_repeats_and_evaluates(tmp_path, name):
     samples = 4 * 5 * 4 * 12  # iterations x tasks x episodes x horizon, for one rollout
     inner_steps = config().inner.steps
     rollouts = inner_steps if name == "reptile" else inner_steps + 1
-    assert (inner_steps == 0) == (name in ("pretrained", "oracle"))
+    if name == "rl2":
+        rollouts = 2  # episodes of a trial
+    assert (inner_steps == 0) == (name in ("pretrained", "oracle", "rl2"))
     # Reptile samples nothing with its last parameters: the return after is that of those before.
     assert len(rows[-1]["returns"]) == rollouts
     assert rows[-1]["return_post"] == rows[-1]["returns"][-1]

@@ -31,6 +31,7 @@ from metarl.envs.errors import UserError, add_note
 from metarl.envs.family import TaskFamily
 from metarl.envs.registry import is_built_in
 from metarl.envs.seeds import training_seeds
+from metarl.envs.trials import TrialFamily
 from metarl.envs.vector import PHASES, RESET, STEP
 
 STEPS = 40
@@ -64,6 +65,8 @@ def start_findings(family: TaskFamily, progress: MutableSequence[int] | None = N
     Raises:
         UserError: the environments cannot be made, or return invalid values.
     """
+    if isinstance(family, TrialFamily):
+        family = family.base
     if family.source is not None and is_built_in(family.source[0]):
         return []
     found: list[str] = []

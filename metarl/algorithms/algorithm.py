@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from metarl.algorithms.named_parts import find_baseline, find_outer
+from metarl.envs import TaskFamily
 from metarl.envs.errors import UserError, check_one_of
 from metarl.learning.advantages import Advantages
 from metarl.learning.baselines import Baseline, LinearFeatures
@@ -20,6 +21,8 @@ from metarl.learning.outer import OuterOptimizer
 from metarl.learning.trust_region import TrustRegion
 from metarl.models.predictors import Head
 from metarl.parts import Part
+from metarl.sampling.trajectories import Rollout
+from metarl.sampling.trials import CLOCK, Trials, episodes_of
 
 TaskWeights = Callable[[Tensor], Tensor]
 """Mean returns of all tasks after adaptation, [T] float64 -> task weights, [T]."""
@@ -28,7 +31,7 @@ Role = Literal["meta-learner", "pretrained", "untrained", "oracle"]
 """Role in an evaluation. All roles except meta-learner are references: one policy trained on all
 tasks, a random initialization, a policy that observes its task."""
 
-SECTIONS = ("inner", "meta", "outer", "advantage", "baseline")
+SECTIONS = ("inner", "meta", "outer", "advantage", "baseline", "trial")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,9 @@ class Algorithm:
     """Estimation of advantages; None on data sets."""
     baseline: Baseline | None = field(default_factory=LinearFeatures)
     """Values that are subtracted from returns, or the name of a baseline; None on data sets."""
+    trial: Trials | None = None
+    """Sampling of trials, several episodes of a task in a row. Such a policy takes no inner step.
+    None: single episodes."""
     outer_loss: Loss | None = None
     """Loss of the adapted policies on the query samples. None: the likelihood ratio for policies,
     or the inner loss for a data set."""
@@ -63,6 +69,8 @@ class Algorithm:
     None: equal weights."""
     regularizer: Regularizer | None = None
     """Meta-parameters -> a number that is added to the meta-objective."""
+    network: str = ""
+    """Default of `policy.network`; empty: the default of all algorithms."""
     head: Head = "meta"
     """Source of the initial last layer of a classifier."""
     task_conditioned: bool = False
@@ -80,7 +88,7 @@ class Algorithm:
             object.__setattr__(self, "baseline", find_baseline(self.baseline))
         kinds = {
             "inner": InnerUpdate, "meta": MetaGradient, "outer": OuterOptimizer,
-            "advantage": Advantages | None, "baseline": Baseline | None,
+            "advantage": Advantages | None, "baseline": Baseline | None, "trial": Trials | None,
         }  # fmt: skip
         for name, kind in kinds.items():
             if not isinstance(value := getattr(self, name), kind):
@@ -109,20 +117,36 @@ class Algorithm:
             )
         if self.outer_loss is not None and self.outer.loss(self.outer_loss) is not self.outer_loss:
             raise UserError(f"{self.name}: outer {self.outer.name} has its own outer loss")
+        if self.trial is not None and (self.inner.steps or self.task_conditioned):
+            raise UserError(f"{self.name}: trials need inner.steps 0, and no task_conditioned")
         if not self.meta.needs_query and self.outer.policies:
             # No samples of adapted policies: there is no KL to bound.
             object.__setattr__(self, "outer", self.outer.without_policies())
         self.meta.check(self.inner.steps)
 
     @property
+    def takes_inner_steps(self) -> bool:
+        """Whether policies take inner steps in evaluation."""
+        return not self.task_conditioned and self.trial is None
+
+    def played(self, family: TaskFamily) -> TaskFamily:
+        """Return the family that policies play: of trials if there are any."""
+        return family if self.trial is None else self.trial.family(family)
+
+    def measured(self, rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
+        """Return the rollouts whose returns show adaptation: one per inner step, or per episode."""
+        return rollouts if self.trial is None else episodes_of(rollouts[-1], self.trial.episodes)
+
+    def baseline_shape(self, observation_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a baseline's observations, see `baseline_input`."""
+        if self.trial is None:
+            return observation_shape
+        return (observation_shape[0] + CLOCK,)
+
+    @property
     def reference(self) -> bool:
         """Whether it is a reference for meta-learners."""
         return self.role != "meta-learner"
-
-    @property
-    def takes_inner_steps(self) -> bool:
-        """Whether it adapts by inner steps in evaluation."""
-        return not self.task_conditioned
 
     def sections(self) -> dict[str, Part]:
         """Return the parts with options, by the section of their keys."""

@@ -38,8 +38,8 @@ class Adaptation:
         return {"episodes": self.episodes, "seed": self.seed, "step_sizes": sizes}
 
 
-def steps_of(count: int) -> str:
-    return f"{count} inner step{'s' if count != 1 else ''}"
+def steps_of(count: int, unit: str = "inner step") -> str:
+    return f"{count} {unit}{'s' if count != 1 else ''}"
 
 
 def one_of(what: Sequence[str]) -> str:
@@ -90,10 +90,14 @@ def _vector(family: Family, texts: Sequence[str]) -> NDArray[np.float64]:
     return family.tasks.vector(components)
 
 
-def training_family(policy: Policy) -> Family:
-    """Return the family that an adapted policy was trained on."""
+def families_of(policy: Policy) -> tuple[Family, Family]:
+    """Return the family that an adapted policy was trained on, and the one that it plays."""
+    from metarl.sampling.trials import Trials
+
     config = policy.record["config"]
-    return make_family(config["family"], **config["family_options"])
+    family = make_family(config["family"], **config["family_options"])
+    episodes = config["options"].get("trial.episodes")
+    return family, family if episodes is None else Trials(episodes=episodes).family(family)
 
 
 def film(
@@ -115,14 +119,14 @@ def film(
     videos.prepare()
     if Path(what).is_file() and checkpoints.load(Path(what))[1].get("kind") == "adapted":
         policy = load_policy(what)
-        family = training_family(policy)
+        family, played = families_of(policy)
         task = policy.provenance["task"] if not texts else parse_task(family, texts)
         if task is None:
             raise UserError(f"{what} does not contain its task: give it with --task")
         policies = {steps_of(policy.provenance["steps"]): policy}
     else:
         meta = load(what)
-        family = meta.family
+        family, played = meta.family, meta.played
         # Not the first task of the grid: in the middle of the plane, nothing is visible.
         task = parse_task(family, texts) if texts else family.tasks.grid(4)[-1]
         options: dict[str, Any] = {"episodes": episodes, "seed": seed, "step_sizes": step_sizes}
@@ -132,8 +136,10 @@ def film(
 
         if meta.algorithm.task_conditioned:
             policies = {"observes its task": after(0)}
+        elif not meta.algorithm.takes_inner_steps:
+            policies = {"a trial of several episodes": after(0)}
         else:
             policies = {"pre-adaptation": after(0), steps_of(steps): after(steps)}
     return videos.record(
-        policies, family, np.asarray(task), seed=seed, deterministic=deterministic, speed=speed
+        policies, played, np.asarray(task), seed=seed, deterministic=deterministic, speed=speed
     )

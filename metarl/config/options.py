@@ -290,12 +290,16 @@ class Config:
     ) -> Config:
         """Return the config with the defaults of an algorithm on a family."""
         domain = domain_named(family, family_options)
+        found, policy = domain.algorithm(find_algorithm(algorithm), family), domain.model_options()
+        if found.network:
+            network = find_network(found.network, domain.networks)
+            policy = dataclasses.replace(policy, network=network)
         return Config(
             family=family,
             family_options=family_options or {},
             preset=preset,
-            algorithm=domain.algorithm(find_algorithm(algorithm), family),
-            policy=domain.model_options(),
+            algorithm=found,
+            policy=policy,
         )
 
 

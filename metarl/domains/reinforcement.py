@@ -91,7 +91,7 @@ class Reinforcement(Domain):
     def model(self, algorithm: Algorithm, options: ModelOptions, family: Family) -> PolicyModel:
         assert isinstance(family, TaskFamily)
         assert isinstance(options, PolicyOptions)
-        observation, action = policy_spaces(family, options.network)
+        observation, action = policy_spaces(algorithm.played(family), options.network)
         context = context_dim(algorithm, family.tasks.dim)
         return make_policy(options, observation, action, context)
 
@@ -237,12 +237,13 @@ class Environments(TaskSource):
             )
         assert isinstance(adapter.model, PolicyModel)
         self.model, self.episodes, self.options = adapter.model, episodes, options
+        self.played = algorithm.played(family)
         self.spaces = spaces_of(family)
         self.action_space = self.spaces[1]
         self._check_memory(workers)
         self.collector: AnyCollector = make_collector(
-            family, self.model, self.tasks, episodes, pool, options.action,
-            workers=workers, timeout=timeout, check=pool.process_group.is_main,
+            self.played, self.model, self.tasks, episodes, pool, options.action,
+            self.played.kept, workers=workers, timeout=timeout, check=pool.process_group.is_main,
         )  # fmt: skip
 
     def _check_memory(self, workers: int) -> None:
@@ -252,8 +253,9 @@ class Environments(TaskSource):
             self.model,
             tasks=self.tasks,
             episodes=self.episodes,
-            horizon=self.family.horizon,
+            horizon=self.played.horizon,
             rollouts=algorithm.inner.steps + 1,
+            info_keys=len(self.played.kept),
             workers=0 if self.family.parallel else workers,
             chunks=self.pool.threads if second else 1,
             fisher_fraction=getattr(algorithm.outer, "fisher_fraction", 0.0),
@@ -343,16 +345,17 @@ def rollout_metrics(
         space: action space of the environments.
         rollouts: rollouts of this process's tasks; fewer than planned if the iteration stopped
             early.
-        episodes: number of episodes of all tasks.
+        episodes: number of episodes, or trials, of all tasks.
         process_group: group with the other tasks.
     """
+    measured = algorithm.measured(rollouts)
     returns = [
-        float(process_group.gather(rollout.mean_returns()).nanmean()) for rollout in rollouts
+        float(process_group.gather(rollout.mean_returns()).nanmean()) for rollout in measured
     ]
     # Reptile samples nothing with its last parameters; the samples before them count instead.
     query = algorithm.meta.needs_query
     planned = algorithm.inner.steps + query
-    adapted_all = len(returns) == planned and (query or planned > 1)
+    adapted_all = len(rollouts) == planned and (query or planned > 1)
     first, last = rollouts[0], rollouts[-1]
     entropy = policy.entropy(last.behaviour).double().where(last.valid, 0.0).sum(dim=(1, 2))
     steps = process_group.total(last.env_steps)
@@ -361,7 +364,7 @@ def rollout_metrics(
         "return_post": returns[-1] if adapted_all else math.nan,
         "gain": returns[-1] - returns[0] if adapted_all else math.nan,
         "returns": [r if math.isfinite(r) else None for r in returns],
-        "episode_length": steps / episodes,
+        "episode_length": steps / episodes / (len(measured) / len(rollouts)),
         "diverged_episodes": process_group.total(sum(int(r.diverged.sum()) for r in rollouts)),
         "policy_std": policy.distribution.std(params),
         "clip_fraction": _clip_fraction(first, space, mode, process_group),

@@ -88,6 +88,7 @@ class Supervised(Domain):
             f"its inner loss {loss and name_of(loss)}": _needs_policies(loss),
             f"its outer loss {last and name_of(last)}": _needs_policies(last),
             "its task weights": algorithm.task_weights is not None,
+            "its trials": algorithm.trial is not None,
         }
         for reason, needed in reasons.items():
             if needed:

@@ -91,6 +91,8 @@ class Curve:
     per_episode: Floats | None = None
     """Return of each episode, [seeds, tasks, K + 1, episodes]; NaN if it diverged; None for a data
     set."""
+    unit: str = "inner step"
+    """What a policy adapts in: inner steps, or episodes of a trial."""
     episode_success: Floats | None = None
     """1 for an episode with success, else 0, [seeds, tasks, K + 1, episodes]."""
     experience: Experience | None = None
@@ -181,21 +183,21 @@ class Curve:
             return "No task has a return pre- and post-adaptation: every episode diverged."
         improved = f"{100.0 * float((gains > 0.0).mean()):.0f} % of tasks improve"
         if len(gains) < 2:
-            return f"One inner step gains {said(mean)} on one task; an interval needs several."
+            return f"One {self.unit} gains {said(mean)} on one task; an interval needs several."
         if len(gains) < FEWEST:
             return (
-                f"One inner step gains {said(mean)} on {len(gains)} tasks ({improved});"
+                f"One {self.unit} gains {said(mean)} on {len(gains)} tasks ({improved});"
                 f" a 95 % interval needs at least {FEWEST} tasks."
             )
         if low <= 0.0 <= high:
             return (
-                f"The gain of one inner step is not significantly different from zero:"
+                f"The gain of one {self.unit} is not significantly different from zero:"
                 f" {said(mean)}, 95 % interval [{said(low)}, {said(high)}]."
             )
         word = "gains" if mean > 0.0 else "LOSES"
         return (
             f"Adaptation {word} {said(abs(mean), signed=False)} ±"
-            f" {said((high - low) / 2.0, signed=False)} after one inner step"
+            f" {said((high - low) / 2.0, signed=False)} after one {self.unit}"
             f" ({improved})."
         )
 
@@ -206,6 +208,7 @@ class Curve:
             "role": self.role,
             "seeds": self.seeds,
             "step_sizes": self.step_sizes,
+            **({} if self.unit == "inner step" else {"adapts_in": self.unit}),
             "returns": self.returns,
             "ci95": [list(pair) for pair in self.ci95],
             "per_task": self.per_task.tolist(),

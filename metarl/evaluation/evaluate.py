@@ -23,7 +23,7 @@ from metarl.envs.errors import NonFiniteError, UserError
 from metarl.envs.family import Family
 from metarl.envs.registry import find_family
 from metarl.evaluation.curves import Curve
-from metarl.evaluation.evaluator import EPISODES, Evaluator, Options, Sizes
+from metarl.evaluation.evaluator import EPISODES, STEPS, Evaluator, Options, Sizes
 from metarl.evaluation.experience import ExperienceCurve, experience_curves
 from metarl.evaluation.groups import START, What, references_of, seeds_of
 from metarl.evaluation.reinforcement import PolicyEvaluator
@@ -50,7 +50,7 @@ def evaluate(
     tasks: int | ArrayLike = 40,
     family_options: Mapping[str, Any] | None = None,
     episodes: int = EPISODES,
-    steps: int = 3,
+    steps: int | None = None,
     seed: int = 0,
     step_sizes: Sequence[float] | None = None,
     references: Mapping[str, What | Sequence[What]] | None = None,
@@ -71,6 +71,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure a meta-policy's returns after 0 ... `steps` inner steps on held-out tasks.
 
+    A policy of RL^2 takes no inner steps. Its returns after k steps are those of the episode after
+    k episodes of a trial; `episodes` counts trials.
+
     Returns:
         an `EvaluationResult`. `table()` and `verdict()` return text, `to_json()` returns the
         content of evaluation.json, `to_frame()` has a row for each episode. `curve.per_task`
@@ -83,7 +86,7 @@ def evaluate(
         family_options: options of the family that differ from training, for instance another
             horizon or task range. Observations, actions and task components must stay the same.
         episodes: episodes per task, for each inner step and for each measured return.
-        steps: number of inner steps.
+        steps: number of inner steps; by default 3, or the episodes of a training trial, less one.
         seed: seed of the episodes and of drawn tasks; the same for every policy.
         step_sizes: one for each step, the last repeated; by default the policy's step sizes.
         references: other policies of the family, evaluated on the same tasks. An untrained one
@@ -122,6 +125,8 @@ def evaluate(
     """
     members = seeds_of(meta_policy, name)
     first = members[0]
+    if steps is None:
+        steps = STEPS if first.algorithm.trial is None else first.algorithm.trial.episodes - 1
     options = Options(
         episodes=episodes, steps=steps, seed=seed, deterministic=deterministic, workers=workers,
         experience=experience, episodes_per_step=episodes_per_step,

@@ -28,6 +28,8 @@ Sizes = Sequence[float] | Callable[[MetaPolicy], Sequence[float]] | None
 
 EPISODES = 20
 """Default number of episodes per task."""
+STEPS = 3
+"""Default number of inner steps."""
 
 EPISODES_PER_STEP = (1, 5, 10, 20)
 """Default numbers of episodes per inner step, if returns are measured against experience."""
@@ -42,7 +44,7 @@ class Options:
     """
 
     episodes: int = EPISODES
-    steps: int = 3
+    steps: int = STEPS
     seed: int = 0
     deterministic: bool = False
     workers: int = 0
@@ -86,6 +88,8 @@ class OneTask:
     """Samples of each inner step, in words."""
     policy: Policy | None = None
     """The adapted policy, if it can be saved."""
+    unit: str = "inner step"
+    """What the policy adapts in: inner steps, or episodes of a trial."""
 
 
 class Evaluator(ABC):

@@ -5,6 +5,7 @@ K steps take K + 1 samples. The policy adapts to each task with the same inner l
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from metarl.distributed.chunk_pool import ChunkPool
 from metarl.distributed.process_group import ProcessGroup, local_ranks
 from metarl.domains.memory import check_memory, need
 from metarl.domains.reinforcement import PolicyOptions, spaces_of
@@ -36,11 +38,13 @@ from metarl.evaluation.statistics import Floats
 from metarl.learning.inner_loop import check_finite
 from metarl.learning.losses import Batch
 from metarl.models.network_parts import MLPPart
-from metarl.models.networks import Params
+from metarl.models.networks import Params, stack
 from metarl.models.policies import PolicyModel
 from metarl.policies.meta_policy import MetaPolicy
+from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.spaces import ActionMode
 from metarl.sampling.trajectories import Rollout
+from metarl.sampling.trials import episodes_of
 from metarl.sampling.workers import AnyCollector, make_collector
 
 PATHS = 6
@@ -58,7 +62,7 @@ class PolicyEvaluator(Evaluator):
         self.tasks = self.all_tasks[block]
         self.key = dataclasses.replace(self.key, first_task=block.start)
         # Policies of the same kind share the environments.
-        self._collectors: dict[tuple[PolicyModel, ActionMode], AnyCollector] = {}
+        self._collectors: dict[tuple[PolicyModel, ActionMode, int], AnyCollector] = {}
         self._told: list[bool] = []  # per curve: whether success was reported
 
     @property
@@ -84,6 +88,8 @@ class PolicyEvaluator(Evaluator):
         seed: int = 0,
         step_sizes: Sequence[float] | None = None,
     ) -> OneTask:
+        if not meta.algorithm.takes_inner_steps and meta.algorithm.trial is not None:
+            return PolicyEvaluator._in_one_trial(meta, task, episodes, seed)
         before, after = (
             meta.adapt(task, steps=k, episodes=episodes, seed=seed, step_sizes=step_sizes)
             for k in (0, steps)
@@ -93,6 +99,23 @@ class PolicyEvaluator(Evaluator):
             returns = [np.mean([p.play(env, seed=s) for s in seeds]) for p in (before, after)]
         taken, samples = after.provenance["steps"], f"of {episodes} episodes each"
         return OneTask((float(returns[0]), float(returns[1])), RETURN, taken, samples, after)
+
+    @staticmethod
+    def _in_one_trial(meta: MetaPolicy, task: NDArray, episodes: int, seed: int) -> OneTask:
+        """Return the returns of the first and last episode of trials on a task."""
+        assert meta.algorithm.trial is not None
+        steps = meta.algorithm.trial.episodes - 1
+        options, key = (
+            Options(episodes=episodes, steps=steps, seed=seed),
+            RandomKey(seed, split="test"),
+        )
+        with ChunkPool(1) as pool, contextlib.ExitStack() as stack:
+            evaluator = PolicyEvaluator(meta.family, task[None], key, options, pool)
+            stack.callback(evaluator.close)
+            returns = evaluator.curve([meta], None).returns
+        policy = meta.adapt(task, seed=seed)
+        values = returns[0], returns[-1]
+        return OneTask(values, RETURN, steps, f"in {episodes} trials", policy, "episode")
 
     def _of_all(self, values: Floats, axis: int = 0) -> Floats:
         """Return all ranks' values, along the axis of tasks."""
@@ -104,22 +127,30 @@ class PolicyEvaluator(Evaluator):
         for collector in self._collectors.values():
             collector.close()
 
-    def _collector(self, policy: PolicyModel, mode: ActionMode, timeout: float) -> AnyCollector:
-        family, options, workers = self.family, self.options, self.options.workers
-        if (policy, mode) not in self._collectors:
+    def _collector(
+        self,
+        policy: PolicyModel,
+        mode: ActionMode,
+        timeout: float,
+        played: TaskFamily | None = None,
+    ) -> AnyCollector:
+        family, options, workers = played or self.family, self.options, self.options.workers
+        kept = [*family.achieved.values(), *family.kept]
+        kind = policy, mode, family.horizon
+        if kind not in self._collectors:
             needed = need(
                 policy, tasks=len(self.tasks), episodes=options.episodes, horizon=family.horizon,
                 rollouts=options.steps + 1, workers=0 if family.parallel else workers,
-                info_keys=len(family.achieved), chunks=self.pool.threads,
+                info_keys=len(kept), chunks=self.pool.threads,
                 threads=self.pool.threads,
             )  # fmt: skip
             check_memory(needed, family.name, local_ranks())
-            self._collectors[policy, mode] = make_collector(
+            self._collectors[kind] = make_collector(
                 family, policy, len(self.tasks), options.episodes, self.pool, mode,
-                workers=workers, timeout=timeout, info_keys=list(family.achieved.values()),
+                workers=workers, timeout=timeout, info_keys=kept,
                 check=self.check and not self._collectors and self.pool.process_group.is_main,
             )  # fmt: skip
-        return self._collectors[policy, mode]
+        return self._collectors[kind]
 
     def curve(self, members: Sequence[MetaPolicy], sizes: Sizes) -> Curve:
         names = self.family.achieved
@@ -159,6 +190,7 @@ class PolicyEvaluator(Evaluator):
             {name: self._of_all(values)[:PATHS] for name, values in paths.items()},
             self._of_all(np.mean(success, axis=0)),
             role=algorithm.role,
+            unit="inner step" if algorithm.trial is None else "episode",
             per_episode=self._of_all(np.stack(episodes), axis=1),
             episode_success=self._of_all(np.stack(done), axis=1),
             experience=self._experience(np.stack(lengths)) if adapts else None,
@@ -241,7 +273,11 @@ class PolicyEvaluator(Evaluator):
         tasks, config, options = len(self.tasks), policy.config, self.options
         loop, meta = policy.inner_loop(self.pool, sizes)
         context = policy.context(self.tasks)
-        collector = self._collector(policy.policy, config.action_mode, config.worker_timeout)
+        trial, episodes = policy.algorithm.trial, options.steps + 1
+        family = self.family if trial is None else trial.family(self.family, episodes)
+        collector = self._collector(
+            policy.policy, config.action_mode, config.worker_timeout, family
+        )
 
         def collect(params: Params, k: int, deterministic: bool = False) -> Rollout:
             return collector.collect(
@@ -251,6 +287,13 @@ class PolicyEvaluator(Evaluator):
                 deterministic=deterministic,
             )
 
+        if trial is not None:
+            fast, slow, _ = loop.adapter.split(meta)
+            rollout = collect(
+                loop.adapter.params(stack(fast, tasks), slow, tasks), 0, options.deterministic
+            )
+            check_finite({"reward": rollout.reward}, rollout.tasks)
+            return [], episodes_of(rollout, episodes)
         rollouts: list[Rollout] = []
 
         def sample(params: Params, k: int) -> Batch:

@@ -30,7 +30,11 @@ def tables(evaluation: Mapping[str, Any]) -> list[Table]:
     """
     curves = {evaluation["name"]: evaluation, **evaluation["references"]}
     steps = len(evaluation["returns"])
-    counts = ["pre-adaptation", "1 step", *(f"{k} steps" for k in range(2, steps))][:steps]
+    unit = evaluation.get("adapts_in", "step")
+    counts = ["pre-adaptation", f"1 {unit}", *(f"{k} {unit}s" for k in range(2, steps))][:steps]
+    for name, curve in list(curves.items()):
+        if (other := curve.get("adapts_in", "step")) != unit:
+            curves = {f"{n}, {other}s" if n == name else n: c for n, c in curves.items()}
     digits = evaluation.get("digits", 1)
     tail = f"CVaR {100.0 * evaluation['cvar_fraction']:g} %"
     first = []

@@ -17,6 +17,7 @@ from metarl.models.networks import Params
 from metarl.models.policies import PolicyModel
 from metarl.parts import Part, tunable
 from metarl.sampling.trajectories import Rollout
+from metarl.sampling.trials import baseline_input
 
 CHUNK = 2
 """Number of tasks whose advantages are estimated at once, so that their features stay in cache."""
@@ -110,9 +111,11 @@ def estimate(
     [T] float64.
     """
 
+    seen = baseline_input(rollout)
+
     def one(chunk: slice) -> tuple[Tensor, Tensor]:
         valid, reward = rollout.valid[chunk], rollout.reward[chunk].double()
-        fit = baseline.fit(state, rollout.observation[chunk], valid)
+        fit = baseline.fit(state, seen[chunk], valid)
         if not callable(fit):
             raise UserError(
                 f"baseline {baseline.label}: fit must return a function of targets, got {fit!r}"

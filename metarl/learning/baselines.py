@@ -56,7 +56,8 @@ class Baseline(Part, ABC):
 
         Args:
             state: state from `init` or `update`.
-            observation: [T, E, H, *observation_shape].
+            observation: [T, E, H, *observation_shape]. In trials, it has two more components, see
+                `baseline_input`.
             valid: [T, E, H] bool; the other steps are zero.
         """
 

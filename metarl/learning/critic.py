@@ -19,6 +19,7 @@ from metarl.learning.baselines import Baseline, Fit, seen
 from metarl.learning.gradient_steps import Adam
 from metarl.models.networks import Params, tanh, unflatten
 from metarl.sampling.trajectories import Rollout
+from metarl.sampling.trials import baseline_input
 
 _OPTIMIZER = "optimizer:"  # prefix of the optimizer's state
 _CLIP = 10.0  # bound on scaled observations
@@ -126,7 +127,7 @@ class Critic(Baseline):
             one = slice(episode, episode + 1)
             valid = rollout.valid[chunk, one]
             leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-            found = self._network(leaves, self._inputs(state, rollout.observation[chunk, one]))
+            found = self._network(leaves, self._inputs(state, baseline_input(rollout)[chunk, one]))
             error = found - (target[chunk, one] - mean) / scale
             loss = torch.where(valid, error.square(), 0.0).sum()
             slopes = torch.autograd.grad(loss, list(leaves.values()))
@@ -144,7 +145,8 @@ class Critic(Baseline):
             sums = []
             for rollout, target in data:
                 valid = rollout.valid[chunk]
-                x = seen(rollout.observation[chunk], rollout.observation.dim() - 3)[valid].double()
+                whole = baseline_input(rollout)
+                x = seen(whole[chunk], whole.dim() - 3)[valid].double()
                 y = target[chunk][valid].double().unsqueeze(-1)
                 one = torch.full((1,), float(len(x)), dtype=torch.float64)
                 sums.append(torch.cat([one, *(f(v).sum(0) for v in (x, y) for f in _POWERS)]))

@@ -181,6 +181,16 @@ class ProximalUpdate(InnerUpdate):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoInnerUpdate(InnerUpdate):
+    """No inner step, in training or in evaluation."""
+
+    steps: int = fixed(0)
+    step_sizes: tuple[float, ...] = fixed((0.1,))
+    test_step_sizes: tuple[float, ...] = fixed(())
+    halve_in_evaluation: bool = fixed(False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationUpdate(GradientUpdate):
     """No inner step in training; gradient steps in evaluation."""
 

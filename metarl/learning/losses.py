@@ -58,7 +58,9 @@ class Batch(Samples):
 
     def select(self, samples: Tensor) -> Batch:
         episodes = samples.shape[1] if samples.ndim == 3 else 0
-        part = replace(Samples.select(replace(self, state=None), samples), episodes=episodes)
+        part = Samples.select(replace(self, state=None), samples)
+        assert isinstance(part, Batch)
+        part = replace(part, episodes=episodes)
         if not (self.state and episodes):
             return part
         each = samples[..., 0] * self.episodes // self.weight.shape[1]

@@ -158,7 +158,7 @@ class ModuleNetwork(Network):
     def _of_task(
         self, own: Params, context: Tensor | None, task: int
     ) -> tuple[Params, Tensor | None]:
-        """Return one task's parameters and context from those of all tasks."""
+        """Return the parameters and the context of one task."""
         stacked = {name for name, p in own.items() if p.dim() > len(self._shapes[name])}
         one = {name: p[task] if name in stacked else p for name, p in own.items()}
         return one, context if context is None or context.dim() == 1 else context[task]

@@ -221,7 +221,7 @@ def checked_output(label: str, found: Any, start: Any, samples: int) -> tuple[An
         start: its initial state.
 
     Raises:
-        UserError: the result is no output and state, or the state changes its structure.
+        UserError: the result is not an output and a state, or the state changes its structure.
     """
     said = f"policy.network {label}"
     if not (isinstance(found, tuple) and len(found) == 2):
@@ -240,4 +240,4 @@ def checked_output(label: str, found: Any, start: Any, samples: int) -> tuple[An
             f"{said}: initial_state({samples}) and forward must return states of the same"
             f" shapes, [{samples}, ...] each, got {shapes[0]} and {shapes[1]}"
         )
-    return found[0], nested_state(start, dict.fromkeys(shapes[0]))
+    return found[0], nested_state(start, flat_state(start))

@@ -76,7 +76,9 @@ def plot_evaluation(result: EvaluationResult, path: Path) -> list[Path]:
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
         axes.plot(steps, curve.returns, label=label, **style)
     axes.set_title(_title(setting))
-    axes.set_xlabel(f"inner steps ({setting['samples']})")
+    unit = result.curve.unit
+    own = "inner steps" if unit == "inner step" else f"{unit}s of experience"
+    axes.set_xlabel(f"{own} ({setting['samples']})")
     axes.set_ylabel(f"{_measured(result)}\nmean of {len(setting['tasks'])} tasks, 95 % interval")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

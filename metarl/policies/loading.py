@@ -156,6 +156,6 @@ def load_policy(path: str | Path) -> Policy:
         space = spaces_of(meta.family)[1]
     params = checkpoints.in_shapes(path, tensors, shapes)
     return Policy(
-        meta.policy, params, space, meta.family.horizon, config.action_mode, metadata["adapted"],
+        meta.policy, params, space, meta.played.horizon, config.action_mode, metadata["adapted"],
         meta.record,
     )  # fmt: skip

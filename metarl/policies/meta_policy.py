@@ -174,6 +174,11 @@ class MetaPolicy:
         return self.domain.environments(self.source)
 
     @cached_property
+    def played(self) -> TaskFamily:
+        """Family that the policy plays: the training family, or trials of its episodes (RL^2)."""
+        return self.algorithm.played(self.family)
+
+    @cached_property
     def _found_at_start(self) -> list[str]:
         """Findings of a quick check of the family's environments; also logged."""
         findings = start_findings(self.family)
@@ -274,7 +279,8 @@ class MetaPolicy:
         Args:
             env: a Gymnasium environment with the spaces of the training family, or a task vector
                 [task_dim] of that family. An oracle needs the task vector and takes no inner step.
-            steps: inner steps; 0 returns the initialization unchanged.
+            steps: inner steps; 0 returns the initialization unchanged. RL^2 takes none: its policy
+                plays trials, see `played`, and learns about the task in its state.
             episodes: episodes sampled for each step.
             seed: seed of the environment's resets and of the actions.
             step_sizes: one for each step, the last repeated. Default: the evaluation step sizes;
@@ -306,7 +312,8 @@ class MetaPolicy:
                 raise UserError(
                     "an oracle needs the task vector: pass it instead of an environment"
                 )
-            context, steps = self.context(given[None]), 0
+            context = self.context(given[None])
+        steps = steps if self.algorithm.takes_inner_steps else 0
 
         def sample(params: Params, k: int) -> Batch:
             rollout = collect_episodes(
@@ -333,7 +340,7 @@ class MetaPolicy:
         params = loop.adapter.params(adapted.iterates[-1], adapted.slow, 1) | context
         params = {name: p[0].clone() for name, p in params.items()}
         provenance = {"task": task, "steps": steps, "episodes": episodes, "seed": seed}
-        horizon = self.family.horizon
+        horizon = self.played.horizon
         return Policy(self.policy, params, space, horizon, mode, provenance, self.record)
 
     def _task(self, value: ArrayLike) -> NDArray[np.float64]:
@@ -404,10 +411,13 @@ class MetaPolicy:
             step_sizes: one for each step, the last repeated. Default: the evaluation step sizes.
 
         Raises:
-            UserError: the policy is an oracle or was trained on supervised tasks.
+            UserError: the policy takes no inner steps or was trained on supervised tasks.
         """
-        if self.algorithm.task_conditioned:
-            raise UserError("an oracle observes its task and does not adapt")
+        if not self.algorithm.takes_inner_steps:
+            raise UserError(
+                f"{self.algorithm.name} takes no inner steps, so there is nothing to adapt: use"
+                " MetaPolicy.adapt, and act with the policy"
+            )
         check_whole("seed", seed, 0)
         if action_space is not None and not isinstance(action_space, gym.Space):
             raise UserError(f"action_space must be a space, got {kind_of(action_space)}")

@@ -98,7 +98,8 @@ class Trainer:
         if config.baseline is not None:
             assert isinstance(self.model, PolicyModel)
             rng = stream(config.seed, 0, "baseline")
-            baseline = config.baseline.init(self.model.observation_shape, rng)
+            shape = self.algorithm.baseline_shape(self.model.observation_shape)
+            baseline = config.baseline.init(shape, rng)
         return State(params, config.outer.init(params), baseline)
 
     def _sampling(self) -> dict[str, Any]:

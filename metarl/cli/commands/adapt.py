@@ -54,7 +54,7 @@ def adapt(command: Adapt) -> int:
     before, after = (found.measure.number(value, signed=False) for value in found.values)
     say(
         f"{what} on {' '.join(command.task)}: {found.measure.name} {before} -> {after} after"
-        f" {steps_of(found.steps)} {found.samples}"
+        f" {steps_of(found.steps, found.unit)} {found.samples}"
     )
     if command.save is not None:
         say(f"saved {command.save}; next: metarl record {quote(str(command.save))}")

@@ -36,8 +36,9 @@ class Evaluate:
     """Options of the family that differ from training, as name=value."""
     episodes: int = 20
     """Episodes per task, for each inner step and for each measured return."""
-    steps: int = 3
-    """Number of inner steps."""
+    steps: int | None = None
+    """Number of inner steps; by default 3. For rl2, number of episodes before the last one; by
+    default as in training."""
     step_sizes: tuple[float, ...] = ()
     """Size of each inner step of the first policy, the last repeated; by default its step sizes."""
     random_step_sizes: tuple[float, ...] = ()

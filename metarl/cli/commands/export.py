@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from metarl.cli.adaptation import Adaptation, one_of, parse_task, training_family
+from metarl.cli.adaptation import Adaptation, families_of, one_of, parse_task
 from metarl.cli.arguments import check_file
 from metarl.cli.streams import say
 from metarl.envs import guard
@@ -52,10 +52,10 @@ def export(command: Export) -> int:
         if command.task:
             raise UserError(f"{what} is already adapted: remove --task")
         policy = load_policy(what)
-        family = training_family(policy)
+        family, played = families_of(policy)
     else:
         meta = load(what)
-        family = meta.family
+        family, played = meta.family, meta.played
         usual = Export(what=command.what)
         adapts = (command.steps, command.options()) != (usual.steps, usual.options())
         told = meta.algorithm.task_conditioned
@@ -66,7 +66,7 @@ def export(command: Export) -> int:
         task = parse_task(family, command.task) if command.task else family.tasks.grid(1)[0]
         steps = command.steps if command.task else 0
         policy = meta.adapt(task, steps=steps, **command.options())
-    with guard.opened(family.make) as env:
+    with guard.opened(played.make) as env:
         space = env.observation_space
     source = Path(what)
     folder = source if source.is_dir() else source.parent

@@ -1,0 +1,34 @@
+"""RL^2 (Duan et al. 2016): the policy learns about its task in its memory, without gradients.
+
+for each iteration:
+    sample tasks
+    for each task, repeat:
+        h = initial state of the policy
+        for each episode of a trial:
+            for each step:                                  h lasts for the trial
+                x = (observation, previous action, previous reward, end of an episode)
+                action, h ~ pi_theta(x, h)
+    A = advantages of the return of the whole trial
+    repeat 5 times, on the same trials:
+        g = d/dtheta mean clipped surrogate of A
+        theta = Adam step along g                           or one TRPO step
+"""
+
+from __future__ import annotations
+
+from metarl.algorithms.algorithm import Algorithm
+from metarl.learning.gradient_steps import ClippedSurrogate
+from metarl.learning.inner_update import NoInnerUpdate
+from metarl.learning.meta_gradients.unrolled import FirstOrder
+from metarl.sampling.trials import Trials
+
+rl2 = Algorithm(
+    name="rl2",
+    summary="a recurrent policy that remembers several episodes of a task; no inner steps",
+    citation="Duan et al. 2016, arXiv:1611.02779",
+    inner=NoInnerUpdate(),
+    meta=FirstOrder(),
+    outer=ClippedSurrogate(),
+    trial=Trials(),
+    network="gru",
+)
