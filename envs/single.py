@@ -111,7 +111,7 @@ class SingleTaskEnv(gym.Env[NDArray, Any]):
     def step(self, action: Any) -> tuple[NDArray, float, bool, bool, dict[str, Any]]:
         vector = self.vector
         if self._steps < 0:
-            raise gym.error.ResetNeeded("reset the environment before the first step")
+            raise gym.error.ResetNeeded("reset the environment first")
         if self._end is not None:
             return vector.observations()[0], 0.0, *self._end, {}
         # As TaskVectorEnv.step, whose arrays of one element take almost as long as the physics.
@@ -135,6 +135,8 @@ class SingleTaskEnv(gym.Env[NDArray, Any]):
         return vector.observations()[0], reward, terminated, truncated, info
 
     def render(self) -> Any:
+        if self._steps < 0:
+            raise gym.error.ResetNeeded("reset the environment first")
         frames = self.vector.render()
         return None if frames is None else frames[0]
 

@@ -291,8 +291,7 @@ class MujocoVectorEnv(TaskVectorEnv):
 
     def _track(self) -> Floats:
         """Return a copy of the values of the current state that a reward needs."""
-        values = self.family.track(self._shown_sim)
-        return values if self._built_in else detached(values)
+        return detached(self.family.track(self._shown_sim))
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
         if self.family.model_fields is not None:
@@ -329,9 +328,11 @@ class MujocoVectorEnv(TaskVectorEnv):
         if self._forces is not None:
             self._compute_forces(range(self.num_envs) if ids is None else ids)
         numbers = self.numbers and self._built_in
-        step = Step(self._shown_sim, self._before, action, self._shown_tasks, self.dt, numbers)
-        reward, info = family.reward(step)
-        self._before = self._track()
+        shown = self._shown_sim
+        reward, info = family.reward(
+            Step(shown, self._before, action, self._shown_tasks, self.dt, numbers)
+        )
+        self._before = family.track(shown) if self._built_in else self._track()
         diverged = None
         if self._counters.tobytes() != self._warned:
             diverged = (self._counters != self._warnings).any(axis=1)
