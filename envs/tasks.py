@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,7 @@ class TaskDistribution(ABC):
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the smallest and the largest value of each component, [task_dim] both."""
 
-    def extent(self, split: Split = "train") -> Mapping[str, NDArray]:
+    def extent(self, split: Split = "train") -> Mapping[str, NDArray[Any]]:
         """Return named arrays that identify the tasks of a split.
 
         By default these are the bounds of each component.
@@ -236,7 +236,7 @@ class Finite(TaskDistribution):
         check_one_of("split", split, get_args(Split))
         return self._values[split]
 
-    def extent(self, split: Split = "train") -> Mapping[str, NDArray]:
+    def extent(self, split: Split = "train") -> Mapping[str, NDArray[Any]]:
         return {"values": self._of(split).copy()}
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def stacked(values: Sequence[Any]) -> NDArray:
+def stacked(values: Sequence[Any]) -> NDArray[Any]:
     """Return an array [n, ...] of n values, or an array of objects if their shapes differ."""
     try:
         return np.array(values)
@@ -50,7 +50,7 @@ def stacked(values: Sequence[Any]) -> NDArray:
         return found
 
 
-def close(env: gym.Env, name: str) -> None:
+def close(env: gym.Env[Any, Any], name: str) -> None:
     """Close an environment. A failure is only a warning, because past episodes stay valid."""
     try:
         env.close()
@@ -64,7 +64,7 @@ def _warn_once(message: str) -> None:
     _log.warning(message)
 
 
-class TaskEnv(gym.Wrapper):
+class TaskEnv(gym.Wrapper[Any, Any, Any, Any]):
     """Wrapper that sets a task before every reset and applies the family's reward."""
 
     def __init__(
@@ -81,7 +81,7 @@ class TaskEnv(gym.Wrapper):
         self._in_force = self._made_for
         self._verified = False  # that tasks arrive in the environment
         self._rng: np.random.Generator | None = None
-        self._observation: NDArray | None = None
+        self._observation: NDArray[Any] | None = None
 
     @property
     def task(self) -> Floats | None:
@@ -296,7 +296,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
                 check_fits(observation, space, where)
         self._observation[i] = observation
 
-    def _observe(self) -> NDArray:
+    def _observe(self) -> NDArray[Any]:
         return self._observation
 
     def render(self) -> Any:

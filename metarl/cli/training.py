@@ -27,6 +27,7 @@ from metarl.distributed.process_group import LIMIT_SECONDS, ProcessGroup, joined
 from metarl.envs.errors import UserError
 from metarl.envs.registry import (
     data_names,
+    is_built_in,
     make_family,
     option_defaults,
     parse_options,
@@ -102,7 +103,8 @@ class Benchmark:
         family = _family_named(arguments)
         if family in data_names():
             make_family(family)  # raises: no simulation to measure
-        return _starting_config(arguments, family="half-cheetah-dir", preset="pearl2019")
+        preset = "pearl2019" if not family or is_built_in(family) else ""
+        return _starting_config(arguments, family="half-cheetah-dir", preset=preset)
 
     @staticmethod
     def resolved(config: Config, arguments: Sequence[str], said: Mapping[str, Any]) -> Config:

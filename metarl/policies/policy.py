@@ -37,7 +37,7 @@ _COMPARED = 200  # number of observations
 _TIES = 0.02  # allowed share of different categories
 
 
-def _close(found: NDArray, expected: NDArray) -> bool:
+def _close(found: NDArray[Any], expected: NDArray[Any]) -> bool:
     """Whether arrays are equal up to rounding of two kernels."""
     if found.shape != expected.shape:
         return False
@@ -77,7 +77,7 @@ class Policy:
         self._mode: ActionMode = config.action_mode
         self._rng = stream(provenance["seed"], 0, "test-noise", provenance["steps"])
 
-    def act(self, observation: Any, *, deterministic: bool = False) -> NDArray:
+    def act(self, observation: Any, *, deterministic: bool = False) -> NDArray[Any]:
         """Return the action for an observation, in the environment's format.
 
         Args:
@@ -97,7 +97,7 @@ class Policy:
 
     def act_raw(
         self, observation: Any, *, deterministic: bool = False
-    ) -> tuple[NDArray, NDArray[np.float32]]:
+    ) -> tuple[NDArray[Any], NDArray[np.float32]]:
         """Return the result of `act` and the policy's raw action, [..., action_size]."""
         shape = list(self.policy.observation_shape)
         network = self.policy.network
@@ -125,7 +125,7 @@ class Policy:
 
     def play(
         self,
-        env: gym.Env,
+        env: gym.Env[Any, Any],
         *,
         seed: int | None = None,
         deterministic: bool = False,
@@ -146,7 +146,7 @@ class Policy:
         """
         taken, total = 0, 0.0
 
-        def act(observation: Any, t: int) -> NDArray:
+        def act(observation: Any, t: int) -> NDArray[Any]:
             if on_step is not None:
                 on_step(t, total)
             return self.act(observation, deterministic=deterministic)
