@@ -338,9 +338,9 @@ class MujocoVectorEnv(TaskVectorEnv):
             self._compute_forces(range(self.num_envs) if ids is None else ids)
         numbers = self.numbers and self._built_in
         shown = self._shown_sim
-        reward, info = family.reward(
-            Step(shown, self._before, action, self._shown_tasks, self.dt, numbers)
-        )
+        # A copy, because a user's function may write to it.
+        task = self._shown_tasks if self._built_in else self.tasks
+        reward, info = family.reward(Step(shown, self._before, action, task, self.dt, numbers))
         self._before = family.track(shown) if self._built_in else self._track()
         diverged = None
         if self._counters.tobytes() != self._warned:

@@ -307,7 +307,9 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"{name:<28}{processes[f'workers_to_{key}']:>12.2f}")
     lines.append("")
     lines.append(f"{'phase':<28}{'seconds':>12}")
-    lines += [f"{name:<28}{value:>12.3f}" for name, value in result["seconds"].items()]
+    for name, value in result["seconds"].items():
+        if name != "ceiling" or ceiling is not None:
+            lines.append(f"{name:<28}{value:>12.3f}")
     lines.append(f"peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
     if result["ranks"] > 1:
         calls, sent = (result["collectives"][key] for key in ("calls", "bytes"))
