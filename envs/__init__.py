@@ -59,7 +59,7 @@ __all__ = [
 _SIZE = ("width", "height")
 
 
-def make_env(family: str, render_mode: str | None = None, **keywords: Any) -> gym.Env:
+def make_env(family: str, render_mode: str | None = None, **keywords: Any) -> gym.Env[Any, Any]:
     """Entry point of `gym.make`: one environment of a family."""
     asked, limit = _limits()
     made, tasks = _family_and_tasks(family, 1, keywords, asked)

@@ -77,7 +77,9 @@ class TaskFamily(Family, ABC):
         return {"kind": "environments", "horizon": int(self.horizon)}
 
     @abstractmethod
-    def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
+    def make(
+        self, task: ArrayLike | None = None, *, render_mode: str | None = None
+    ) -> gym.Env[Any, Any]:
         """Return one environment.
 
         Args:

@@ -59,11 +59,14 @@ def register(
         name = _free_name(factory)
         _factories[name] = factory
         if gymnasium_id and gymnasium_id not in gym.registry:
+            built_in = is_built_in(name)  # has its own checks, without the time of two wrappers
             gym.register(
                 id=gymnasium_id,
                 entry_point="metarl.envs:make_env",
                 vector_entry_point="metarl.envs:make_vec_env",
                 max_episode_steps=max_episode_steps,
+                order_enforce=not built_in,
+                disable_env_checker=built_in,
                 kwargs={"family": name},
             )
         return factory

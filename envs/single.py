@@ -36,7 +36,7 @@ def task_vector(tasks: TaskDistribution, task: ArrayLike | Mapping[str, float]) 
     return vector
 
 
-class SingleTaskEnv(gym.Env[NDArray, Any]):
+class SingleTaskEnv(gym.Env[NDArray[Any], Any]):
     """The only sub-environment of a `TaskVectorEnv`, by the same rules and with the same bits."""
 
     def __init__(
@@ -98,7 +98,7 @@ class SingleTaskEnv(gym.Env[NDArray, Any]):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray, dict[str, Any]]:
+    ) -> tuple[NDArray[Any], dict[str, Any]]:
         """Start an episode; `options={"task": ...}` calls `set_task` first."""
         super().reset(seed=seed)
         check_options(options or {}, ("task",))
@@ -108,10 +108,10 @@ class SingleTaskEnv(gym.Env[NDArray, Any]):
         self._steps, self._end = 0, None
         return observation[0], {"task": info["task"][0]}
 
-    def step(self, action: Any) -> tuple[NDArray, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[NDArray[Any], float, bool, bool, dict[str, Any]]:
         vector = self.vector
         if self._steps < 0:
-            raise gym.error.ResetNeeded("reset the environment before the first step")
+            raise gym.error.ResetNeeded("reset the environment first")
         if self._end is not None:
             return vector.observations()[0], 0.0, *self._end, {}
         # As TaskVectorEnv.step, whose arrays of one element take almost as long as the physics.
@@ -135,6 +135,8 @@ class SingleTaskEnv(gym.Env[NDArray, Any]):
         return vector.observations()[0], reward, terminated, truncated, info
 
     def render(self) -> Any:
+        if self._steps < 0:
+            raise gym.error.ResetNeeded("reset the environment first")
         frames = self.vector.render()
         return None if frames is None else frames[0]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,7 @@ class TaskDistribution(ABC):
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the smallest and the largest value of each component, [task_dim] both."""
 
-    def extent(self, split: Split = "train") -> Mapping[str, NDArray]:
+    def extent(self, split: Split = "train") -> Mapping[str, NDArray[Any]]:
         """Return named arrays that identify the tasks of a split.
 
         By default these are the bounds of each component.
@@ -168,7 +168,8 @@ class Uniform(TaskDistribution):
         return ", ".join(words if self.dim <= 8 else [*words[:3], f"… ({self.dim} components)"])
 
     def bounds(self, split: Split = "train") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        check_one_of("split", split, get_args(Split))
+        if split not in self._boxes:
+            check_one_of("split", split, get_args(Split))
         low, high = self._boxes[split].T.copy()
         return low, high
 
@@ -238,7 +239,7 @@ class Finite(TaskDistribution):
         check_one_of("split", split, get_args(Split))
         return self._values[split]
 
-    def extent(self, split: Split = "train") -> Mapping[str, NDArray]:
+    def extent(self, split: Split = "train") -> Mapping[str, NDArray[Any]]:
         return {"values": self._of(split).copy()}
 
 

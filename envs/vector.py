@@ -91,7 +91,7 @@ def no_entry(family: TaskFamily, key: str, info: Iterable[str]) -> UserError:
     )
 
 
-class TaskVectorEnv(VectorEnv):
+class TaskVectorEnv(VectorEnv[NDArray[Any], Any, NDArray[Any]]):
     """A `gymnasium.vector.VectorEnv` of `num_tasks x episodes` sub-environments, task-major.
 
     Sub-environment `t * episodes + e` is episode e of task t.
@@ -214,7 +214,7 @@ class TaskVectorEnv(VectorEnv):
         """
 
     @abstractmethod
-    def _observe(self) -> NDArray:
+    def _observe(self) -> NDArray[Any]:
         """Return the observations of all sub-environments; the caller copies them."""
 
     def check_achieved(self, info: Iterable[str]) -> None:
@@ -223,7 +223,7 @@ class TaskVectorEnv(VectorEnv):
             if key not in info:
                 raise no_entry(self.family, key, info)
 
-    def observations(self) -> NDArray:
+    def observations(self) -> NDArray[Any]:
         """Return a copy of the observations of all sub-environments."""
         return np.array(self._observe())
 
@@ -251,7 +251,7 @@ class TaskVectorEnv(VectorEnv):
         *,
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
-    ) -> tuple[NDArray, dict[str, Any]]:
+    ) -> tuple[NDArray[Any], dict[str, Any]]:
         options = options or {}
         check_options(options, ("reset_mask", "task"))
         ids = np.arange(self.num_envs)
@@ -275,7 +275,7 @@ class TaskVectorEnv(VectorEnv):
         self._start(ids, [seeds[int(i)] for i in ids])
         return self.observations(), self._masked({"task": self._tasks}, ids)
 
-    def step(self, actions: Any) -> tuple[NDArray, Floats, Bools, Bools, dict[str, Any]]:
+    def step(self, actions: Any) -> tuple[NDArray[Any], Floats, Bools, Bools, dict[str, Any]]:
         if not self._ready.all():
             raise gym.error.ResetNeeded("reset every sub-environment before the first step")
         finished = self._terminated | self._truncated
@@ -347,7 +347,9 @@ class TaskVectorEnv(VectorEnv):
         task = self._masked({"task": self._tasks}, ids)
         return {**ends, "_final_info": ended.copy(), **info, **task}
 
-    def _masked(self, info: Mapping[str, NDArray], ids: NDArray[np.int64] | None) -> dict[str, Any]:
+    def _masked(
+        self, info: Mapping[str, NDArray[Any]], ids: NDArray[np.int64] | None
+    ) -> dict[str, Any]:
         """Return copies of arrays with their masks; rows outside ids become zero."""
         found: dict[str, Any] = {}
         for key, values in info.items():

@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from metarl.algorithms import Algorithm
     from metarl.config.options import Config
     from metarl.config.resolve import resolve
+    from metarl.evaluation.curves import Curve
     from metarl.evaluation.evaluate import evaluate
+    from metarl.evaluation.results import EvaluationResult
     from metarl.models.distribution import Distribution
     from metarl.policies.loading import load, load_policy
     from metarl.policies.meta_policy import MetaPolicy
+    from metarl.policies.online import OnlineAdapter
     from metarl.policies.policy import Policy
     from metarl.runs.checkpoints import CheckpointError
     from metarl.runs.folder import RunError
@@ -36,16 +39,21 @@ if TYPE_CHECKING:
     from metarl.training.callbacks import Callback
     from metarl.training.run import train
 
+    __version__: str
+
 # Modules that need torch are imported on first access (PEP 562).
 _LAZY = {
     "Algorithm": "algorithms",
     "Callback": "training.callbacks",
     "CheckpointError": "runs.checkpoints",
     "Config": "config.options",
+    "Curve": "evaluation.curves",
     "Distribution": "models.distribution",
     "EarlyStopping": "training.best",
+    "EvaluationResult": "evaluation.results",
     "KeepBest": "training.best",
     "MetaPolicy": "policies.meta_policy",
+    "OnlineAdapter": "policies.online",
     "Policy": "policies.policy",
     "RunError": "runs.folder",
     "evaluate": "evaluation.evaluate",
@@ -60,10 +68,13 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "Config",
+    "Curve",
     "Distribution",
     "EarlyStopping",
+    "EvaluationResult",
     "KeepBest",
     "MetaPolicy",
+    "OnlineAdapter",
     "Policy",
     "RunError",
     "UserError",
@@ -75,17 +86,18 @@ __all__ = [
     "train",
 ]
 
+if not TYPE_CHECKING:  # type checkers would accept every name
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
 
-        return version("metarl-gradient")
-    if name not in _LAZY:
-        raise AttributeError(f"module 'metarl' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"metarl.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
+            return version("metarl-gradient")
+        if name not in _LAZY:
+            raise AttributeError(f"module 'metarl' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"metarl.{_LAZY[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

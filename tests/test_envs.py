@@ -433,8 +433,8 @@ def test_achieved_must_name_a_key_of_info():
 
 def test_misuse_of_a_vector_environment_is_refused():
     family = make_family("half-cheetah-dir")
-    with refused("autoreset_mode", "SameStep"):
-        family.make_vec(1, 1, autoreset_mode="SameStep")
+    with refused("autoreset_mode", "SameStp", "SameStep"):
+        family.make_vec(1, 1, autoreset_mode="SameStp")
     with refused("num_tasks", "episodes", 0):
         family.make_vec(0, 1)
     vector = family.make_vec(2, 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -214,7 +215,7 @@ def _faults(trace: Trace, space: gym.Space, horizon: int) -> Iterator[str]:
         yield f"an episode continues after the horizon of {horizon} steps"
 
 
-def conversion(seen: NDArray, space: gym.Space) -> str | None:
+def conversion(seen: NDArray[Any], space: gym.Space) -> str | None:
     """Describe the conversion of observations to their space's type, or return None."""
     if space.dtype is None or np.can_cast(seen.dtype, space.dtype):
         return None

@@ -107,7 +107,7 @@ def check_gymnasium(family: TaskFamily) -> Iterator[str]:
     close(env)
 
 
-def _reset_faults(env: gym.Env) -> Iterator[str]:
+def _reset_faults(env: gym.Env[Any, Any]) -> Iterator[str]:
     declared = inspect.signature(env.reset).parameters.get("seed")
     if declared is not None and declared.default not in (None, inspect.Parameter.empty):
         yield Doubt(
@@ -123,7 +123,7 @@ def _reset_faults(env: gym.Env) -> Iterator[str]:
         )
 
 
-def _reuse(env: gym.Env) -> Iterator[str]:
+def _reuse(env: gym.Env[Any, Any]) -> Iterator[str]:
     """Yield a doubt if the result of a call changes with the next call."""
     actions = random_actions(env.action_space, 2)
     observation, info = env.reset(seed=SEED)

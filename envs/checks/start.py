@@ -107,7 +107,7 @@ def _look(
             if late(part):
                 return
 
-    def made(task: NDArray) -> gym.Env:
+    def made(task: NDArray[Any]) -> gym.Env[Any, Any]:
         mark(0)
         env = family.make(task)
         closing.callback(close, env)

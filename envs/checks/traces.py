@@ -120,14 +120,14 @@ BEHAVIOURS: dict[str, Behaviour] = {
 """Ways of acting by name."""
 
 
-def close(env: gym.Env | VectorEnv) -> None:
+def close(env: gym.Env[Any, Any] | VectorEnv) -> None:
     """Close an environment; a separate check reports errors of close."""
     with contextlib.suppress(Exception, SystemExit):
         env.close()
 
 
 def play(
-    env: gym.Env,
+    env: gym.Env[Any, Any],
     seed: int,
     actions: Iterable[Any],
     after_reset: Callable[[], object] = lambda: None,
@@ -149,7 +149,10 @@ def play(
 
 
 def play_beside(
-    env: gym.Env, other: gym.Env, seeds: tuple[int, int], actions: Iterable[tuple[Any, Any]]
+    env: gym.Env[Any, Any],
+    other: gym.Env[Any, Any],
+    seeds: tuple[int, int],
+    actions: Iterable[tuple[Any, Any]],
 ) -> Trace:
     """Play one episode of `env` while another copy is stepped in turn, as in a vector environment.
 
@@ -223,7 +226,7 @@ def all_equal(traces: Sequence[Sequence[Trace]]) -> bool:
     return first_difference([traces[0]] * len(traces), traces) is None
 
 
-def outermost(family: TaskFamily) -> gym.Env:
+def outermost(family: TaskFamily) -> gym.Env[Any, Any]:
     """Return the user's environment with its wrappers and a task."""
     task = family.tasks.grid(1, "train")[0]
     if not isinstance(family, GymnasiumFamily):
@@ -257,7 +260,7 @@ def example_tasks(family: TaskFamily) -> Tasks:
     return np.concatenate([family.tasks.grid(2, "train"), drawn])
 
 
-def named_task(family: TaskFamily, task: NDArray) -> str:
+def named_task(family: TaskFamily, task: NDArray[Any]) -> str:
     """Return "velocity=1.5" for a task."""
     pairs = [f"{n}={x:g}" for n, x in zip(family.tasks.names, task, strict=True)]
     return ", ".join(pairs[:4]) + (", …" if len(pairs) > 4 else "")

@@ -131,7 +131,9 @@ class MetaWorldFamily(TaskFamily):
         if self.horizon > MAX_HORIZON:
             raise UserError(f"Meta-World's horizon is at most {MAX_HORIZON}, got {self.horizon}")
 
-    def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
+    def make(
+        self, task: ArrayLike | None = None, *, render_mode: str | None = None
+    ) -> gym.Env[Any, Any]:
         return SingleTaskEnv(self, task, render_mode)
 
     def make_vec(self, num_tasks: int, episodes: int, **options: Any) -> MetaWorldVectorEnv:
@@ -225,7 +227,7 @@ class MetaWorldVectorEnv(TaskVectorEnv):
             diverged[i] = env.data.warning.number[_DIVERGED].any()
         return reward, None, None, diverged if diverged.any() else None, {"success": success}
 
-    def _observe(self) -> NDArray:
+    def _observe(self) -> NDArray[Any]:
         return self._observation
 
     def render(self) -> Any:

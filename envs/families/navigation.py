@@ -29,7 +29,9 @@ class NavigationFamily(TaskFamily):
 
     parallel: ClassVar[bool] = True
 
-    def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
+    def make(
+        self, task: ArrayLike | None = None, *, render_mode: str | None = None
+    ) -> gym.Env[Any, Any]:
         return SingleTaskEnv(self, task, render_mode)
 
     def make_vec(self, num_tasks: int, episodes: int, **options: Any) -> NavigationVectorEnv:
@@ -84,7 +86,7 @@ class NavigationVectorEnv(TaskVectorEnv):
         x, y = self._position.T.copy()
         return reward, reached, None, None, {"x_position": x, "y_position": y}
 
-    def _observe(self) -> NDArray:
+    def _observe(self) -> NDArray[Any]:
         return self._position
 
     def render(self) -> Any:

@@ -84,7 +84,9 @@ class TabularFamily(TaskFamily):
         super().__post_init__()
         check_one_of(f"{self.name}: payoff", self.payoff, get_args(Payoff))
 
-    def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
+    def make(
+        self, task: ArrayLike | None = None, *, render_mode: str | None = None
+    ) -> gym.Env[Any, Any]:
         return SingleTaskEnv(self, task, render_mode)
 
     def make_vec(self, num_tasks: int, episodes: int, **options: Any) -> TabularVectorEnv:
@@ -178,7 +180,7 @@ class TabularVectorEnv(TaskVectorEnv):
         self._time[moved] += 1
         return reward, None, None, None, {}
 
-    def _observe(self) -> NDArray:
+    def _observe(self) -> NDArray[Any]:
         return np.eye(self.family.states, dtype=np.float32)[self._state]
 
 

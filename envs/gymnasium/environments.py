@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from metarl.envs.errors import UserError
 from metarl.envs.gymnasium.observations import (
@@ -19,6 +20,7 @@ from metarl.envs.gymnasium.observations import (
 from metarl.envs.gymnasium.step_results import FLAGS, NUMBERS, plain_reset, success
 from metarl.envs.memory import Copies
 from metarl.envs.seeds import foreign_seed
+from metarl.envs.single import task_vector
 from metarl.envs.vector import (
     CLOSE,
     RESET,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def stacked(values: Sequence[Any]) -> NDArray:
+def stacked(values: Sequence[Any]) -> NDArray[Any]:
     """Return an array [n, ...] of n values, or an array of objects if their shapes differ."""
     try:
         return np.array(values)
@@ -48,7 +50,7 @@ def stacked(values: Sequence[Any]) -> NDArray:
         return found
 
 
-def close(env: gym.Env, name: str) -> None:
+def close(env: gym.Env[Any, Any], name: str) -> None:
     """Close an environment. A failure is only a warning, because past episodes stay valid."""
     try:
         env.close()
@@ -62,7 +64,7 @@ def _warn_once(message: str) -> None:
     _log.warning(message)
 
 
-class TaskEnv(gym.Wrapper):
+class TaskEnv(gym.Wrapper[Any, Any, Any, Any]):
     """Wrapper that sets a task before every reset and applies the family's reward."""
 
     def __init__(
@@ -70,11 +72,16 @@ class TaskEnv(gym.Wrapper):
     ) -> None:
         self._made_for = family.example_task() if task is None else task
         super().__init__(family.make_bare(render_mode, self._made_for))
+        # A new task may replace the environment; what a user seeded stays.
+        self.action_space, self.observation_space = (
+            self.env.action_space,
+            self.env.observation_space,
+        )
         self.family, self._task = family, detached(task)
         self._in_force = self._made_for
         self._verified = False  # that tasks arrive in the environment
         self._rng: np.random.Generator | None = None
-        self._observation: NDArray | None = None
+        self._observation: NDArray[Any] | None = None
 
     @property
     def task(self) -> Floats | None:
@@ -82,8 +89,25 @@ class TaskEnv(gym.Wrapper):
         return detached(self._task)
 
     @task.setter
-    def task(self, task: Floats | None) -> None:
-        self._task = detached(task)
+    def task(self, task: ArrayLike | Mapping[str, float] | None) -> None:
+        self._task = None if task is None else task_vector(self.family.tasks, task)
+
+    def set_task(self, task: ArrayLike | Mapping[str, float] | None) -> None:
+        """Set the task from the next reset on; None: every reset draws one.
+
+        Args:
+            task: numbers [task_dim], or components by name.
+
+        Raises:
+            UserError: the numbers or the names are not a task.
+        """
+        self.task = task
+
+    def get_task(self) -> Floats | None:
+        """Return the task that was set, or else the one that the last reset drew, [task_dim]."""
+        if self._task is not None:
+            return self.task
+        return None if self._observation is None else self._in_force.copy()
 
     def begin(
         self, task: Floats, seed: int | None, options: dict[str, Any] | None = None
@@ -92,7 +116,10 @@ class TaskEnv(gym.Wrapper):
         if self.family.keywords and not np.array_equal(task, self._made_for):
             self.env, old = self.family.make_bare(self.render_mode, task), self.env
             self.family.check_spaces(old, self.env)
-            self.env.unwrapped.np_random = old.unwrapped.np_random
+            inner, before = self.env.unwrapped, old.unwrapped
+            inner.np_random, inner.spec = before.np_random, before.spec
+            with contextlib.suppress(AttributeError):  # a property
+                inner.action_space = before.action_space
             close(old, self.family.name)
             self._made_for = task.copy()
             self._verified = False
@@ -107,6 +134,9 @@ class TaskEnv(gym.Wrapper):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
+        if options is not None and "task" in options:
+            options = dict(options)
+            self.task = options.pop("task")
         task = self._task
         if task is None:
             if seed is not None or self._rng is None:
@@ -266,7 +296,7 @@ class GymnasiumVectorEnv(TaskVectorEnv):
                 check_fits(observation, space, where)
         self._observation[i] = observation
 
-    def _observe(self) -> NDArray:
+    def _observe(self) -> NDArray[Any]:
         return self._observation
 
     def render(self) -> Any:

@@ -46,7 +46,9 @@ from metarl.envs.vector import (
     detached,
 )
 
-Reward = Callable[[NDArray, NDArray, NDArray, Mapping[str, NDArray], Floats], NDArray]
+Reward = Callable[
+    [NDArray[Any], NDArray[Any], NDArray[Any], Mapping[str, NDArray[Any]], Floats], NDArray[Any]
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +66,9 @@ class GymnasiumFamily(TaskFamily):
         )
     """
 
-    env: str | Callable[..., gym.Env]
+    env: str | Callable[..., gym.Env[Any, Any]]
     """Gymnasium id, or a function that returns an environment."""
-    set_task: Callable[[gym.Env, Floats], None] | None = None
+    set_task: Callable[[gym.Env[Any, Any], Floats], None] | None = None
     """Sets a task vector in the unwrapped environment; called before every reset."""
     keywords: bool = False
     """The task's components are keyword arguments (floats) of the id or function."""
@@ -117,7 +119,9 @@ class GymnasiumFamily(TaskFamily):
         """Return a fixed training task."""
         return self.tasks.grid(1, "train")[0]
 
-    def make_bare(self, render_mode: str | None = None, task: Floats | None = None) -> gym.Env:
+    def make_bare(
+        self, render_mode: str | None = None, task: Floats | None = None
+    ) -> gym.Env[Any, Any]:
         """Return the environment truncated at the horizon, with flat observations or an image.
 
         The task only matters with `keywords`; otherwise `apply_task` sets it.
@@ -166,7 +170,9 @@ class GymnasiumFamily(TaskFamily):
             f"        return gym.wrappers.FilterObservation(env, {kept})\n"
         )
 
-    def make_raw(self, render_mode: str | None = None, task: Floats | None = None) -> gym.Env:
+    def make_raw(
+        self, render_mode: str | None = None, task: Floats | None = None
+    ) -> gym.Env[Any, Any]:
         """Return the environment truncated at the horizon, with unchanged observations."""
         options = detached(self.env_options)
         if self.keywords:
@@ -222,7 +228,7 @@ class GymnasiumFamily(TaskFamily):
         refuse_running_statistics(env, self.name)
         return env
 
-    def apply_task(self, env: gym.Env, task: Floats, *, verify: bool = False) -> None:
+    def apply_task(self, env: gym.Env[Any, Any], task: Floats, *, verify: bool = False) -> None:
         """Set a task in an environment made by `make_bare`; `verify` that it arrives."""
         name = self.name
         if self.set_task is not None:
@@ -256,9 +262,9 @@ class GymnasiumFamily(TaskFamily):
 
     def compute_reward(
         self,
-        before: NDArray,
-        action: NDArray,
-        after: NDArray,
+        before: NDArray[Any],
+        action: NDArray[Any],
+        after: NDArray[Any],
         infos: Sequence[Mapping[str, Any]],
         tasks: Floats,
     ) -> Floats:
@@ -275,7 +281,7 @@ class GymnasiumFamily(TaskFamily):
             )
         return reward
 
-    def check_spaces(self, one: gym.Env, other: gym.Env) -> None:
+    def check_spaces(self, one: gym.Env[Any, Any], other: gym.Env[Any, Any]) -> None:
         """Raise UserError unless two of the family's environments have the same spaces."""
         for kind in ("observation_space", "action_space"):
             if getattr(one, kind) != getattr(other, kind):
@@ -284,7 +290,9 @@ class GymnasiumFamily(TaskFamily):
                     f" {getattr(one, kind)} and {getattr(other, kind)}"
                 )
 
-    def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
+    def make(
+        self, task: ArrayLike | None = None, *, render_mode: str | None = None
+    ) -> gym.Env[Any, Any]:
         task = None if task is None else np.array(task, np.float64)
         return TaskEnv(self, task, render_mode)
 

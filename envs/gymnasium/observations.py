@@ -110,16 +110,16 @@ def check_fits(observation: Any, space: gym.Space, name: str) -> None:
 class FlatObservation(gym.wrappers.FlattenObservation):
     """Gymnasium's FlattenObservation that refuses observations which it would truncate."""
 
-    def __init__(self, env: gym.Env, name: str) -> None:
+    def __init__(self, env: gym.Env[Any, Any], name: str) -> None:
         super().__init__(env)
         self._name = name
 
-    def observation(self, observation: Any) -> NDArray:
+    def observation(self, observation: Any) -> NDArray[Any]:
         check_fits(observation, self.env.observation_space, self._name)
         return super().observation(observation)
 
 
-def structure_of(env: gym.Env) -> gym.Space:
+def structure_of(env: gym.Env[Any, Any]) -> gym.Space:
     """Return the space of an environment's observations before they are flattened."""
     layer = env
     while isinstance(layer, gym.Wrapper):

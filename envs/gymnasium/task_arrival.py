@@ -22,22 +22,22 @@ from metarl.envs.gymnasium.wrappers import kind, layers
 Floats = NDArray[np.float64]
 
 
-def own_method(env: gym.Env) -> gym.Env | None:
+def own_method(env: gym.Env[Any, Any]) -> gym.Env[Any, Any] | None:
     """Return the outermost layer with a method `set_task`, or None."""
     return next((layer for layer in layers(env) if _has_method(layer)), None)
 
 
-def has_own_way(env: gym.Env) -> bool:
+def has_own_way(env: gym.Env[Any, Any]) -> bool:
     """Return whether an environment or a wrapper has a method `set_task` or an attribute `task`."""
     return own_method(env) is not None or any(hasattr(layer, "task") for layer in layers(env))
 
 
-def takes_tasks(env: gym.Env) -> bool:
+def takes_tasks(env: gym.Env[Any, Any]) -> bool:
     """Return whether an environment takes tasks itself, also in a family with a reward."""
     return own_method(env) is not None or any(_holds_a_task(x, only_way=False) for x in layers(env))
 
 
-def give(env: gym.Env, task: Floats, name: str, *, only_way: bool) -> None:
+def give(env: gym.Env[Any, Any], task: Floats, name: str, *, only_way: bool) -> None:
     """Set a task in an environment through the environment's own interface.
 
     Args:
@@ -71,7 +71,9 @@ def give(env: gym.Env, task: Floats, name: str, *, only_way: bool) -> None:
             )
 
 
-def give_and_verify(env: gym.Env, task: Floats, other: Floats, name: str, **options: Any) -> None:
+def give_and_verify(
+    env: gym.Env[Any, Any], task: Floats, other: Floats, name: str, **options: Any
+) -> None:
     """Call `give`, and verify that the method passes the task on to the inner layers.
 
     Args:
@@ -100,7 +102,7 @@ def give_and_verify(env: gym.Env, task: Floats, other: Floats, name: str, **opti
         )
 
 
-def verify_given(env: gym.Env, task: Floats, name: str, way: str) -> None:
+def verify_given(env: gym.Env[Any, Any], task: Floats, name: str, way: str) -> None:
     """Raise UserError if the family's way to set a task misses a layer with its own interface.
 
     Args:
@@ -124,24 +126,24 @@ def verify_given(env: gym.Env, task: Floats, name: str, way: str) -> None:
             )
 
 
-def _above(env: gym.Env, method: gym.Env | None) -> list[gym.Env]:
+def _above(env: gym.Env[Any, Any], method: gym.Env[Any, Any] | None) -> list[gym.Env[Any, Any]]:
     """Return the layers outside of the layer `method`, or all layers without one."""
     found = list(layers(env))
     return found if method is None else found[: found.index(method)]
 
 
-def _below(env: gym.Env, method: gym.Env) -> list[gym.Env]:
+def _below(env: gym.Env[Any, Any], method: gym.Env[Any, Any]) -> list[gym.Env[Any, Any]]:
     """Return the layers inside of the layer `method` that have their own interface."""
     found = list(layers(env))
     inside = found[found.index(method) + 1 :]
     return [x for x in inside if _has_method(x) or _holds_a_task(x, only_way=False)]
 
 
-def _has_method(layer: gym.Env) -> bool:
+def _has_method(layer: gym.Env[Any, Any]) -> bool:
     return callable(getattr(layer, "set_task", None))
 
 
-def _holds_a_task(layer: gym.Env, only_way: bool) -> bool:
+def _holds_a_task(layer: gym.Env[Any, Any], only_way: bool) -> bool:
     """Return whether a layer has an attribute `task` that may hold a task vector."""
     if not hasattr(layer, "task"):
         return False
@@ -156,7 +158,7 @@ def _holds_a_task(layer: gym.Env, only_way: bool) -> bool:
         return False
 
 
-def _reads(layer: gym.Env, task: Floats) -> bool:
+def _reads(layer: gym.Env[Any, Any], task: Floats) -> bool:
     """Return whether the attribute `task` of a layer equals this task."""
     try:
         return np.array_equal(np.asarray(layer.task, np.float64), task)  # type: ignore[attr-defined]
@@ -164,7 +166,9 @@ def _reads(layer: gym.Env, task: Floats) -> bool:
         return False
 
 
-def _missed(candidates: list[gym.Env], apply: Callable[[], None], task: Floats) -> list[gym.Env]:
+def _missed(
+    candidates: list[gym.Env[Any, Any]], apply: Callable[[], None], task: Floats
+) -> list[gym.Env[Any, Any]]:
     """Return the layers without a visible effect of `apply`.
 
     An effect is a call of the method, an attribute `task` that equals the task, or any attribute
@@ -181,7 +185,7 @@ def _missed(candidates: list[gym.Env], apply: Callable[[], None], task: Floats) 
 
 
 @contextmanager
-def _listening(candidates: list[gym.Env]) -> Iterator[set[int]]:
+def _listening(candidates: list[gym.Env[Any, Any]]) -> Iterator[set[int]]:
     """Record the layers whose method is called."""
     called: set[int] = set()
     heard = []
@@ -196,7 +200,7 @@ def _listening(candidates: list[gym.Env]) -> Iterator[set[int]]:
             vars(layer).pop("set_task", None)
 
 
-def _noted(layer: gym.Env, called: set[int]) -> Callable[..., Any]:
+def _noted(layer: gym.Env[Any, Any], called: set[int]) -> Callable[..., Any]:
     method = layer.set_task  # type: ignore[attr-defined]
 
     def set_task(*arguments: Any, **keywords: Any) -> Any:
@@ -206,7 +210,7 @@ def _noted(layer: gym.Env, called: set[int]) -> Callable[..., Any]:
     return set_task
 
 
-def _held(layer: gym.Env) -> dict[str, Any]:
+def _held(layer: gym.Env[Any, Any]) -> dict[str, Any]:
     """Return a layer's attributes, with copies of arrays, which may be changed in place."""
     found = {k: v for k, v in getattr(layer, "__dict__", {}).items() if k != "set_task"}
     return {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in found.items()}

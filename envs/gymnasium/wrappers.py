@@ -11,7 +11,7 @@ import numpy as np
 from metarl.envs.errors import UserError
 
 
-def layers(env: gym.Env) -> Iterator[gym.Env]:
+def layers(env: gym.Env[Any, Any]) -> Iterator[gym.Env[Any, Any]]:
     """Yield an environment's wrappers from the outside in, then the unwrapped environment."""
     while isinstance(env, gym.Wrapper):
         yield env
@@ -19,12 +19,12 @@ def layers(env: gym.Env) -> Iterator[gym.Env]:
     yield env
 
 
-def kind(env: gym.Env) -> str:
+def kind(env: gym.Env[Any, Any]) -> str:
     """Return the name of an environment's class."""
     return type(env).__name__
 
 
-def refuse_running_statistics(env: gym.Env, name: str) -> None:
+def refuse_running_statistics(env: gym.Env[Any, Any], name: str) -> None:
     """Raise UserError if a layer of an environment normalizes by running statistics.
 
     These change from episode to episode, so the same behaviour has another reward later, which
@@ -40,7 +40,7 @@ def refuse_running_statistics(env: gym.Env, name: str) -> None:
         )
 
 
-def _normalizes(layer: gym.Env) -> bool:
+def _normalizes(layer: gym.Env[Any, Any]) -> bool:
     if getattr(layer, "update_running_mean", True) is False:
         return False
     own = (gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward)

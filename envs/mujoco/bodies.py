@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -67,7 +68,7 @@ def observe_humanoid(sim: Sim, *, contact_forces: bool = True) -> Floats:
     return np.concatenate(parts, axis=1)
 
 
-def _flat(values: NDArray) -> NDArray:
+def _flat(values: NDArray[Any]) -> NDArray[Any]:
     return values.reshape(len(values), -1)
 
 

@@ -33,7 +33,14 @@ from metarl.envs.mujoco.bodies import find_body
 from metarl.envs.mujoco.one_simulation import OneSimulation, has_views
 from metarl.envs.mujoco.rewards import root_x
 from metarl.envs.mujoco.serial_batch import DATA_FIELDS, SerialBatch
-from metarl.envs.mujoco.simulation import Sim, Step, control_bounds, load_model, read_only
+from metarl.envs.mujoco.simulation import (
+    Sim,
+    Step,
+    control_bounds,
+    load_model,
+    move_floor,
+    read_only,
+)
 from metarl.envs.single import SingleTaskEnv
 from metarl.envs.tasks import Tasks
 from metarl.envs.vector import Advanced, Bools, Floats, TaskVectorEnv, detached
@@ -105,7 +112,7 @@ class MujocoFamily(TaskFamily):
     Gymnasium they are one physics step old, unless a `stage` is given. Contact forces (`cfrc_ext`)
     take about 10 microseconds per environment step. As in Gymnasium they are zero at the start of
     an episode, unless a stage is given."""
-    model_fields: Callable[[mujoco.MjModel, Tasks], Mapping[str, NDArray]] | None = None
+    model_fields: Callable[[mujoco.MjModel, Tasks], Mapping[str, NDArray[Any]]] | None = None
     """Fields of MjModel, [n, ...] each, that tasks [n, task_dim] change. Constants that MuJoCo
     derives from them (mj_setConst) are recomputed."""
     edit: Callable[[mujoco.MjSpec], None] | None = None
@@ -157,7 +164,9 @@ class MujocoFamily(TaskFamily):
         if getattr(self, part) is None:
             object.__setattr__(self, part, value)
 
-    def make(self, task: ArrayLike | None = None, *, render_mode: str | None = None) -> gym.Env:
+    def make(
+        self, task: ArrayLike | None = None, *, render_mode: str | None = None
+    ) -> gym.Env[Any, Any]:
         return SingleTaskEnv(self, task, render_mode, threads=1)
 
     def make_vec(self, num_tasks: int, episodes: int, **options: Any) -> MujocoVectorEnv:
@@ -236,7 +245,7 @@ class MujocoVectorEnv(TaskVectorEnv):
             self.batch = Batch(model, count, self._threads, persistent=forces)
             self._data = mujoco.MjData(model)
         self._forces = np.zeros((count, model.nbody, 6)) if forces else None
-        derived: dict[str, NDArray] = {name: self.batch.bind(name) for name in bound}
+        derived: dict[str, NDArray[Any]] = {name: self.batch.bind(name) for name in bound}
         if self._forces is not None:
             derived[_CONTACT_FORCES] = self._forces
         self.sim = Sim(self.batch.bind("qpos"), self.batch.bind("qvel"), derived)
@@ -292,8 +301,7 @@ class MujocoVectorEnv(TaskVectorEnv):
 
     def _track(self) -> Floats:
         """Return a copy of the values of the current state that a reward needs."""
-        values = self.family.track(self._shown_sim)
-        return values if self._built_in else detached(values)
+        return detached(self.family.track(self._shown_sim))
 
     def _begin(self, ids: NDArray[np.int64], seeds: Sequence[int | None]) -> None:
         if self.family.model_fields is not None:
@@ -330,9 +338,11 @@ class MujocoVectorEnv(TaskVectorEnv):
         if self._forces is not None:
             self._compute_forces(range(self.num_envs) if ids is None else ids)
         numbers = self.numbers and self._built_in
-        step = Step(self._shown_sim, self._before, action, self._shown_tasks, self.dt, numbers)
-        reward, info = family.reward(step)
-        self._before = self._track()
+        shown = self._shown_sim
+        # A copy, because a user's function may write to it.
+        task = self._shown_tasks if self._built_in else self.tasks
+        reward, info = family.reward(Step(shown, self._before, action, task, self.dt, numbers))
+        self._before = family.track(shown) if self._built_in else self._track()
         diverged = None
         if self._counters.tobytes() != self._warned:
             diverged = (self._counters != self._warnings).any(axis=1)
@@ -340,7 +350,7 @@ class MujocoVectorEnv(TaskVectorEnv):
         terminated = family.terminated(self._shown_sim) if family.terminated is not None else None
         return reward, terminated, None, diverged, info
 
-    def _put_model_fields(self, ids: NDArray[np.int64], fields: Mapping[str, NDArray]) -> None:
+    def _put_model_fields(self, ids: NDArray[np.int64], fields: Mapping[str, NDArray[Any]]) -> None:
         for name, values in fields.items():
             try:
                 self.batch.expand(name)[ids] = values
@@ -358,10 +368,10 @@ class MujocoVectorEnv(TaskVectorEnv):
             mujoco.mj_rnePostConstraint(self.model, data)
             self._forces[i] = data.cfrc_ext
 
-    def _observe(self) -> NDArray:
+    def _observe(self) -> NDArray[Any]:
         return self.family.observe(self._shown_sim)
 
-    def observations(self) -> NDArray:
+    def observations(self) -> NDArray[Any]:
         return self._observe() if self._built_in else super().observations()
 
     def render(self) -> Any:
@@ -390,6 +400,7 @@ class MujocoVectorEnv(TaskVectorEnv):
             self.batch.get_data(i, data)
             self.batch.get_model(i, model)
             mujoco.mj_forward(model, data)
+            move_floor(model, data)
             frames.append(self._renderer.render(self.render_mode))
         return None if self.render_mode == "human" else tuple(frames)
 

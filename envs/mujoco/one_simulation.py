@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -48,11 +49,11 @@ class OneSimulation(SerialBatch):
         """Set the integration state, [1, size]."""
         mujoco.mj_setState(self.model, self.data, state[0], SPEC)
 
-    def bind(self, name: str) -> NDArray:
+    def bind(self, name: str) -> NDArray[Any]:
         """Return a live field of MjData, [1, ...]."""
         return getattr(self.data, name)[None]
 
-    def expand(self, name: str) -> NDArray:
+    def expand(self, name: str) -> NDArray[Any]:
         """Return a field of the simulation's own model, or of its options (`opt.NAME`), [1, ...].
 
         A number takes effect at the next call.

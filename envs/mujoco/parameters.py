@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +41,7 @@ def parameter_tasks(model: mujoco.MjModel, limit: float) -> Uniform:
     return Uniform(dict.fromkeys(names, (-limit, limit)))
 
 
-def scaled_parameters(model: mujoco.MjModel, tasks: Tasks) -> dict[str, NDArray]:
+def scaled_parameters(model: mujoco.MjModel, tasks: Tasks) -> dict[str, NDArray[Any]]:
     """Return the model's fields under tasks of `parameter_tasks`, [tasks, ...] each.
 
     A damping is multiplied by 1.3^u and any other parameter by 1.5^u; u is its component.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,7 @@ def centre_of_mass_velocity(step: Step) -> Floats:
 
 
 def costs_and_bonus(
-    step: Step, *, control: float, contact: float = 0.0, bonus: float | NDArray = 0.0
+    step: Step, *, control: float, contact: float = 0.0, bonus: float | NDArray[Any] = 0.0
 ) -> Reward:
     """Return bonus - control |a|^2 - contact |clip(cfrc_ext, -1, 1)|^2; a is the applied action."""
     action = step.action.astype(np.float64)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from metarl.envs.errors import did_you_mean
 
-Ids = Sequence[int] | NDArray | None
+Ids = Sequence[int] | NDArray[Any] | None
 
 SPEC = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 # Fields of MjData that belong to the integration state, and their bits.
@@ -51,14 +51,14 @@ class SerialBatch:
         self.model, self.nsim, self.nthread, self.persistent = model, nsim, nthread, persistent
         self._models = [model] * nsim
         self._data = [mujoco.MjData(model) for _ in range(nsim)]
-        self._expanded: dict[str, NDArray] = {}
-        self._bound: dict[str, NDArray] = {}
+        self._expanded: dict[str, NDArray[Any]] = {}
+        self._bound: dict[str, NDArray[Any]] = {}
         self.state = np.zeros((nsim, mujoco.mj_stateSize(model, SPEC)))
         self.warning = np.zeros((nsim, len(self._data[0].warning.number), 2), np.int32)
         for i in range(nsim):
             self._save(i)
 
-    def bind(self, name: str) -> NDArray:
+    def bind(self, name: str) -> NDArray[Any]:
         """Return a field of MjData for all simulations, [nsim, ...]."""
         if name in _STATE:
             bit = _STATE[name]
@@ -73,7 +73,7 @@ class SerialBatch:
             self._bound[name] = np.zeros((self.nsim, *field.shape), field.dtype)
         return self._bound[name]
 
-    def expand(self, name: str) -> NDArray:
+    def expand(self, name: str) -> NDArray[Any]:
         """Copy a field of MjModel, or of its options (`opt.NAME`), for each simulation."""
         if name not in self._expanded:
             holder, field = model_field(self.model, name)
@@ -86,7 +86,7 @@ class SerialBatch:
             self._expanded[name] = np.repeat(value[None], self.nsim, axis=0)
         return self._expanded[name]
 
-    def expanded(self, name: str) -> NDArray | None:
+    def expanded(self, name: str) -> NDArray[Any] | None:
         """Return the values of a field that `expand` copied, or None."""
         return self._expanded.get(name)
 
@@ -166,7 +166,7 @@ class SerialBatch:
         self.warning[i, :, 1] = data.warning.number
 
 
-def _arrays(held: mujoco.MjModel | mujoco.MjData) -> Iterator[tuple[str, NDArray]]:
+def _arrays(held: mujoco.MjModel | mujoco.MjData) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield the array fields of a model or data with their names."""
     for name in dir(held):
         if name[0] != "_" and isinstance(field := getattr(held, name), np.ndarray):

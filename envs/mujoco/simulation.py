@@ -28,10 +28,10 @@ class Sim:
     """Generalized positions, [simulations, nq]."""
     qvel: Floats
     """Generalized velocities, [simulations, nv]."""
-    derived: Mapping[str, NDArray]
+    derived: Mapping[str, NDArray[Any]]
     """The family's `fields`, by name, [simulations, ...] each."""
 
-    def __getitem__(self, name: str) -> NDArray:
+    def __getitem__(self, name: str) -> NDArray[Any]:
         """Return a derived field of MjData, such as sim["xpos"].
 
         Raises:
@@ -58,11 +58,11 @@ class Step(NamedTuple):
     numbers: bool = False
     """Whether there is one simulation, and the reward may be a number instead of an array."""
 
-    def each(self, values: NDArray) -> Any:
+    def each(self, values: NDArray[Any]) -> Any:
         """Return values [n], or the number of the only simulation, which is faster."""
         return values.item() if self.numbers else values
 
-    def column(self, values: NDArray, i: int) -> Any:
+    def column(self, values: NDArray[Any], i: int) -> Any:
         """Return values[:, i], or the number of the only simulation."""
         return values.item(0, i) if self.numbers else values[:, i]
 
@@ -70,7 +70,7 @@ class Step(NamedTuple):
 Reward = tuple[Floats, dict[str, Any]]  # [simulations], and info arrays
 
 
-def read_only(array: NDArray) -> NDArray:
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
     """Return a view of an array that cannot be written to."""
     view = array.view()
     view.flags.writeable = False
@@ -112,6 +112,26 @@ def load_model(xml: str, edit: Callable[[mujoco.MjSpec], None] | None = None) ->
         if edit is not None:
             edit(spec)
         return spec.compile()
+
+
+def move_floor(model: mujoco.MjModel, data: mujoco.MjData) -> None:
+    """Move the drawn floor below the first body, by whole periods of its texture.
+
+    A simulated plane is infinite, but MuJoCo draws it in its finite size.
+    """
+    if model.nbody < 2:
+        return
+    for i in np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE):
+        size, material = model.geom_size[i, :2], model.geom_matid[i]
+        if model.geom_bodyid[i] or not size.all():  # it moves itself, or is drawn infinite
+            continue
+        period = size
+        if material >= 0:
+            repeat = np.maximum(model.mat_texrepeat[material], 1e-3)
+            period = 1.0 / repeat if model.mat_texuniform[material] else 2.0 * size / repeat
+        axes = data.geom_xmat[i].reshape(3, 3)[:, :2]
+        away = (data.xpos[1] - data.geom_xpos[i]) @ axes
+        data.geom_xpos[i] += axes @ (np.round(away / period) * period)
 
 
 def add_centre_of_mass(spec: mujoco.MjSpec) -> None:

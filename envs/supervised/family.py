@@ -45,7 +45,7 @@ class Data(NamedTuple):
 
     inputs: NDArray[np.float32]
     """[T, N, *input_shape]"""
-    targets: NDArray
+    targets: NDArray[Any]
     """[T, N, size] float32 for regression, or [T, N] int64 class numbers."""
     valid: NDArray[np.bool_]
     """[T, N]; False for padding of tasks with fewer examples."""

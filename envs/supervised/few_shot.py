@@ -45,7 +45,7 @@ TRAINING: Mapping[str, Any] = {
 """Default config values of runs on images."""
 
 
-def _kept(images: ArrayLike) -> NDArray:
+def _kept(images: ArrayLike) -> NDArray[Any]:
     """Return read-only images: a copy, unless they are already read-only."""
     array = np.asarray(images)
     if array.flags.writeable:
@@ -94,7 +94,7 @@ class Episodes(TaskDistribution):
         last = max(int(classes.max()) for classes in self.parts.values() if len(classes))
         return np.full(self.dim, -1.0), np.full(self.dim, float(last))
 
-    def extent(self, split: str = "train") -> dict[str, NDArray]:
+    def extent(self, split: str = "train") -> dict[str, NDArray[Any]]:
         return {"ways": np.array(self.ways), "classes": self.parts[split].copy()}  # type: ignore[index]
 
     def vector(self, components: Mapping[str, float]) -> NDArray[np.float64]:
@@ -146,7 +146,7 @@ class FewShotFamily(SupervisedFamily):
     """
 
     images: ArrayLike
-    labels: Sequence[Hashable] | NDArray
+    labels: Sequence[Hashable] | NDArray[Any]
     ways: int | tuple[int, int] = 5
     shots: int = 1
     _: KW_ONLY
@@ -157,7 +157,7 @@ class FewShotFamily(SupervisedFamily):
     validation: Sequence[Hashable] | None = None
     test: Sequence[Hashable] | None = None
     tasks: Episodes = field(init=False)
-    pixels: NDArray = field(init=False, repr=False)
+    pixels: NDArray[Any] = field(init=False, repr=False)
     members: NDArray[np.int64] = field(init=False, repr=False)
     """[classes, most]; numbers of a class's images, padded with -1."""
 
@@ -211,7 +211,7 @@ class FewShotFamily(SupervisedFamily):
         ):
             object.__setattr__(self, key, value)
 
-    def _parts(self, classes: NDArray) -> dict[Part, NDArray[np.int64]]:
+    def _parts(self, classes: NDArray[Any]) -> dict[Part, NDArray[np.int64]]:
         """Return the class numbers of each part."""
         named = {"train": self.train, "validation": self.validation, "test": self.test}
         found: dict[str, NDArray[np.int64]] = {}
@@ -259,7 +259,7 @@ class FewShotFamily(SupervisedFamily):
         own = self.members[np.where(present, tasks, 0).astype(np.int64)]  # [T, C, most]
         out = own < 0
 
-        def shuffled(among: NDArray) -> NDArray:
+        def shuffled(among: NDArray[Any]) -> NDArray[Any]:
             keys = np.where(out, 2.0, rng.random(own.shape))[..., : among.shape[2]]
             order = keys.argsort(axis=2)
             return np.take_along_axis(among, order, axis=2)
@@ -277,7 +277,7 @@ class FewShotFamily(SupervisedFamily):
         chosen = [*sets[:supports], *([query] if queries else [])]
         return [self._data(which, present) for which in chosen]
 
-    def _data(self, which: NDArray, present: NDArray[np.bool_]) -> Data:
+    def _data(self, which: NDArray[Any], present: NDArray[np.bool_]) -> Data:
         tasks, classes, each = which.shape
         pixels = self.pixels[which.reshape(tasks, -1)]
         inputs = pixels.astype(np.float32)

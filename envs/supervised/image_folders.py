@@ -6,6 +6,7 @@ import csv
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,7 @@ def omniglot(
     (Santoro et al. 2016). Strokes are 1, paper is 0.
     """
     root = _folder("omniglot", folder)
-    images: list[NDArray] = []
+    images: list[NDArray[Any]] = []
     labels: list[str] = []
     parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for place in ("images_background", "images_evaluation"):
@@ -70,7 +71,7 @@ def mini_imagenet(
     images, and train.csv, val.csv and test.csv with the columns filename and label.
     """
     root = _folder("mini-imagenet", folder)
-    images: list[NDArray] = []
+    images: list[NDArray[Any]] = []
     labels: list[str] = []
     parts: dict[str, list[str]] = {}
     for part, place in _IMAGENET.items():
@@ -104,7 +105,7 @@ def _classes(root: Path, place: str) -> dict[str, list[Path]]:
 
 def _family(
     name: str,
-    images: list[NDArray],
+    images: list[NDArray[Any]],
     labels: list[str],
     parts: Mapping[str, list[str]],
     ways: int | tuple[int, int],

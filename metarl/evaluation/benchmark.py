@@ -285,15 +285,16 @@ def table(result: dict[str, Any]) -> str:
     """Return a benchmark as text."""
     ceiling = result["ceiling_env_steps_per_second"]
     on_ranks = f" on each of {result['ranks']} ranks" if result["ranks"] > 1 else ""
+    preset = f" ({result['preset']})" if result["preset"] else ""
     lines = [
-        f"{result['family']} ({result['preset']}), {result['tasks']} tasks x"
+        f"{result['family']}{preset}, {result['tasks']} tasks x"
         f" {result['episodes']} episodes x {result['horizon']} steps,"
         f" network {'-'.join(map(str, result['hidden']))}, {result['threads']} threads"
         f"{on_ranks}",
         f"{result['machine']['processor']}, torch {result['versions']['torch']},"
         f" mujoco {result['versions']['mujoco']}",
         "",
-        f"{'':<28}{'env steps/s':>12}{'of ceiling':>12}",
+        f"{'':<28}{'env steps/s':>12}" + ("" if ceiling is None else f"{'of ceiling':>12}"),
     ]
     if ceiling is not None:
         lines.append(f"{'physics alone (ceiling)':<28}{ceiling:>12,.0f}{1:>12.2f}")
@@ -317,7 +318,9 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"{name:<28}{processes[f'workers_to_{key}']:>12.2f}")
     lines.append("")
     lines.append(f"{'phase':<28}{'seconds':>12}")
-    lines += [f"{name:<28}{value:>12.3f}" for name, value in result["seconds"].items()]
+    for name, value in result["seconds"].items():
+        if name != "ceiling" or ceiling is not None:
+            lines.append(f"{name:<28}{value:>12.3f}")
     if result["peak_memory_bytes"] is not None:
         lines.append(f"peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
     if result["ranks"] > 1:

@@ -32,7 +32,7 @@ class AdaptedPredictor:
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", copied(self.params))
 
-    def predict(self, inputs: ArrayLike) -> NDArray:
+    def predict(self, inputs: ArrayLike) -> NDArray[Any]:
         """Return predictions for inputs [n, *shape]: values [n, size], or classes [n].
 
         With the `conv4` network, inputs of one call are normalized together.

@@ -52,7 +52,9 @@ from metarl.sampling.trajectories import Rollout
 _log = logging.getLogger(__name__)
 
 
-def checked_step_sizes(name: str, sizes: Sequence[float] | NDArray | None) -> tuple[float, ...]:
+def checked_step_sizes(
+    name: str, sizes: Sequence[float] | NDArray[Any] | None
+) -> tuple[float, ...]:
     """Return an option's step sizes; () for None.
 
     Raises:
@@ -258,7 +260,7 @@ class MetaPolicy:
         factor = float(self.params[FACTOR]) if FACTOR in self.params else 1.0
         return tuple(factor * size for size in self.config.inner.sizes_in_training)
 
-    def context(self, tasks: NDArray) -> Params:
+    def context(self, tasks: NDArray[Any]) -> Params:
         """Return the policy's observation of tasks [T, task_dim], as an entry of its parameters."""
         if not self.algorithm.task_conditioned:
             return {}
@@ -267,7 +269,7 @@ class MetaPolicy:
     @own_settings()
     def adapt(
         self,
-        env: gym.Env | Sequence[float] | NDArray,
+        env: gym.Env[Any, Any] | Sequence[float] | NDArray[Any],
         *,
         steps: int = 1,
         episodes: int = 20,

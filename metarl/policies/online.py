@@ -44,8 +44,8 @@ _EFFECTIVE = 0.1  # effective share of the transitions below which a warning is 
 class _Episode:
     """Transitions of an episode, in order."""
 
-    observation: list[NDArray] = field(default_factory=list)
-    action: list[NDArray] = field(default_factory=list)
+    observation: list[NDArray[Any]] = field(default_factory=list)
+    action: list[NDArray[Any]] = field(default_factory=list)
     """Actions as the policy sampled them, before clipping."""
     reward: list[float] = field(default_factory=list)
     log_prob: list[float] = field(default_factory=list)
@@ -108,7 +108,9 @@ class OnlineAdapter:
         self._start = self._fast = stack(fast, 1)
         self._steps = self._seen = self._running = 0
         self._episodes: list[_Episode] = []
-        self._drawn: tuple[NDArray, NDArray] | None = None  # environment action and raw action
+        self._drawn: tuple[NDArray[Any], NDArray[Any]] | None = (
+            None  # environment action and raw action
+        )
         self._plausibility: Plausibility | None = None
         if Plausibility.knows(self._network):
             self._plausibility = Plausibility(
@@ -126,7 +128,7 @@ class OnlineAdapter:
         """Number of transitions since the last inner step."""
         return sum(len(episode.reward) for episode in self._episodes)
 
-    def act(self, observation: Any) -> NDArray:
+    def act(self, observation: Any) -> NDArray[Any]:
         """Return an action for one observation, sampled from the current policy."""
         action, raw, _ = self._policy.act_raw(observation, state=self._state)
         self._drawn = np.array(action), raw
@@ -241,7 +243,7 @@ class OnlineAdapter:
                 " itself"
             )
 
-    def _judge(self, seen: NDArray, action: Any) -> None:
+    def _judge(self, seen: NDArray[Any], action: Any) -> None:
         """Warn once if the actions so far are implausible for the policy."""
         test = self._plausibility
         if test is None or "implausible" in self._warned:

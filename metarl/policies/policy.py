@@ -36,7 +36,7 @@ _SEQUENCES = 40  # number of sequences that they form for a recurrent policy
 _TIES = 0.02  # allowed share of different categories
 
 
-def _close(found: NDArray, expected: NDArray) -> bool:
+def _close(found: NDArray[Any], expected: NDArray[Any]) -> bool:
     """Whether arrays are equal up to rounding of two kernels."""
     if found.shape != expected.shape:
         return False
@@ -95,16 +95,16 @@ class Policy:
     @overload
     def act(
         self, observation: Any, *, state: None = None, deterministic: bool = False
-    ) -> NDArray: ...
+    ) -> NDArray[Any]: ...
 
     @overload
     def act(
         self, observation: Any, *, state: State, deterministic: bool = False
-    ) -> tuple[NDArray, State]: ...
+    ) -> tuple[NDArray[Any], State]: ...
 
     def act(
         self, observation: Any, *, state: State | None = None, deterministic: bool = False
-    ) -> NDArray | tuple[NDArray, State]:
+    ) -> NDArray[Any] | tuple[NDArray[Any], State]:
         """Return the action for an observation, in the environment's format.
 
         A recurrent policy needs its state, and returns the next one:
@@ -133,7 +133,7 @@ class Policy:
 
     def act_raw(
         self, observation: Any, *, state: State | None = None, deterministic: bool = False
-    ) -> tuple[NDArray, NDArray[np.float32], State]:
+    ) -> tuple[NDArray[Any], NDArray[np.float32], State]:
         """Return the result of `act`, with the raw action [..., action_size] before the state."""
         shape = list(self.policy.observation_shape)
         network = self.policy.network
@@ -179,7 +179,7 @@ class Policy:
 
     def play(
         self,
-        env: gym.Env,
+        env: gym.Env[Any, Any],
         *,
         seed: int | None = None,
         deterministic: bool = False,
@@ -200,7 +200,7 @@ class Policy:
         """
         taken, total, state = 0, 0.0, self.initial_state()
 
-        def act(observation: Any, t: int) -> NDArray:
+        def act(observation: Any, t: int) -> NDArray[Any]:
             nonlocal state
             if on_step is not None:
                 on_step(t, total)

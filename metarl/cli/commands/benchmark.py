@@ -11,7 +11,7 @@ from metarl.cli.streams import say
 from metarl.config.options import Config
 from metarl.distributed.process_group import LIMIT_SECONDS, joined
 from metarl.envs.errors import UserError
-from metarl.envs.registry import data_names, make_family
+from metarl.envs.registry import data_names, is_built_in, make_family
 from metarl.plain_json import json_text
 
 IMPORTS = ("metarl.evaluation.benchmark",)
@@ -34,7 +34,8 @@ class Benchmark:
         family = family_named(Benchmark, arguments)
         if family in data_names():
             make_family(family)  # raises: no simulation to measure
-        return starting_config(Benchmark, arguments, family="half-cheetah-dir", preset="pearl2019")
+        preset = "pearl2019" if not family or is_built_in(family) else ""
+        return starting_config(Benchmark, arguments, family="half-cheetah-dir", preset=preset)
 
     @staticmethod
     def resolved(config: Config, arguments: Sequence[str], said: Mapping[str, Any]) -> Config:
