@@ -29,7 +29,8 @@ from metarl.evaluation.step_sizes import FACTORS
 from metarl.learning.advantages import Advantages
 from metarl.models.networks import stack
 from metarl.plots.figures import plot_evaluation
-from metarl.policies.meta_policy import MetaPolicy, random_meta_policy
+from metarl.policies.loading import random_meta_policy
+from metarl.policies.meta_policy import MetaPolicy
 from metarl.runs.folder import short_name
 from metarl.sampling.rollouts import Collector, RandomKey
 

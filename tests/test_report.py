@@ -18,7 +18,7 @@ from metarl import evaluate
 from metarl.plots import figures as plots
 from metarl.plots.report import write_report
 from metarl.plots.video import Video
-from metarl.policies.meta_policy import random_meta_policy
+from metarl.policies.loading import random_meta_policy
 from metarl.training.diagnosis import findings
 
 

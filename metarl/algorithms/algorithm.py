@@ -148,6 +148,13 @@ class Algorithm:
         """Whether it is a reference for meta-learners."""
         return self.role != "meta-learner"
 
+    @property
+    def estimator(self) -> tuple[Advantages, Baseline]:
+        """Advantages and baseline of an algorithm for policies."""
+        assert self.advantage is not None
+        assert self.baseline is not None
+        return self.advantage, self.baseline
+
     def sections(self) -> dict[str, Part]:
         """Return the parts with options, by the section of their keys."""
         parts = {name: getattr(self, name) for name in SECTIONS}

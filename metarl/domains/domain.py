@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -254,8 +253,3 @@ def scaled_tasks(family: Family, tasks: NDArray) -> Tensor:
 def context_dim(algorithm: Algorithm, task_dim: int) -> int:
     """Return the size of the context input of an algorithm's model."""
     return task_dim if algorithm.task_conditioned else algorithm.inner.context_dim
-
-
-def replaced(algorithm: Algorithm, **parts: Any) -> Algorithm:
-    """Return an algorithm with some parts replaced."""
-    return dataclasses.replace(algorithm, **parts)

@@ -288,13 +288,8 @@ class EpisodeSamples(TaskSamples):
         rollout = source.collector.collect({**params, **self.context}, self.tasks, where)
         self.seconds += time.perf_counter() - begin
         self.rollouts.append(rollout)
-        algorithm = source.algorithm
-        assert algorithm.advantage is not None
-        assert algorithm.baseline is not None
-        return to_batch(
-            source.model, rollout, algorithm.advantage, algorithm.baseline, self.baseline,
-            source.pool,
-        )  # fmt: skip
+        advantage, baseline = source.algorithm.estimator
+        return to_batch(source.model, rollout, advantage, baseline, self.baseline, source.pool)
 
     @property
     def count(self) -> int:
@@ -304,13 +299,9 @@ class EpisodeSamples(TaskSamples):
         return self.rollouts[-1].mean_returns()
 
     def updated_baseline(self) -> Params:
-        algorithm = self.source.algorithm
-        assert algorithm.advantage is not None
-        assert algorithm.baseline is not None
-        return algorithm.baseline.update(
-            self.baseline, self.rollouts, algorithm.advantage.discount,
-            self.source.pool.process_group,
-        )  # fmt: skip
+        advantage, baseline = self.source.algorithm.estimator
+        group = self.source.pool.process_group
+        return baseline.update(self.baseline, self.rollouts, advantage.discount, group)
 
     def observed(self, params: Params) -> Params:
         source = self.source

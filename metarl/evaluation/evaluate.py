@@ -32,8 +32,10 @@ from metarl.evaluation.scratch import LEARNING_RATE
 from metarl.evaluation.step_sizes import StepSizes
 from metarl.evaluation.supervised import PredictorEvaluator
 from metarl.evaluation.tasks import Split, TaskChoice
+from metarl.learning.inner_update import checked_sizes
 from metarl.models.settings import own_settings
-from metarl.policies.meta_policy import MetaPolicy, checked_step_sizes, random_meta_policy
+from metarl.policies.loading import random_meta_policy
+from metarl.policies.meta_policy import MetaPolicy
 from metarl.runs.fingerprint import fingerprint
 
 EVALUATORS: Mapping[str, type[Evaluator]] = {
@@ -138,7 +140,7 @@ def evaluate(
         "step_sizes": step_sizes, "random_step_sizes": random_step_sizes,
         "pretrained_step_sizes": pretrained_step_sizes,
     }  # fmt: skip
-    sizes = StepSizes({key: checked_step_sizes(key, value) for key, value in given.items()})
+    sizes = StepSizes({key: checked_sizes(key, value) for key, value in given.items()})
     rows = {name: members, **references_of(references, first, name)}
     policies = [group[0] for group in rows.values()]
     sizes.check(policies[1:])

@@ -30,7 +30,8 @@ from metarl.learning.losses import Loss, task_losses
 from metarl.models.networks import Params, stack
 from metarl.models.predictors import Predictor, accuracy, class_means, squared_error
 from metarl.models.samples import Examples
-from metarl.policies.meta_policy import MetaPolicy, random_meta_policy
+from metarl.policies.loading import random_meta_policy
+from metarl.policies.meta_policy import MetaPolicy
 
 UPDATES = 30
 """Adam updates of training from scratch for each inner step of a meta-learned predictor."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import Self
 
 from metarl.envs.errors import UserError, check_one_of
@@ -14,6 +18,22 @@ from metarl.learning.adapter import Adapter, Fast
 from metarl.learning.losses import Loss, name_of, trait
 from metarl.models.networks import Model
 from metarl.parts import Part, fixed, tunable
+
+
+def checked_sizes(name: str, sizes: Sequence[float] | NDArray | None) -> tuple[float, ...]:
+    """Return an option's step sizes; () for None.
+
+    Raises:
+        UserError: they are not positive numbers, one for each step.
+    """
+    if sizes is None:
+        return ()
+    if isinstance(sizes, str) or not np.iterable(sizes):
+        raise UserError(f"{name} takes one size for each step, such as ({sizes},), got {sizes!r}")
+    for size in sizes:
+        if not (isinstance(size, Real) and math.isfinite(size) and float(size) > 0.0):
+            raise UserError(f"{name} must be positive, got {size}")
+    return tuple(map(float, sizes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +68,7 @@ class InnerUpdate(Part):
         if not training:
             raise UserError(f"{self.key('step_sizes')} must not be empty")
         for name, sizes in (("step_sizes", training), ("test_step_sizes", evaluation)):
-            for size in sizes:
-                if not 0.0 < size < float("inf"):
-                    raise UserError(f"{self.key(name)} must be positive, got {size}")
+            checked_sizes(self.key(name), sizes)
 
     @property
     def learns_step_sizes(self) -> bool:

@@ -165,7 +165,7 @@ def check_distribution(distribution: Distribution, space: gym.Space) -> None:
     """Try every method of a user's distribution once.
 
     Raises:
-        UserError: a method fails, returns another shape, or `kl` is no divergence.
+        UserError: a method fails or returns another shape, or `kl` is negative.
     """
     rng, name = np.random.default_rng(0), f"policy.distribution {distribution.label}"
 

@@ -1,4 +1,4 @@
-"""Loading policies: from a run folder, a policy file, or by the name of a shipped one."""
+"""Policies from run folders, from policy files, by the name of a shipped one, or random."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from metarl.config.options import Config
 from metarl.domains.reinforcement import spaces_of
+from metarl.learning.adapter import FACTOR
 from metarl.models.settings import own_settings
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.policies.policy import Policy
@@ -24,6 +25,7 @@ from metarl.runs.checkpoints import (
 )
 from metarl.runs.files import as_path
 from metarl.runs.folder import read_record
+from metarl.sampling.seeding import stream
 from metarl.sampling.spaces import space_from_json
 
 _POLICY = "a policy (a run folder, a file or the name of a shipped one)"
@@ -159,3 +161,16 @@ def load_policy(path: str | Path) -> Policy:
         meta.policy, params, space, meta.played.horizon, config.action_mode, metadata["adapted"],
         meta.record,
     )  # fmt: skip
+
+
+def random_meta_policy(like: MetaPolicy, seed: int = 0) -> MetaPolicy:
+    """Return the random initialization of a run with this seed.
+
+    It keeps the step sizes of the other meta-policy. Sizes that training fitted to a KL are not
+    random.
+    """
+    adapter = like.domain.adapter(like.algorithm, like.model)
+    params = adapter.init(like.model.init(stream(seed, 0, "init")))
+    if FACTOR in params and FACTOR in like.params:
+        params[FACTOR] = like.params[FACTOR]
+    return dataclasses.replace(like, params=params, provenance={})

@@ -7,11 +7,9 @@ import copy
 import dataclasses
 import hashlib
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from metarl.envs.registry import find_family
 from metarl.learning.adapter import FACTOR
 from metarl.learning.advantages import to_batch
 from metarl.learning.inner_loop import InnerLoop
+from metarl.learning.inner_update import checked_sizes
 from metarl.learning.losses import Batch
 from metarl.models.networks import Model, Params, copied
 from metarl.models.policies import PolicyModel
@@ -46,28 +45,9 @@ from metarl.runs.files import as_path
 from metarl.runs.fingerprint import Fingerprint, Spaces
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import RandomKey
-from metarl.sampling.seeding import stream
 from metarl.sampling.trajectories import Rollout
 
 _log = logging.getLogger(__name__)
-
-
-def checked_step_sizes(
-    name: str, sizes: Sequence[float] | NDArray[Any] | None
-) -> tuple[float, ...]:
-    """Return an option's step sizes; () for None.
-
-    Raises:
-        UserError: they are not positive numbers, one for each step.
-    """
-    if sizes is None:
-        return ()
-    if isinstance(sizes, str) or not np.iterable(sizes):
-        raise UserError(f"{name} takes one size for each step, such as ({sizes},), got {sizes!r}")
-    for size in sizes:
-        if not (isinstance(size, Real) and math.isfinite(size) and float(size) > 0.0):
-            raise UserError(f"{name} must be positive, got {size}")
-    return tuple(map(float, sizes))
 
 
 @dataclass(frozen=True)
@@ -83,7 +63,6 @@ class MetaPolicy:
     """Iterations, env steps and versions of the training."""
     trained_on: Fingerprint = field(default_factory=dict)
     """Fingerprint of the family in training; empty if unknown."""
-
     baseline: Params = field(default_factory=dict, repr=False)
     """State of the baseline, if it has one."""
 
@@ -181,12 +160,10 @@ class MetaPolicy:
         return self.algorithm.played(self.family)
 
     @cached_property
-    def _found_at_start(self) -> list[str]:
-        """Findings of a quick check of the family's environments; also logged."""
-        findings = start_findings(self.family)
-        for finding in findings:
+    def _checked_at_start(self) -> None:
+        """Log the findings of a quick check of the family's environments."""
+        for finding in start_findings(self.family):
             log_finding(self.family, finding)
-        return findings
 
     @cached_property
     def model(self) -> Model:
@@ -220,8 +197,7 @@ class MetaPolicy:
         The step sizes are the given ones; else the config's for evaluation; else the learned ones;
         else the training step sizes.
         """
-        given = checked_step_sizes("step_sizes", step_sizes)
-        given = given or self.config.inner.sizes_in_evaluation
+        given = checked_sizes("step_sizes", step_sizes) or self.config.inner.sizes_in_evaluation
         adapter = self.domain.adapter(self.algorithm, self.model)
         params = copied(self.params)
         if given:
@@ -235,9 +211,7 @@ class MetaPolicy:
         Raises:
             NonFiniteError: a sampled value is not a finite number.
         """
-        advantage, baseline = self.config.advantage, self.config.baseline
-        assert advantage is not None
-        assert baseline is not None
+        advantage, baseline = self.algorithm.estimator
         return to_batch(self.policy, rollout, advantage, baseline, self.baseline, pool)
 
     @property
@@ -262,9 +236,8 @@ class MetaPolicy:
 
     def context(self, tasks: NDArray[Any]) -> Params:
         """Return the policy's observation of tasks [T, task_dim], as an entry of its parameters."""
-        if not self.algorithm.task_conditioned:
-            return {}
-        return {"context": scaled_tasks(self.source, tasks)}
+        conditioned = self.algorithm.task_conditioned
+        return {"context": scaled_tasks(self.source, tasks)} if conditioned else {}
 
     @own_settings()
     def adapt(
@@ -294,28 +267,20 @@ class MetaPolicy:
             NonFiniteError: a sample or an adapted parameter is not finite, or every episode of a
                 step diverged (a subclass of UserError).
         """
-        for name, value, least in (
-            ("steps", steps, 0),
-            ("episodes", episodes, 1),
-            ("seed", seed, 0),
-        ):
-            check_whole(name, value, least)
+        check_whole("steps", steps, 0)
+        check_whole("episodes", episodes, 1)
+        check_whole("seed", seed, 0)
         steps, episodes, seed = int(steps), int(episodes), int(seed)
         if isinstance(env, gym.vector.VectorEnv):
             raise UserError("adapt takes one environment, got a vector environment")
         given = None if isinstance(env, gym.Env) else self._task(env)
         if given is not None:
-            _ = self._found_at_start  # logged at the first call
-        mode = self.config.action_mode
-        task = None if given is None else given.tolist()
-        context: Params = {}
-        if self.algorithm.task_conditioned:
-            if given is None:
-                raise UserError(
-                    "an oracle needs the task vector: pass it instead of an environment"
-                )
-            context = self.context(given[None])
+            _ = self._checked_at_start  # logged at the first call
+        elif self.algorithm.task_conditioned:
+            raise UserError("an oracle needs the task vector: pass it instead of an environment")
+        context = {} if given is None else self.context(given[None])
         steps = steps if self.algorithm.takes_inner_steps else 0
+        mode = self.config.action_mode
 
         def sample(params: Params, k: int) -> Batch:
             rollout = collect_episodes(
@@ -341,6 +306,7 @@ class MetaPolicy:
             space = target.action_space
         params = loop.adapter.params(adapted.iterates[-1], adapted.slow, 1) | context
         params = {name: p[0].clone() for name, p in params.items()}
+        task = None if given is None else given.tolist()
         provenance = {"task": task, "steps": steps, "episodes": episodes, "seed": seed}
         horizon = self.played.horizon
         return Policy(self.policy, params, space, horizon, mode, provenance, self.record)
@@ -442,16 +408,3 @@ class MetaPolicy:
         metadata = {"kind": "policy", **self.record, **self.provenance}
         state = {f"baseline.{name}": p for name, p in self.baseline.items()}
         checkpoints.save(as_path("the file", path), self.params | state, metadata)
-
-
-def random_meta_policy(like: MetaPolicy, seed: int = 0) -> MetaPolicy:
-    """Return the random initialization of a run with this seed.
-
-    It keeps the step sizes of the other meta-policy. Sizes that training fitted to a KL are not
-    random.
-    """
-    adapter = like.domain.adapter(like.algorithm, like.model)
-    params = adapter.init(like.model.init(stream(seed, 0, "init")))
-    if FACTOR in params and FACTOR in like.params:
-        params[FACTOR] = like.params[FACTOR]
-    return dataclasses.replace(like, params=params, provenance={})

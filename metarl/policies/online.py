@@ -102,8 +102,8 @@ class OnlineAdapter:
         """
         assert isinstance(loop.adapter.model, PolicyModel)
         self._loop, self._network, self._prepare = loop, loop.adapter.model, prepare
-        self._space, self._horizon, self._mode = action_space, horizon, mode
-        self._record, self._seed = record, seed
+        self._space, self._horizon, self._record, self._seed = action_space, horizon, record, seed
+        self._mode: ActionMode = mode
         fast, self._slow, self._step_sizes = loop.adapter.split(params)
         self._start = self._fast = stack(fast, 1)
         self._steps = self._seen = self._running = 0

@@ -77,7 +77,8 @@ class Policy:
         """
         self.policy, self.params = policy, copied(params)
         self.provenance, self.record = map(copy.deepcopy, (dict(provenance), dict(record)))
-        self._space, self._horizon, self._mode = copy.deepcopy(space), horizon, mode
+        self._space, self._horizon = copy.deepcopy(space), horizon
+        self._mode: ActionMode = mode
         self._rng = stream(provenance["seed"], 0, "test-noise", provenance["steps"])
 
     def initial_state(self, count: int | None = None) -> State:

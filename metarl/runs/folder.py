@@ -191,10 +191,10 @@ def check_family(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _family_changes(where: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    found = fingerprint.changes(old.get("family") or {}, new.get("family") or {})
+    found = "; ".join(fingerprint.changes(old.get("family") or {}, new.get("family") or {}))
     return found and (
-        f"{where} was trained on a different {new['config']['family']} (then -> now):"
-        f" {'; '.join(found)}; put the family back as it was, or start a new run"
+        f"{where} was trained on a different {new['config']['family']} (then -> now): {found}; put"
+        " the family back as it was, or start a new run"
     )
 
 

@@ -286,12 +286,9 @@ class Trainer:
         state.skipped_in_a_row = 0
 
     def _check_same_on_all_ranks(self) -> None:
-        self.process_group.check_same(torch.cat([x.flatten() for x in self._carried()]))
-
-    def _carried(self) -> list[Tensor]:
-        """Return the state that is carried from one iteration to the next."""
         state = self.state
-        return [*state.params.values(), *state.outer.values(), *state.baseline.values()]
+        carried = (x for part in (state.params, state.outer, state.baseline) for x in part.values())
+        self.process_group.check_same(torch.cat([x.flatten() for x in carried]))
 
     def meta_policy(self) -> MetaPolicy:
         """Return the current meta-parameters as a policy to evaluate, adapt or save."""

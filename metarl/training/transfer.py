@@ -40,7 +40,7 @@ def origin(name: str, policy: MetaPolicy, baseline: Baseline | None) -> dict[str
 def transferred(policy: MetaPolicy, start: MetaPolicy, name: str) -> tuple[Params, list[str]]:
     """Return meta-parameters with the values of a policy, and its unused parameter names.
 
-    Parameters that the policy does not have, such as learned step sizes, are those of `start`.
+    `start` gives the parameters that the policy does not have, such as learned step sizes.
 
     Args:
         policy: policy to start from.
