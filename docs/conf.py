@@ -8,6 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 
+from repository_links import source_address
+
 project = "metarl"
 author = "the metarl developers"
 copyright = f"2026, {author}"
@@ -17,9 +19,10 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
+    "sphinx.ext.linkcode",
     "generated_pages",
     "repository_links",
+    "built_links",
 ]
 exclude_patterns = ["README.md"]
 source_suffix = {".md": "markdown"}
@@ -42,7 +45,7 @@ add_module_names = False
 python_maximum_signature_line_length = 72
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
-viewcode_line_numbers = True
+linkcode_resolve = source_address
 
 html_theme = "furo"
 html_title = f"metarl {release}"

@@ -7,18 +7,19 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
 import metarl.algorithms
 from metarl.algorithms import Algorithm, find_algorithm
+from metarl.algorithms.algorithm import SECTIONS
 from metarl.config.options import Config
-from metarl.domains.lookup import domain_named
+from metarl.envs import GymnasiumFamily, Uniform
 from metarl.envs.errors import UserError
-from metarl.envs.gymnasium.observations import is_image
-from metarl.envs.policy_spaces import check_policy_spaces
 from metarl.envs.registry import find_family
 
 DOCS = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ SPACES: dict[str, gym.Space] = {
     "`Dict`": gym.spaces.Dict({"a": gym.spaces.Discrete(2)}),
     "`Tuple`": gym.spaces.Tuple([gym.spaces.Discrete(2)]),
 }
-OPTION = re.compile(r"\b(?:inner|meta|outer|advantage|baseline)\.\w+")
+OPTION = re.compile(rf"\b(?:{'|'.join((*SECTIONS, 'policy'))})\.\w+")
 RESULTS = {"algorithms.md": "Algorithms compared", "supervised.md": "Supervised tasks"}
 """Pages of docs/results with tables of algorithms, and their titles."""
 SUPERVISED = {"regression": "sinusoid", "classification": "characters"}
@@ -74,12 +75,13 @@ def paper(name: str) -> str:
 
 def spaces(name: str) -> str:
     """Return the table of spaces and data sets that an algorithm supports."""
-    algorithm = find_algorithm(name)
     rows = [
-        f"| {label} | {_mark(_observes(algorithm, space))} | {_mark(_acts(algorithm, space))} |"
+        f"| {label} | {_mark(_plays(name, space, VECTOR))} | {_mark(_plays(name, VECTOR, space))} |"
         for label, space in SPACES.items()
     ]
     table = "\n".join(["| space | observations | actions |", "| --- | --- | --- |", *rows])
+    if YES not in table:
+        table = "Policies are not supported."
     kinds = [kind for kind, family in SUPERVISED.items() if _learns(name, family)]
     return f"{table}\n\nSupervised tasks: {' and '.join(kinds) or 'none'}.\n"
 
@@ -114,27 +116,41 @@ def _mark(supported: bool) -> str:
     return YES if supported else NO
 
 
-def _allowed(function: Callable[..., object], *arguments: object) -> bool:
+def _allowed(function: Callable[[], object]) -> bool:
     try:
-        function(*arguments)
+        function()
     except UserError:
         return False
     return True
 
 
-def _for_policies(algorithm: Algorithm) -> bool:
-    return _allowed(domain_named("navigation-2d").algorithm, algorithm, "navigation-2d")
+class _Env(gym.Env):
+    """Environment with given spaces."""
+
+    task = np.zeros(1)
+
+    def __init__(self, observation: gym.Space, action: gym.Space) -> None:
+        self.observation_space, self.action_space = observation, action
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        super().reset(**options)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.observation_space.sample(), 0.0, False, False, {}
 
 
-def _observes(algorithm: Algorithm, space: gym.Space) -> bool:
-    seen = space if is_image(space) else gym.spaces.flatten_space(space)
-    action = gym.spaces.Box(-1.0, 1.0, (1,))
-    return _for_policies(algorithm) and _allowed(check_policy_spaces, "family", seen, action)
+VECTOR = SPACES["`Box`, a vector"]
 
 
-def _acts(algorithm: Algorithm, space: gym.Space) -> bool:
-    seen = gym.spaces.Box(-1.0, 1.0, (1,))
-    return _for_policies(algorithm) and _allowed(check_policy_spaces, "family", seen, space)
+def _plays(name: str, observation: gym.Space, action: gym.Space) -> bool:
+    def make() -> None:
+        config = Config.of("navigation-2d", name)
+        env, tasks = partial(_Env, observation, action), Uniform({"x": (0.0, 1.0)})
+        family = GymnasiumFamily(name="spaces", env=env, tasks=tasks, horizon=2)
+        config.domain.model(config.algorithm, config.policy, family)
+
+    return _allowed(make)
 
 
 def _learns(name: str, family: str) -> bool:

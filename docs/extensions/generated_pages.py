@@ -24,6 +24,7 @@ import algorithm_texts
 import option_texts
 from docutils import nodes
 from public_names import GROUPS, find, names_of
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.domains.python import PyXRefRole
 from sphinx.ext.napoleon import GoogleDocstring
@@ -126,6 +127,22 @@ class NameRole(PyXRefRole):
         return self.create_xref_node()
 
 
+def _link_names(app: Sphinx, tree: nodes.document) -> None:
+    """Make links of public names that a page has as code, such as `metarl.train`."""
+    for node in list(tree.findall(nodes.literal)):
+        target = linked_names().get(node.astext().removesuffix("()"))
+        inside = node.parent
+        while inside is not None and not isinstance(inside, (nodes.reference, pending_xref)):
+            inside = inside.parent
+        if target is None or inside is not None:
+            continue
+        link = pending_xref(
+            "", node.deepcopy(), refdomain="py", reftype="obj", reftarget=target,
+            refdoc=app.env.docname, refexplicit=True,
+        )  # fmt: skip
+        node.replace_self(link)
+
+
 def _docstring(
     app: Sphinx, what: str, name: str, found: Any, options: Any, lines: list[str]
 ) -> None:
@@ -214,12 +231,15 @@ def _alias_names(text: str) -> str:
 
 
 def _missing(app: Sphinx, env: Any, node: Any, content: nodes.Node) -> nodes.Node | None:
-    """Accept types in signatures that have no page here, and names of other packages."""
+    """Accept types in signatures, and importable names, that have no page here."""
     if node.get("refdomain") != "py":
         return None
-    in_signature = "refexplicit" not in node
-    other = node["reftarget"].partition(".")[0] in ("gymnasium", "numpy", "torch")
-    return content if in_signature or other else None
+    try:
+        if "refexplicit" in node:  # of a role, not of a signature
+            find(node["reftarget"])
+    except (AttributeError, ImportError, ValueError):
+        return None
+    return content
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -231,4 +251,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-bases", _bases)
     app.connect("autodoc-process-signature", _signature)
     app.connect("missing-reference", _missing)
+    app.connect("doctree-read", _link_names)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

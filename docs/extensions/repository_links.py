@@ -7,9 +7,11 @@ https addresses of the usual form.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -77,6 +79,26 @@ def wrong_address(address: str) -> str:
     return ""
 
 
+def source_address(domain: str, info: Mapping[str, str]) -> str | None:
+    """Return the address of an object's source, for sphinx.ext.linkcode."""
+    found: Any = sys.modules.get(info["module"])
+    for name in info["fullname"].split("."):
+        found = getattr(found, name, None)
+    found = inspect.unwrap(found.fget if isinstance(found, property) else found)
+    if not (inspect.isclass(found) or inspect.isfunction(found)):
+        return None
+    if not found.__module__.startswith("metarl."):
+        return None
+    try:
+        line = inspect.getsourcelines(found)[1]
+    except OSError:  # made by a function, such as the part of an optimizer of torch
+        return None
+    module = Path(*found.__module__.removeprefix("metarl.envs").split("."))
+    module = "envs" / module if found.__module__.startswith("metarl.envs") else module
+    package = (ROOT / module).is_dir()
+    return f"{SCHEME}{module / '__init__.py' if package else f'{module}.py'}#line-{line}"
+
+
 def _read(app: Sphinx, name: str, content: list[str]) -> None:
     page = Path(app.env.doc2path(name))
     content[0] = rewritten(content[0], page, page)
@@ -90,12 +112,13 @@ def _resolved(app: Sphinx, tree: nodes.document, name: str) -> None:
     for node in list(tree.findall(nodes.reference)):
         address = node.get("refuri", "")
         if address.startswith(SCHEME):
-            path = address.removeprefix(SCHEME)
+            path, _, anchor = address.removeprefix(SCHEME).partition("#")
             if path.endswith("/"):
                 node.replace_self(node.children)
                 continue
             app.env.metarl_sources.add(path)
-            node["refuri"] = app.builder.get_relative_uri(name, f"source/{path}")
+            page = app.builder.get_relative_uri(name, f"source/{path}")
+            node["refuri"] = f"{page}#{anchor}" if anchor else page
             node["internal"], node["classes"] = True, []
         elif "://" in address:
             app.env.metarl_addresses.add(address)
@@ -107,7 +130,9 @@ def _source_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
     for path in sorted(app.env.metarl_sources):
         text = (ROOT / path).read_text("utf-8", "replace")
         lexer = _LEXERS.get(Path(path).suffix, "text")
-        code = app.builder.highlighter.highlight_block(text, lexer, linenos="inline")
+        code = app.builder.highlighter.highlight_block(
+            text, lexer, linenos="inline", lineanchors="line"
+        )
         body = f"<h1>{path}</h1>\n{code}"
         yield f"source/{path}", {"title": path, "body": body}, "page.html"
 
