@@ -13,8 +13,7 @@ ORDER = (ROOT / "tests" / "import_order.txt").read_text()
 TOP = "metarl"
 """Package of the modules that are in no folder."""
 ROOMS = {
-    room: rows.split()
-    for room, rows in re.findall(r"^(\w+)\n((?:    [\w.*]+\n)+)", ORDER, re.M)
+    room: rows.split() for room, rows in re.findall(r"^(\w+)\n((?:    [\w.*]+\n)+)", ORDER, re.M)
 }
 """Packages in their order, and the modules of each in theirs."""
 
