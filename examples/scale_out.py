@@ -1,8 +1,6 @@
 """Train with the processes that torchrun started; alone, it is one process. Takes seconds.
 
-From a shell:
-
-    torchrun --standalone --nproc-per-node 2 examples/scale_out.py
+torchrun --standalone --nproc-per-node 2 examples/scale_out.py
 """
 
 import metarl

@@ -14,8 +14,8 @@ with their remaining values; a meta-policy adds `iteration` and `env_steps`; an 
 `adapted`: task, steps, episodes and seed. `family` is the fingerprint of the family: horizon, task
 components and ranges, spaces. Files without one are not compared.
 
-`config`, as in `config.json`, has `family`, `family_options`, `preset`, `algorithm` and `options`,
-the value of every option by key. `named` is false if the algorithm was given as an object, which
+`config`, as in `config.json`, has `family`, `family_options`, `preset`, `algorithm` and the value
+of every option by key in `options`. `named` is false if the algorithm was given as an object, which
 cannot be found again. `origin` is the policy that the run started from, with its checksum.
 """
 

@@ -36,5 +36,8 @@ def families(command: Families) -> int:
     for name in data_names():
         options = ", ".join(f"{k}={v}" for k, v in option_defaults(name).items())
         say(f"{name}\n    {description(name)}\n    options: {options}")
-    say("\nYour own (docs/tutorials/own-environment.md): metarl check my_module:my_family")
+    say(
+        "\nYour own: metarl check my_module:my_family, then train"
+        " (see docs/tutorials/own-environment.md)"
+    )
     return 0
