@@ -4,8 +4,6 @@ If you run it again, nothing is trained: the run in `runs/` is complete. Give mo
 continue.
 """
 
-from pathlib import Path
-
 import metarl
 
 config = metarl.resolve(
@@ -23,8 +21,8 @@ def show(iteration):
     print(f"iteration {iteration.number}: return {before:.1f} before, {after:.1f} after one step")
 
 
-folder = Path("runs/example-navigation")
-meta_policy = metarl.train(config, folder, resume=folder.exists(), callbacks=[show])
+folder = "runs/example-navigation"
+meta_policy = metarl.train(config, folder, resume="auto", callbacks=[show])
 
 result = metarl.evaluate(meta_policy, tasks=6, episodes=5, steps=2)
 print(result.table())
