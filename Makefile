@@ -6,7 +6,7 @@ RUN := runs/first
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: install dev train test noise slow lint matrix matrix-whole docs
+.PHONY: install dev train test test-lowest test-newest noise slow lint docs matrix matrix-whole
 
 install: .venv/installed
 dev: .venv/installed-dev
@@ -34,6 +34,22 @@ train: install
 
 test: dev
 	$(PYTEST) -m "not slow and not learning"
+
+# The default tests with the lowest versions that pyproject.toml admits, but torch 2.13.0; and with
+# the newest versions of today, but the torch of TORCH.
+test-lowest: .venv-lowest/installed
+	.venv-lowest/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not learning"
+
+.venv-lowest/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --disable-pip-version-check -q -c constraints-lowest.txt -e ".[dev]"
+	touch $@
+
+TORCH ?= 2.13.0
+test-newest:
+	rm -rf .venv-newest && $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --disable-pip-version-check -q -e ".[dev]" torch==$(TORCH)
+	.venv-newest/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not learning"
 
 # The default tests again, with results rounded as another processor might round them.
 SEED ?= 1

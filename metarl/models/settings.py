@@ -24,6 +24,13 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused[1])
 
 
+def _device() -> torch.device:
+    try:
+        return torch.get_default_device()
+    except AttributeError:  # torch 2.6 after set_default_device(None)
+        return torch.device("cpu")
+
+
 def _set_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
@@ -37,7 +44,7 @@ def own_settings() -> Iterator[None]:
     threads, dtype, device = (
         torch.get_num_threads(),
         torch.get_default_dtype(),
-        torch.get_default_device(),
+        _device(),
     )
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
@@ -54,7 +61,7 @@ def own_settings() -> Iterator[None]:
 guard.register("torch gradients", Setting(torch.is_grad_enabled, torch.set_grad_enabled, True))
 guard.register("torch dtype", Setting(torch.get_default_dtype, torch.set_default_dtype, True))
 guard.register("torch threads", Setting(torch.get_num_threads, torch.set_num_threads, True))
-guard.register("torch device", Setting(torch.get_default_device, _set_device))
+guard.register("torch device", Setting(_device, _set_device))
 guard.register(
     "torch determinism",
     Setting(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
