@@ -191,7 +191,7 @@ def evaluate(
     }
     if options.experience:
         setting["experience"] = options.experience
-        setting["episodes_per_step"] = options.episodes_per_step
+        setting["episodes_per_step"] = options.step_episodes()
     return EvaluationResult(curves.pop(name), curves, setting, name, against)
 
 

@@ -55,9 +55,14 @@ class Options:
         for key, smallest in least.items():
             check_whole(key, getattr(self, key), smallest)
             object.__setattr__(self, key, int(getattr(self, key)))
-        object.__setattr__(self, "episodes_per_step", self._episodes_per_step())
+        self.step_episodes()
 
-    def _episodes_per_step(self) -> tuple[int, ...]:
+    def step_episodes(self) -> tuple[int, ...]:
+        """Return the numbers of episodes per inner step of the curves against experience.
+
+        Raises:
+            UserError: a number is out of range, or given twice.
+        """
         given, most = self.episodes_per_step, self.experience
         if given is None:
             return tuple(n for n in EPISODES_PER_STEP if n <= most)

@@ -74,12 +74,11 @@ def experience_curves(
         sizes: sizes of the inner steps, by name.
         curves: the rows' curves with the number of inner steps of the evaluation.
     """
-    assert options.episodes_per_step is not None
     found = []
     for name, members in rows.items():
         curve = curves[name]
         if members[0].algorithm.takes_inner_steps:
-            for n in options.episodes_per_step:
+            for n in options.step_episodes():
                 few = replace(options, episodes=n, steps=options.experience // n)
                 with contextlib.closing(make(few)) as evaluator:
                     repeats = range(-(-options.episodes // n))
