@@ -48,7 +48,7 @@ class Options:
     workers: int = 0
     experience: int = 0
     episodes_per_step: Sequence[int] | None = None
-    """None: those of `EPISODES_PER_STEP` that allow an inner step."""
+    """None: each of `EPISODES_PER_STEP` that allows an inner step."""
 
     def __post_init__(self) -> None:
         least = {"episodes": 1, "steps": 0, "seed": 0, "workers": 0, "experience": 0}
@@ -172,8 +172,8 @@ class Evaluator(ABC):
         """Return curves of training from scratch on each task, by name.
 
         Returns:
-            curves after the experience of each inner step, and after that of ten times as many.
-            Curves against experience, if it is measured.
+            curves with the experience of 0 ... K inner steps, and with ten times as much. Curves
+            against experience, if it is measured.
         """
 
     def own_rows(self) -> dict[str, Curve]:
