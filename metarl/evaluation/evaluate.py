@@ -159,7 +159,7 @@ def evaluate(
             against = []
             if options.experience:
                 few = partial(new, pool=pool, check=False)
-                against += experience_curves(few, options, rows, sizes_of, curves)
+                against += experience_curves(few, options, rows, sizes_of)
             if from_scratch and (options.steps or options.experience):
                 trained, longer = evaluator.scratch(first, scratch_learning_rate)
                 curves |= trained

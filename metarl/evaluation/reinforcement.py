@@ -161,16 +161,18 @@ class PolicyEvaluator(Evaluator):
             role=algorithm.role,
             per_episode=self._of_all(np.stack(episodes), axis=1),
             episode_success=self._of_all(np.stack(done), axis=1),
-            experience=self._experience(np.stack(lengths)) if adapts else None,
+            experience=None
+            if algorithm.task_conditioned
+            else self._experience(self.options.episodes, np.stack(lengths)),
         )
 
-    def _experience(self, env_steps: Floats) -> Experience:
+    def _experience(self, episodes_per_step: int, env_steps: Floats) -> Experience:
         """Return the experience before each return.
 
         Args:
             env_steps: number of steps, [seeds, tasks, K + 1].
         """
-        episodes = self.options.episodes * np.arange(float(env_steps.shape[2]))
+        episodes = episodes_per_step * np.arange(float(env_steps.shape[2]))
         means = self._of_all(env_steps, axis=1).mean(axis=(0, 1))
         return Experience(episodes.tolist(), means.tolist())
 
