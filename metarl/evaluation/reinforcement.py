@@ -262,8 +262,7 @@ class PolicyEvaluator(Evaluator):
         steps = options.steps if adapts else 0
         adapted = loop.run(sample, meta, tasks, steps=steps, query=False)
         iterates = adapted.iterates * (1 if adapts else options.steps + 1)
-        counts = [r.valid.sum(dim=(1, 2)).double().numpy() for r in rollouts]
-        used_steps = np.stack([np.zeros(tasks), *counts], axis=1).cumsum(axis=1)
+        used_steps = _steps_before(rollouts, tasks)
         measured = rollouts if adapts and not options.deterministic else []
         for k in range(len(measured), len(iterates)):
             params = loop.adapter.params(iterates[k], adapted.slow, tasks)
@@ -272,6 +271,12 @@ class PolicyEvaluator(Evaluator):
             measured.append(rollout)
         used_sizes = loop.adapter.mean_step_sizes(meta, options.steps) if adapts else []
         return used_sizes, measured, used_steps
+
+
+def _steps_before(rollouts: Sequence[Rollout], tasks: int) -> Floats:
+    """Return the number of steps before each of n rollouts and after the last, [tasks, n + 1]."""
+    counts = [rollout.valid.sum(dim=(1, 2)).double().numpy() for rollout in rollouts]
+    return np.stack([np.zeros(tasks), *counts], axis=1).cumsum(axis=1)
 
 
 def _tells_success(rollout: Rollout) -> bool:
