@@ -108,14 +108,14 @@ class Algorithm:
         self.meta.check(self.inner.steps)
 
     @property
-    def reference(self) -> bool:
-        """Whether it is a reference for meta-learners."""
-        return self.role != "meta-learner"
-
-    @property
     def takes_inner_steps(self) -> bool:
         """Whether it adapts by inner steps in evaluation."""
         return not self.task_conditioned
+
+    @property
+    def reference(self) -> bool:
+        """Whether it is a reference for meta-learners."""
+        return self.role != "meta-learner"
 
     def sections(self) -> dict[str, Part]:
         """Return the parts with options, by the section of their keys."""
