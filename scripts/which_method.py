@@ -61,7 +61,7 @@ class Arguments:
     experience: int = 20
     """Episodes of experience on each task; ten times as many from scratch."""
     episodes_per_step: tuple[int, ...] = ()
-    """Numbers of episodes per inner step; by default those of 1, 5, 10 and 20 that allow a step."""
+    """Numbers of episodes per inner step; by default 1, 5, 10 and 20, up to the experience."""
     threads: int | None = None
     """Threads; by default one per available processor. Results do not depend on their number."""
 

@@ -640,10 +640,11 @@ def test_ppo_learns_on_each_task(mode):
     pytest.importorskip("stable_baselines3")
     family = make_family("navigation-2d", horizon=15)
     goals = np.array([[0.4, 0.4], [-0.4, 0.4]])
-    returns, episodes = stable_baselines.train_by_ppo(
+    trained = stable_baselines.train_by_ppo(
         family, goals, hidden=(16,), mode=mode, advantage=Advantages(), episodes=40, updates=8,
         measured={0, 8}, key=RandomKey(0),
     )  # fmt: skip
-    assert episodes.shape == (2, 9, 40)
+    returns = trained.means
+    assert trained.episodes.shape == (2, 9, 40)
     assert np.isnan(returns[:, 1:8]).all()
     assert (returns[:, 8] > returns[:, 0] + 1.0).all()

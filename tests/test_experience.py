@@ -198,15 +198,22 @@ def test_ppo_is_measured_after_doubling_numbers_of_updates(monkeypatch):
     assert len({one.method for one in result.experience}) == 3
 
 
-def test_a_method_without_inner_steps_has_the_curve_of_its_row(found, monkeypatch):
+def test_a_method_without_inner_steps_is_measured_after_each_episode(found, monkeypatch):
     # As a recurrent policy has: its returns after 0 ... n episodes of a trial.
     curve = dataclasses.replace(
         found.curve, step_sizes=[], experience=Experience([0.0, 1.0, 2.0], [0.0, 15.0, 30.0])
     )
+    steps = []
+
+    def measure(evaluator, members, sizes):
+        steps.append(evaluator.options.steps)
+        return curve
+
     algorithm = type(navigator().algorithm)
     monkeypatch.setattr(algorithm, "takes_inner_steps", property(lambda self: False))
-    monkeypatch.setattr(reinforcement.PolicyEvaluator, "curve", lambda *_: curve)
-    result = evaluate(navigator(), **SMALL, experience=2)
+    monkeypatch.setattr(reinforcement.PolicyEvaluator, "curve", measure)
+    result = evaluate(navigator(), **{**SMALL, "steps": 1}, experience=2)
+    assert steps == [1, 1, 2]  # the policy and the random one in their rows, then by episodes
     assert [(c.method, c.episodes_per_step) for c in result.experience] == [("this policy", None)]
     assert result.experience[0].curve is curve
 

@@ -111,9 +111,8 @@ def evaluate(
         experience: also measure returns against experience, up to this number of episodes on each
             task; training from scratch has ten times as much. 0: not measured.
         episodes_per_step: numbers of episodes per inner step, each with its own curve against
-            experience; by default those of 1, 5, 10 and 20 that allow a step. Adaptation with fewer
-            than `episodes` is repeated until as many returns are measured. The step sizes are the
-            same.
+            experience; by default 1, 5, 10 and 20, up to `experience`. Adaptation with fewer than
+            `episodes` is repeated until as many returns are measured. The step sizes are the same.
         from_scratch: also train on each task from scratch, with the env steps of adaptation and
             with ten times as many. Also train with PPO of stable-baselines3, if it is installed.
         scratch_learning_rate: learning rate of the built-in training from scratch.
@@ -168,7 +167,7 @@ def evaluate(
             against = []
             if options.experience:
                 few = partial(new, pool=pool, check=False)
-                against += experience_curves(few, options, rows, sizes_of, curves)
+                against += experience_curves(few, options, rows, sizes_of)
             if from_scratch and (options.steps or options.experience):
                 trained, longer = evaluator.scratch(first, scratch_learning_rate)
                 curves |= trained
@@ -199,7 +198,7 @@ def evaluate(
     }
     if options.experience:
         setting["experience"] = options.experience
-        setting["episodes_per_step"] = options.episodes_per_step
+        setting["episodes_per_step"] = options.step_episodes()
     return EvaluationResult(curves.pop(name), curves, setting, name, against)
 
 

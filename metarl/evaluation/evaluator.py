@@ -50,16 +50,21 @@ class Options:
     workers: int = 0
     experience: int = 0
     episodes_per_step: Sequence[int] | None = None
-    """None: those of `EPISODES_PER_STEP` that allow an inner step."""
+    """None: each of `EPISODES_PER_STEP` that allows an inner step."""
 
     def __post_init__(self) -> None:
         least = {"episodes": 1, "steps": 0, "seed": 0, "workers": 0, "experience": 0}
         for key, smallest in least.items():
             check_whole(key, getattr(self, key), smallest)
             object.__setattr__(self, key, int(getattr(self, key)))
-        object.__setattr__(self, "episodes_per_step", self._episodes_per_step())
+        self.step_episodes()
 
-    def _episodes_per_step(self) -> tuple[int, ...]:
+    def step_episodes(self) -> tuple[int, ...]:
+        """Return the numbers of episodes per inner step of the curves against experience.
+
+        Raises:
+            UserError: a number is out of range, or given twice.
+        """
         given, most = self.episodes_per_step, self.experience
         if given is None:
             return tuple(n for n in EPISODES_PER_STEP if n <= most)
@@ -171,8 +176,8 @@ class Evaluator(ABC):
         """Return curves of training from scratch on each task, by name.
 
         Returns:
-            curves after the experience of each inner step, and after that of ten times as many.
-            Curves against experience, if it is measured.
+            curves with the experience of 0 ... K inner steps, and with ten times as much. Curves
+            against experience, if it is measured.
         """
 
     def own_rows(self) -> dict[str, Curve]:

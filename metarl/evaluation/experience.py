@@ -61,32 +61,31 @@ def experience_curves(
     options: Options,
     rows: Mapping[str, Sequence[MetaPolicy]],
     sizes: Mapping[str, Sizes],
-    curves: Mapping[str, Curve],
 ) -> list[ExperienceCurve]:
     """Return the curves of policies up to the experience in `options`.
 
-    A policy without inner steps that gains from experience, such as a recurrent one, has the curve
-    of its row. An oracle has none.
+    A policy with memory takes no inner step. Its steps are episodes, and it has one curve. An
+    oracle has none.
 
     Args:
         make: makes an evaluator.
         rows: seeds of each policy, by name.
         sizes: sizes of the inner steps, by name.
-        curves: the rows' curves with the number of inner steps of the evaluation.
     """
-    assert options.episodes_per_step is not None
     found = []
     for name, members in rows.items():
-        curve = curves[name]
-        if members[0].algorithm.takes_inner_steps:
-            for n in options.episodes_per_step:
+        algorithm = members[0].algorithm
+        if algorithm.takes_inner_steps:
+            for n in options.step_episodes():
                 few = replace(options, episodes=n, steps=options.experience // n)
                 with contextlib.closing(make(few)) as evaluator:
                     repeats = range(-(-options.episodes // n))
                     each = [evaluator.repeated(r).curve(members, sizes[name]) for r in repeats]
                 found.append(ExperienceCurve(name, mean_curve(each), n))
-        elif curve.experience is not None:
-            found.append(ExperienceCurve(name, curve))
+        elif not algorithm.task_conditioned:
+            episodes = replace(options, steps=options.experience)
+            with contextlib.closing(make(episodes)) as evaluator:
+                found.append(ExperienceCurve(name, evaluator.curve(members, None)))
     return found
 
 

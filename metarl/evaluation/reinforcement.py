@@ -193,16 +193,18 @@ class PolicyEvaluator(Evaluator):
             unit="inner step" if algorithm.trial is None else "episode",
             per_episode=self._of_all(np.stack(episodes), axis=1),
             episode_success=self._of_all(np.stack(done), axis=1),
-            experience=self._experience(np.stack(lengths)) if adapts else None,
+            experience=None
+            if algorithm.task_conditioned
+            else self._experience(self.options.episodes, np.stack(lengths)),
         )
 
-    def _experience(self, env_steps: Floats) -> Experience:
+    def _experience(self, episodes_per_step: int, env_steps: Floats) -> Experience:
         """Return the experience before each return.
 
         Args:
             env_steps: number of steps, [seeds, tasks, K + 1].
         """
-        episodes = self.options.episodes * np.arange(float(env_steps.shape[2]))
+        episodes = episodes_per_step * np.arange(float(env_steps.shape[2]))
         means = self._of_all(env_steps, axis=1).mean(axis=(0, 1))
         return Experience(episodes.tolist(), means.tolist())
 
@@ -303,8 +305,7 @@ class PolicyEvaluator(Evaluator):
         steps = options.steps if adapts else 0
         adapted = loop.run(sample, meta, tasks, steps=steps, query=False)
         iterates = adapted.iterates * (1 if adapts else options.steps + 1)
-        counts = [r.valid.sum(dim=(1, 2)).double().numpy() for r in rollouts]
-        used_steps = np.stack([np.zeros(tasks), *counts], axis=1).cumsum(axis=1)
+        used_steps = _steps_before(rollouts, tasks)
         measured = rollouts if adapts and not options.deterministic else []
         for k in range(len(measured), len(iterates)):
             params = loop.adapter.params(iterates[k], adapted.slow, tasks)
@@ -313,6 +314,12 @@ class PolicyEvaluator(Evaluator):
             measured.append(rollout)
         used_sizes = loop.adapter.mean_step_sizes(meta, options.steps) if adapts else []
         return used_sizes, measured, used_steps
+
+
+def _steps_before(rollouts: Sequence[Rollout], tasks: int) -> Floats:
+    """Return the number of steps before each of n rollouts and after the last, [tasks, n + 1]."""
+    counts = [rollout.valid.sum(dim=(1, 2)).double().numpy() for rollout in rollouts]
+    return np.stack([np.zeros(tasks), *counts], axis=1).cumsum(axis=1)
 
 
 def _tells_success(rollout: Rollout) -> bool:

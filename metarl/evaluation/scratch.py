@@ -7,7 +7,7 @@ from a random initialization. A batch has the number of episodes of an inner ste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -107,7 +107,7 @@ class Trained:
         """Change all arrays."""
         return Trained(**{name: change(array) for name, array in vars(self).items()})
 
-    def curve(self, after: Collection[int] | slice, seed: int) -> Curve:
+    def curve(self, after: list[int] | slice, seed: int) -> Curve:
         """Return the curve after some numbers of updates."""
         part = self.map(lambda array: array[:, after])
         used = (part.used_episodes, part.used_steps)

@@ -56,8 +56,8 @@ class Evaluate:
     """Also measure returns against experience, up to this number of episodes on each task, and ten
     times as many for --from-scratch; 0 does not. Writes experience.png and experience.csv."""
     episodes_per_step: tuple[int, ...] = ()
-    """Numbers of episodes per inner step, each with its own curve against experience; by default
-    those of 1, 5, 10 and 20 that allow a step."""
+    """Numbers of episodes per inner step, each with its own curve against experience; by default 1,
+    5, 10 and 20, up to the experience."""
     from_scratch: bool = False
     """Compare with training from scratch on each task with clipped policy gradients, with the env
     steps of adaptation and with ten times as many. Also with PPO of stable-baselines3 if it is

@@ -39,8 +39,8 @@ class Report:
     """Episodes of experience on each task, up to which returns are measured; by default as in an
     existing evaluation, else none."""
     episodes_per_step: tuple[int, ...] = ()
-    """Numbers of episodes per inner step, each with its own curve against experience; by default
-    as in an existing evaluation, else those of 1, 5, 10 and 20 that allow a step."""
+    """Numbers of episodes per inner step, each with its own curve against experience. By default as
+    in an existing evaluation; else 1, 5, 10 and 20, up to the experience."""
     from_scratch: bool = False
     """Compare with training from scratch, as in `metarl evaluate`."""
     threads: int | None = None
