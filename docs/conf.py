@@ -24,7 +24,6 @@ extensions = [
     "repository_links",
     "built_links",
 ]
-exclude_patterns = ["README.md"]
 source_suffix = {".md": "markdown"}
 nitpicky = True
 smartquotes_action = "D"  # dashes
