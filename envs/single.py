@@ -73,7 +73,7 @@ class SingleTaskEnv(gym.Env[NDArray[Any], Any]):
         return self._spec
 
     @spec.setter
-    def spec(self, spec: EnvSpec | None) -> None:
+    def spec(self, spec: EnvSpec | None) -> None:  # type: ignore[override]
         if spec is not None:
             spec = dataclasses.replace(spec, max_episode_steps=self.family.horizon)
         self._spec = spec

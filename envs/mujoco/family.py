@@ -272,11 +272,11 @@ class MujocoVectorEnv(TaskVectorEnv):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in vars(self).items() if key not in _MEMORY}
-        one = isinstance(self.batch, OneSimulation)
+        batch = self.batch
         return {
             **state,
             "_saved": (
-                self.batch.get_state() if one else self.batch.state.copy(),
+                batch.get_state() if isinstance(batch, OneSimulation) else np.array(batch.state),
                 detached(dict(self.sim.derived)),
                 {name: self.batch.expand(name).copy() for name in self._expanded},
             ),

@@ -195,7 +195,9 @@ class PolicyEvaluator(Evaluator):
             episode_success=self._of_all(np.stack(done), axis=1),
             experience=None
             if algorithm.task_conditioned
-            else self._experience(self.options.episodes, np.stack(lengths)),
+            else self._experience(
+                self.options.episodes if algorithm.trial is None else 1, np.stack(lengths)
+            ),
         )
 
     def _experience(self, episodes_per_step: int, env_steps: Floats) -> Experience:
@@ -270,7 +272,8 @@ class PolicyEvaluator(Evaluator):
     ) -> tuple[list[float], list[Rollout], Floats]:
         """Return the step sizes, the measured rollouts after 0 ... K inner steps, and the steps.
 
-        The last array counts the steps of all episodes before each inner step, [tasks, K + 1].
+        The last array counts the steps before each return, [tasks, K + 1]: of all episodes of the
+        inner steps, or of the episodes of one trial.
         """
         tasks, config, options = len(self.tasks), policy.config, self.options
         loop, meta = policy.inner_loop(self.pool, sizes)
@@ -295,7 +298,8 @@ class PolicyEvaluator(Evaluator):
                 loop.adapter.params(stack(fast, tasks), slow, tasks), 0, options.deterministic
             )
             check_finite({"reward": rollout.reward}, rollout.tasks)
-            return [], episodes_of(rollout, episodes)
+            found = episodes_of(rollout, episodes)
+            return [], found, _steps_before(found[:-1], tasks) / options.episodes  # of one trial
         rollouts: list[Rollout] = []
 
         def sample(params: Params, k: int) -> Batch:
