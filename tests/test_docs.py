@@ -36,7 +36,7 @@ def blocks(kind: str) -> list[tuple[str, str]]:
     return [
         (page, code)
         for page, text in TEXTS.items()
-        for language, code in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+        for language, code in re.findall(r"^```(\S*)[^\n]*\n(.*?)^```", text, re.M | re.S)
         if language == kind
     ]
 
