@@ -68,12 +68,12 @@ class SingleTaskEnv(gym.Env[NDArray[Any], Any]):
         """Terminated and truncated, if the episode is over."""
 
     @property
-    def spec(self) -> EnvSpec | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def spec(self) -> EnvSpec | None:
         """Specification that `gym.make` sets, with the horizon as `max_episode_steps`."""
         return self._spec
 
     @spec.setter
-    def spec(self, spec: EnvSpec | None) -> None:
+    def spec(self, spec: EnvSpec | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         if spec is not None:
             spec = dataclasses.replace(spec, max_episode_steps=self.family.horizon)
         self._spec = spec
