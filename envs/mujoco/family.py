@@ -162,7 +162,6 @@ class MujocoVectorEnv(TaskVectorEnv):
     """Vector environment of a `MujocoFamily`, with `threads` threads of one batch."""
 
     family: MujocoFamily
-    _renderer: Any = None  # `close` reads it even if the constructor failed
 
     def __init__(
         self,
@@ -213,6 +212,7 @@ class MujocoVectorEnv(TaskVectorEnv):
             **options,
         )
         self.set_render_mode(render_mode)
+        self._renderer: Any = None
         self._data = mujoco.MjData(model)
         self._scale = scale
         self._rngs: list[np.random.Generator | None] = [None] * self.num_envs

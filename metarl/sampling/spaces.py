@@ -191,7 +191,7 @@ def space_from_json(data: Mapping[str, Any]) -> gym.Space:
         return gym.spaces.MultiBinary(values["n"])
     check_one_of("kind", data["kind"], ("Discrete", "MultiDiscrete"))
     kind = gym.spaces.Discrete if data["kind"] == "Discrete" else gym.spaces.MultiDiscrete
-    if dtype != np.int64:  # the default, and the only one of Discrete in Gymnasium before 1.2
+    if dtype != np.int64:  # the default, and the only one in older Gymnasium
         values["dtype"] = dtype.type
     return kind(**values)
 
