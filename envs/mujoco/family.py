@@ -189,7 +189,6 @@ class MujocoVectorEnv(TaskVectorEnv):
     """Vector environment of a `MujocoFamily`, with `threads` threads of one batch."""
 
     family: MujocoFamily
-    _renderer: Any = None  # `close` reads it even if the constructor failed
 
     def __init__(
         self,
