@@ -24,9 +24,9 @@ extensions = [
     "repository_links",
     "built_links",
 ]
-exclude_patterns = ["README.md"]
 source_suffix = {".md": "markdown"}
 nitpicky = True
+smartquotes_action = "D"  # dashes
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
@@ -36,9 +36,11 @@ autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
-autodoc_type_aliases = {
-    name: name for name in ("ArrayLike", "Dist", "Family", "Loss", "Params", "Regularizer", "What")
-}
+ALIASES = """
+    ArrayLike Bools Data Dist Factory Family Fit Floats Loss OuterState Params Regularizer
+    Reward SupportTerm TaskWeights Tasks Values What
+"""
+autodoc_type_aliases = {name: name for name in ALIASES.split()}
 default_role = "name"
 napoleon_numpy_docstring = False
 add_module_names = False

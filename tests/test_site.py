@@ -106,6 +106,17 @@ def test_every_option_of_the_site_has_a_help_text_and_a_true_default():
             assert entry.text, entry.flag.name
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((True, "on"), (False, "off"), (None, ""), ((), ""), ((0.1, 0.05), "0.1 0.05")),
+        *(("cosine", "`cosine`"), (1e-5, "1e-05"), (64, "64"), (1234567, "1234567")),
+    ],
+)
+def test_defaults_are_shown_as_words_of_a_command_line(value, text):
+    assert option_texts.shown(value) == text
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_an_algorithm_has_its_page(name):
     page = PAGES[name]

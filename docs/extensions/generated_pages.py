@@ -226,8 +226,9 @@ def _signature(
 
 
 def _alias_names(text: str) -> str:
-    """Return a signature with the names of `autodoc_type_aliases` as they are in unions too."""
-    return re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
+    """Return a signature with the names of type aliases, also in unions, and short array types."""
+    text = re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
+    return re.sub(r"ndarray\[tuple\[Any, \.\.\.\], dtype\[(\w+)\]\]", r"NDArray[\1]", text)
 
 
 def _missing(app: Sphinx, env: Any, node: Any, content: nodes.Node) -> nodes.Node | None:

@@ -72,6 +72,7 @@ GROUPS = {
     "families": Group(
         "Task families",
         (
+            "metarl.envs.family.Family",
             "metarl.envs.TaskFamily",
             "metarl.envs.GymnasiumFamily",
             "metarl.envs.MujocoFamily",
