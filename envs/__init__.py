@@ -68,7 +68,10 @@ def make_env(family: str, render_mode: str | None = None, **keywords: Any) -> gy
             f"{family}: episodes of {made.horizon} steps, but gym.make ends them after {limit};"
             f" give max_episode_steps={made.horizon}"
         )
-    return made.make(None if tasks is None else tasks[0], render_mode=render_mode)
+    mode = None if render_mode is None else render_mode.removesuffix("_list")
+    env = made.make(None if tasks is None else tasks[0], render_mode=mode)
+    # gym.make adds this wrapper by itself only to classes, which list their modes.
+    return env if mode == render_mode else gym.wrappers.RenderCollection(env)
 
 
 def make_vec_env(

@@ -68,7 +68,7 @@ class SingleTaskEnv(gym.Env[NDArray[Any], Any]):
         """Terminated and truncated, if the episode is over."""
 
     @property
-    def spec(self) -> EnvSpec | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def spec(self) -> EnvSpec | None:
         """Specification that `gym.make` sets, with the horizon as `max_episode_steps`."""
         return self._spec
 

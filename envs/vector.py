@@ -167,6 +167,9 @@ class TaskVectorEnv(VectorEnv[NDArray[Any], Any, NDArray[Any]]):
         self.progress: MutableSequence[int] = [0, 0, -1]
         """Number of calls, phase (an index of PHASES), sub-environment (-1: all)."""
 
+    def __del__(self) -> None:
+        """Do nothing: older Gymnasium closes here, even if the constructor failed."""
+
     @property
     def tasks(self) -> Floats:
         """Current tasks, [num_envs, task_dim]; NaN before the first reset."""

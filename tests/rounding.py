@@ -121,7 +121,11 @@ def mover(seed: int) -> Callable[[Any], None]:
 def _in_numpy(seed: int) -> None:
     """Wrap functions of NumPy's namespace, and the sum in methods such as `x.mean()`."""
     import numpy as np
-    from numpy._core import _methods
+
+    try:
+        from numpy._core import _methods
+    except ImportError:  # NumPy 1
+        from numpy.core import _methods
 
     move = mover(seed)
 

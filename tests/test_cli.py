@@ -166,7 +166,7 @@ def documented(text: str) -> dict[str, str]:
 
 
 def test_a_help_text_is_one_paragraph(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "800")
     assert run("train", "--help") == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "--resume " in line]
     assert mentions(line, "auto", "--out")  # after a line break in the source

@@ -168,6 +168,7 @@ def test_any_number_of_ranks_agrees_bit_for_bit(ranks, tmp_path):
     norm = {"policy.normalize": True}
     steps = {"inner.steps": 2, "inner.min_kl": 0.05}
     clipped = {"outer.steps": 4}
+    recurrent = {"policy.network": "gru", "policy.units": 7}
     flat = {"outer.schedule": "constant", "meta.anneal_fraction": 0.0}
     todo = cases(33, 5) | {
         "normalize": case("half-cheetah-vel", {}, "maml-trpo", 5, *few, **norm),
@@ -175,6 +176,8 @@ def test_any_number_of_ranks_agrees_bit_for_bit(ranks, tmp_path):
         "clipped": case("navigation-2d", {}, "promp", 5, *few, **clipped),
         "episodes": case("cartpole-length", {}, "dice-maml", 5, 33, 8),
         "samples": case("cartpole-length", {}, "maml-trpo", 5, 33, 8),
+        "recurrent": case("navigation-2d", {"horizon": 6}, "maml-trpo", 5, *few, **recurrent),
+        "trials": case("bandit", {}, "rl2", 5, *few),
         **{
             algorithm: case("navigation-2d", {}, algorithm, 5, *few)
             for algorithm in ("meta-sgd", "anil", "cavia", "maml-ppo", "oracle")

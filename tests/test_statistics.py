@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy
 from scipy import stats
 
 from metarl.evaluation.statistics import (
@@ -14,6 +15,8 @@ from metarl.evaluation.statistics import (
     interquartile_mean,
     interquartile_mean_interval,
 )
+
+RNG = "rng" if tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 15) else "random_state"
 
 
 def test_the_interquartile_mean_by_hand():
@@ -59,7 +62,12 @@ def test_the_interval_is_scipys_at_the_expanded_level(tasks):
     student = stats.t.ppf(0.975, tasks - 1) * values.std(ddof=1) / values.std(ddof=0)
     level = 1.0 - 2.0 * stats.norm.sf(student)
     expected = stats.bootstrap(
-        (values,), np.mean, confidence_level=level, method="percentile", n_resamples=200_000, rng=2
+        (values,),
+        np.mean,
+        confidence_level=level,
+        method="percentile",
+        n_resamples=200_000,
+        **{RNG: 2},
     ).confidence_interval
     spread = expected.high - expected.low
     assert bootstrap_interval(values) == pytest.approx(
@@ -79,7 +87,7 @@ def test_the_interval_of_a_ratio_is_scipys():
     expected = stats.bootstrap(
         (adapted, random, oracle), gap, paired=True, vectorized=True, method="percentile",
         confidence_level=1.0 - 2.0 * stats.norm.sf(stats.t.ppf(0.975, 59) * math.sqrt(60 / 59)),
-        n_resamples=20_000, rng=4,
+        n_resamples=20_000, **{RNG: 4},
     ).confidence_interval  # fmt: skip
 
     def statistic(samples):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -118,3 +119,32 @@ def test_a_package_plugs_in(package, tmp_path, monkeypatch, capsys):
     assert run("evaluate", "run-0", *few) == 0
     assert run("record", "run-0", "--episodes", "1") == 0
     assert run("export", "run-0", "--out", "policy.pt") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # theirs
+@pytest.mark.parametrize("id", ["HalfCheetahVel", "AntDir", "Navigation2D", "Bandit"])
+def test_torchrl_makes_and_checks_an_environment(id):
+    envs = pytest.importorskip("torchrl.envs")
+    env = envs.GymEnv(f"metarl/{id}-v0")  # with a keyword that only some environments have
+    envs.check_env_specs(env)
+    assert env.rollout(5)["next", "reward"].shape == (5, 1)
+    assert envs.GymEnv(f"metarl/{id}-v0", frame_skip=2).rollout(3).shape == (3,)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # theirs
+def test_weights_and_biases_records_the_events_of_a_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    program = f"""
+import pathlib, wandb
+from metarl import resolve, train
+wandb.init(mode="offline", dir={str(tmp_path)!r}, sync_tensorboard=True)
+values = {{"family_options": {{"horizon": 8}}, "tasks": 3, "episodes": 3, "iterations": 3}}
+train(resolve(None, "navigation-2d", overrides=values), pathlib.Path({str(tmp_path / "run")!r}))
+wandb.finish()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"rollout/ep_rew_mean_post" in file.read_bytes()

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import code_family, mostly_slow, same_params, timeless
+from conftest import code_family, counting_family, mostly_slow, same_params, timeless
 from expecting import refused, run
 from gymnasium.vector import AutoresetMode
 
@@ -112,23 +112,24 @@ def test_a_trial_is_several_episodes_of_one_ordinary_environment(name):
 
 
 def test_the_next_step_mode_starts_a_new_trial():
-    base = base_of("recurrent_networks:marked")
-    env = TrialFamily.of(base, 2).make_vec(2, 2)
+    env = TrialFamily.of(counting_family(), 2).make_vec(2, 2)  # it observes the steps of an episode
     observation, _ = env.reset(seed=3)
-    before = np.zeros(4, bool)
-    own, sizes = observation[:, 0], []
+    before, count, resets = np.zeros(4, bool), np.zeros(4), 0
     for _ in range(60):
         observation, reward, _, truncated, _ = env.step(np.full((4, 1), 0.5, np.float32))
-        for i in np.flatnonzero(before):  # this step was the reset
-            assert (observation[i, 1:] == 0.0).all()
-            assert reward[i] == 0.0
-            assert observation[i, 0] != own[i]
-            sizes.append(int(not truncated[i]))
-        running = ~before
-        assert (observation[running, 1] == 0.5).all()
-        assert (observation[running, 2] == reward[running]).all()
-        before, own = truncated, observation[:, 0]
-    assert len(sizes) > 4
+        for i in range(4):
+            seen, action, earned, ended = observation[i]
+            if before[i]:  # this step was the reset
+                assert (seen, action, earned, ended, reward[i]) == (0.0, 0.0, 0.0, 0.0, 0.0)
+                count[i], resets = 0.0, resets + 1
+                continue
+            count[i] += 1.0
+            assert (action, earned) == (0.5, reward[i]) == (0.5, count[i])
+            if ended and not truncated[i]:
+                count[i] = 0.0
+            assert seen == count[i]
+        before = truncated
+    assert resets > 8
     env.close()
 
 

@@ -14,7 +14,6 @@ and marked in `info["diverged"]`.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +30,7 @@ from metarl.envs.errors import UserError, check_whole, did_you_mean
 from metarl.envs.family import TaskFamily
 from metarl.envs.mujoco.bodies import find_body
 from metarl.envs.mujoco.one_simulation import OneSimulation, has_views
+from metarl.envs.mujoco.pictures import Pictures
 from metarl.envs.mujoco.rewards import root_x
 from metarl.envs.mujoco.serial_batch import DATA_FIELDS, SerialBatch
 from metarl.envs.mujoco.simulation import (
@@ -38,7 +38,6 @@ from metarl.envs.mujoco.simulation import (
     Step,
     control_bounds,
     load_model,
-    move_floor,
     read_only,
 )
 from metarl.envs.single import SingleTaskEnv
@@ -56,7 +55,7 @@ _CONTACT_FORCES = "cfrc_ext"
 # Attributes that show a batch's memory, and the renderer. A copy makes its own.
 _MEMORY = frozenset({
     "batch", "sim", "_data", "_forces", "_shown_sim", "_ctrl", "_expanded", "_counters",
-    "_warnings", "_warned", "_renderer", "_shown",
+    "_warnings", "_warned", "_pictures",
 })  # fmt: skip
 
 STOCK: Any = None
@@ -191,7 +190,6 @@ class MujocoVectorEnv(TaskVectorEnv):
     """Vector environment of a `MujocoFamily`, with `threads` threads of one batch."""
 
     family: MujocoFamily
-    _renderer: Any = None  # `close` reads it even if the constructor failed
 
     def __init__(
         self,
@@ -264,7 +262,7 @@ class MujocoVectorEnv(TaskVectorEnv):
         else:
             self._counters = self.batch.warning[:, _DIVERGED, _COUNT]
         self._keep_warnings()
-        self._renderer: Any = None
+        self._pictures: Pictures | None = None
 
     def _keep_warnings(self) -> None:
         self._warnings = self._counters.copy()
@@ -272,11 +270,14 @@ class MujocoVectorEnv(TaskVectorEnv):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in vars(self).items() if key not in _MEMORY}
-        batch = self.batch
+        if isinstance(self.batch, OneSimulation):
+            simulated = self.batch.get_state()
+        else:
+            simulated = self.batch.state.copy()
         return {
             **state,
             "_saved": (
-                batch.get_state() if isinstance(batch, OneSimulation) else np.array(batch.state),
+                simulated,
                 detached(dict(self.sim.derived)),
                 {name: self.batch.expand(name).copy() for name in self._expanded},
             ),
@@ -297,8 +298,9 @@ class MujocoVectorEnv(TaskVectorEnv):
             self.batch.state[...] = saved
         for name, values in derived.items():  # one physics step old, so they cannot be recomputed
             field = self.sim.derived[name]
-            field.flags.writeable = True
+            before, field.flags.writeable = field.flags.writeable, True
             field[...] = values
+            field.flags.writeable = before
 
     def _track(self) -> Floats:
         """Return a copy of the values of the current state that a reward needs."""
@@ -379,33 +381,14 @@ class MujocoVectorEnv(TaskVectorEnv):
         """Return a frame of each sub-environment, or show the first one (render_mode 'human')."""
         if self.render_mode is None:
             raise UserError("give render_mode='rgb_array' when making the environment")
-        if self._renderer is None:
-            from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
-
-            # Copies, because drawing computes fields that the next step would start from.
-            shown, drawn = copy.copy(self.model), mujoco.MjData(self.model)
-            named = mujoco.mj_name2id(
-                self.model, mujoco.mjtObj.mjOBJ_CAMERA, self.family.camera or ""
-            )
-            self._shown = shown, drawn
-            self._renderer = MujocoRenderer(
-                shown,
-                drawn,
-                width=self.family.width,
-                height=self.family.height,
-                camera_id=named if named >= 0 else None,
-            )
-        model, data = self._shown
-        frames = []
-        for i in range(1 if self.render_mode == "human" else self.num_envs):
-            self.batch.get_data(i, data)
-            self.batch.get_model(i, model)
-            mujoco.mj_forward(model, data)
-            move_floor(model, data)
-            frames.append(self._renderer.render(self.render_mode))
+        if self._pictures is None:
+            family = self.family
+            self._pictures = Pictures(self.model, family.camera, family.width, family.height)
+        shown = range(1 if self.render_mode == "human" else self.num_envs)
+        frames = [self._pictures.draw(self.batch, i, self.render_mode) for i in shown]
         return None if self.render_mode == "human" else tuple(frames)
 
     def close_extras(self, **kwargs: Any) -> None:
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        if self._pictures is not None:
+            self._pictures.close()
+            self._pictures = None

@@ -1,6 +1,6 @@
 """One simulation with the methods of a batch, for single environments.
 
-Its arrays are views of one MjData, so a step copies nothing. Results equal those of `Batch` bit for
+Its arrays are views of one MjData, so a step copies nothing. `Batch` has the same results bit for
 bit.
 """
 

@@ -114,26 +114,6 @@ def load_model(xml: str, edit: Callable[[mujoco.MjSpec], None] | None = None) ->
         return spec.compile()
 
 
-def move_floor(model: mujoco.MjModel, data: mujoco.MjData) -> None:
-    """Move the drawn floor below the first body, by whole periods of its texture.
-
-    A simulated plane is infinite, but MuJoCo draws it in its finite size.
-    """
-    if model.nbody < 2:
-        return
-    for i in np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE):
-        size, material = model.geom_size[i, :2], model.geom_matid[i]
-        if model.geom_bodyid[i] or not size.all():  # it moves itself, or is drawn infinite
-            continue
-        period = size
-        if material >= 0:
-            repeat = np.maximum(model.mat_texrepeat[material], 1e-3)
-            period = 1.0 / repeat if model.mat_texuniform[material] else 2.0 * size / repeat
-        axes = data.geom_xmat[i].reshape(3, 3)[:, :2]
-        away = (data.xpos[1] - data.geom_xpos[i]) @ axes
-        data.geom_xpos[i] += axes @ (np.round(away / period) * period)
-
-
 def add_centre_of_mass(spec: mujoco.MjSpec) -> None:
     """Add sensors of the whole body's centre of mass and its velocity to the model."""
     for kind in (mujoco.mjtSensor.mjSENS_SUBTREECOM, mujoco.mjtSensor.mjSENS_SUBTREELINVEL):

@@ -28,6 +28,7 @@ from metarl.models.network_parts import find_network
 from metarl.parts import Part, converted
 from metarl.plain_json import plain
 from metarl.sampling.spaces import ActionMode
+from metarl.sampling.trials import Trials
 
 CHOICES = ("outer", "baseline", "policy.network", "policy.distribution")
 """Parts that are options themselves: a name, `module:attribute` or an object."""
@@ -121,6 +122,11 @@ class Config:
     def baseline(self) -> Baseline | None:
         """The baseline; None on data sets."""
         return self.algorithm.baseline
+
+    @property
+    def trial(self) -> Trials | None:
+        """Sampling of trials; None for single episodes."""
+        return self.algorithm.trial
 
     @property
     def domain(self) -> Domain:

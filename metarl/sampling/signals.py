@@ -83,7 +83,7 @@ def end_with_parent(exactly: bool) -> None:
     """End this process and its children with the parent, even while an environment hangs.
 
     Args:
-        exactly: the parent's thread that started this process lives as long as the parent.
+        exactly: the main thread of the parent started this process.
     """
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C in a terminal does not reach workers or their child processes

@@ -191,7 +191,9 @@ def space_from_json(data: Mapping[str, Any]) -> gym.Space:
         return gym.spaces.MultiBinary(values["n"])
     check_one_of("kind", data["kind"], ("Discrete", "MultiDiscrete"))
     kind = gym.spaces.Discrete if data["kind"] == "Discrete" else gym.spaces.MultiDiscrete
-    return kind(**values, dtype=dtype.type)
+    if dtype != np.int64:  # the default, and the only one in older Gymnasium
+        values["dtype"] = dtype.type
+    return kind(**values)
 
 
 def check_spaces(env: TaskVectorEnv | gym.Env, policy: PolicyModel, name: str) -> None:
