@@ -21,7 +21,7 @@ from metarl.envs.policy_spaces import categories
 from metarl.envs.processes import Parcel, pack, unpack
 from metarl.envs.single import SingleTaskEnv
 from metarl.envs.tasks import Tasks
-from metarl.envs.vector import Bools, Floats, TaskVectorEnv
+from metarl.envs.vector import Advanced, TaskVectorEnv
 
 EPISODE, SUCCESS = "trial_episode", "trial_success"
 
@@ -154,9 +154,7 @@ class TrialVectorEnv(TaskVectorEnv):
         self._due[ids] = True
         self._observation[ids] = 0
 
-    def _advance(
-        self, ids: NDArray[np.int64] | None, actions: Any
-    ) -> tuple[Floats, Bools | None, Bools | None, Bools | None, dict[str, Any]]:
+    def advance(self, ids: NDArray[np.int64] | None, actions: Any) -> Advanced:
         moved = np.arange(self.num_envs) if ids is None else ids
         seen, reward, terminated, truncated, info = self._inner.step(actions)
         diverged = info.pop("diverged", None)

@@ -182,6 +182,7 @@ class TaskVectorEnv(VectorEnv[NDArray[Any], Any, NDArray[Any]]):
         self.render_mode = mode
 
     def begun(self, phase: int, i: int = -1) -> None:
+        """Record the start of a call in `progress`; i is a sub-environment, -1: all."""
         progress = self.progress
         progress[0] += 1
         progress[1] = phase

@@ -36,7 +36,9 @@ class Range:
     """Range of values that a search for better options draws from."""
 
     low: float
+    """Smallest value."""
     high: float
+    """Largest value."""
     log: bool = False
     """Draw the logarithm uniformly."""
 
@@ -47,6 +49,7 @@ def tunable(
     """Return a dataclass field that is an option with a range to search.
 
     Args:
+        default: default value of the field.
         low, high: bounds of the search, both included. Other values are allowed. In a tuple, they
             bound the first entry.
         log: draw the logarithm uniformly.

@@ -36,7 +36,7 @@ def blocks(kind: str) -> list[tuple[str, str]]:
     return [
         (page, code)
         for page, text in TEXTS.items()
-        for language, code in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+        for language, code in re.findall(r"^```(\S*)[^\n]*\n(.*?)^```", text, re.M | re.S)
         if language == kind
     ]
 
@@ -207,7 +207,7 @@ def test_every_option_that_the_text_names_exists(capsys):
     for page, text in TEXTS.items():
         prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
         for span in re.findall(r"`([^`\n]+)`", prose):
-            if not span.startswith(("python ", "torchrun ", "pip ")):
+            if not span.startswith(("python ", "torchrun ", "pip ", "twine ")):
                 unknown = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", span)) - known
                 assert not unknown, f"{page}: {span}"
 
@@ -248,7 +248,7 @@ def test_every_link_has_a_target(page):
         path = (PAGES[page].parent / name).resolve() if name else PAGES[page]
         assert path.exists(), link
         assert not anchor or anchor in anchors(path.read_text()), link
-    for name in re.findall(r"(?:scripts|tests|examples)/\w+\.\w+", TEXTS[page]):
+    for name in re.findall(r"(?:scripts|tests|examples)/[a-z_]+\.\w+", TEXTS[page]):
         assert (ROOT / name).exists(), name
 
 

@@ -125,8 +125,9 @@ class MujocoFamily(TaskFamily):
     camera: str | None = "track"
     """Camera of the model for rendering; a free camera if the model does not have this one."""
     width: int = 480
+    """Width of rendered images in pixels."""
     height: int = 480
-    """Size of rendered images in pixels."""
+    """Height of rendered images in pixels."""
 
     parallel: ClassVar[bool] = Batch is not SerialBatch
 

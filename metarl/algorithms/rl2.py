@@ -4,14 +4,17 @@ for each iteration:
     sample tasks
     for each task, repeat:
         h = initial state of the policy
-        for each episode of a trial:
+        for each episode of a trial of E episodes:
             for each step:                                  h lasts for the trial
                 x = (observation, previous action, previous reward, end of an episode)
                 action, h ~ pi_theta(x, h)
     A = advantages of the return of the whole trial
-    repeat 5 times, on the same trials:
+    repeat N times, on the same trials:
         g = d/dtheta mean clipped surrogate of A
-        theta = Adam step along g                           or one TRPO step
+        theta = Adam step along g
+
+E is trial.episodes, N is outer.steps. Likelihood ratios are clipped to 1 +- outer.clip. Adam's step
+size is outer.learning_rate. h has policy.units components.
 """
 
 from __future__ import annotations
