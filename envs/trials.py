@@ -181,8 +181,8 @@ class TrialVectorEnv(TaskVectorEnv):
         if self._due.any():
             # The task of each sub-environment, which differ within a task if resets draw them.
             self._inner._next_tasks = self.tasks
-            numbers = self._number.tolist()
-            seeds = [episode_seed(*pair) for pair in zip(self._seeds, numbers, strict=True)]
+            pairs = zip(self._seeds, self._number.tolist(), strict=True)
+            seeds = [episode_seed(*pair) for pair in pairs]
             seen, _ = self._inner.reset(seed=seeds, options={"reset_mask": self._due.copy()})
             seen = seen.reshape(self.num_envs, self._size)
             self._observation[self._due, : self._size] = seen[self._due]

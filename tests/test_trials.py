@@ -19,6 +19,7 @@ from metarl.domains.reinforcement import make_policy
 from metarl.envs import TrialFamily, check_task_family, make_family
 from metarl.envs.processes import pack, unpack
 from metarl.envs.trials import EPISODE, episode_seed
+from metarl.evaluation.benchmark import benchmark
 from metarl.learning.advantages import Advantages, estimate
 from metarl.learning.baselines import LinearFeatures, ZeroBaseline
 from metarl.learning.critic import Critic
@@ -368,6 +369,8 @@ def test_a_policy_of_trials_is_played_saved_and_exported(meta, tmp_path, capsys)
 def test_trials_are_refused_where_they_have_no_meaning():
     with refused("rl2", "sinusoid"):
         Trainer(metarl.resolve(None, "sinusoid", "rl2"))
+    with refused("rl2"):
+        benchmark(small())
     with refused("trial.episodes", 0):
         metarl.resolve(None, "bandit", "rl2", {"trial.episodes": 0})
     with refused("trial.episodes"):

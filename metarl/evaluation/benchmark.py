@@ -53,6 +53,11 @@ def benchmark(
     """
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
+    if config.trial is not None:
+        raise UserError(
+            f"benchmark replays single episodes, but {config.algorithm.name} plays trials: measure"
+            " another algorithm, such as maml-trpo"
+        )
     rows: list[dict[str, Any]] = []
     with process_group.errors_shared(), Trainer(config, process_group) as trainer:
         family = trainer.domain.environments(trainer.family)
