@@ -382,10 +382,10 @@ def test_trials_are_refused_where_they_have_no_meaning():
 @pytest.mark.learning
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_rl2_learns_to_find_the_best_arm(seed):
-    options = {"tasks": 40, "episodes": 5, "threads": 2, "iterations": 100, "seed": seed}
+    options = {"tasks": 40, "episodes": 5, "threads": 2, "iterations": 60, "seed": seed}
     options |= {"trial.episodes": 5, "outer": "trust-region", "outer.max_kl": 0.02}
     with Trainer(Config.of("bandit", "rl2").with_options(options)) as trainer:
-        rows = [trainer.iterate() for _ in range(100)]
+        rows = [trainer.iterate() for _ in range(60)]
     first, last = (
         np.mean([row[key] for row in rows[-10:]]) for key in ("return_pre", "return_post")
     )
