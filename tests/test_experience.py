@@ -27,7 +27,8 @@ from metarl.evaluation.results import EvaluationResult
 from metarl.evaluation.tables import experience_table
 from metarl.learning.advantages import Advantages
 from metarl.plots.figures import plot_experience
-from metarl.policies.meta_policy import MetaPolicy, random_meta_policy
+from metarl.policies.loading import random_meta_policy
+from metarl.policies.meta_policy import MetaPolicy
 from metarl.runs.metrics import read_metrics
 from metarl.sampling.rollouts import Collector, RandomKey
 

@@ -110,6 +110,10 @@ TABLE = {
     "pretrained": Row(batches=1, curvature=NO_CURVATURE),
     "oracle": Row(batches=1, context=2, curvature=NO_CURVATURE),
     "random": Row(outer=NoUpdate, curvature=NO_CURVATURE),
+    "rl2": Row(
+        outer=ClippedSurrogate, steps=FIVE_STEPS, loss=clipped_loss, batches=1,
+        curvature=NO_CURVATURE,
+    ),
 }  # fmt: skip
 
 

@@ -393,8 +393,9 @@ def alone(network="gru", space=BOX, **options) -> Policy:
     shapes = policy.shapes().items()
     drawn = {name: (0.3 * rng.standard_normal(s)).astype(np.float32) for name, s in shapes}
     params = {n: torch.from_numpy(np.abs(x) if "var" in n else x) for n, x in drawn.items()}
-    record = {"task": None, "steps": 0, "episodes": 0, "seed": 0}
-    return Policy(policy, params, space, 10, config, record)
+    provenance = {"task": None, "steps": 0, "episodes": 0, "seed": 0}
+    record = {"config": config.to_json(), "family": {}}
+    return Policy(policy, params, space, 10, config.action_mode, provenance, record)
 
 
 def test_a_policy_acts_with_its_state():

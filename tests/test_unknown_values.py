@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import gaussian_policy
 from expecting import refused, run
-from gymnasium.vector import AutoresetMode
 
 import metarl
 from metarl.algorithms import Algorithm, find_algorithm
@@ -169,10 +168,6 @@ CALLS = {
     "autoreset_mode": (
         lambda: make_family("navigation-2d").make_vec(1, 1, autoreset_mode="Next"),
         "autoreset_mode", "Next",
-    ),
-    "autoreset_mode same": (
-        lambda: make_family("bandit").make_vec(1, 1, autoreset_mode=AutoresetMode.SAME_STEP),
-        "autoreset_mode", "SameStep",
     ),
     "render_mode": (
         lambda: make_family("navigation-2d").make_vec(1, 1, render_mode="rgb"),

@@ -274,8 +274,11 @@ def _load_state(path: Path, record: Mapping[str, Any], like: State) -> tuple[Sta
     tensors, metadata = checkpoints.load(path)
     if metadata.get("kind") != "checkpoint":
         raise CheckpointError(f"{path} is not a checkpoint of a run but {metadata.get('kind')!r}")
-    if other := differences(metadata["config"], record["config"]):
-        raise CheckpointError(f"{path} belongs to another run: {other[0]}")
+    config = metadata.get("config")
+    if not isinstance(config, Mapping) or not isinstance(config.get("options"), Mapping):
+        raise CheckpointError(f"{path} has no readable config")
+    if other := differences(config, record["config"]):
+        raise CheckpointError(f"{path} belongs to another run; its config differs: {other[0]}")
     if changed := _family_changes(path, metadata, record):
         raise CheckpointError(changed)
     params, outer, baseline = (
@@ -315,7 +318,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     a, b = flat(old), flat(new)
     later = new["options"].keys() - old["options"].keys()
     return [
-        f"{key} is {a.get(key)}, not {b.get(key)}"
+        f"{key} is {a.get(key)!r}, not {b.get(key)!r}"
         for key in {**a, **b}
         if key not in {*CHANGEABLE_ON_RESUME, *later} and a.get(key) != b.get(key)
     ]
