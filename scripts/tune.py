@@ -8,7 +8,7 @@ validation tasks after a quarter, after half and at the end of its iterations. I
 is worse than the median of the trials before it. The best trials are trained again with further
 seeds, and the best mean over the seeds wins. It is written to best.toml.
 
-The same command continues an interrupted search. It needs optuna (pip install optuna).
+The same command continues an interrupted search. It needs the extra `tune`.
 """
 
 from __future__ import annotations
