@@ -9,20 +9,18 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from metarl.envs.errors import UserError, kind_of
 
-if sys.platform == "win32":
+try:
+    import fcntl
+except ImportError:  # Windows
     import msvcrt
-else:
-    try:
-        import fcntl
-    except ImportError:
-        fcntl = None
+
+    fcntl = None
 
 _WRITE = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0)  # Windows translates line ends
 
@@ -77,12 +75,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 def lock(file: int) -> bool:
     """Lock an open file until it is closed. Return False if another process has locked it."""
     try:
-        if sys.platform == "win32":
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        elif fcntl is not None:
+        if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:  # it does not see a lock of this process
-            os.lockf(file, os.F_TLOCK, 0)
+        else:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     except (BlockingIOError, PermissionError):
         return False
     return True

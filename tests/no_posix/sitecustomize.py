@@ -1,14 +1,22 @@
 """Take from Python what Windows lacks; every process with this folder on PYTHONPATH imports it."""
 
 import faulthandler
+import fcntl
 import os
 import runpy
 import select
 import signal
+import subprocess  # noqa: F401  (it would take msvcrt for Windows)
 import sys
+import types
 from functools import partial
 from pathlib import Path
 
+_flock = fcntl.flock  # for a stand-in of Windows' msvcrt
+sys.modules["msvcrt"] = types.SimpleNamespace(  # type: ignore[assignment]
+    LK_NBLCK=2,
+    locking=lambda file, mode, count: _flock(file, 4 | mode),  # LOCK_NB | LOCK_EX
+)
 for _module in ("fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"):
     sys.modules[_module] = None  # type: ignore[assignment]
 
@@ -16,7 +24,7 @@ for _holder, _names in {
     faulthandler: ("register", "unregister"),
     os: (
         "O_DIRECTORY", "O_NOFOLLOW", "fchmod", "fork", "forkpty", "getegid", "geteuid", "getgid",
-        "getpgid", "getpgrp", "getuid", "killpg", "mkfifo", "sched_getaffinity",
+        "getpgid", "getpgrp", "getuid", "killpg", "lockf", "mkfifo", "sched_getaffinity",
         "sched_setaffinity", "setpgid", "setpgrp", "setsid", "sysconf",
     ),
     select: ("epoll", "poll"),
