@@ -22,7 +22,7 @@ class Attention(nn.Module):
 
 if __name__ == "__main__":
     for algorithm in ("maml-trpo", "anil"):
-        options = {"policy.network": Attention, "iterations": 3, "tasks": 10}
+        options = {"policy.network": Attention, "iterations": 2, "tasks": 5}
         config = metarl.resolve("metarl2026", "navigation-2d", algorithm, options)
         meta_policy = metarl.train(config, f"runs/example-attention-{algorithm}", resume="auto")
         print(metarl.evaluate(meta_policy, tasks=4, episodes=2, steps=1).table())

@@ -635,7 +635,7 @@ def test_ppo_of_stable_baselines3_is_a_row_if_it_is_installed():
     assert again.references[names[3]].per_task.tolist() == long.tolist()
 
 
-@pytest.mark.parametrize("mode", ["clip", "scale"])
+@pytest.mark.parametrize("mode", ["clip", pytest.param("scale", marks=pytest.mark.slow)])
 def test_ppo_learns_on_each_task(mode):
     pytest.importorskip("stable_baselines3")
     family = make_family("navigation-2d", horizon=15)

@@ -286,7 +286,8 @@ def test_killed_ranks_restart_and_reach_the_same_end(tmp_path):
 def test_ranks_share_an_evaluation_and_one_of_them_writes_it(tmp_path, monkeypatch, capsys):
     # Tuning meets steps that are not finite, and the paths of the first tasks are of both ranks.
     command = [
-        "evaluate", "navigation-2d-icml2017", "--tasks", "6", "--episodes", "2", "--steps", "1",
+        "evaluate", "navigation-2d-icml2017", "--family-options", "horizon=20", "--tasks", "6",
+        "--episodes", "2", "--steps", "1",
         "--tune-step-sizes", "--from-scratch", "--experience", "2", "--episodes-per-step", "1",
         "--threads", "1", "--out",
     ]  # fmt: skip
