@@ -11,7 +11,7 @@ from metarl.plots.learning_curves import plot_learning
 folders = {}
 for algorithm in ("maml-trpo", "promp"):
     config = metarl.resolve(
-        "icml2017", "navigation-2d", algorithm, overrides={"iterations": 3, "tasks": 5}
+        "icml2017", "navigation-2d", algorithm, overrides={"iterations": 2, "tasks": 5}
     )
     folders[algorithm] = Path(f"runs/example-{algorithm}")
     metarl.train(config, folders[algorithm], resume=folders[algorithm].exists())

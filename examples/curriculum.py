@@ -29,10 +29,10 @@ class Curriculum(metarl.Callback):
 
 
 if __name__ == "__main__":
-    for iterations in (5, 10):  # the second time it continues
+    for iterations in (3, 6):  # the second time it continues
         curriculum = Curriculum()
         config = metarl.resolve(
-            "icml2017", "navigation-2d", overrides={"iterations": iterations, "tasks": 10}
+            "icml2017", "navigation-2d", overrides={"iterations": iterations, "tasks": 5}
         )
         metarl.train(config, "runs/example-curriculum", resume="auto", callbacks=[curriculum])
         print(f"after {iterations} iterations goals are within {curriculum.part:.0%} of the range")

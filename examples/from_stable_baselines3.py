@@ -13,7 +13,7 @@ from metarl.envs import make_family
 family = make_family("navigation-2d")
 settings = {"n_steps": 1000, "batch_size": 100, "policy_kwargs": {"net_arch": [32, 32]}}
 ppo = PPO("MlpPolicy", family.make(), seed=0, device="cpu", **settings)  # a task an episode
-ppo.learn(3000)
+ppo.learn(2000)
 
 network = [m for m in ppo.policy.mlp_extractor.policy_net if isinstance(m, torch.nn.Linear)]
 layers = dict(enumerate([*network, ppo.policy.action_net]))
@@ -25,7 +25,7 @@ for i, layer in layers.items():
 options = {"policy.hidden": (32, 32), "inner.test_step_sizes": (0.1, 0.05)}
 config = metarl.resolve(None, "navigation-2d", "pretrained", options)
 meta_policy = metarl.MetaPolicy.of(params, config)
-print(metarl.evaluate(meta_policy, tasks=8, episodes=10, steps=2).table())
+print(metarl.evaluate(meta_policy, tasks=4, episodes=10, steps=2).table())
 
 policy = meta_policy.adapt([0.4, -0.2], steps=2)
 with torch.no_grad():

@@ -26,7 +26,7 @@ with ChunkPool(2) as pool:
     how = {"tasks": TASKS, "stratified": True, "episodes": 10, "options": config.policy}
     source = domain.source(family, algorithm, adapter, pool, **how)
     inner_loop = InnerLoop(adapter, pool)
-    for iteration in range(8):
+    for iteration in range(4):
         # Sample tasks; for each, episodes with theta, an inner step, episodes with theta'.
         samples = source.open(RandomKey(0, iteration), {})
         adapted = inner_loop.run(samples.sample, theta, TASKS, steps=1, query=True)
