@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -90,7 +91,13 @@ class Critic(Baseline):
         Sums over tasks are computed in chunks, in a fixed order. The result does not depend on the
         number of processes.
         """
-        data = [(r, discounted_sum(r.reward.double(), discount).float()) for r in rollouts]
+        data = [
+            (
+                dataclasses.replace(r, observation=baseline_input(r)),
+                discounted_sum(r.reward.double(), discount).float(),
+            )
+            for r in rollouts
+        ]
         state = {**state, **self._statistics(state, data, process_group)}
         names = [name for name in state if name.startswith("layer")]
         moments = {
@@ -127,7 +134,7 @@ class Critic(Baseline):
             one = slice(episode, episode + 1)
             valid = rollout.valid[chunk, one]
             leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-            found = self._network(leaves, self._inputs(state, baseline_input(rollout)[chunk, one]))
+            found = self._network(leaves, self._inputs(state, rollout.observation[chunk, one]))
             error = found - (target[chunk, one] - mean) / scale
             loss = torch.where(valid, error.square(), 0.0).sum()
             slopes = torch.autograd.grad(loss, list(leaves.values()))
@@ -145,8 +152,7 @@ class Critic(Baseline):
             sums = []
             for rollout, target in data:
                 valid = rollout.valid[chunk]
-                whole = baseline_input(rollout)
-                x = seen(whole[chunk], whole.dim() - 3)[valid].double()
+                x = seen(rollout.observation[chunk], rollout.observation.dim() - 3)[valid].double()
                 y = target[chunk][valid].double().unsqueeze(-1)
                 one = torch.full((1,), float(len(x)), dtype=torch.float64)
                 sums.append(torch.cat([one, *(f(v).sum(0) for v in (x, y) for f in _POWERS)]))
