@@ -242,7 +242,13 @@ def test_benchmark_prints_one_object(capsys):
     ]:
         assert result[key]
     assert result["preset"] == "pearl2019"
-    assert {"rollout", "gradient", "conjugate_gradient", "line_search"} <= set(result["seconds"])
+    parts = {"rollout_environment", "rollout_inference", "rollout_rest", "baseline"}
+    phases = {"rollout", "gradient", "conjugate_gradient", "line_search"}
+    assert parts | phases <= set(result["seconds"])
+    assert result["seconds"]["rollout_inference"] > 0.0
+    assert all(rate > 0.0 for rate in result["rates"].values())
+    samples, weights = 2 * 2 * 2 * 20, 17 * 64 + 64 * 64 + 64 * 6
+    assert result["network_flops"] > 3 * samples * 2 * weights  # a forward and a backward pass
     assert run("benchmark", "navigation-2d", *arguments, "--family-options", "horizon=20") == 0
     assert json.loads(capsys.readouterr().out)["ceiling_env_steps_per_second"] is None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -35,6 +34,7 @@ from metarl.learning.adapter import Adapter
 from metarl.learning.advantages import to_batch
 from metarl.learning.density import check_density
 from metarl.learning.losses import Batch, Loss, likelihood_ratio, log_likelihood
+from metarl.learning.stopwatch import Stopwatch
 from metarl.models.distribution import Distribution, check_distribution
 from metarl.models.distributions import AutoDistribution
 from metarl.models.modules import check_normalized
@@ -280,16 +280,19 @@ class EpisodeSamples(TaskSamples):
 
     source: Environments = field(kw_only=True)
     baseline: Params = field(kw_only=True)
+    seconds_baseline: float = 0.0
+    """Seconds spent on baselines and advantages so far."""
 
     def sample(self, params: Params, k: int) -> Batch:
-        begin = time.perf_counter()
-        source = self.source
+        watch, source = Stopwatch(), self.source
         where = replace(self.key, inner_step=k)
         rollout = source.collector.collect({**params, **self.context}, self.tasks, where)
-        self.seconds += time.perf_counter() - begin
+        self.seconds += watch.lap()
         self.rollouts.append(rollout)
         advantage, baseline = source.algorithm.estimator
-        return to_batch(source.model, rollout, advantage, baseline, self.baseline, source.pool)
+        batch = to_batch(source.model, rollout, advantage, baseline, self.baseline, source.pool)
+        self.seconds_baseline += watch.lap()
+        return batch
 
     @property
     def count(self) -> int:
@@ -313,10 +316,11 @@ class EpisodeSamples(TaskSamples):
 
     def metrics(self, before: Params, after: Params, stats: Mapping[str, Any]) -> dict[str, Any]:
         source = self.source
-        return rollout_metrics(
+        found = rollout_metrics(
             source.algorithm, source.model, after, source.action_space, source.options.action,
             self.rollouts, source.count * source.episodes, source.pool.process_group,
         )  # fmt: skip
+        return {**found, "seconds_baseline": self.seconds_baseline}
 
 
 def rollout_metrics(

@@ -16,14 +16,13 @@ import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from metarl.config.options import Config, available_threads
@@ -32,6 +31,13 @@ from metarl.distributed.process_group import ALONE, ProcessGroup
 from metarl.envs import GymnasiumFamily, MujocoFamily, TaskFamily
 from metarl.envs.errors import UserError
 from metarl.envs.seeds import foreign_seed
+from metarl.evaluation.breakdown import (
+    environment_seconds,
+    inference_seconds,
+    machine_rates,
+    network_flops,
+    physics_seconds,
+)
 from metarl.models.networks import Params, stack
 from metarl.models.policies import PolicyModel
 from metarl.models.settings import own_settings
@@ -72,12 +78,14 @@ def benchmark(
             key = RandomKey(
                 config.seed, row["iteration"] - 1, first_task=trainer.source.block.start
             )
-            row["seconds_ceiling"] = sum(
-                replay(trainer, rollout, dataclasses.replace(key, inner_step=k))
-                for k, rollout in enumerate(seen)
-            )
+            keys = [dataclasses.replace(key, inner_step=k) for k in range(len(seen))]
+            pairs = list(zip(seen, keys, strict=True))
+            row["seconds_ceiling"] = sum(physics_seconds(trainer, *pair) for pair in pairs)
+            if not config.workers or family.parallel:
+                row |= _parts_of_sampling(trainer, pairs, row)
             rows.append(row)
     peak = _peak_memory()
+    flops = network_flops(config) if process_group.size == 1 else None
     native = isinstance(family, MujocoFamily)
 
     def median(values: list[float]) -> float:
@@ -114,6 +122,8 @@ def benchmark(
             for key in phases
         },
         "peak_memory_bytes": peak,
+        "network_flops": flops,
+        "rates": machine_rates(),
         "collectives": {key: median([row[key] for row in rows]) for key in ("calls", "bytes")},
     }
     if processes is not None:
@@ -127,6 +137,19 @@ def benchmark(
             [row["seconds_ceiling"] / row["seconds_iteration"] for row in rows]
         )
     return result
+
+
+def _parts_of_sampling(
+    trainer: Trainer, rollouts: Sequence[tuple[Rollout, RandomKey]], row: Mapping[str, Any]
+) -> dict[str, float]:
+    """Return the seconds of the parts of sampling, each alone, and the rest."""
+    inference = sum(inference_seconds(trainer, *pair) for pair in rollouts)
+    environment = sum(environment_seconds(trainer, *pair) for pair in rollouts)
+    return {
+        "seconds_rollout_inference": inference,
+        "seconds_rollout_environment": environment - row["seconds_ceiling"],
+        "seconds_rollout_rest": row["seconds_rollout"] - inference - environment,
+    }
 
 
 def _peak_memory() -> int | None:
@@ -253,37 +276,28 @@ def _step_all(
     return env.num_envs * steps
 
 
-def replay(trainer: Trainer, rollout: Rollout, key: RandomKey) -> float:
-    """Return the seconds of physics alone for a rollout's actions; 0 if not native.
+_PHASES = {
+    "iteration": "iteration",
+    "rollout": "  sampling",
+    "ceiling": "    physics",
+    "rollout_environment": "    rest of the environment",
+    "rollout_inference": "    inference",
+    "rollout_rest": "    copies and waiting",
+    "adapt": "  adaptation",
+    "baseline": "    baseline and advantages",
+    "gradient": "  gradient",
+    "conjugate_gradient": "  Fisher products",
+    "line_search": "  line search",
+}
 
-    Contact forces are excluded, because they are fetched one simulation at a time.
-    """
-    family, config = trainer.family, trainer.config
-    if not isinstance(family, MujocoFamily):
-        return 0.0
-    tasks = rollout.tasks.numpy()
-    env = family.make_vec(
-        len(tasks), config.episodes, autoreset_mode=AutoresetMode.DISABLED, threads=config.threads
-    )
-    env.set_tasks(tasks)
-    env.reset(seed=[s for t in range(len(tasks)) for s in key.episode_seeds(t, env.episodes)])
-    action = env_action(rollout.action.numpy(), env.single_action_space, config.action_mode)
-    control = (action / np.float32(family.action_scale)).astype(np.float64)
-    control = np.ascontiguousarray(
-        control.reshape(env.num_envs, -1, control.shape[-1]).swapaxes(0, 1)
-    )
-    length = rollout.valid.sum(-1).flatten()
-    ctrl, steps = env.batch.bind("ctrl"), int(length.max())
-    ragged = None if bool(rollout.valid.all()) else [
-        torch.nonzero(length > t).flatten().int().numpy() for t in range(steps)
-    ]  # fmt: skip
-    start = time.perf_counter()
-    for t in range(steps):
-        ctrl[...] = control[t]
-        env.batch.step(
-            None if ragged is None else ragged[t], nstep=family.frame_skip, stage=family.stage
-        )
-    return time.perf_counter() - start
+
+def _phases(result: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return the phases with their seconds, nested, then the other ones."""
+    seconds = dict(result["seconds"])
+    if result["ceiling_env_steps_per_second"] is None:
+        del seconds["ceiling"]
+    known = [(label, seconds.pop(key)) for key, label in _PHASES.items() if key in seconds]
+    return known + [(f"{key} (in all)", value) for key, value in seconds.items()]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -321,13 +335,18 @@ def table(result: dict[str, Any]) -> str:
         for key in ("plain_loop", "one_process", "async_vector_env"):
             name = f"workers to {names[key].partition(',')[0]}"
             lines.append(f"{name:<28}{processes[f'workers_to_{key}']:>12.2f}")
+    lines += ["", f"{'phase':<28}{'seconds':>12}"]
+    lines += [f"{name:<28}{value:>12.3f}" for name, value in _phases(result)]
     lines.append("")
-    lines.append(f"{'phase':<28}{'seconds':>12}")
-    for name, value in result["seconds"].items():
-        if name != "ceiling" or ceiling is not None:
-            lines.append(f"{name:<28}{value:>12.3f}")
     if result["peak_memory_bytes"] is not None:
         lines.append(f"peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
+    if result["network_flops"] is not None:
+        flops, seconds = result["network_flops"] / 1e9, result["seconds"]
+        other = seconds["iteration"] - seconds["ceiling"]
+        lines.append(f"networks: {flops:.1f} GFlop an iteration, {flops / other:.0f} GFlop/s")
+    rates = result["rates"]
+    product, copy = rates["product_flops_per_second"] / 1e9, rates["copy_bytes_per_second"] / 1e9
+    lines.append(f"one thread: {product:.0f} GFlop/s in the cache, {copy:.1f} GB/s of memory")
     if result["ranks"] > 1:
         calls, sent = (result["collectives"][key] for key in ("calls", "bytes"))
         lines.append(f"rank 0 sent {sent / 1e6:.2f} MB in {calls:.0f} collectives an iteration")

@@ -84,8 +84,9 @@ def features(observation: Tensor, time: Tensor) -> Tensor:
     hundreds of steps; float64.
     """
     o = observation.clamp(-10.0, 10.0).double()
-    t = (time.double() / 100.0).expand(o.shape[:-1])
-    return torch.cat([o, o * o, torch.stack([t, t**2, t**3, torch.ones_like(t)], dim=-1)], dim=-1)
+    t = time.double() / 100.0
+    powers = torch.stack([t, t**2, t**3, torch.ones_like(t)], dim=-1)
+    return torch.cat([o, o * o, powers.expand(*o.shape[:-1], 4)], dim=-1)
 
 
 DUAL = 1024
