@@ -6,7 +6,7 @@ RUN := runs/first
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: install dev train test test-lowest test-newest noise slow lint docs matrix matrix-whole
+.PHONY: install dev train test test-lowest test-newest noise slow examples lint docs matrix matrix-whole
 
 install: .venv/installed
 dev: .venv/installed-dev
@@ -58,6 +58,10 @@ noise: dev
 
 slow: dev
 	$(PYTEST) -m "slow or learning"
+
+# All scripts of examples/. `make test` runs the short ones.
+examples: dev
+	$(PYTEST) tests/test_docs.py -k test_examples_run
 
 # pyright sees the package as it is shipped, with envs inside.
 lint: dev

@@ -127,7 +127,21 @@ EXTRAS = {
 """Packages that examples need, and the tests do not."""
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+LONG = {
+    "compare_runs", "curriculum", "from_stable_baselines3", "log_to_wandb", "my_algorithm",
+    "neural_critic", "own_attention", "own_distribution", "own_loop", "own_network",
+    "own_outer_loss", "own_recurrent_network", "train_my_family", "tune_with_optuna",
+}  # fmt: skip
+"""Examples that take more than five seconds; `make examples` runs all of them."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in LONG else [])
+        for path in EXAMPLES
+    ],
+)
 def test_examples_run(path):
     where = dict(os.environ)
     if (package := EXTRAS.get(path.stem)) and importlib.util.find_spec(package) is None:
