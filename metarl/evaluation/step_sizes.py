@@ -48,12 +48,12 @@ class StepSizes:
         """Return the step sizes of a reference: given, tuned, or as its preset has them."""
         algorithm = members[0].algorithm
         given = self.given.get(self.arguments.get(algorithm.role, ""), ())
-        usual = reference_step_sizes(members[0].config, algorithm.name)
+        usual = reference_step_sizes(members[0].setup, algorithm.name)
         return self._of(name, members, given, usual)
 
     def start(self, start: MetaPolicy) -> Sizes:
         """Return the step sizes of the random initialization; by default the evaluated policy's."""
-        usual = reference_step_sizes(start.config, START) or self.given["step_sizes"]
+        usual = reference_step_sizes(start.setup, START) or self.given["step_sizes"]
         return self._of(START, [start], self.given[self.arguments["untrained"]], usual)
 
     def _of(

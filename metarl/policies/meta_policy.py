@@ -20,7 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from metarl.algorithms import Algorithm
-from metarl.config.options import Config
+from metarl.config.options import RunOptions
+from metarl.config.setup import Setup
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.domains.domain import Domain, context_dim, scaled_tasks
 from metarl.domains.reinforcement import PolicyOptions, make_policy
@@ -57,12 +58,12 @@ class MetaPolicy:
     params: Params = field(repr=False)
     """Meta-parameters by name, float32, not stacked. Network parameters, such as `layer0.weight`
     [inputs, outputs]; also learned step sizes or the fitted factor of step sizes, if any."""
-    config: Config
-    """Config of the training."""
+    setup: Setup
+    """Task family, algorithm and model."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Iterations, env steps and versions of the training."""
-    trained_on: Fingerprint = field(default_factory=dict)
-    """Fingerprint of the family in training; empty if unknown."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """`config` of the training and fingerprint of the `family`, as files contain them."""
     baseline: Params = field(default_factory=dict, repr=False)
     """State of the baseline, if it has one."""
 
@@ -70,16 +71,18 @@ class MetaPolicy:
         # Copies: the parameters of a running training or of another policy must not change it.
         for name in ("params", "baseline"):
             object.__setattr__(self, name, copied(getattr(self, name)))
-        for name in ("provenance", "trained_on"):
+        if not self.record:
+            object.__setattr__(self, "record", {"config": self.setup.to_json(), "family": {}})
+        for name in ("provenance", "record"):
             object.__setattr__(self, name, copy.deepcopy(dict(getattr(self, name))))
 
     @classmethod
-    def of(cls, params: Mapping[str, ArrayLike | Tensor], config: Config) -> MetaPolicy:
+    def of(cls, params: Mapping[str, ArrayLike | Tensor], setup: Setup) -> MetaPolicy:
         """Return the meta-policy of parameters from elsewhere, such as another library.
 
         Args:
             params: every parameter of the network by name, see `params`; converted to float32.
-            config: says which network, family and algorithm they are for.
+            setup: network, family and algorithm that they are for.
 
         Raises:
             UserError: a parameter is missing, unknown, of another shape or not finite.
@@ -90,19 +93,38 @@ class MetaPolicy:
             tensors = {name: torch.as_tensor(p, dtype=torch.float32) for name, p in params.items()}
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"params must be arrays or tensors of numbers: {error}") from error
-        model = config.domain.model(config.algorithm, config.policy, cls({}, config).source)
-        shapes = config.domain.adapter(config.algorithm, model).shapes()
-        return cls(checkpoints.in_shapes("params", tensors, shapes), config)
+        model = setup.domain.model(setup.algorithm, setup.policy, cls({}, setup).source)
+        shapes = setup.domain.adapter(setup.algorithm, model).shapes()
+        return cls(checkpoints.in_shapes("params", tensors, shapes), setup)
 
     @property
     def algorithm(self) -> Algorithm:
         """Algorithm of the training."""
-        return self.config.algorithm
+        return self.setup.algorithm
 
     @property
     def domain(self) -> Domain:
         """Reinforcement or supervised learning."""
-        return self.config.domain
+        return self.setup.domain
+
+    @property
+    def trained_on(self) -> Fingerprint:
+        """Fingerprint of the family in training; empty if unknown."""
+        return self.record["family"]
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """Policy that the training started from, its iteration and checksum; empty: random."""
+        return self.record["config"].get("origin", {})
+
+    @cached_property
+    def run_options(self) -> RunOptions:
+        """Options of the training run; the defaults if there was none."""
+        usual, options = (
+            RunOptions(policies=self.setup.policy.policies),
+            self.record["config"]["options"],
+        )
+        return usual.with_options({k: options[k] for k in usual.options() if k in options})
 
     @cached_property
     def source(self) -> Family:
@@ -112,7 +134,7 @@ class MetaPolicy:
             UserError: the family cannot be created, or the policy cannot be used with its
                 changes. Changes of its horizon or task range are logged in one line.
         """
-        family = find_family(self.config.family, **self.config.family_options)
+        family = find_family(self.setup.family, **self.setup.family_options)
         self.check_family(family)
         return family
 
@@ -121,7 +143,7 @@ class MetaPolicy:
         if found := self.family_changes(family):
             _log.warning(
                 "%s was trained with other settings (then -> now): %s",
-                self.config.family, "; ".join(found),
+                self.setup.family, "; ".join(found),
             )  # fmt: skip
 
     def check_spaces(self, observation: gym.Space, action: gym.Space) -> None:
@@ -140,7 +162,7 @@ class MetaPolicy:
         now = fingerprint.fingerprint(family, spaces)
         if found := fingerprint.obstacles(self.trained_on, now):
             raise UserError(
-                f"this policy was trained on a different {self.config.family} (then -> now):"
+                f"this policy was trained on a different {self.setup.family} (then -> now):"
                 f" {'; '.join(found)}; restore the family, or train on it again"
             )
         return fingerprint.notices(self.trained_on, now)
@@ -170,15 +192,15 @@ class MetaPolicy:
         """Model that adapts: the policy, or the predictor of supervised tasks."""
         images = any(p.dim() == 4 for p in self.params.values())
         if not {"log_std", "layer0.weight"} <= self.params.keys() or images:
-            return self.domain.model(self.algorithm, self.config.policy, self.source)
+            return self.domain.model(self.algorithm, self.setup.policy, self.source)
         # The parameters determine the sizes of a Gaussian for vectors, so it needs no family.
-        assert isinstance(self.config.policy, PolicyOptions)
+        assert isinstance(self.setup.policy, PolicyOptions)
         dim = self.family.tasks.dim if self.algorithm.task_conditioned else 0
         context = context_dim(self.algorithm, dim)
         observation = self.params["layer0.weight"].shape[0] - context
         seen = gym.spaces.Box(-np.inf, np.inf, (observation,), np.float32)
         actions = gym.spaces.Box(-1.0, 1.0, self.params["log_std"].shape)
-        return make_policy(self.config.policy, seen, actions, context)
+        return make_policy(self.setup.policy, seen, actions, context)
 
     @property
     def policy(self) -> PolicyModel:
@@ -194,10 +216,10 @@ class MetaPolicy:
     ) -> tuple[InnerLoop, Params]:
         """Return the inner loop and the meta-parameters that it starts from.
 
-        The step sizes are the given ones; else the config's for evaluation; else the learned ones;
-        else the training step sizes.
+        The step sizes are the given ones; else the algorithm's for evaluation; else the learned
+        ones; else the training step sizes.
         """
-        given = checked_sizes("step_sizes", step_sizes) or self.config.inner.sizes_in_evaluation
+        given = checked_sizes("step_sizes", step_sizes) or self.algorithm.inner.sizes_in_evaluation
         adapter = self.domain.adapter(self.algorithm, self.model)
         params = copied(self.params)
         if given:
@@ -215,11 +237,6 @@ class MetaPolicy:
         return to_batch(self.policy, rollout, advantage, baseline, self.baseline, pool)
 
     @property
-    def record(self) -> dict[str, Any]:
-        """Config and fingerprint of the family in training, as files contain them."""
-        return {"config": self.config.to_json(), "family": dict(self.trained_on)}
-
-    @property
     def digest(self) -> str:
         """Fingerprint of the parameters: SHA-256, hexadecimal."""
         whole = hashlib.sha256()
@@ -232,7 +249,7 @@ class MetaPolicy:
     def training_step_sizes(self) -> tuple[float, ...]:
         """Step sizes in training, including sizes fitted to a KL; not the learned ones."""
         factor = float(self.params[FACTOR]) if FACTOR in self.params else 1.0
-        return tuple(factor * size for size in self.config.inner.sizes_in_training)
+        return tuple(factor * size for size in self.algorithm.inner.sizes_in_training)
 
     def context(self, tasks: NDArray[Any]) -> Params:
         """Return the policy's observation of tasks [T, task_dim], as an entry of its parameters."""
@@ -280,7 +297,7 @@ class MetaPolicy:
             raise UserError("an oracle needs the task vector: pass it instead of an environment")
         context = {} if given is None else self.context(given[None])
         steps = steps if self.algorithm.takes_inner_steps else 0
-        mode = self.config.action_mode
+        mode = self.setup.action_mode
 
         def sample(params: Params, k: int) -> Batch:
             rollout = collect_episodes(
@@ -394,7 +411,7 @@ class MetaPolicy:
                 self.check_spaces(env.observation_space, env.action_space)
                 action_space = env.action_space
         loop, params = self.inner_loop(ChunkPool(1), step_sizes)
-        horizon, mode = self.family.horizon, self.config.action_mode
+        horizon, mode = self.family.horizon, self.setup.action_mode
         return OnlineAdapter(
             loop, params, self.batch, action_space, horizon, mode, self.record, int(seed)
         )
