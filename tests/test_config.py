@@ -244,8 +244,8 @@ def known_options(domain: str) -> set[str]:
         found |= set(config.options())
         for key in config.options():
             section, dot, name = key.partition(".")
-            if dot and hasattr(getattr(config, section), "name"):
-                found.add(f"{section}.{getattr(config, section).name}.{name}")
+            if dot and (part := getattr(config.sections()[section], "name", "")):
+                found.add(f"{section}.{part}.{name}")
     return found
 
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from metarl.distributed.chunk_pool import ChunkPool
-from metarl.distributed.process_group import ProcessGroup, local_ranks
+from metarl.distributed.process_group import ProcessGroup
 from metarl.domains.memory import check_memory, need
 from metarl.domains.reinforcement import PolicyOptions, spaces_of
 from metarl.envs import TaskFamily, guard
@@ -144,7 +144,7 @@ class PolicyEvaluator(Evaluator):
                 info_keys=len(kept), chunks=self.pool.threads,
                 threads=self.pool.threads,
             )  # fmt: skip
-            check_memory(needed, family.name, local_ranks())
+            check_memory(needed, family.name)
             self._collectors[kind] = make_collector(
                 family, policy, len(self.tasks), options.episodes, self.pool, mode,
                 workers=workers, timeout=timeout, info_keys=kept,

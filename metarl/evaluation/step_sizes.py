@@ -11,6 +11,7 @@ from metarl.config.resolve import reference_step_sizes
 from metarl.envs.errors import NonFiniteError, UserError
 from metarl.evaluation.evaluator import Evaluator, Sizes
 from metarl.evaluation.groups import START
+from metarl.plain_json import finite
 from metarl.policies.meta_policy import MetaPolicy
 
 FACTORS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
@@ -73,10 +74,7 @@ class StepSizes:
 
     def to_json(self) -> dict[str, Any]:
         """Return what was tried, plain JSON values."""
-        return {
-            name: [[f, value if math.isfinite(value) else None] for f, value in values.items()]
-            for name, values in self.tried.items()
-        }
+        return finite({n: [[f, x] for f, x in tried.items()] for n, tried in self.tried.items()})
 
 
 def _tuned(evaluator: Evaluator, members: Sequence[MetaPolicy]) -> dict[float, float]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
@@ -24,12 +23,13 @@ from metarl.config.options import RunOptions
 from metarl.config.setup import Setup
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.domains.domain import Domain, context_dim, scaled_tasks
-from metarl.domains.reinforcement import PolicyOptions, make_policy
+from metarl.domains.reinforcement import policy_of_parameters
 from metarl.envs import TaskFamily, guard
 from metarl.envs.checks.start import log_finding, start_findings
 from metarl.envs.errors import UserError, check_whole, kind_of
 from metarl.envs.family import Family
 from metarl.envs.registry import find_family
+from metarl.envs.single import task_vector
 from metarl.learning.adapter import FACTOR
 from metarl.learning.advantages import to_batch
 from metarl.learning.inner_loop import InnerLoop
@@ -41,9 +41,9 @@ from metarl.models.settings import own_settings
 from metarl.policies.adapted_predictor import AdaptedPredictor, as_examples
 from metarl.policies.online import OnlineAdapter
 from metarl.policies.policy import Policy
-from metarl.runs import checkpoints, fingerprint
+from metarl.runs import checkpoints
 from metarl.runs.files import as_path
-from metarl.runs.fingerprint import Fingerprint, Spaces
+from metarl.runs.fingerprint import Fingerprint, Spaces, fingerprint, notices
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.trajectories import Rollout
@@ -159,13 +159,7 @@ class MetaPolicy:
         Raises:
             UserError: the policy cannot be used with the family.
         """
-        now = fingerprint.fingerprint(family, spaces)
-        if found := fingerprint.obstacles(self.trained_on, now):
-            raise UserError(
-                f"this policy was trained on a different {self.setup.family} (then -> now):"
-                f" {'; '.join(found)}; restore the family, or train on it again"
-            )
-        return fingerprint.notices(self.trained_on, now)
+        return notices(self.setup.family, self.trained_on, fingerprint(family, spaces))
 
     @property
     def family(self) -> TaskFamily:
@@ -190,17 +184,10 @@ class MetaPolicy:
     @cached_property
     def model(self) -> Model:
         """Model that adapts: the policy, or the predictor of supervised tasks."""
-        images = any(p.dim() == 4 for p in self.params.values())
-        if not {"log_std", "layer0.weight"} <= self.params.keys() or images:
-            return self.domain.model(self.algorithm, self.setup.policy, self.source)
-        # The parameters determine the sizes of a Gaussian for vectors, so it needs no family.
-        assert isinstance(self.setup.policy, PolicyOptions)
-        dim = self.family.tasks.dim if self.algorithm.task_conditioned else 0
+        dim = self.source.tasks.dim if self.algorithm.task_conditioned else 0
         context = context_dim(self.algorithm, dim)
-        observation = self.params["layer0.weight"].shape[0] - context
-        seen = gym.spaces.Box(-np.inf, np.inf, (observation,), np.float32)
-        actions = gym.spaces.Box(-1.0, 1.0, self.params["log_std"].shape)
-        return make_policy(self.setup.policy, seen, actions, context)
+        found = policy_of_parameters(self.params, self.setup.policy, context)
+        return found or self.domain.model(self.algorithm, self.setup.policy, self.source)
 
     @property
     def policy(self) -> PolicyModel:
@@ -284,13 +271,12 @@ class MetaPolicy:
             NonFiniteError: a sample or an adapted parameter is not finite, or every episode of a
                 step diverged (a subclass of UserError).
         """
-        check_whole("steps", steps, 0)
-        check_whole("episodes", episodes, 1)
-        check_whole("seed", seed, 0)
-        steps, episodes, seed = int(steps), int(episodes), int(seed)
+        steps = check_whole("steps", steps, 0)
+        episodes = check_whole("episodes", episodes, 1)
+        seed = check_whole("seed", seed, 0)
         if isinstance(env, gym.vector.VectorEnv):
             raise UserError("adapt takes one environment, got a vector environment")
-        given = None if isinstance(env, gym.Env) else self._task(env)
+        given = None if isinstance(env, gym.Env) else task_vector(self.family.tasks, env)
         if given is not None:
             _ = self._checked_at_start  # logged at the first call
         elif self.algorithm.task_conditioned:
@@ -328,20 +314,6 @@ class MetaPolicy:
         horizon = self.played.horizon
         return Policy(self.policy, params, space, horizon, mode, provenance, self.record)
 
-    def _task(self, value: ArrayLike) -> NDArray[np.float64]:
-        """Return a task vector of the family."""
-        names = self.family.tasks.names
-        try:
-            task = np.asarray(value, np.float64)
-        except (TypeError, ValueError):
-            task = np.array(np.nan)
-        if task.shape != (len(names),) or not np.isfinite(task).all():
-            raise UserError(
-                f"adapt takes an environment, or a task of {len(names)} finite numbers"
-                f" ({', '.join(names)}), got {value!r}"
-            )
-        return task
-
     @own_settings()
     def adapt_to(
         self,
@@ -367,8 +339,7 @@ class MetaPolicy:
         model = self.domain.predictor(self.model)
         if self.algorithm.task_conditioned:
             raise UserError("an oracle observes its task and does not adapt")
-        check_whole("steps", steps, 0)
-        steps = int(steps)
+        steps = check_whole("steps", steps, 0)
         support = as_examples(model, inputs, targets)
         with ChunkPool(1) as pool:
             loop, meta = self.inner_loop(pool, step_sizes)
@@ -403,7 +374,7 @@ class MetaPolicy:
                 f"{self.algorithm.name} takes no inner steps, so there is nothing to adapt: use"
                 " MetaPolicy.adapt, and act with the policy"
             )
-        check_whole("seed", seed, 0)
+        seed = check_whole("seed", seed, 0)
         if action_space is not None and not isinstance(action_space, gym.Space):
             raise UserError(f"action_space must be a space, got {kind_of(action_space)}")
         if action_space is None:
@@ -413,7 +384,7 @@ class MetaPolicy:
         loop, params = self.inner_loop(ChunkPool(1), step_sizes)
         horizon, mode = self.family.horizon, self.setup.action_mode
         return OnlineAdapter(
-            loop, params, self.batch, action_space, horizon, mode, self.record, int(seed)
+            loop, params, self.batch, action_space, horizon, mode, self.record, seed
         )
 
     def save(self, path: str | Path) -> None:

@@ -88,8 +88,10 @@ class Trainer:
             self.family, self.algorithm, adapter, self.pool, **self._sampling()
         )
         self._stack.callback(self.source.close)
-        self.fingerprint = fingerprint(self.family, self.source.spaces)
-        self.record = {"config": setup.to_json(run.options()), "family": self.fingerprint}
+        self.record = {
+            "config": setup.to_json(run.options()),
+            "family": fingerprint(self.family, self.source.spaces),
+        }
         """Config and family as the files of a run contain them."""
         self.inner_loop = InnerLoop(adapter, self.pool)
 
