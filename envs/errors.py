@@ -132,9 +132,10 @@ def check_one_of(name: str, value: Any, choices: Iterable[str | bool]) -> None:
         )
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raise UserError unless a value is a whole number of at least `least`."""
+def check_whole(name: str, value: Any, least: int) -> int:
+    """Return a value as an int; raise UserError unless it is whole and at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise UserError(f"{name} must be a whole number, got {value!r}")
     if value < least:
         raise UserError(f"{name} must be at least {least}, got {value}")
+    return int(value)

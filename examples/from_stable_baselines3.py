@@ -24,7 +24,7 @@ for i, layer in layers.items():
     params |= {f"layer{i}.weight": layer.weight.detach().T, f"layer{i}.bias": layer.bias.detach()}
 options = {"policy.hidden": (32, 32), "inner.test_step_sizes": (0.1, 0.05)}
 config = metarl.resolve(None, "navigation-2d", "pretrained", options)
-meta_policy = metarl.MetaPolicy.of(params, config)
+meta_policy = metarl.MetaPolicy.of(params, config.setup)
 print(metarl.evaluate(meta_policy, tasks=4, episodes=10, steps=2).table())
 
 policy = meta_policy.adapt([0.4, -0.2], steps=2)

@@ -15,15 +15,15 @@ TASKS = 10
 family = make_family("navigation-2d")
 options = {"inner.step_sizes": (0.1,), "outer.max_kl": 0.05, "outer.fisher_fraction": 1.0}
 config = metarl.resolve(None, "navigation-2d", "maml-trpo", options)
-algorithm, domain = config.algorithm, config.domain
+algorithm, domain, network = config.setup.algorithm, config.setup.domain, config.setup.policy
 
-policy = domain.model(algorithm, config.policy, family)
+policy = domain.model(algorithm, network, family)
 adapter = domain.adapter(algorithm, policy)  # theta' = theta - alpha grad L(theta)
 theta = adapter.init(policy.init(stream(0, 0, "init")))
 state = algorithm.outer.init(theta)  # TRPO has none, Adam its moments
 objective = Objective(domain.outer_loss(policy))
 with ChunkPool(2) as pool:
-    how = {"tasks": TASKS, "stratified": True, "episodes": 10, "options": config.policy}
+    how = {"tasks": TASKS, "stratified": True, "episodes": 10, "options": network}
     source = domain.source(family, algorithm, adapter, pool, **how)
     inner_loop = InnerLoop(adapter, pool)
     for iteration in range(4):
@@ -37,4 +37,4 @@ with ChunkPool(2) as pool:
         print(f"{iteration}: return {before:.1f} -> {after:.1f}, KL {stats['kl']:.3f}")
     source.close()
 
-print(metarl.evaluate(metarl.MetaPolicy.of(theta, config), tasks=10, steps=1).table())
+print(metarl.evaluate(metarl.MetaPolicy.of(theta, config.setup), tasks=10, steps=1).table())

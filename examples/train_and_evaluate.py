@@ -12,8 +12,8 @@ config = metarl.resolve(
     overrides={"iterations": 5, "tasks": 5, "inner.step_sizes": (0.4,), "seed": 1},
 )
 # The preset halves the second step in evaluation.
-sizes = config.inner.sizes_in_evaluation
-print(f"step sizes: {config.inner.step_sizes}; evaluated with {sizes}")
+inner = config.setup.algorithm.inner
+print(f"step sizes: {inner.step_sizes}; evaluated with {inner.sizes_in_evaluation}")
 
 
 def show(iteration):

@@ -15,5 +15,5 @@ config = metarl.resolve(
 meta_policy = metarl.train(
     config, "runs/example-transfer", init="navigation-2d-icml2017", resume="auto"
 )
-print(f"started from {meta_policy.config.origin['policy']}")
+print(f"started from {meta_policy.origin['policy']}")
 print(metarl.evaluate(meta_policy, tasks=10, episodes=5, steps=1).table())

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from metarl.algorithms import Algorithm
     from metarl.config.options import Config
     from metarl.config.resolve import resolve
+    from metarl.config.setup import Setup
     from metarl.evaluation.curves import Curve
     from metarl.evaluation.evaluate import evaluate
     from metarl.evaluation.results import EvaluationResult
@@ -56,6 +57,7 @@ _LAZY = {
     "OnlineAdapter": "policies.online",
     "Policy": "policies.policy",
     "RunError": "runs.folder",
+    "Setup": "config.setup",
     "evaluate": "evaluation.evaluate",
     "load": "policies.loading",
     "load_policy": "policies.loading",
@@ -77,6 +79,7 @@ __all__ = [
     "OnlineAdapter",
     "Policy",
     "RunError",
+    "Setup",
     "UserError",
     "check_task_family",
     "evaluate",

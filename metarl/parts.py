@@ -59,6 +59,15 @@ def tunable(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def of_policies(default: Any) -> Any:
+    """Return a dataclass field that is an option only if policies draw the samples, see `Part`.
+
+    Args:
+        default: default value of the field.
+    """
+    return dataclasses.field(default=default, metadata={"of_policies": True})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """Base class of parts. Subclasses are frozen dataclasses; each field is an option.

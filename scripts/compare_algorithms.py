@@ -15,7 +15,6 @@ tasks of each run and of each evaluation.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,12 +69,13 @@ def run_config(arguments: Arguments, name: str, seed: int) -> Config:
     base = metarl.resolve(arguments.preset, arguments.family, name, said)
     # As in the papers, not as in a preset.
     base = base.with_options({"meta.second_order": 1.0}, known_only=True)
-    rollouts = base.inner.steps + base.meta.needs_query
-    horizon = metarl.MetaPolicy({}, base).family.horizon
-    iterations = max(1, arguments.env_steps // (rollouts * base.tasks * base.episodes * horizon))
-    if not base.outer.learns:
+    algorithm, run = base.setup.algorithm, base.run
+    rollouts = algorithm.inner.steps + algorithm.meta.needs_query
+    horizon = metarl.MetaPolicy({}, base.setup).family.horizon
+    iterations = max(1, arguments.env_steps // (rollouts * run.tasks * run.episodes * horizon))
+    if not algorithm.outer.learns:
         iterations = 1  # training changes nothing
-    return dataclasses.replace(base, iterations=iterations, checkpoint_every=iterations)
+    return base.with_options({"iterations": iterations, "checkpoint_every": iterations})
 
 
 def measured(folder: Path, steps: int, process_group: ProcessGroup) -> Run:

@@ -80,8 +80,8 @@ def flags_of(row: Row, arguments: Arguments, algorithm: str = "maml-trpo") -> li
     options = [] if row.family == "navigation-2d" else [f"variant={row.variant}", *row.options]
     base = metarl.resolve(arguments.preset, row.family, algorithm)
     horizon = metarl.envs.make_family(row.family, **parse_options(options)).horizon
-    batches = 1 if algorithm in REFERENCES else base.inner.steps + 1
-    iteration = base.tasks * base.episodes * batches * horizon
+    batches = 1 if algorithm in REFERENCES else base.setup.algorithm.inner.steps + 1
+    iteration = base.run.tasks * base.run.episodes * batches * horizon
     count = round((arguments.env_steps or row.env_steps) / iteration)
     keep = max(1, count // row.kept)
     return [

@@ -21,7 +21,7 @@ from metarl.learning.meta_gradients.problem import Objective, Sampled
 from metarl.models.networks import Params, unflatten
 from metarl.models.samples import Examples
 from metarl.sampling.rollouts import RandomKey
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 THREADS, SECONDS = 2, 10.0
 
@@ -103,15 +103,17 @@ def main() -> None:
         ("characters", {"policy.filters": 32, "tasks": 8, "family_options": {"size": 16}}),
     ):
         config = resolve(None, name, "maml-trpo", {"threads": THREADS, **values})
-        sine, size = name == "sinusoid", config.inner.step_sizes[0]
-        with Trainer(config) as trainer:
+        sine, size = name == "sinusoid", config.setup.algorithm.inner.step_sizes[0]
+        with new_trainer(config) as trainer:
             opened = trainer.source.open(RandomKey(0), {})
             meta, adapter = trainer.state.params, trainer.inner_loop.adapter
             adapted = trainer.inner_loop.draw(
-                opened.sample, meta, config.tasks, steps=1, query=True
+                opened.sample, meta, config.run.tasks, steps=1, query=True
             )
             objective = Objective(trainer.domain.outer_loss(trainer.model))
-            problem = config.meta.problem(Sampled(adapter, adapted, trainer.pool, objective))
+            problem = config.setup.algorithm.meta.problem(
+                Sampled(adapter, adapted, trainer.pool, objective)
+            )
             support, query = adapted.batches
             assert isinstance(support, Examples)
             assert isinstance(query, Examples)
@@ -125,10 +127,10 @@ def main() -> None:
             ours = named_as_torch(unflatten(problem.gradient(meta)[0], meta), sine)
             gap = max(float((ours[n] - p).abs().max()) for n, p in reference().items())
             metarl_rate = rate(
-                lambda problem=problem, meta=meta: problem.gradient(meta), config.tasks
+                lambda problem=problem, meta=meta: problem.gradient(meta), config.run.tasks
             )
             torch.set_num_threads(THREADS)
-            plain_rate = rate(reference, config.tasks)
+            plain_rate = rate(reference, config.run.tasks)
             torch.set_num_threads(1)
             print(
                 f"{name}: metarl {metarl_rate:.0f} tasks/s, plain torch.func {plain_rate:.0f}"

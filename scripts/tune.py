@@ -116,15 +116,15 @@ def starting_point(arguments: Arguments) -> Config:
     said["family_options"] = parse_options(arguments.family_options)
     said["threads"] = 1
     base = metarl.resolve(preset, arguments.family, arguments.algorithm, flat(said))
-    if not base.outer.learns:
-        raise UserError(f"{base.algorithm.name} does not learn, so it has no options to tune")
-    family = MetaPolicy({}, base).family
+    if not base.setup.algorithm.outer.learns:
+        raise UserError(f"{base.setup.algorithm.name} does not learn, so it has no options to tune")
+    family = MetaPolicy({}, base.setup).family
     if not isinstance(family, TaskFamily):
         raise UserError(f"{arguments.family} has no env steps: tune on a family of environments")
-    rollouts = base.inner.steps + base.meta.needs_query
-    each = rollouts * base.tasks * base.episodes * family.horizon
+    rollouts = base.setup.algorithm.inner.steps + base.setup.algorithm.meta.needs_query
+    each = rollouts * base.run.tasks * base.run.episodes * family.horizon
     iterations = max(1, round(arguments.env_steps / each))
-    return dataclasses.replace(base, iterations=iterations, checkpoint_every=iterations)
+    return base.with_options({"iterations": iterations, "checkpoint_every": iterations})
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -140,7 +140,7 @@ def search_space(config: Config) -> dict[str, BaseDistribution]:
     """Return the distribution of each option that has a range, by key."""
     space: dict[str, BaseDistribution] = {}
     for section, part in config.sections().items():
-        if section == "inner" and config.algorithm.task_conditioned:
+        if section == "inner" and config.setup.algorithm.task_conditioned:
             continue  # it takes no inner step
         for name, found in part.ranges().items():
             default = getattr(part, name)
@@ -178,7 +178,7 @@ def score(policy: MetaPolicy, arguments: Arguments) -> float:
         policy,
         tasks=arguments.validation_tasks,
         episodes=arguments.validation_episodes,
-        steps=0 if policy.config.algorithm.task_conditioned else arguments.steps,
+        steps=0 if policy.setup.algorithm.task_conditioned else arguments.steps,
         split="validation",
         threads=1,
     )
@@ -205,7 +205,7 @@ def trained(
     base = starting_point(arguments)
     config = base.with_options({**options_of(base, values), "seed": seed})
     trial = None if trial_id is None else Trial(load_study(arguments), trial_id)
-    rungs = {max(1, round(share * config.iterations)): i for i, share in enumerate(RUNGS)}
+    rungs = {max(1, round(share * config.run.iterations)): i for i, share in enumerate(RUNGS)}
     folder, reason = arguments.out / "runs" / name, ""
 
     def compare(iteration: Iteration) -> None:

@@ -12,7 +12,6 @@ interruption, the same command continues; existing runs and results are reused.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,9 +103,8 @@ def trained(arguments: Arguments, algorithm: str, seed: int) -> str:
     )
     options = parse_options(arguments.options)
     base = base.with_options(options, known_only=True)
-    config = dataclasses.replace(
-        base, iterations=arguments.env_steps
-    )  # the budget is reached first
+    # The budget is reached first.
+    config = base.with_options({"iterations": arguments.env_steps})
     metarl.train(config, folder, resume="auto", callbacks=[Budget(arguments.env_steps)])
     return str(folder)
 

@@ -106,8 +106,8 @@ def categorical_policy(
 def policy_options(**options: Any) -> PolicyOptions:
     """Return the options of a policy, `hidden` for policy.hidden."""
     config = Config().with_options({f"policy.{name}": x for name, x in options.items()})
-    assert isinstance(config.policy, PolicyOptions)
-    return config.policy
+    assert isinstance(config.setup.policy, PolicyOptions)
+    return config.setup.policy
 
 
 def reals(*shape: int) -> gym.spaces.Box:

@@ -18,8 +18,7 @@ from metarl.config.resolve import resolve
 from metarl.distributed.process_group import ALONE, CHUNK, ProcessGroup, joined
 from metarl.envs.errors import UserError
 from metarl.runs import recorder as recording
-from metarl.training.run import train
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer, train
 
 
 def sums_and_gathers(process_group: ProcessGroup) -> None:
@@ -77,7 +76,7 @@ def drift_is_seen(process_group: ProcessGroup) -> None:
 def what_is_not_finite_is_skipped(process_group: ProcessGroup) -> None:
     """A reward of rank 1 is NaN: no rank takes the step, and the next iteration is as ever."""
     config = resolve(None, "navigation-2d", "maml-trpo", {"tasks": 8, "episodes": 2, "threads": 1})
-    with Trainer(config, process_group) as trainer:
+    with new_trainer(config, process_group) as trainer:
         collect = trainer.source.collector.collect
 
         def broken(*args, **options):

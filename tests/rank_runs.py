@@ -8,7 +8,6 @@ A run that is there already goes on.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -22,8 +21,8 @@ if __name__ == "__main__":
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     with joined(float(os.environ.get("RANK_TIMEOUT", "400"))) as process_group:
         for name, (family, options, algorithm, values, iterations) in cases.items():
-            config = resolve(None, family, algorithm, {"threads": 1, **values})
-            config = dataclasses.replace(config, family_options=options, iterations=iterations)
+            length = {"family_options": options, "iterations": iterations}
+            config = resolve(None, family, algorithm, {"threads": 1, **values, **length})
             train(config, out / name, resume="auto", process_group=process_group)
     # A thread of the group that is left may meet the end of Python, and abort.
     left = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]

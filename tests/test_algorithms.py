@@ -41,7 +41,7 @@ from metarl.learning.meta_gradients.unrolled import Unrolled, UnrolledProblem
 from metarl.learning.outer import cosine
 from metarl.models.networks import Model, flatten, stack, unflatten
 from metarl.sampling.trajectories import Rollout
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 D = torch.float64
 
@@ -794,7 +794,7 @@ def test_every_algorithm_trains_resumes_repeats_and_evaluates(tmp_path, name):
     result = evaluate(loaded, tasks=3, episodes=2, steps=2, threads=1)
     assert np.isfinite(result.curve.per_task).all()
     assert len(result.curve.step_sizes) == (0 if name in ("oracle", "rl2") else 2)  # it takes none
-    start = Trainer(config())
+    start = new_trainer(config())
     initial = start.state.params
     start.close()
     still = all(torch.equal(initial[n], whole.params[n]) for n in initial)
@@ -803,7 +803,7 @@ def test_every_algorithm_trains_resumes_repeats_and_evaluates(tmp_path, name):
     # What has no surrogate says so, and not 0.
     assert (rows[0].get("surrogate_before") is None) == (name in ("reptile", "random"))
     samples = 4 * 5 * 4 * 12  # iterations x tasks x episodes x horizon, for one rollout
-    inner_steps = config().inner.steps
+    inner_steps = config().setup.algorithm.inner.steps
     rollouts = inner_steps if name == "reptile" else inner_steps + 1
     if name == "rl2":
         rollouts = 2  # episodes of a trial
@@ -849,7 +849,7 @@ def test_the_inner_loss_of_an_algorithm_can_be_another():
             algorithm = dataclasses.replace(algorithm, inner=inner)
         said = {"tasks": 4, "episodes": 4, "threads": 1}
         said |= {"inner.decay": 0.0} if name == "dice-maml" else {}
-        with Trainer(resolve("metarl2026", "navigation-2d", algorithm, said)) as trainer:
+        with new_trainer(resolve("metarl2026", "navigation-2d", algorithm, said)) as trainer:
             return trainer.iterate()["gradient_norm"]
 
     ratios, usual = gradient_norm("maml-trpo", likelihood_ratio), gradient_norm("maml-trpo")
@@ -908,12 +908,15 @@ def test_options_that_an_algorithm_does_not_take_are_refused_by_name(name, chang
 
 def test_defaults_of_an_algorithm_override_the_preset():
     config = resolve("icml2017", "navigation-2d", "reptile")
-    assert config.inner.steps == 4
-    assert config.inner.step_sizes == (0.5,)
-    assert config.inner.sizes_in_evaluation == (0.5, 0.25)
-    assert resolve("icml2017", "navigation-2d", "promp").meta.inner_kl_coef == 5e-4
+    assert config.setup.algorithm.inner.steps == 4
+    assert config.setup.algorithm.inner.step_sizes == (0.5,)
+    assert config.setup.algorithm.inner.sizes_in_evaluation == (0.5, 0.25)
+    assert resolve("icml2017", "navigation-2d", "promp").setup.algorithm.meta.inner_kl_coef == 5e-4
     for name in ("anil", "cavia", "meta-sgd", "maml++"):
-        assert resolve("icml2017", "navigation-2d", name).inner.sizes_in_evaluation == ()
+        assert (
+            resolve("icml2017", "navigation-2d", name).setup.algorithm.inner.sizes_in_evaluation
+            == ()
+        )
 
 
 def test_algorithms_name_their_paper_and_are_found_by_name():

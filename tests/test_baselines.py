@@ -15,7 +15,7 @@ from metarl.learning.advantages import Advantages, estimate, gae
 from metarl.learning.baselines import ZeroBaseline
 from metarl.learning.critic import Critic
 from metarl.sampling.trajectories import Rollout
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 OWN = """
 from dataclasses import dataclass
@@ -126,7 +126,7 @@ def test_a_baseline_of_ones_own_is_chosen_by_module_and_attribute(tmp_path, monk
     options = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["options"]
     assert options["baseline"] == "halves:Half"
     assert options["baseline.share"] == 0.25
-    assert metarl.load("run").config.options()["baseline.share"] == 0.25
+    assert metarl.load("run").setup.options()["baseline.share"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,6 @@ def test_a_baseline_whose_values_have_another_shape_is_refused(value):
     values = {"tasks": 2, "episodes": 2, "threads": 1, "baseline": Wrong}
     with (
         refused("baseline", "zero"),
-        Trainer(metarl.resolve(None, "navigation-2d", overrides=values)) as t,
+        new_trainer(metarl.resolve(None, "navigation-2d", overrides=values)) as t,
     ):
         t.iterate()

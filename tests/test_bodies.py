@@ -20,7 +20,7 @@ from metarl.envs.mujoco.rewards import costs_and_bonus
 from metarl.envs.mujoco.simulation import load_model
 from metarl.evaluation.breakdown import physics_seconds
 from metarl.sampling.rollouts import RandomKey
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 DISABLED = AutoresetMode.DISABLED
 SEEDS = [21, 22, 23, 24]
@@ -445,7 +445,7 @@ def test_the_physics_ceiling_replays_the_states_of_the_rollout(name, action, mon
     network = {"policy.hidden": (8,), "policy.action": action}
     config = Config.of(name, "maml-trpo", {"horizon": 40}).with_options(values | network)
     made = []
-    with Trainer(config) as trainer:
+    with new_trainer(config) as trainer:
         seen: list = []
         trainer.iterate(on_rollouts=seen.extend)
         make_vec = MujocoFamily.make_vec
@@ -454,7 +454,7 @@ def test_the_physics_ceiling_replays_the_states_of_the_rollout(name, action, mon
         )
         assert len({int(n) for n in seen[0].valid.sum(-1).flatten()}) > 1 or name == "ant-dir"
         for k, rollout in enumerate(seen):
-            assert physics_seconds(trainer, rollout, RandomKey(config.seed, 0, inner_step=k)) > 0.0
+            assert physics_seconds(trainer, rollout, RandomKey(config.run.seed, 0, inner_step=k)) > 0.0
     for env, rollout in zip(made, seen, strict=True):
         last = rollout.last_observation.flatten(0, 1).numpy()
         root = {"ant-dir": 2, "hopper-params": 1, "humanoid-dir": 2}[name]

@@ -11,7 +11,7 @@ import pytest
 from expecting import mentions, refused, run
 from test_evaluation import navigator
 
-from metarl import evaluate
+from metarl import MetaPolicy, evaluate
 from metarl.envs import Finite, Uniform
 from metarl.envs.registry import find_family
 
@@ -95,8 +95,8 @@ def test_other_options_of_the_family_are_those_of_a_family_made_so(monkeypatch):
     assert found.setting["family_options"] == {"horizon": 7}
     assert found.setting["family_overrides"] == {"horizon": 7}
     assert mentions(found.to_json()["family_changes"][0], "horizon", 15, 7)
-    config = dataclasses.replace(meta.config, family_options={"horizon": 7})
-    trained_so = dataclasses.replace(meta, config=config)
+    setup = dataclasses.replace(meta.setup, family_options={"horizon": 7})
+    trained_so = MetaPolicy(meta.params, setup)
     alike = evaluate(trained_so, tasks=3, **FEW)
     assert found.curve.per_task.tolist() == alike.curve.per_task.tolist()
     assert alike.setting["family_changes"] == []

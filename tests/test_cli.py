@@ -186,11 +186,11 @@ def test_presets_fill_in_options_that_are_not_given(tmp_path):
     arguments = ["--preset", "icml2017", "--iterations", "1", "--tasks", "1", "--episodes", "1"]
     assert run("train", "half-cheetah-vel", *arguments, "--out", "run") == 0
     config = run_config(tmp_path / "run")
-    assert config.family_options == {"variant": "icml2017"}
+    assert config.setup.family_options == {"variant": "icml2017"}
     assert config.options()["policy.hidden"] == (100, 100)
     assert config.options()["policy.activation"] == "relu"
-    assert config.inner.sizes_in_evaluation == (0.1, 0.05)
-    assert config.preset == "icml2017"
+    assert config.setup.algorithm.inner.sizes_in_evaluation == (0.1, 0.05)
+    assert config.setup.preset == "icml2017"
 
 
 @pytest.mark.parametrize(
@@ -211,8 +211,8 @@ def test_a_family_with_a_recorded_preset_uses_it_by_default(
     small = ["--iterations", "1", "--tasks", "2", "--episodes", "1", "--policy.hidden", "8"]
     assert run("train", *words, *small, "--out", "run") == 0
     config = run_config(tmp_path / "run")
-    assert (config.preset, config.family_options.get("variant")) == (preset, variant)
-    assert config.inner.min_kl == fitted
+    assert (config.setup.preset, config.setup.family_options.get("variant")) == (preset, variant)
+    assert config.setup.algorithm.inner.min_kl == fitted
 
 
 def test_families_algorithms_help_and_version_are_printed(capsys):
@@ -264,7 +264,7 @@ def test_benchmark_prints_one_object(capsys):
         (["train", "navigation-2d", "--itertions", "3"], ["--itertions", "--iterations"]),
         (["train", "navigation-2d", "--iterations", "many"], ["--iterations", "many"]),
         (["train", "navigation-2d", "--tasks", "0"], ["tasks", 0]),
-        (["benchmark", "--checkpoint-every=4"], ["--checkpoint-every", "--repeats"]),
+        (["benchmark", "--checkpoint-every=4"], ["--checkpoint-every"]),
         (["evaluate", "x", "--rank-timeout", "0"], ["--rank-timeout", 0]),
         (["train", "navigation-2d", "--inner.step-sizes", "-0.1"], ["inner.step_sizes", -0.1]),
         (["train", "navigation-2d", "--outer.max-kl", "0"], ["outer.max_kl", 0]),

@@ -199,20 +199,26 @@ def test_any_optimizer_of_torch_is_an_outer_optimizer(algorithm):
     said = {"outer": "adamw", "outer.weight_decay": 0.1, "outer.betas": (0.8, 0.9)}
     config = resolve(None, "navigation-2d", algorithm, said)
     assert config.options()["outer"] == "adamw"
-    assert (config.outer.weight_decay, config.outer.betas) == (0.1, (0.8, 0.9))  # type: ignore[attr-defined]
+    assert (config.setup.algorithm.outer.weight_decay, config.setup.algorithm.outer.betas) == (
+        0.1,
+        (0.8, 0.9),
+    )  # type: ignore[attr-defined]
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
     with refused("outer.cg_damping"):
         config.with_options({"outer.cg_damping": 0.1})
     with refused("adamww", "adamw"):
         config.with_options({"outer": "adamww"})
     back = config.with_options({"outer": "trust-region", "outer.cg_damping": 0.1})
-    assert back.outer.name == "trust-region"
+    assert back.setup.algorithm.outer.name == "trust-region"
 
 
 def test_a_new_outer_optimizer_starts_from_its_own_defaults():
     config = resolve("icml2017", "half-cheetah-dir", overrides={"outer": "adam"})
-    assert config.outer.max_kl == Config.of("", "maml-reinforce").outer.max_kl  # type: ignore[attr-defined]
-    assert resolve("icml2017", "half-cheetah-dir").outer.max_kl == 0.02  # type: ignore[attr-defined]
+    assert (
+        config.setup.algorithm.outer.max_kl
+        == Config.of("", "maml-reinforce").setup.algorithm.outer.max_kl
+    )  # type: ignore[attr-defined]
+    assert resolve("icml2017", "half-cheetah-dir").setup.algorithm.outer.max_kl == 0.02  # type: ignore[attr-defined]
 
 
 # Recipes ------------------------------------------------------------------------------------------
@@ -238,8 +244,8 @@ def known_options(domain: str) -> set[str]:
         found |= set(config.options())
         for key in config.options():
             section, dot, name = key.partition(".")
-            if dot and hasattr(getattr(config, section), "name"):
-                found.add(f"{section}.{getattr(config, section).name}.{name}")
+            if dot and (part := getattr(config.sections()[section], "name", "")):
+                found.add(f"{section}.{part}.{name}")
     return found
 
 
@@ -296,7 +302,7 @@ def test_every_algorithm_takes_every_recipe(name):
             except UserError:
                 continue
             config = resolve(name, family, algorithm)
-            assert config.preset == name
+            assert config.setup.preset == name
             assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
@@ -391,14 +397,14 @@ def test_an_algorithm_without_a_name_trains_and_is_refused_when_it_is_loaded(tmp
         run_config(tmp_path / "run")
     assert run("evaluate", str(tmp_path / "run")) == 2
     assert run("train", "--resume", str(tmp_path / "run")) == 2
-    assert Config.from_json(config.to_json(), config) == config
+    assert Config.from_json(config.to_json(), config.setup) == config
 
 
 def test_a_changed_algorithm_is_not_taken_for_the_named_one(tmp_path):
     """An algorithm made of a named one keeps its source, and is not the one found by it."""
     own = dataclasses.replace(find_algorithm("maml-trpo"), regularizer=lambda meta: 0.0)  # type: ignore[arg-type,return-value]
     config = resolve(None, "navigation-2d", own)
-    assert not config.is_named
+    assert not config.setup.is_named
     with refused("maml-trpo"):
         Config.from_json(config.to_json())
 
@@ -490,7 +496,7 @@ def test_switches_are_turned_on_and_off(tmp_path):
         out = tmp_path / str(i)
         assert run("train", "half-cheetah-dir", *words, *more, "--out", str(out)) == 0
         config = run_config(out)
-        assert config.stratified == expected
+        assert config.run.stratified == expected
         assert config.options()["policy.normalize"] == (more != off)
 
 

@@ -31,7 +31,7 @@ from metarl.policies.meta_policy import MetaPolicy
 from metarl.policies.policy import Policy
 from metarl.runs.metrics import read_metrics
 from metarl.training.callbacks import Iteration
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 ARM = """
 <mujoco><option timestep="0.01"/><worldbody><body pos="0 0 1">
@@ -366,7 +366,7 @@ def test_options_of_a_family_may_change_after_the_config_is_made():
         None, "navigation-2d", overrides={"family_options": {"horizon": 5, "odd": values}}
     )
     values.append(3)
-    assert config.family_options["odd"] == [1, 2]
+    assert config.setup.family_options["odd"] == [1, 2]
 
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def test_writing_to_shown_rollouts_changes_no_metric_and_no_parameter():
         rollouts.clear()
 
     def two(show: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
-        with Trainer(small()) as trainer:
+        with new_trainer(small()) as trainer:
             rows = [trainer.iterate(show) for _ in range(2)]
             return [row["returns"] for row in rows], trainer.meta_policy().params
 
@@ -424,7 +424,7 @@ def test_writing_to_shown_rollouts_changes_no_metric_and_no_parameter():
 
 
 def test_a_policy_taken_from_a_trainer_is_apart_from_it():
-    with Trainer(small()) as trainer, Trainer(small()) as untouched:
+    with new_trainer(small()) as trainer, new_trainer(small()) as untouched:
         for p in trainer.meta_policy().params.values():
             p.zero_()
         assert trainer.iterate()["returns"] == untouched.iterate()["returns"]
@@ -441,7 +441,7 @@ def zeroed(params: dict[str, torch.Tensor]) -> None:
 def test_policies_own_their_parameters(whole):
     meta = load(whole)
     given = {name: p.clone() for name, p in meta.params.items()}
-    made = MetaPolicy(given, meta.config)
+    made = MetaPolicy(given, meta.setup)
     policy = meta.adapt(np.zeros(2), steps=0, episodes=1)
     online = meta.adapter()
     again = Policy(policy.policy, dict(policy.params), gym.spaces.Box(-1.0, 1.0, (2,)), 8,
@@ -507,7 +507,7 @@ def test_the_documented_loop_adapts_alike_on_live_observations(tmp_path):
             "family_options": {"folder": str(tmp_path)}, "tasks": 2, "episodes": 2,
             "policy.hidden": (4,), "threads": 1,
         }  # fmt: skip
-        with Trainer(resolve(None, "test_copies:arm", overrides=overrides)) as trainer:
+        with new_trainer(resolve(None, "test_copies:arm", overrides=overrides)) as trainer:
             adapter = trainer.meta_policy().adapter(family.make().action_space)
         with contextlib.closing(family.make(np.array([0.5]))) as env:
             observation, _ = env.reset(seed=3)

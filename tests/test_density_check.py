@@ -11,7 +11,7 @@ import metarl
 from metarl.envs.errors import UserError
 from metarl.models.distributions import Categorical, Gaussian
 from metarl.models.networks import MLP
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 SMALL = {"tasks": 5, "episodes": 5, "iterations": 2, "threads": 1}
 EMBED, SAMPLE, LOG_PROB = MLP.embed, Gaussian.sample, Gaussian.log_prob
@@ -19,7 +19,7 @@ EMBED, SAMPLE, LOG_PROB = MLP.embed, Gaussian.sample, Gaussian.log_prob
 
 def _iterate(family, algorithm="maml-trpo", iterations=1, **options):
     config = metarl.resolve(None, family, algorithm, SMALL | options)
-    with Trainer(config) as trainer:
+    with new_trainer(config) as trainer:
         return [trainer.iterate() for _ in range(iterations)]
 
 
@@ -104,7 +104,7 @@ def test_ordinary_runs_pass_the_density_check(family, algorithm, options):
     if family == "sinusoid":
         options = {"iterations": 1}
         config = metarl.resolve(None, family, algorithm, options)
-        with Trainer(config) as trainer:
+        with new_trainer(config) as trainer:
             trainer.iterate()
         return
     rows = _iterate(family, algorithm, 2, **options)

@@ -22,7 +22,7 @@ from metarl.models.distributions import (
     SquashedGaussian,
     find_distribution,
 )
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 D = torch.float64
 BOX = gym.spaces.Box(-1.0, 1.0, (2,))
@@ -206,7 +206,7 @@ def test_the_mode_of_a_beta_is_its_maximum():
 
 def iterate(family, algorithm="maml-trpo", iterations=2, **options):
     values = {"tasks": 4, "episodes": 4, "threads": 1} | options
-    with Trainer(metarl.resolve(None, family, algorithm, values)) as trainer:
+    with new_trainer(metarl.resolve(None, family, algorithm, values)) as trainer:
         return [trainer.iterate() for _ in range(iterations)], trainer
 
 
@@ -239,7 +239,7 @@ def test_a_users_distribution_is_named_in_the_config_and_loaded_again(tmp_path):
         },
     )  # fmt: skip
     metarl.train(config, tmp_path / "run")
-    again = metarl.load(tmp_path / "run").config
+    again = metarl.load(tmp_path / "run").setup
     assert again.options()["policy.distribution"] == f"{__name__}:Laplace"
     assert again.options()["policy.width"] == 0.25
     metarl.evaluate(metarl.load(tmp_path / "run"), tasks=2, episodes=1, steps=1, threads=1)

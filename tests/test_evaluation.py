@@ -41,13 +41,18 @@ def navigator(algorithm: str = "maml-trpo", **changes) -> MetaPolicy:
     }  # fmt: skip
     config = Config.of("navigation-2d", algorithm, {"horizon": 15})
     config = config.with_options({**values, **changes})
-    return MetaPolicy(initial(config, seed=3), config)
+    return as_trained(initial(config, seed=3), config)
+
+
+def as_trained(params: dict[str, torch.Tensor], config: Config) -> MetaPolicy:
+    """Return a policy with the record of a run of this config."""
+    return MetaPolicy(params, config.setup, record={"config": config.to_json(), "family": {}})
 
 
 def initial(config: Config, seed: int) -> dict[str, torch.Tensor]:
     """Parameters of a config's network before training."""
-    family = make_family(config.family, **config.family_options)
-    model = config.domain.model(config.algorithm, config.policy, family)
+    family = make_family(config.setup.family, **config.setup.family_options)
+    model = config.setup.domain.model(config.setup.algorithm, config.setup.policy, family)
     return model.init(np.random.default_rng(seed))
 
 
@@ -173,9 +178,7 @@ def test_references_are_evaluated_on_the_same_tasks_and_must_share_the_family():
     assert set(found.references) == {"random", "other"}
     alone = evaluate(other, tasks=3, episodes=2, steps=1, threads=1)
     assert found.references["other"].returns == alone.curve.returns
-    far = dataclasses.replace(
-        meta, config=dataclasses.replace(meta.config, family_options={"horizon": 9})
-    )
+    far = MetaPolicy(meta.params, dataclasses.replace(meta.setup, family_options={"horizon": 9}))
     with refused("far", "horizon", 9, 15):
         evaluate(meta, tasks=1, episodes=1, references={"far": far}, threads=1)
 
@@ -253,7 +256,7 @@ def test_success_rates_are_reported_if_the_family_has_them(monkeypatch):
     # By hand: where the points of the initialization's episodes went.
     with ChunkPool(1) as pool:
         family = policy.family
-        collector = Collector(family, policy.policy, 6, 4, pool, policy.config.policy.action)
+        collector = Collector(family, policy.policy, 6, 4, pool, policy.setup.policy.action)
         goals = family.tasks.grid(6)
         params = stack(policy.params, 6)
         rollout = collector.collect(params, goals, RandomKey(0, split="test"))
@@ -350,8 +353,8 @@ def test_the_interquartile_mean_leaves_out_a_diverged_task():
 
 
 def saved(folder, name: str, algorithm: str = "maml-trpo", **changes) -> str:
-    config = navigator(algorithm, **changes).config
-    MetaPolicy(initial(config, config.seed), config).save(folder / f"{name}.safetensors")
+    config = Config.from_json(navigator(algorithm, **changes).record["config"])
+    as_trained(initial(config, config.run.seed), config).save(folder / f"{name}.safetensors")
     return str(folder / f"{name}.safetensors")
 
 
@@ -401,8 +404,7 @@ def test_the_name_of_a_checkpoint_includes_its_run(tmp_path, monkeypatch):
 
 def test_the_random_policy_takes_steps_of_the_fitted_size():
     values = {"inner.step_sizes": (0.1, 0.05), "inner.test_step_sizes": (), "inner.min_kl": 0.5}
-    config = navigator(**values).config
-    made = random_meta_policy(MetaPolicy({}, config), 1)
+    made = random_meta_policy(MetaPolicy({}, navigator(**values).setup), 1)
     fitted = dataclasses.replace(made, params=made.params | {"step_factor": torch.tensor([7.0])})
     assert random_meta_policy(fitted).training_step_sizes == pytest.approx((0.7, 0.35))
     assert made.digest != fitted.digest == dataclasses.replace(fitted).digest
@@ -455,7 +457,9 @@ def test_an_oracle_takes_no_step_and_is_sampled_afresh(tmp_path):
 
 def test_references_have_the_step_sizes_of_their_preset():
     def sizes(algorithm, family="half-cheetah-dir", **changes):
-        return reference_step_sizes(resolve("icml2017", family, algorithm, changes), algorithm)
+        return reference_step_sizes(
+            resolve("icml2017", family, algorithm, changes).setup, algorithm
+        )
 
     assert sizes("pretrained") == (0.2, 0.1)
     assert sizes("random") == (1.0, 0.5)
@@ -474,7 +478,7 @@ def test_references_have_the_step_sizes_of_their_preset():
 def test_step_sizes_are_tuned_on_validation_tasks_by_one_procedure():
     # Each size's figure is what an evaluation with it gives on the validation tasks.
     meta = navigator()
-    own = meta.config.inner.step_sizes[0]
+    own = meta.algorithm.inner.step_sizes[0]
     found = evaluate(meta, tasks=8, episodes=5, steps=2, tune_step_sizes=True, threads=1)
     tried = found.setting["tried_step_factors"]
     assert set(tried) == {"this policy", "random"}

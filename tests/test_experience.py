@@ -143,7 +143,7 @@ def test_scratch_learns_for_ten_times_the_experience_one_update_per_batch(found)
 def test_env_steps_are_those_of_episodes_that_end_early():
     # A pole falls after some steps; the plain count is the length of all earlier episodes.
     config = Config.of("cartpole-length", "maml-trpo", {}).with_options({"policy.hidden": (8,)})
-    meta = random_meta_policy(MetaPolicy({}, config), 0)
+    meta = random_meta_policy(MetaPolicy({}, config.setup), 0)
     tasks = [[0.5], [1.0]]
     result = evaluate(
         meta, tasks=tasks, episodes=2, steps=1, threads=1, experience=4, episodes_per_step=[2],
@@ -349,7 +349,7 @@ def test_a_picture_of_episodes_and_env_steps(found, tmp_path, drawn):  # noqa: F
 
 def test_the_optimum_is_drawn_where_it_is_known(tmp_path, drawn):  # noqa: F811
     config = Config.of("bandit", "maml-trpo", {}).with_options({"policy.hidden": (4,)})
-    meta = random_meta_policy(MetaPolicy({}, config), 0)
+    meta = random_meta_policy(MetaPolicy({}, config.setup), 0)
     result = evaluate(meta, tasks=6, episodes=2, threads=1, experience=2, episodes_per_step=[2])
     plot_experience(result, tmp_path / "experience.png")
     (line,) = lines_of(drawn[0], "optimum")
@@ -423,7 +423,7 @@ def test_bad_flags_give_one_line_and_exit_code_2(flags, names, capsys):
 
 
 def test_data_sets_have_no_episodes_of_experience():
-    meta = random_meta_policy(MetaPolicy({}, resolve(None, "sinusoid")), 0)
+    meta = random_meta_policy(MetaPolicy({}, resolve(None, "sinusoid").setup), 0)
     with refused("experience", "sinusoid"):
         evaluate(meta, tasks=2, steps=1, threads=1, experience=4)
 

@@ -14,9 +14,9 @@ from conftest import SPACES, policy_options, reals
 from expecting import mentions, refused, run
 
 from metarl.algorithms import find_algorithm
-from metarl.config.options import Config
+from metarl.config.setup import Setup
 from metarl.distributed.chunk_pool import ChunkPool
-from metarl.domains.reinforcement import PolicyOptions, make_policy
+from metarl.domains.reinforcement import make_policy
 from metarl.envs import make_family
 from metarl.models.encoders import NatureCNN
 from metarl.policies.export import export
@@ -34,11 +34,10 @@ RECORD = {"task": None, "steps": 0, "episodes": 0, "seed": 0}
 
 
 def made(space, shape=(3,), context=0, **options) -> Policy:
-    config = Config(policy=policy_options(hidden=(6, 5), **options))
-    assert isinstance(config.policy, PolicyOptions)
+    options = policy_options(hidden=(6, 5), **options)
     images = len(shape) > 1
     observations = gym.spaces.Box(0, 255, shape, np.uint8) if images else reals(*shape)
-    policy = make_policy(config.policy, observations, space, context)
+    policy = make_policy(options, observations, space, context)
     rng = np.random.default_rng(0)
     params = {
         name: torch.from_numpy(rng.standard_normal(size).astype(np.float32))
@@ -48,7 +47,7 @@ def made(space, shape=(3,), context=0, **options) -> Policy:
         params["norm.var"] = params["norm.var"].square() + 0.1
     if context:
         params["context"] = torch.from_numpy(rng.standard_normal(context).astype(np.float32))
-    return Policy(policy, params, space, 10, config.action_mode, RECORD, {})
+    return Policy(policy, params, space, 10, options.action, RECORD, {})
 
 
 BOX = gym.spaces.Box(
@@ -168,9 +167,9 @@ def test_actions_of_the_environment_are_mapped_back_to_the_policy(mode):
 def test_transitions_adapt_as_episodes_do():
     # Ragged episodes, two steps: what the adapter makes of them is what `adapt` makes.
     options = policy_options(hidden=(5,))
-    config = Config(family="conftest:counting_family", policy=options)
+    setup = Setup(family="conftest:counting_family", policy=options)
     policy = make_policy(options, reals(1), gym.spaces.Box(-1.0, 1.0, (1,)))
-    meta = MetaPolicy(policy.init(np.random.default_rng(0)), config)
+    meta = MetaPolicy(policy.init(np.random.default_rng(0)), setup)
     expected = meta.adapt([4.0], steps=2, episodes=3, seed=5)
     adapter = meta.adapter(gym.spaces.Box(-9.0, 9.0, (1,)))  # it is given actions before clipping
     for k in range(2):
@@ -285,7 +284,7 @@ def test_the_adapter_learns_from_actions_as_drawn_and_refuses_invalid_transition
     assert policy_action(1, steps, "clip") == policy_action([1], steps, "clip") == [2]
     assert policy_action([2, 3], pair, "clip").tolist() == [2, 3]
     assert policy_action([7.0, 0.0], box, "clip").tolist() == [7, 0]  # as if it had been cut
-    conditioned = dataclasses.replace(meta.config, algorithm=find_algorithm("oracle"))
-    oracle = dataclasses.replace(meta, config=conditioned)
+    conditioned = dataclasses.replace(meta.setup, algorithm=find_algorithm("oracle"))
+    oracle = MetaPolicy(meta.params, conditioned)
     with refused("oracle"):
         oracle.adapter(env.action_space)

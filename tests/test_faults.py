@@ -37,7 +37,7 @@ from metarl.runs.files import write_atomically
 from metarl.runs.folder import RunError
 from metarl.runs.metrics import read_metrics
 from metarl.training.callbacks import Iteration
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -71,14 +71,14 @@ def in_child(work: Callable[[], object], seconds: float | None = None) -> int:
 
 def go_on(folder: Path, iterations: int = 3) -> None:
     """Do what a user does after a kill."""
-    config = replace(TINY, iterations=iterations)
+    config = TINY.with_options({"iterations": iterations})
     train(config, folder, resume=(folder / "config.json").exists())
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    train(replace(TINY, iterations=3), folder)
+    train(TINY.with_options({"iterations": 3}), folder)
     return folder
 
 
@@ -133,7 +133,7 @@ def dies_at(boundary: int, work: Callable[[], object]) -> bool:
 
 def test_a_run_killed_at_any_write_continues_to_the_same_end(tmp_path, whole):
     boundary, folder = 0, tmp_path / "run"
-    while dies_at(boundary, lambda: train(replace(TINY, iterations=2), folder)):
+    while dies_at(boundary, lambda: train(TINY.with_options({"iterations": 2}), folder)):
         assert in_child(lambda: go_on(folder)) == 0, boundary
         assert same_runs(whole, folder), boundary
         shutil.rmtree(folder)
@@ -142,7 +142,7 @@ def test_a_run_killed_at_any_write_continues_to_the_same_end(tmp_path, whole):
 
 
 def test_a_resume_killed_at_any_write_continues_to_the_same_end(tmp_path, whole):
-    train(replace(TINY, iterations=2), tmp_path / "two")
+    train(TINY.with_options({"iterations": 2}), tmp_path / "two")
     # What a crash leaves: a row without its checkpoint, half a line, a file aside.
     rows = (whole / "metrics.jsonl").read_text()
     (tmp_path / "two" / "metrics.jsonl").write_text(rows + '{"iterat')
@@ -160,7 +160,7 @@ def test_a_resume_killed_at_any_write_continues_to_the_same_end(tmp_path, whole)
 
 @pytest.mark.slow
 def test_kill_9_at_fifty_random_moments(tmp_path):
-    config, rng = replace(TINY, iterations=120), random.Random(0)
+    config, rng = TINY.with_options({"iterations": 120}), random.Random(0)
     train(config, tmp_path / "whole")
     killed = 0
     for _ in range(50):
@@ -179,13 +179,13 @@ def test_a_run_killed_before_its_first_checkpoint_is_resumed_or_replaced(tmp_pat
             (folder / "checkpoints").mkdir()
         shutil.copy(whole / "config.json", folder)
         (folder / "lock").touch()
-        train(replace(TINY, iterations=3), folder, resume=resume)
+        train(TINY.with_options({"iterations": 3}), folder, resume=resume)
         assert same_runs(whole, folder)
     # But where metrics tell of iterations, nothing begins afresh.
     for path in checkpoints_of(folder).values():
         path.unlink()
     with refused(folder, error=CheckpointError):
-        train(replace(TINY, iterations=3), folder, resume=True)
+        train(TINY.with_options({"iterations": 3}), folder, resume=True)
 
 
 def starting(*arguments: str, cwd: Path) -> subprocess.Popen:
@@ -412,7 +412,7 @@ def test_damaged_metrics_are_named_and_set_aside(tmp_path, whole, caplog, old, n
     path = folder / "metrics.jsonl"
     damaged = path.read_bytes().replace(old, new, 1)
     path.write_bytes(damaged)
-    train(replace(TINY, iterations=4), folder, resume=True)
+    train(TINY.with_options({"iterations": 4}), folder, resume=True)
     aside = folder / "metrics.jsonl.set-aside-1"
     assert mentions(caplog.messages[0], path, "line 1", *names, aside)
     assert mentions(caplog.messages[1], path, "iteration 1")
@@ -474,7 +474,7 @@ def test_odd_metadata_is_refused_by_name(tmp_path, monkeypatch, whole, changes, 
         another_version.setattr(checkpoints, "FORMAT", odd["format"])
         checkpoints.save(path, tensors, odd)
     with refused(path, *names, error=CheckpointError):
-        train(replace(TINY, iterations=4), folder, resume=True)
+        train(TINY.with_options({"iterations": 4}), folder, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -492,7 +492,7 @@ def test_odd_tensors_are_refused_by_name(tmp_path, whole, change, names):
     tensors, metadata = checkpoints.load(path)
     checkpoints.save(path, {name: change(t) for name, t in tensors.items()}, metadata)
     with refused(path, *names, error=CheckpointError) as in_training:
-        train(replace(TINY, iterations=4), folder, resume=True)
+        train(TINY.with_options({"iterations": 4}), folder, resume=True)
     with refused(path, *names, error=CheckpointError) as in_loading:
         load(folder)
     for caught in (in_training, in_loading):
@@ -518,19 +518,19 @@ def test_a_run_whose_folder_disappears_is_stopped(tmp_path, whole, fault):
             shutil.copytree(whole, folder)
 
     with refused(folder, "--resume", error=RunError):
-        train(replace(TINY, iterations=3), folder, callbacks=[break_it])
+        train(TINY.with_options({"iterations": 3}), folder, callbacks=[break_it])
     if fault == "replaced":
         assert same_runs(whole, folder)
     if fault != "deleted":
-        train(replace(TINY, iterations=3), elsewhere, resume=True)
+        train(TINY.with_options({"iterations": 3}), elsewhere, resume=True)
         assert same_runs(whole, elsewhere)
 
 
 def test_a_run_folder_that_was_moved_is_resumed_there(tmp_path, whole):
-    train(replace(TINY, iterations=2), tmp_path / "here")
+    train(TINY.with_options({"iterations": 2}), tmp_path / "here")
     (tmp_path / "away").mkdir()
     (tmp_path / "here").rename(tmp_path / "away" / "there")
-    train(replace(TINY, iterations=3), tmp_path / "away" / "there", resume=True)
+    train(TINY.with_options({"iterations": 3}), tmp_path / "away" / "there", resume=True)
     assert same_runs(whole, tmp_path / "away" / "there")
 
 
@@ -538,7 +538,7 @@ def test_a_run_folder_that_was_moved_is_resumed_there(tmp_path, whole):
 def test_a_second_process_on_a_folder_is_refused(tmp_path, whole, resume):
     folder = tmp_path / "run"
     if resume:
-        train(replace(TINY, iterations=1), folder)
+        train(TINY.with_options({"iterations": 1}), folder)
     ours, theirs = os.pipe()
 
     def work() -> None:
@@ -546,7 +546,7 @@ def test_a_second_process_on_a_folder_is_refused(tmp_path, whole, resume):
             os.write(theirs, b"x")  # holds the folder; waits until the other was refused
             os.read(held, 1)
 
-        train(replace(TINY, iterations=3), folder, resume=resume, callbacks=[wait])
+        train(TINY.with_options({"iterations": 3}), folder, resume=resume, callbacks=[wait])
 
     held, go = os.pipe()
     child = os.fork()
@@ -558,7 +558,7 @@ def test_a_second_process_on_a_folder_is_refused(tmp_path, whole, resume):
             os._exit(1)
     os.read(ours, 1)
     with refused(folder, "--out", error=RunError):
-        train(replace(TINY, iterations=3), folder, resume=resume)
+        train(TINY.with_options({"iterations": 3}), folder, resume=resume)
     os.write(go, b"xxx")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert same_runs(whole, folder)
@@ -572,7 +572,7 @@ def test_two_processes_started_together_leave_one_complete_run(tmp_path, whole):
             child = os.fork()
             if not child:
                 try:
-                    train(replace(TINY, iterations=3), folder)
+                    train(TINY.with_options({"iterations": 3}), folder)
                     os._exit(0)
                 except RunError:
                     os._exit(2)
@@ -586,11 +586,11 @@ def test_two_processes_started_together_leave_one_complete_run(tmp_path, whole):
 
 def test_the_clock_set_back_changes_nothing(tmp_path, monkeypatch, whole):
     folder, now = tmp_path / "run", time.time()
-    train(replace(TINY, iterations=2), folder)
+    train(TINY.with_options({"iterations": 2}), folder)
     for path in (folder / "checkpoints").iterdir():
         os.utime(path, (now + 9e6, now + 9e6))
     monkeypatch.setattr(time, "time", lambda: now - 1e6)
-    train(replace(TINY, iterations=3), folder, resume=True)
+    train(TINY.with_options({"iterations": 3}), folder, resume=True)
     assert same_runs(whole, folder)
     assert len(EventAccumulator(str(folder)).Reload().Scalars("rollout/ep_rew_mean_post")) == 3
 
@@ -607,14 +607,14 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
 def test_a_resume_on_another_machine_is_one_warning(tmp_path, whole, caplog):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    train(replace(TINY, iterations=4), folder, resume=True)
+    train(TINY.with_options({"iterations": 4}), folder, resume=True)
     assert not caplog.messages
     path = folder / "config.json"
     data = json.loads(path.read_text())
     data["machine"] |= {"processor": "Z80", "cores": 77}
     data["versions"]["torch"] = "0.4.1"
     path.write_text(json.dumps(data))
-    train(replace(TINY, iterations=5), folder, resume=True)
+    train(TINY.with_options({"iterations": 5}), folder, resume=True)
     (message,) = caplog.messages
     here = checkpoints.versions()["torch"]
     assert mentions(message, "torch", "0.4.1", here, "processor", "Z80")
@@ -659,9 +659,10 @@ def test_one_huge_gradient_is_bounded_and_counted():
 
 
 def test_ten_iterations_of_nan_rewards_stop_with_the_last_good_state(tmp_path, monkeypatch):
-    config = replace(TINY, family="test_trainer:poisoned", family_options={}, iterations=12)
+    setup = replace(TINY.setup, family="test_trainer:poisoned", family_options={})
+    config = replace(TINY, setup=setup).with_options({"iterations": 12})
     monkeypatch.setattr("test_trainer.bad_above", 100.0)
-    meta = train(replace(config, iterations=1), tmp_path / "run")
+    meta = train(config.with_options({"iterations": 1}), tmp_path / "run")
     monkeypatch.setattr("test_trainer.bad_above", 0.0)
     with refused(10, "reward", error=RunError):
         train(config, tmp_path / "run", resume=True)
@@ -676,7 +677,7 @@ def test_a_simulation_that_diverges_does_not_change_the_others():
     for which in ([], [5]):  # the second episode of task 1
         options = {"which": which}
         config = small(family="test_trainer:thrown", family_options=options, threads=1)
-        with Trainer(config) as trainer:
+        with new_trainer(config) as trainer:
             trainer.iterate(seen.append)
     a, b = (rollouts[0] for rollouts in seen)
     assert b.diverged.sum() == 1

@@ -17,8 +17,7 @@ from metarl.learning.trust_region import TrustRegion
 from metarl.models.networks import Params, flatten
 from metarl.runs.metrics import read_metrics
 from metarl.sampling.rollouts import RandomKey
-from metarl.training.run import train
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer, train
 
 GPU = "cuda"
 
@@ -39,15 +38,16 @@ def config_of(algorithm: str, **values: Any) -> Config:
 def problems(algorithm: str) -> tuple[Params, Problem, Problem]:
     """Return meta-parameters and one iteration's problem, on the processor and on the GPU."""
     config = config_of(algorithm)
-    meta = config.algorithm.meta
-    with Trainer(config) as trainer:
+    algorithm = config.setup.algorithm
+    with new_trainer(config) as trainer:
         adapted = trainer.inner_loop.run(
-            trainer.source.open(RandomKey(config.seed), trainer.state.baseline).sample,
-            trainer.state.params, config.tasks, steps=config.inner.steps, query=meta.needs_query,
+            trainer.source.open(RandomKey(config.run.seed), trainer.state.baseline).sample,
+            trainer.state.params, config.run.tasks, steps=algorithm.inner.steps,
+            query=algorithm.meta.needs_query,
         )  # fmt: skip
-        loss = config.outer.loss(trainer.domain.outer_loss(trainer.model))
+        loss = algorithm.outer.loss(trainer.domain.outer_loss(trainer.model))
         here, there = (
-            meta.problem(
+            algorithm.meta.problem(
                 Sampled(
                     trainer.inner_loop.adapter, adapted, ChunkPool(), Objective(loss),
                     chunk=trainer.source.chunk(adapted.batches, device), device=device,

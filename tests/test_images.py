@@ -19,6 +19,7 @@ from torch import nn
 import metarl
 from metarl.config.options import Config
 from metarl.config.resolve import resolve
+from metarl.config.setup import Setup
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.domains.reinforcement import spaces_of
 from metarl.envs.policy_spaces import image_size
@@ -29,7 +30,7 @@ from metarl.models.networks import MLP, stack
 from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import Collector, RandomKey
 from metarl.sampling.spaces import as_observation, check_spaces
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 
 def test_images_that_are_not_bytes_are_refused():
@@ -214,16 +215,16 @@ def test_the_size_of_images_chooses_their_network():
         encoder_of("nature", 8, 8, 3)
     with refused("policy.network", "mlp", "8, 8, 3", "FlattenObservation"):
         encoder_of("mlp", 8, 8, 3)
-    config = Config(family="navigation-2d", policy=policy_options(network="nature"))
+    config = Config(setup=Setup(family="navigation-2d", policy=policy_options(network="nature")))
     with refused("policy.network", "nature", 2):
-        Trainer(config)
+        new_trainer(config)
 
 
 @pytest.mark.parametrize("algorithm", ["maml-trpo", "anil", "cavia"])
 def test_a_run_on_images_saves_loads_and_acts(algorithm, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     config = resolve(None, "image_envs:corridor", algorithm)
-    config = dataclasses.replace(config, tasks=2, episodes=2, iterations=1, threads=1)
+    config = config.with_options({"tasks": 2, "episodes": 2, "iterations": 1, "threads": 1})
     metarl.train(config, tmp_path / "run")
     meta = metarl.load(tmp_path / "run")
     policy = meta.adapt([1.0], episodes=2)

@@ -25,7 +25,7 @@ config = metarl.resolve(
 )
 metarl.train(config, "run")
 assert metarl.load("run").provenance["iteration"] == 2
-assert metarl.load("half-cheetah-dir-icml2017").config.family == "half-cheetah-dir"
+assert metarl.load("half-cheetah-dir-icml2017").setup.family == "half-cheetah-dir"
 assert gymnasium.make("metarl/HalfCheetahVel-v0", velocity=1.5).spec.id
 print("trained")
 """

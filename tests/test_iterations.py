@@ -32,8 +32,7 @@ from metarl.learning.trust_region import TrustRegion, fisher_samples
 from metarl.parts import fixed
 from metarl.sampling.seeding import stream
 from metarl.sampling.trajectories import Rollout
-from metarl.training.run import schedule_change
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer, schedule_change
 
 # The table ----------------------------------------------------------------------------------------
 
@@ -142,10 +141,10 @@ class Recorder(OuterOptimizer):
 
 def built(config: Config, iteration: int) -> tuple[dict[str, Any], list[Rollout]]:
     """What the trainer hands to the outer optimizer in an iteration."""
-    recorder, rollouts = Recorder(of=config.outer), []
-    with Trainer(config) as trainer:
+    recorder, rollouts = Recorder(of=config.setup.algorithm.outer), []
+    with new_trainer(config) as trainer:
         trainer.state.iteration = iteration
-        trainer.algorithm = dataclasses.replace(config.algorithm, outer=recorder)
+        trainer.algorithm = dataclasses.replace(config.setup.algorithm, outer=recorder)
         trainer.iterate(rollouts.extend)
     return recorder.seen, rollouts
 
@@ -158,10 +157,10 @@ def table_config(name: str, **changes) -> Config:
 @pytest.mark.parametrize("name", [n for n, row in algorithms().items() if row.head == "meta"])
 def test_the_outer_problem_is_the_one_of_the_algorithm(name):
     row, config = TABLE[name], table_config(name)
-    assert type(config.outer) is row.outer
-    assert {key: getattr(config.outer, key) for key in row.steps} == row.steps
-    with Trainer(config) as trainer:
-        assert trainer.algorithm.outer is config.outer
+    assert type(config.setup.algorithm.outer) is row.outer
+    assert {key: getattr(config.setup.algorithm.outer, key) for key in row.steps} == row.steps
+    with new_trainer(config) as trainer:
+        assert trainer.algorithm.outer is config.setup.algorithm.outer
     for i, iteration in enumerate(MOMENTS):
         found, rollouts = built(config, iteration)
         problem = found["problem"]
@@ -181,7 +180,7 @@ def test_the_outer_problem_is_the_one_of_the_algorithm(name):
         check_support_terms(row, problem, rollouts)
         if row.outer is TrustRegion:
             # Of 360 samples 200, or episodes of 12 with as many that are valid.
-            chosen = fisher_samples(problem, config.outer.fisher_fraction)
+            chosen = fisher_samples(problem, config.setup.algorithm.outer.fisher_fraction)
             shapes = [samples.shape for samples in chosen]
             if name == "dice-maml":
                 assert all(
@@ -416,12 +415,12 @@ def test_a_diverged_task_is_credited_nothing_and_changes_no_others_credit():
 def test_a_schedule_spans_the_whole_run():
     config = table_config("maml++")
     for total in (10, 100, 501):
-        rates = [config.outer.rate(i / total) for i in range(total)]
+        rates = [config.setup.algorithm.outer.rate(i / total) for i in range(total)]
         assert rates[0] == 1.0
         assert all(a > b > 0.0 for a, b in itertools.pairwise(rates))
-        assert config.outer.rate(1.0) == 0.0
+        assert config.setup.algorithm.outer.rate(1.0) == 0.0
         assert rates[total // 2] == pytest.approx(0.5, abs=1.6 / total)
-        curvatures = [config.meta.curvature(i / total) for i in range(total)]
+        curvatures = [config.setup.algorithm.meta.curvature(i / total) for i in range(total)]
         assert curvatures.count(0.0) == math.ceil(0.3 * total)
         assert curvatures == sorted(curvatures)
 
@@ -447,12 +446,12 @@ def test_resuming_with_more_iterations_reports_the_changed_schedules(tmp_path, c
     def config(iterations, name="maml++"):
         return small(name, iterations=iterations, threads=1)
 
-    assert schedule_change(config(200), 200, 100) is None
-    said = schedule_change(config(200), 100, 100)
+    assert schedule_change(config(200).setup.algorithm, 200, 200, 100) is None
+    said = schedule_change(config(200).setup.algorithm, 200, 100, 100)
     assert said is not None
     assert mentions(said, 200, 100, "outer.schedule", "0.50", "0.00")
     assert mentions(said, 60, 30)  # where the annealing ends
-    assert schedule_change(config(200, "maml-trpo"), 100, 9) is None
+    assert schedule_change(config(200, "maml-trpo").setup.algorithm, 200, 100, 9) is None
 
     train(config(2), tmp_path / "run")
     seen: list[str] = []

@@ -16,7 +16,7 @@ from metarl.learning.losses import clipped_ratio, dice, likelihood_ratio, log_li
 from metarl.learning.meta_gradients.reptile import Reptile
 from metarl.learning.meta_gradients.unrolled import Unrolled
 from metarl.models.predictors import Regressor, squared_error
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 SMALL = {"tasks": 5, "episodes": 2, "threads": 1}
 
@@ -54,7 +54,7 @@ class CallableLoss:
 
 def _iterate(algorithm, family="navigation-2d", **options):
     sizes = {} if family == "sinusoid" else SMALL
-    with Trainer(metarl.resolve(None, family, algorithm, {**sizes, **options})) as trainer:
+    with new_trainer(metarl.resolve(None, family, algorithm, {**sizes, **options})) as trainer:
         return trainer.iterate()
 
 
@@ -83,7 +83,7 @@ def test_a_models_loss_of_another_shape_is_refused_by_name(monkeypatch, algorith
         return squared_error(model, output, examples).mean()
 
     monkeypatch.setattr(Regressor, "loss", property(lambda self: averaged))
-    with refused("averaged"), Trainer(metarl.resolve(None, "sinusoid", algorithm)) as trainer:
+    with refused("averaged"), new_trainer(metarl.resolve(None, "sinusoid", algorithm)) as trainer:
         trainer.iterate()
 
 

@@ -32,7 +32,9 @@ def test_adapting_by_hand_and_by_the_method_agree():
         env, meta.policy, meta.params, episodes=6, horizon=15, key=RandomKey(4, split="test")
     )
     with ChunkPool(1) as pool:
-        advantage, _ = estimate(rollout, meta.config.advantage, meta.config.baseline, {}, pool)
+        advantage, _ = estimate(
+            rollout, meta.algorithm.advantage, meta.algorithm.baseline, {}, pool
+        )
     theta = {name: p.clone().requires_grad_() for name, p in meta.params.items()}
     dist = meta.policy.dist(theta, rollout.observation[0].flatten(0, 1))
     log_prob = meta.policy.log_prob(dist, rollout.action[0].flatten(0, 1))
@@ -48,7 +50,7 @@ def test_adapting_by_hand_and_by_the_method_agree():
 def test_parameters_from_elsewhere_make_a_policy():
     meta = navigator()
     arrays = {name: p.double().numpy() for name, p in reversed(meta.params.items())}
-    made = metarl.MetaPolicy.of(arrays, meta.config)
+    made = metarl.MetaPolicy.of(arrays, meta.setup)
     assert list(made.params) == list(meta.params)  # in the order that sums follow
     assert made.digest == meta.digest
     arrays["log_std"][0] += 1.0  # a copy is taken
@@ -70,7 +72,7 @@ def test_parameters_of_another_network_are_refused(change, name):
     params = {**meta.params, **change}
     params = {key: value for key, value in params.items() if value is not None}
     with refused(name):
-        metarl.MetaPolicy.of(params, meta.config)
+        metarl.MetaPolicy.of(params, meta.setup)
 
 
 def test_an_environment_and_its_task_vector_give_the_same_policy():
@@ -169,7 +171,7 @@ def test_a_loaded_policy_equals_the_saved_one(tmp_path):
     meta = navigator()
     meta.save(tmp_path / "mine.safetensors")
     again = load(tmp_path / "mine.safetensors")
-    assert again.config == meta.config
+    assert again.setup == meta.setup
     assert list(again.params) == list(meta.params)
     assert all(torch.equal(again.params[name], meta.params[name]) for name in meta.params)
 

@@ -14,7 +14,7 @@ from metarl.config.options import Config
 from metarl.envs import GymnasiumFamily, Uniform, check_task_family
 from metarl.envs.errors import UserError
 from metarl.policies.meta_policy import MetaPolicy
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 Box, Dict = gym.spaces.Box, gym.spaces.Dict
 BYTES = Box(0, 255, (4, 5, 3), np.uint8)
@@ -143,12 +143,12 @@ def test_observations_that_keep_their_numbers_are_taken(kind):
 
 
 def test_floats_in_whole_numbers_are_refused_in_training_and_adaptation(named):
-    with Trainer(named(family())) as trainer:
+    with new_trainer(named(family())) as trainer:
         meta = trainer.meta_policy()
     wrong = sees(WHOLE, lambda self: np.array([self.x]))
     with refused("int64"):
         meta.adapt(wrong(), episodes=2)
-    with refused("int64"), Trainer(named(family(wrong))) as trainer:
+    with refused("int64"), new_trainer(named(family(wrong))) as trainer:
         trainer.iterate()
 
 
@@ -175,7 +175,7 @@ def test_an_image_that_would_become_raw_numbers_is_refused(kind, named):
     space, name = IMAGES[kind]
     made = family(sees(space, flat_zero(space)))
     with refused("point", name):
-        Trainer(named(made))
+        new_trainer(named(made))
     assert check_task_family(made)
 
 
@@ -240,9 +240,9 @@ def test_a_step_of_other_types_is_refused_everywhere(kind, named):
         with refused("point", name):
             env.step(np.zeros(env.action_space.shape, np.float32))
     assert faults(made)
-    with refused("point", name), Trainer(named(made)) as trainer:
+    with refused("point", name), new_trainer(named(made)) as trainer:
         trainer.iterate()
-    with Trainer(named(family())) as trainer:
+    with new_trainer(named(family())) as trainer:
         meta = trainer.meta_policy()
     with refused(name):
         meta.adapt(says(say)(), episodes=2)
@@ -272,7 +272,7 @@ def test_numbers_of_other_types_change_nothing(kind, named):
     for say in (plain, ACCEPTED_STEPS[kind]):
         made = family(says(say))
         assert not faults(made)
-        with Trainer(named(made)) as trainer:
+        with new_trainer(named(made)) as trainer:
             rows.append(trainer.iterate()["return_post"])
             policies.append(trainer.meta_policy().adapt(says(say)(), episodes=2))
     assert rows[0] == rows[1]
@@ -296,7 +296,7 @@ def test_check_and_train_agree_on_actions_that_are_not_flat(space, named):
     made = family(type("Acts", (Point,), {"action_space": space}))
     assert "spaces" in faults(made)
     with refused("Box"):
-        Trainer(named(made))
+        new_trainer(named(made))
 
 
 # Running statistics -------------------------------------------------------------------------------
@@ -337,15 +337,15 @@ def test_wrappers_that_normalize_as_they_go_are_refused(kind, named):
     with refused("point", name, "--policy.normalize"):
         made.make()
     assert faults(made)
-    with Trainer(named(family())) as trainer:
+    with new_trainer(named(family())) as trainer:
         meta = trainer.meta_policy()
-    named(made)
+    config = named(made)
     with refused(name, "--policy.normalize"):
-        Trainer(meta.config)
+        new_trainer(config)
     with refused(name, "--policy.normalize"):
         meta.adapt(env(), episodes=2)
     with refused(name, "--policy.normalize"):
-        MetaPolicy(meta.params, meta.config, {}).adapt([0.5], episodes=2)
+        MetaPolicy(meta.params, meta.setup, {}).adapt([0.5], episodes=2)
 
 
 def test_frozen_statistics_and_constant_factors_are_taken():

@@ -14,7 +14,8 @@ from expecting import refused
 
 import metarl
 from metarl.algorithms import Algorithm, find_algorithm
-from metarl.config.options import Config
+from metarl.config.options import Config, RunOptions
+from metarl.config.setup import Setup
 from metarl.domains.reinforcement import make_policy
 from metarl.learning.inner_update import GradientUpdate
 from metarl.learning.losses import likelihood_ratio
@@ -49,9 +50,9 @@ def _meta(space, mode="clip", std=1.0, algorithm="maml-trpo", seed=0):
     options = {"action": mode, "initial_std": std} if box else {}
     family = "navigation-2d" if box else "cartpole-length"
     policy = policy_options(hidden=(8,), **options)
-    config = Config(family=family, algorithm=find_algorithm(algorithm), policy=policy)
+    setup = Setup(family=family, algorithm=find_algorithm(algorithm), policy=policy)
     network = make_policy(policy, reals(2 if box else 4), space)
-    return MetaPolicy(network.init(np.random.default_rng(seed)), config)
+    return MetaPolicy(network.init(np.random.default_rng(seed)), setup)
 
 
 def _fires(meta, space, choose, steps, seed=0):
@@ -243,21 +244,21 @@ def test_densities_of_another_policy_weight_the_inner_step():
     found = adapter.adapted().params
     # The gradient by hand, of the mean of ratio times advantage; the baseline of 60 samples.
     rewards = np.array([reward for *_, reward in data])
-    expected = _step_by_hand(start, data, known, rewards, meta.config)
+    expected = _step_by_hand(start, data, known, rewards, meta.algorithm)
     for name, p in expected.items():
         assert torch.allclose(found[name], p, atol=1e-4), name
     assert any((found[n] - start.params[n]).abs().max() > 1e-3 for n in expected)
 
 
-def _step_by_hand(start, data, known, rewards, config):
+def _step_by_hand(start, data, known, rewards, algorithm):
     seen = np.stack([s for s, *_ in data]).astype(np.float64)
     o, t = np.clip(seen, -10, 10), np.arange(len(data))[:, None] / 100.0
     x = np.concatenate([o, o * o, t, t**2, t**3, np.ones_like(t)], axis=1)
-    discount = config.advantage.discount
+    discount = algorithm.advantage.discount
     returns = np.array([
         sum(discount**k * r for k, r in enumerate(rewards[i:])) for i in range(len(data))
     ])  # fmt: skip
-    ridge = config.baseline.ridge * np.eye(x.shape[1])
+    ridge = algorithm.baseline.ridge * np.eye(x.shape[1])
     value = x @ np.linalg.solve(x.T @ x + ridge, x.T @ returns)
     advantage = returns - value
     advantage = (advantage - advantage.mean()) / advantage.std()
@@ -267,7 +268,7 @@ def _step_by_hand(start, data, known, rewards, config):
     ratio = (start.policy.log_prob(dist, action) - torch.tensor(known)).exp()
     loss = -(ratio * torch.from_numpy(advantage.astype(np.float32))).mean()
     gradient = torch.autograd.grad(loss, list(leaves.values()))
-    size = config.inner.step_sizes[0]
+    size = algorithm.inner.step_sizes[0]
     return {n: p.detach() - size * g for (n, p), g in zip(leaves.items(), gradient, strict=True)}
 
 
@@ -354,17 +355,18 @@ def test_a_run_by_numbers_of_numpy_is_kept_and_goes_on(tmp_path):
     }  # fmt: skip
     config = metarl.resolve(None, "navigation-2d", overrides=options)
     metarl.train(config, tmp_path / "run")
-    assert metarl.load(tmp_path / "run").config == config
     meta = metarl.load(tmp_path / "run")
-    MetaPolicy(meta.params, Config(family="navigation-2d", seed=np.int64(3)), {
+    assert (meta.setup, meta.run_options) == (config.setup, config.run)
+    config = Config(setup=Setup(family="navigation-2d"), run=RunOptions(seed=np.int64(3)))
+    MetaPolicy(meta.params, config.setup, {
         "iteration": np.int64(1), "env_steps": np.int64(20),
-    }).save(tmp_path / "policy")  # fmt: skip
-    assert load(tmp_path / "policy").config.seed == 3
+    }, {"config": config.to_json(), "family": {}}).save(tmp_path / "policy")  # fmt: skip
+    assert load(tmp_path / "policy").run_options.seed == 3
 
 
 def test_what_no_file_can_hold_is_refused(tmp_path):
     meta = load("navigation-2d-icml2017")
-    config = Config(family="navigation-2d", family_options={"thing": object()})
+    setup = Setup(family="navigation-2d", family_options={"thing": object()})
     with refused():
-        MetaPolicy(meta.params, config, {}).save(tmp_path / "policy")
+        MetaPolicy(meta.params, setup, {}).save(tmp_path / "policy")
     assert not (tmp_path / "policy").exists()

@@ -22,7 +22,7 @@ from metarl.learning.meta_gradients.problem import Objective
 from metarl.learning.meta_gradients.reptile import ReptileProblem
 from metarl.learning.meta_gradients.unrolled import UnrolledProblem
 from metarl.models.networks import flatten, unflatten
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 D = torch.float64
 META = {
@@ -164,7 +164,7 @@ def test_statistics_and_the_fitted_factor_do_not_decay():
     }  # fmt: skip
     found = []
     for decay in (0.0, 0.5):
-        with Trainer(small(**{**options, "outer.weight_decay": decay})) as trainer:
+        with new_trainer(small(**{**options, "outer.weight_decay": decay})) as trainer:
             trainer.iterate()
             found.append(trainer.state.params)
     plain, decayed = found
@@ -300,7 +300,7 @@ def test_an_algorithm_hands_its_weights_and_its_regularizer_to_the_meta_gradient
             return super().problem(sampled)
 
     algorithm = dataclasses.replace(algorithm, meta=Watched())
-    with Trainer(small(algorithm, tasks=3)) as trainer:
+    with new_trainer(small(algorithm, tasks=3)) as trainer:
         row = trainer.iterate()
     (objective,), (returns,) = objectives, seen
     assert returns.shape == (3,)
@@ -321,7 +321,7 @@ def test_an_algorithm_hands_its_weights_and_its_regularizer_to_the_meta_gradient
 )  # fmt: skip
 def test_weights_that_are_no_weights_are_refused(weights):
     algorithm = Algorithm(name="mine", inner=GradientUpdate(), task_weights=weights)
-    with refused("task_weights"), Trainer(small(algorithm, tasks=3)) as trainer:
+    with refused("task_weights"), new_trainer(small(algorithm, tasks=3)) as trainer:
         trainer.iterate()
 
 
@@ -331,7 +331,7 @@ def test_weights_that_are_no_weights_are_refused(weights):
 )
 def test_a_regularizer_that_is_no_number_of_the_parameters_is_refused(regularizer):
     algorithm = Algorithm(name="mine", regularizer=regularizer)
-    with refused("regularizer"), Trainer(small(algorithm, tasks=3)) as trainer:
+    with refused("regularizer"), new_trainer(small(algorithm, tasks=3)) as trainer:
         trainer.iterate()
 
 
@@ -354,7 +354,7 @@ class Breaks(torch.optim.Optimizer):
 
 def test_an_optimizer_that_leaves_no_numbers_is_counted_as_skipped():
     values = {"tasks": 2, "episodes": 2, "threads": 1, "outer": Breaks}
-    with Trainer(metarl.resolve(None, "navigation-2d", overrides=values)) as trainer:
+    with new_trainer(metarl.resolve(None, "navigation-2d", overrides=values)) as trainer:
         before = {name: p.clone() for name, p in trainer.state.params.items()}
         row = trainer.iterate()
         assert row["skipped_updates"] == 1

@@ -24,7 +24,7 @@ from metarl.models.networks import MLP, stack
 from metarl.models.policies import PolicyModel
 from metarl.policies.export import export
 from metarl.runs.checkpoints import CheckpointError
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 SMALL = {"iterations": 2, "tasks": 4, "episodes": 4, "threads": 2}
 NAMES = [f"own_networks:{kind}" for kind in ("Residual", "Attention", "Recurrent")]
@@ -32,7 +32,7 @@ NAMES = [f"own_networks:{kind}" for kind in ("Residual", "Attention", "Recurrent
 
 def iterate(network, algorithm="maml-trpo", family="navigation-2d", iterations=1, **options):
     values = SMALL | {"policy.network": network} | options
-    with Trainer(metarl.resolve(None, family, algorithm, values)) as trainer:
+    with new_trainer(metarl.resolve(None, family, algorithm, values)) as trainer:
         rows = [trainer.iterate() for _ in range(iterations)]
         return rows, trainer.state.params
 
@@ -105,14 +105,14 @@ def test_other_algorithms_take_a_module(algorithm):
 @pytest.mark.parametrize("algorithm", ["maml-trpo", "reptile", "cavia"])
 def test_a_module_learns_a_data_set(family, algorithm):
     values = {"iterations": 1, "tasks": 2, "threads": 1, "policy.network": "own_networks:Plain"}
-    with Trainer(metarl.resolve(None, family, algorithm, values)) as trainer:
+    with new_trainer(metarl.resolve(None, family, algorithm, values)) as trainer:
         assert np.isfinite(trainer.iterate()["loss_pre"])
 
 
 def test_an_algorithm_that_makes_the_last_layer_refuses_a_module():
     with refused("protomaml", "policy.network", "own_networks:Plain"):
         values = {"policy.network": "own_networks:Plain"}
-        Trainer(metarl.resolve(None, "characters", "protomaml", values))
+        new_trainer(metarl.resolve(None, "characters", "protomaml", values))
 
 
 def test_anil_adapts_the_module_that_is_called_head():
@@ -254,7 +254,7 @@ def test_a_policy_with_a_context_is_exported(tmp_path):
     config = metarl.resolve(None, "navigation-2d", "cavia", values)
     policy = metarl.train(config, tmp_path / "cavia").adapt([0.1, 0.2], episodes=2)
     export(policy, tmp_path / "policy.pt", "torchscript", reals(2))
-    assert meta.config.algorithm.name == "maml-trpo"
+    assert meta.setup.algorithm.name == "maml-trpo"
 
 
 class Squeezed(Residual):
@@ -405,7 +405,7 @@ def test_an_object_without_a_name_trains_and_resumes_if_it_is_passed_again(tmp_p
     metarl.train(config, tmp_path / "run")
     with refused("policy.network", error=CheckpointError):
         metarl.load(tmp_path / "run")
-    assert metarl.load(tmp_path / "run", config).config == config
+    assert metarl.load(tmp_path / "run", config.setup).setup == config.setup
     with refused("policy.network"):
         Config.from_json(config.to_json())
     longer = metarl.resolve(None, "navigation-2d", overrides=values)

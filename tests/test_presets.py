@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import numpy as np
@@ -13,12 +12,12 @@ from metarl import load, resolve
 from metarl.config.options import Config
 from metarl.envs.registry import training_values
 from metarl.policies.loading import run_config
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 
 def inner(preset, family, algorithm="maml-trpo", **values):
     overrides = {f"inner.{key}": value for key, value in values.items()}
-    return resolve(preset, family, algorithm, overrides).inner
+    return resolve(preset, family, algorithm, overrides).setup.algorithm.inner
 
 
 @pytest.mark.parametrize("family", ["half-cheetah-dir", "half-cheetah-vel", "navigation-2d"])
@@ -61,38 +60,44 @@ def test_algorithms_that_learn_step_sizes_do_not_fit_them():
 
 def test_given_values_override_the_algorithm_which_overrides_the_preset():
     assert resolve("icml2017", "navigation-2d").options()["policy.hidden"] == (100, 100)
-    assert resolve("icml2017", "half-cheetah-vel").iterations == 475
-    assert resolve(None, "navigation-2d", "promp").outer.clip == 0.3
+    assert resolve("icml2017", "half-cheetah-vel").run.iterations == 475
+    assert resolve(None, "navigation-2d", "promp").setup.algorithm.outer.clip == 0.3
     said = {"outer.clip": 0.1, "policy.hidden": (8,), "iterations": 3}
     config = resolve("icml2017", "half-cheetah-vel", "promp", said)
-    assert (config.outer.clip, config.options()["policy.hidden"], config.iterations) == (
+    assert (
+        config.setup.algorithm.outer.clip,
+        config.options()["policy.hidden"],
+        config.run.iterations,
+    ) == (
         0.1,
         (8,),
         3,
     )
-    assert config.algorithm.name == "promp"
-    assert config.family_options == {"variant": "icml2017"}
-    assert resolve("icml2017", "navigation-2d").family_options == {}
+    assert config.setup.algorithm.name == "promp"
+    assert config.setup.family_options == {"variant": "icml2017"}
+    assert resolve("icml2017", "navigation-2d").setup.family_options == {}
 
 
 def test_family_options_are_merged_with_the_presets_and_the_variant_decides():
     options = {"family_options": {"variant": "promp2019", "balanced": True}}
     config = resolve("metarl2026", "half-cheetah-dir", overrides=options)
-    assert config.family_options == {"variant": "promp2019", "balanced": True}
+    assert config.setup.family_options == {"variant": "promp2019", "balanced": True}
     assert config.options()["policy.initial_std"] == 4.0
     assert resolve("metarl2026", "half-cheetah-dir").options()["policy.initial_std"] == 1.0
     balanced = {"family_options": {"balanced": True}}
-    found = resolve("metarl2026", "half-cheetah-dir", overrides=balanced).family_options
+    found = resolve("metarl2026", "half-cheetah-dir", overrides=balanced).setup.family_options
     assert found == {"variant": "icml2017", "balanced": True}
     said = {**options, "policy.initial_std": 2.0}
     config = resolve("metarl2026", "half-cheetah-dir", overrides=said)
     assert config.options()["policy.initial_std"] == 2.0
-    assert resolve(None, "half-cheetah-dir", overrides=balanced).family_options["balanced"]
+    assert resolve(None, "half-cheetah-dir", overrides=balanced).setup.family_options["balanced"]
 
 
 def test_a_preset_may_differ_by_algorithm_and_a_family_by_more():
     def sizes(family, algorithm, **overrides):
-        return resolve("metarl2026", family, algorithm, overrides).inner.sizes_in_training
+        return resolve(
+            "metarl2026", family, algorithm, overrides
+        ).setup.algorithm.inner.sizes_in_training
 
     assert sizes("half-cheetah-dir", "maml-trpo") == (0.1, 0.05)
     assert sizes("half-cheetah-dir", "meta-sgd") == (1.0,)
@@ -109,13 +114,18 @@ def test_a_preset_may_differ_by_algorithm_and_a_family_by_more():
 
 def test_a_preset_may_differ_for_one_algorithm_on_one_family():
     def share(family, algorithm, **overrides):
-        return resolve("metarl2026", family, algorithm, overrides).meta.second_order
+        return resolve("metarl2026", family, algorithm, overrides).setup.algorithm.meta.second_order
 
     assert share("half-cheetah-dir", "maml-trpo") == 0.5
     assert share("half-cheetah-dir", "maml-trpo", **{"meta.second_order": 0.7}) == 0.7
     assert share("half-cheetah-dir", "anil") == share("navigation-2d", "maml-trpo") == 1.0
     # What the preset set has no effect with this, but nobody asked for it.
-    assert resolve("metarl2026", "half-cheetah-dir", overrides={"inner.steps": 0}).inner.steps == 0
+    assert (
+        resolve(
+            "metarl2026", "half-cheetah-dir", overrides={"inner.steps": 0}
+        ).setup.algorithm.inner.steps
+        == 0
+    )
 
 
 @pytest.mark.parametrize("preset", [None, "metarl2026"])
@@ -153,14 +163,14 @@ def test_a_run_evaluates_with_the_given_step_sizes(flags, sizes, test_sizes, pro
     out = tmp_path / "run"
     arguments = ["train", "navigation-2d", "--preset", "icml2017", *SMALL, "--out", str(out)]
     assert run(*arguments, *flags) == 0
-    stored = run_config(out).inner
+    stored = run_config(out).setup.algorithm.inner
     assert list(stored.sizes_in_training) == sizes
     assert list(stored.sizes_in_evaluation) == test_sizes
     assert getattr(stored, "proximal", 0.0) == proximal
     # A resumed run has the values of its folder.
     assert run("train", "--resume", str(out), "--iterations", "2") == 0
-    assert load(str(out)).config.inner == run_config(out).inner
-    assert run_config(out).inner == stored
+    assert load(str(out)).algorithm.inner == run_config(out).setup.algorithm.inner
+    assert run_config(out).setup.algorithm.inner == stored
 
 
 @pytest.mark.parametrize(
@@ -187,27 +197,33 @@ def test_a_value_of_another_kind_is_refused(key, value, known):
 def test_numpy_numbers_are_accepted():
     said = {"seed": np.int64(3), "inner.step_sizes": np.array([0.4]), "stratified": np.bool_(1)}
     config = resolve(None, "navigation-2d", overrides=said)
-    assert (config.seed, config.inner.step_sizes, config.stratified) == (3, (0.4,), True)
+    assert (config.run.seed, config.setup.algorithm.inner.step_sizes, config.run.stratified) == (
+        3,
+        (0.4,),
+        True,
+    )
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 def test_learned_step_sizes_have_one_entry_per_step():
-    sizes = resolve("metarl2026", "half-cheetah-dir", "maml++").inner.sizes_in_training
+    sizes = resolve(
+        "metarl2026", "half-cheetah-dir", "maml++"
+    ).setup.algorithm.inner.sizes_in_training
     assert sizes == (1.0, 1.0)
-    inner = resolve(None, "characters", "leopard", {"inner.steps": 3}).inner
+    inner = resolve(None, "characters", "leopard", {"inner.steps": 3}).setup.algorithm.inner
     assert inner.sizes_in_training == inner.step_sizes[:1] * 3
     said = {"inner.steps": 3, "inner.step_sizes": (0.3, 0.2)}
     config = resolve(None, "navigation-2d", "maml++", said)
-    assert config.inner.sizes_in_training == (0.3, 0.2, 0.2)
-    with Trainer(dataclasses.replace(config, tasks=2, episodes=1)) as trainer:
+    assert config.setup.algorithm.inner.sizes_in_training == (0.3, 0.2, 0.2)
+    with new_trainer(config.with_options({"tasks": 2, "episodes": 1})) as trainer:
         learned = {n: p for n, p in trainer.state.params.items() if n.startswith("step_size.")}
     assert {len(p) for p in learned.values()} == {3}
 
 
 def test_values_that_a_family_sets_for_an_algorithm_are_kept():
-    inner = resolve(None, "characters", "imaml").inner
+    inner = resolve(None, "characters", "imaml").setup.algorithm.inner
     chosen = training_values("characters")["imaml"]
     assert inner.proximal == chosen["inner.proximal"] != 0.5 / inner.step_sizes[0]
     assert inner.step_sizes == chosen["inner.step_sizes"]
-    inner = resolve(None, "characters", "imaml", {"inner.proximal": 5.0}).inner
+    inner = resolve(None, "characters", "imaml", {"inner.proximal": 5.0}).setup.algorithm.inner
     assert (inner.proximal, inner.step_sizes) == (5.0, chosen["inner.step_sizes"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -25,8 +24,7 @@ from metarl.distributed.process_group import ALONE, CHUNK, ProcessGroup, device_
 from metarl.envs.errors import UserError
 from metarl.runs.checkpoints import load
 from metarl.runs.metrics import measured_time, read_metrics
-from metarl.training.run import train
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer, train
 
 HERE = Path(__file__).parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -73,8 +71,8 @@ def run_cases(ranks: int, todo: dict[str, tuple], out: Path) -> None:
 
 def run_alone(todo: dict[str, tuple], out: Path) -> None:
     for name, (family, options, algorithm, values, iterations) in todo.items():
-        config = resolve(None, family, algorithm, {"threads": 2, **values})
-        config = dataclasses.replace(config, family_options=options, iterations=iterations)
+        length = {"family_options": options, "iterations": iterations}
+        config = resolve(None, family, algorithm, {"threads": 2, **values, **length})
         train(config, out / name, resume="auto")
 
 
@@ -119,7 +117,7 @@ def test_supervised_tasks_train_on_one_rank():
     process_group = ProcessGroup()
     process_group.size = 2
     with refused("sinusoid", "rank", 2):
-        Trainer(resolve(None, "sinusoid"), process_group)
+        new_trainer(resolve(None, "sinusoid"), process_group)
 
 
 def test_one_process_is_the_identity():

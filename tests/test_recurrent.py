@@ -14,6 +14,7 @@ from torch import nn
 
 import metarl
 from metarl.config.options import Config
+from metarl.config.setup import Setup
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.domains.reinforcement import make_policy
 from metarl.envs import make_family
@@ -30,8 +31,7 @@ from metarl.policies.meta_policy import MetaPolicy
 from metarl.policies.policy import Policy
 from metarl.sampling.rollouts import Collector, RandomKey
 from metarl.sampling.workers import WorkerCollector
-from metarl.training.run import train
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer, train
 
 BOX = gym.spaces.Box(-1.0, 1.0, (2,))
 NETWORKS = ["gru", "lstm", "recurrent_networks:Cell"]
@@ -252,7 +252,7 @@ def test_fisher_products_use_whole_episodes(pool):
 def test_algorithms_train_recurrent_policies(network, algorithm):
     # The check of the first iteration compares the densities of sampling and learning.
     config = small(algorithm, **{"policy.network": network, "policy.normalize": True})
-    with Trainer(config.with_options({"tasks": 2})) as trainer:
+    with new_trainer(config.with_options({"tasks": 2})) as trainer:
         before = {name: p.clone() for name, p in trainer.state.params.items()}
         rows = [trainer.iterate() for _ in range(2)]
         assert np.isfinite(rows[1]["return_post"])
@@ -305,8 +305,10 @@ def test_a_state_lasts_for_one_episode_of_one_task(family, workers):
 
 def meta_policy(network="recurrent_networks:Sum", family="recurrent_networks:marked", **options):
     config = Config.of(family, "maml-trpo").with_options({"policy.network": network, **options})
-    model = config.domain.model(config.algorithm, config.policy, make_family(family))
-    return MetaPolicy(model.init(np.random.default_rng(0)), config)
+    model = config.setup.domain.model(
+        config.setup.algorithm, config.setup.policy, make_family(family)
+    )
+    return MetaPolicy(model.init(np.random.default_rng(0)), config.setup)
 
 
 @pytest.fixture
@@ -387,15 +389,15 @@ def test_an_episode_keeps_its_state_across_an_inner_step(learned):
 
 
 def alone(network="gru", space=BOX, **options) -> Policy:
-    config = Config(policy=policy_options(network=network, **options))
-    policy = make_policy(config.policy, reals(3), space)
+    chosen = policy_options(network=network, **options)
+    policy = make_policy(chosen, reals(3), space)
     rng = np.random.default_rng(0)
     shapes = policy.shapes().items()
     drawn = {name: (0.3 * rng.standard_normal(s)).astype(np.float32) for name, s in shapes}
     params = {n: torch.from_numpy(np.abs(x) if "var" in n else x) for n, x in drawn.items()}
     provenance = {"task": None, "steps": 0, "episodes": 0, "seed": 0}
-    record = {"config": config.to_json(), "family": {}}
-    return Policy(policy, params, space, 10, config.action_mode, provenance, record)
+    record = {"config": Setup(policy=chosen).to_json(), "family": {}}
+    return Policy(policy, params, space, 10, chosen.action, provenance, record)
 
 
 def test_a_policy_acts_with_its_state():
@@ -486,7 +488,7 @@ def test_a_recurrent_run_does_not_depend_on_workers_bit_for_bit():
     trained = []
     for workers in (0, 2):
         options = {"tasks": 4, "workers": workers, "policy.network": "gru", "policy.units": 7}
-        with Trainer(small("maml-trpo", "recurrent_networks:marked", **options)) as trainer:
+        with new_trainer(small("maml-trpo", "recurrent_networks:marked", **options)) as trainer:
             row = trainer.iterate()
             trained.append((trainer.state.params, row["returns"]))
     assert trained[0][1] == trained[1][1]
@@ -503,7 +505,7 @@ def test_modules_with_a_wrong_state_are_refused(network):
 def test_recurrent_networks_are_refused_where_samples_have_no_order():
     for network in ("gru", "recurrent_networks:Cell"):
         with refused("policy.network", network):
-            Trainer(metarl.resolve(None, "sinusoid", "maml-trpo", {"policy.network": network}))
+            new_trainer(metarl.resolve(None, "sinusoid", "maml-trpo", {"policy.network": network}))
     with refused("gru"):
         make_policy(
             policy_options(network="gru"), gym.spaces.Box(0, 255, (40, 40, 3), np.uint8), BOX
@@ -518,8 +520,8 @@ def test_only_a_recurrent_policy_recalls_the_start_of_an_episode(seed):
         options = {"tasks": 4, "episodes": 30, "outer.max_kl": 0.05, "advantage.discount": 1.0}
         options |= {"policy.network": network, "iterations": 30, "seed": seed, "threads": 2}
         config = Config.of("recurrent_networks:recall", "pretrained").with_options(options)
-        with Trainer(config) as trainer:
-            rows = [trainer.iterate() for _ in range(config.iterations)]
+        with new_trainer(config) as trainer:
+            rows = [trainer.iterate() for _ in range(config.run.iterations)]
         earned[network] = np.mean([row["return_pre"] for row in rows[-10:]])
     assert earned["gru"] > 0.95
     assert earned["mlp"] < 0.6

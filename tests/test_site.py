@@ -79,7 +79,7 @@ def test_the_command_line_page_has_every_option_of_every_command():
     everything = set(re.findall(r"--[a-z][\w.-]*", page))
     for name, text in sections.items():
         kind, _ = main.command_of(name)
-        if hasattr(kind, "starting"):
+        if hasattr(kind, "usual"):
             flags = set(flags_of(with_options(kind, Config.of("", "maml-trpo"))))
             own = {flag for flag in flags if "." not in flag}
             assert flags - own <= everything | _of_algorithms()

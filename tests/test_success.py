@@ -10,7 +10,7 @@ from metarl.config.options import Config
 from metarl.envs import GymnasiumFamily, Uniform
 from metarl.evaluation.evaluate import evaluate
 from metarl.policies.meta_policy import MetaPolicy
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 
 class Coin(gym.Env):
@@ -58,7 +58,7 @@ def coin(kind: str = "bool") -> GymnasiumFamily:
 def policy(kind: str) -> MetaPolicy:
     values = {"tasks": 2, "episodes": 2, "iterations": 1}
     config = Config.of("test_success:coin", "maml-trpo", {"kind": kind}).with_options(values)
-    with Trainer(config) as trainer:
+    with new_trainer(config) as trainer:
         return trainer.meta_policy()
 
 

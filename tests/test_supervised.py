@@ -89,7 +89,7 @@ SIZE = 0.07
 
 def gradient_of(name, model, batches, meta, *, steps, loss, progress=0.75, **said):
     """The gradient of the algorithm's own problem, [P]; late in a run, where annealing is over."""
-    algorithm = resolve(None, "sinusoid", name, {"inner.steps": steps, **said}).algorithm
+    algorithm = resolve(None, "sinusoid", name, {"inner.steps": steps, **said}).setup.algorithm
     adapter = algorithm.inner.adapter(model, loss)
     meta = adapter.init(meta) if meta.keys() != adapter.shapes().keys() else meta
     with ChunkPool(1) as pool:
@@ -504,7 +504,9 @@ def test_algorithms_that_need_a_policy_are_refused(name):
 def test_algorithms_of_classification_are_refused_elsewhere():
     config = resolve(None, "sinusoid", "protomaml")
     with refused("protomaml", "sinusoid"):
-        config.domain.model(config.algorithm, config.policy, find_family("sinusoid"))
+        config.setup.domain.model(
+            config.setup.algorithm, config.setup.policy, find_family("sinusoid")
+        )
     with refused("leopard", "navigation-2d"):
         used_on("navigation-2d", "leopard")
 

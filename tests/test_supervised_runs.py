@@ -22,8 +22,7 @@ from metarl.evaluation import supervised as supervised_evaluation
 from metarl.evaluation.evaluator import Options
 from metarl.runs.metrics import read_metrics
 from metarl.sampling.rollouts import RandomKey
-from metarl.training.run import train
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer, train
 
 SMALL = ["--threads", "1", "--iterations", "4", "--tasks", "6"]
 CHARACTERS = {"size": 8, "classes": 40, "drawings": 8, "queries": 2, "test_queries": 3}
@@ -74,7 +73,7 @@ def test_threads_do_not_change_a_run(algorithm):
     found = []
     for threads in (1, 2):
         # So many activations that each task is a chunk of its own.
-        with Trainer(small(algorithm, threads=threads, **{"policy.filters": 64})) as trainer:
+        with new_trainer(small(algorithm, threads=threads, **{"policy.filters": 64})) as trainer:
             trainer.iterate()
             found.append(trainer.state.params)
     for name, p in found[0].items():
@@ -87,7 +86,7 @@ def test_threads_do_not_change_a_run(algorithm):
      "protomaml", "leopard", "pretrained"],
 )  # fmt: skip
 def test_every_algorithm_runs_on_characters(algorithm):
-    with Trainer(small(algorithm)) as trainer:
+    with new_trainer(small(algorithm)) as trainer:
         before = {name: p.clone() for name, p in trainer.state.params.items()}
         row = trainer.iterate()
         moved = [
@@ -104,8 +103,8 @@ def test_every_algorithm_runs_on_characters(algorithm):
      "pretrained", "oracle"],
 )  # fmt: skip
 def test_every_algorithm_learns_sinusoids(algorithm):
-    config = dataclasses.replace(resolve(None, "sinusoid", algorithm), threads=1)
-    with Trainer(config) as trainer:
+    config = resolve(None, "sinusoid", algorithm, {"threads": 1})
+    with new_trainer(config) as trainer:
         rows = [trainer.iterate() for _ in range(60)]
         after = metarl.evaluate(trainer.meta_policy(), tasks=30, steps=1, threads=1)
     assert rows[-1]["skipped_updates"] == 0
@@ -115,7 +114,7 @@ def test_every_algorithm_learns_sinusoids(algorithm):
 def test_tasks_of_several_sizes_in_one_run():
     options = {**CHARACTERS, "ways": (2, 4)}
     for algorithm in ("protomaml", "leopard", "maml-trpo"):
-        with Trainer(small(algorithm, family_options=options)) as trainer:
+        with new_trainer(small(algorithm, family_options=options)) as trainer:
             row = trainer.iterate()
         assert "skipped" not in row, algorithm
 
@@ -192,7 +191,7 @@ def test_accuracy_is_compared_with_nearest_prototype_and_from_scratch(tmp_path, 
 )
 def test_from_scratch_trains_what_the_algorithm_does_not_adapt(algorithm, family, monkeypatch):
     monkeypatch.setattr(supervised_evaluation, "UPDATES", 20)
-    with Trainer(small(algorithm, family)) as trainer:
+    with new_trainer(small(algorithm, family)) as trainer:
         meta = trainer.meta_policy()
     result = metarl.evaluate(meta, tasks=8, steps=1, threads=1, from_scratch=True)
     curve = result.references["from scratch, 20 updates a step"]
@@ -221,7 +220,8 @@ def test_a_function_that_returns_supervised_tasks_has_their_defaults(name, like)
     for algorithm in ("maml-trpo", "reptile"):
         own = resolve(None, f"{__name__}:{name}", algorithm)
         expected = resolve(None, like, algorithm)
-        assert dataclasses.replace(own, family=like) == expected
+        assert dataclasses.replace(own.setup, family=like) == expected.setup
+        assert own.run == expected.run
     config = resolve("reptile2018", f"{__name__}:slopes", "reptile")
     assert config.options()["policy.hidden"] == (64, 64)
     with refused("preset", "icml2017", name):
@@ -240,7 +240,7 @@ def test_a_family_with_a_required_option_trains():
     # Made without its options the family's own values are not known.
     name = f"{__name__}:shown"
     config = resolve(None, name, "random", {"family_options": {"ways": 3}})
-    with Trainer(config) as trainer:
+    with new_trainer(config) as trainer:
         trainer.iterate()
 
 

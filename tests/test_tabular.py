@@ -149,8 +149,8 @@ def test_bad_actions_and_sizes_are_refused():
 def test_evaluation_reports_the_optimum():
     config = resolve(None, "bandit")
     family = make_family("bandit")
-    policy = domain_of(family).model(config.algorithm, config.policy, family)
-    meta = MetaPolicy(policy.init(np.random.default_rng(0)), config)
+    policy = domain_of(family).model(config.setup.algorithm, config.setup.policy, family)
+    meta = MetaPolicy(policy.init(np.random.default_rng(0)), config.setup)
     found = evaluate(meta, tasks=8, episodes=2, steps=1, threads=1)
     arms = np.array(found.setting["tasks"])
     assert found.setting["optimal_returns"] == pytest.approx(arms.max(1) * family.horizon)

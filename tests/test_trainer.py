@@ -27,7 +27,7 @@ from metarl.policies.meta_policy import MetaPolicy
 from metarl.runs.checkpoints import CheckpointError
 from metarl.runs.folder import RunError, load_state, locked
 from metarl.runs.metrics import read_metrics
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 
 def test_a_run_leaves_metrics_events_config_and_checkpoints(tmp_path):
@@ -171,7 +171,7 @@ def test_asking_for_fewer_iterations_than_a_run_has_keeps_its_length(tmp_path):
     config = small(**{"outer.schedule": "cosine"})
     train(config, folder, callbacks=[done.append], stop=lambda: len(done) == 2)
     before = (folder / "config.json").read_bytes()
-    fewer = dataclasses.replace(config, iterations=1)
+    fewer = config.with_options({"iterations": 1})
     train(fewer, folder, resume=True, notice=told.append)
     assert not told
     assert (folder / "config.json").read_bytes() == before
@@ -200,7 +200,7 @@ def test_a_kl_below_zero_by_rounding_leaves_the_step_size(monkeypatch, found):
     kl = Gaussian.kl
     monkeypatch.setattr(Gaussian, "kl", lambda *given: torch.full_like(kl(*given), found))
     inner = {"inner.min_kl": 0.3, "inner.step_sizes": (0.4,)}
-    with Trainer(small("random", **inner)) as trainer:
+    with new_trainer(small("random", **inner)) as trainer:
         assert trainer.iterate()["step_size"] == pytest.approx(0.4)
 
 
@@ -282,7 +282,7 @@ POISONED = small(family="test_trainer:poisoned", family_options={}, iterations=2
 
 def test_rewards_that_are_not_numbers_skip_the_update(monkeypatch):
     monkeypatch.setitem(globals(), "bad_above", 0.0)
-    with Trainer(POISONED) as trainer:
+    with new_trainer(POISONED) as trainer:
         before = dict(trainer.state.params)
         row = trainer.iterate()
         assert mentions(row["skipped"], "reward")
@@ -313,15 +313,15 @@ def breaking() -> MujocoFamily:
 
 def test_if_every_episode_diverges_the_update_is_skipped_and_the_cause_named(tmp_path):
     config = resolve(None, "test_trainer:breaking", overrides={"tasks": 4, "episodes": 2})
-    with Trainer(config) as trainer:
+    with new_trainer(config) as trainer:
         before = dict(trainer.state.params)
         row = trainer.iterate()
         assert mentions(row["skipped"], "diverged")
         assert row["skipped_updates"] == 1
         assert all(torch.equal(before[n], trainer.state.params[n]) for n in before)
     with refused(10, "diverged", error=RunError):
-        train(dataclasses.replace(config, iterations=12), tmp_path / "run")
-    result = evaluate(MetaPolicy(before, config), tasks=4, episodes=2, steps=1)
+        train(config.with_options({"iterations": 12}), tmp_path / "run")
+    result = evaluate(MetaPolicy(before, config.setup), tasks=4, episodes=2, steps=1)
     assert mentions(result.curve.verdict(), "diverged")
 
 
@@ -329,7 +329,7 @@ def test_ten_skipped_updates_in_a_row_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "bad_above", 0.0)
     with refused(10, "reward", error=RunError):
         train(POISONED, tmp_path / "run")
-    with Trainer(POISONED) as trainer:
+    with new_trainer(POISONED) as trainer:
         state = load_state(tmp_path / "run", trainer.record, trainer.state)
     assert state.iteration == 9
     assert all(torch.isfinite(p).all() for p in state.params.values())
@@ -338,7 +338,7 @@ def test_ten_skipped_updates_in_a_row_stop_the_run(tmp_path, monkeypatch):
 def test_stratified_tasks_cover_every_stratum():
     def goals(stratified: bool) -> np.ndarray:
         rollouts: list = []
-        with Trainer(small(tasks=10, threads=1, stratified=stratified)) as trainer:
+        with new_trainer(small(tasks=10, threads=1, stratified=stratified)) as trainer:
             trainer.iterate(rollouts.extend)
         return rollouts[0].tasks.numpy()
 
@@ -374,7 +374,7 @@ def test_diverged_episodes_are_counted_and_training_continues():
     # Every episode of task 0, and one of task 1.
     options = {"which": [0, 1, 2, 3, 5]}
     config = small(family="test_trainer:thrown", family_options=options, threads=1)
-    with Trainer(config) as trainer:
+    with new_trainer(config) as trainer:
         row = trainer.iterate()
     assert row["diverged_episodes"] == 2 * 5
     assert row["env_steps"] == 2 * 15 * 8
@@ -463,9 +463,9 @@ def test_an_error_in_a_user_environment_keeps_its_traceback(tmp_path):
 def test_the_random_algorithm_never_changes_its_parameters():
     # Observations' moments and a fitted factor of the step sizes are none of its.
     base = resolve("metarl2026", "half-cheetah-dir", "random")
-    assert base.policy.normalize
-    assert base.inner.min_kl
-    with Trainer(replace(base, tasks=2, episodes=2, threads=1)) as trainer:
+    assert base.setup.policy.normalize
+    assert base.setup.algorithm.inner.min_kl
+    with new_trainer(base.with_options({"tasks": 2, "episodes": 2, "threads": 1})) as trainer:
         before = {name: p.clone() for name, p in trainer.state.params.items()}
         row = trainer.iterate()
         assert row["inner_kl"] > 0.1

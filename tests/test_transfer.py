@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from expecting import mentions, refused, run
 
 from metarl import load, train
 from metarl.config.options import Config
+from metarl.policies.loading import run_config
 from metarl.runs import checkpoints
 from metarl.runs.checkpoints import CheckpointError, newest_checkpoint
 from metarl.runs.folder import RunError
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,13 @@ def test_a_run_starts_from_a_policy_and_records_it(tmp_path, parent, kind):
     train(config(family_options={"horizon": 5}, seed=7), tmp_path / "run", init=what)
     assert all(torch.equal(p, policy.params[n]) for n, p in start_of(tmp_path / "run").items())
     loaded = load(tmp_path / "run")
-    origin = loaded.config.origin
+    origin = loaded.origin
     assert (origin["sha256"], origin["iteration"]) == (policy.digest, 2)
     assert origin["policy"] == (str(what) if kind != "object" else "maml-trpo on navigation-2d")
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["config"]["origin"] == origin
     loaded.save(tmp_path / "policy")
-    assert load(tmp_path / "policy").config.origin == origin
+    assert load(tmp_path / "policy").origin == origin
 
 
 def test_a_resumed_run_does_not_read_its_origin_again(tmp_path, parent):
@@ -66,7 +66,7 @@ def test_a_resumed_run_does_not_read_its_origin_again(tmp_path, parent):
         train(small(), tmp_path / "parts", init=load(tmp_path / "parts"), resume="auto")
     meta = train(small(), tmp_path / "parts", init=policy, resume="auto")
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
-    assert meta.config == load(tmp_path / "whole").config
+    assert meta.setup == load(tmp_path / "whole").setup
     same = load(tmp_path / "parts" / "checkpoints" / "000000.safetensors")
     train(small(iterations=5), tmp_path / "parts", init=same, resume="auto")
     train(small(iterations=6), tmp_path / "parts", resume=True)
@@ -79,7 +79,7 @@ def test_new_meta_parameters_start_at_their_own_values(tmp_path, parent):
     told: list[str] = []
     options: Any = {"init": parent, "notice": told.append}
     train(config("meta-sgd"), tmp_path / "sgd", **options)
-    with Trainer(config("meta-sgd")) as trainer:
+    with new_trainer(config("meta-sgd")) as trainer:
         own = trainer.state.params
     found, policy = start_of(tmp_path / "sgd"), load(parent)
     assert found.keys() == own.keys() > policy.params.keys()
@@ -92,7 +92,7 @@ def test_new_meta_parameters_start_at_their_own_values(tmp_path, parent):
 
 def test_the_optimizer_starts_from_the_policy_too(tmp_path, parent):
     train(config("maml-reinforce"), tmp_path / "run", init=parent)
-    with Trainer(config("maml-reinforce")) as trainer:
+    with new_trainer(config("maml-reinforce")) as trainer:
         shapes = {name: p.shape for name, p in trainer.state.outer.items()}
     tensors, _ = checkpoints.load(newest_checkpoint(tmp_path / "run"))
     assert {n: t.shape for n, t in tensors.items() if n.startswith("outer.")} == {
@@ -118,7 +118,7 @@ def test_a_policy_that_does_not_fit_is_refused_with_the_difference(
     tmp_path, parent, changed, names
 ):
     with refused("init", parent, *names):
-        train(dataclasses.replace(changed, threads=1), tmp_path / "run", init=parent)
+        train(changed.with_options({"threads": 1}), tmp_path / "run", init=parent)
     assert not (tmp_path / "run").exists()
 
 
@@ -131,7 +131,7 @@ def test_the_command_starts_from_a_shipped_policy(tmp_path, capsys):
     assert run(*begin, "--policy.hidden", "8", "--out", out) == 2
     assert mentions(capsys.readouterr().err, "policy.hidden", 8, "64 64")
     assert run(*begin, "--out", out) == 0
-    assert load(out).config.origin["policy"] == "half-cheetah-dir-icml2017"
+    assert load(out).origin["policy"] == "half-cheetah-dir-icml2017"
     shipped = load("half-cheetah-dir-icml2017")
     assert all(torch.equal(p, shipped.params[n]) for n, p in start_of(Path(out)).items())
     assert run("train", "--resume", out, "--init", "half-cheetah-dir-icml2017") == 2
@@ -141,15 +141,15 @@ def test_the_command_starts_from_a_shipped_policy(tmp_path, capsys):
 
 
 def test_the_config_of_a_started_run_gives_a_run_of_its_own(tmp_path, parent):
-    started = train(config(), tmp_path / "run", init=parent)
-    assert not train(started.config, tmp_path / "new").config.origin
+    train(config(), tmp_path / "run", init=parent)
+    assert not train(run_config(tmp_path / "run"), tmp_path / "new").origin
     assert not all(torch.equal(p, start_of(tmp_path / "run")[n])
                    for n, p in start_of(tmp_path / "new").items())  # fmt: skip
 
 
 def test_without_an_origin_the_config_has_none(tmp_path, parent):
     assert "origin" not in json.loads((parent / "config.json").read_text())["config"]
-    assert not load(parent).config.origin
+    assert not load(parent).origin
 
 
 def test_the_state_of_an_equal_baseline_is_kept(tmp_path):
@@ -165,10 +165,10 @@ def test_the_state_of_an_equal_baseline_is_kept(tmp_path):
     kept = start("same", seed=5, **critic)
     assert kept.keys() == {f"baseline.{name}" for name in policy.baseline}
     assert all(torch.equal(p, kept[f"baseline.{name}"]) for name, p in policy.baseline.items())
-    assert load(tmp_path / "same").config.origin["baseline"] == list(policy.baseline)
+    assert load(tmp_path / "same").origin["baseline"] == list(policy.baseline)
     other = start("other", seed=5, **{**critic, "baseline.steps": 3})
     assert not all(torch.equal(kept[name], p) for name, p in other.items())
     for name, options in (("other", {}), ("linear", {"baseline": "linear"})):
         if options:
             assert not start(name, **options)
-        assert "baseline" not in load(tmp_path / name).config.origin
+        assert "baseline" not in load(tmp_path / name).origin

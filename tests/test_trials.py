@@ -27,8 +27,7 @@ from metarl.policies.loading import load, load_policy
 from metarl.sampling.rollouts import Collector, RandomKey
 from metarl.sampling.trials import baseline_input, episodes_of
 from metarl.sampling.workers import WorkerCollector
-from metarl.training.run import train
-from metarl.training.trainer import Trainer
+from metarl.training.run import new_trainer, train
 
 FAMILIES = ["recurrent_networks:marked", "cartpole-length", "tabular-mdp", "navigation-2d"]
 
@@ -165,7 +164,7 @@ def policy_for(family, network):
     with family.make() as env:
         spaces = env.observation_space, env.action_space
     config = Config().with_options({"policy.network": network})
-    return make_policy(config.policy, *spaces)
+    return make_policy(config.setup.policy, *spaces)
 
 
 @pytest.mark.parametrize("name", ["recurrent_networks:marked", "navigation-2d"])
@@ -270,8 +269,8 @@ def test_rl2_trains_with_both_outer_steps(baseline, outer):
     options = {"outer": outer, "baseline": baseline, "tasks": 4, "episodes": 3, "threads": 2}
     config = Config.of("bandit", "rl2").with_options(options | {"trial.episodes": 3})
     kind = {"linear": LinearFeatures, "critic": Critic}[baseline]
-    assert isinstance(config.baseline, kind)
-    with Trainer(config) as trainer:
+    assert isinstance(config.setup.algorithm.baseline, kind)
+    with new_trainer(config) as trainer:
         before = {name: p.clone() for name, p in trainer.state.params.items()}
         row = trainer.iterate()
         assert trainer.model.recurrent
@@ -302,7 +301,7 @@ def test_a_run_on_trials_resumes_at_any_number_of_threads_bit_for_bit(family, tm
 def test_training_on_trials_does_not_depend_on_workers_bit_for_bit():
     trained = []
     for workers in (0, 2):
-        with Trainer(small("recurrent_networks:marked", workers=workers)) as trainer:
+        with new_trainer(small("recurrent_networks:marked", workers=workers)) as trainer:
             row = trainer.iterate()
             trained.append((trainer.state.params, row["returns"]))
     assert trained[0][1] == trained[1][1]
@@ -368,9 +367,9 @@ def test_a_policy_of_trials_is_played_saved_and_exported(meta, tmp_path, capsys)
 
 def test_trials_are_refused_where_they_have_no_meaning():
     with refused("rl2", "sinusoid"):
-        Trainer(metarl.resolve(None, "sinusoid", "rl2"))
+        new_trainer(metarl.resolve(None, "sinusoid", "rl2"))
     with refused("rl2"):
-        benchmark(small())
+        benchmark(new_trainer(small()))
     with refused("trial.episodes", 0):
         metarl.resolve(None, "bandit", "rl2", {"trial.episodes": 0})
     with refused("trial.episodes"):
@@ -384,7 +383,7 @@ def test_trials_are_refused_where_they_have_no_meaning():
 def test_rl2_learns_to_find_the_best_arm(seed):
     options = {"tasks": 40, "episodes": 5, "threads": 2, "iterations": 60, "seed": seed}
     options |= {"trial.episodes": 5, "outer": "trust-region", "outer.max_kl": 0.02}
-    with Trainer(Config.of("bandit", "rl2").with_options(options)) as trainer:
+    with new_trainer(Config.of("bandit", "rl2").with_options(options)) as trainer:
         rows = [trainer.iterate() for _ in range(60)]
     first, last = (
         np.mean([row[key] for row in rows[-10:]]) for key in ("return_pre", "return_post")

@@ -57,7 +57,7 @@ def run(arguments, pool):
 
 def test_every_range_is_searched_from_the_defaults(arguments):
     config = tune.starting_point(arguments)
-    assert config.iterations == 10  # 2400 / (2 rollouts x 3 tasks x 2 episodes x 20 steps)
+    assert config.run.iterations == 10  # 2400 / (2 rollouts x 3 tasks x 2 episodes x 20 steps)
     space = tune.search_space(config)
     assert {"inner.step_sizes", "outer.clip", "meta.inner_kl_coef"} <= set(space)
     assert "outer.max_norm" not in space

@@ -134,8 +134,8 @@ def test_a_half_cheetah_is_filmed_without_a_display(monkeypatch):
         pytest.skip(str(error))
     assert os.environ["MUJOCO_GL"] in ("egl", "osmesa")
     meta = metarl.load("half-cheetah-dir-icml2017")
-    short = {**meta.config.family_options, "horizon": 8}
-    meta = MetaPolicy(meta.params, dataclasses.replace(meta.config, family_options=short))
+    short = {**meta.setup.family_options, "horizon": 8}
+    meta = MetaPolicy(meta.params, dataclasses.replace(meta.setup, family_options=short))
     video = videos.record({"forwards": meta.adapt([1.0], steps=0)}, meta.family, np.array([1.0]))
     assert video.fps == 25.0  # 100 steps a second, each fourth shown
     assert len(video.frames) == 3 + 12
@@ -238,7 +238,7 @@ def family_and_policy(env: type[Draws]) -> tuple[GymnasiumFamily, Policy]:
     tasks = Uniform({"x": (0.0, 1.0)})
     family = GymnasiumFamily(name="draws", env=env, tasks=tasks, horizon=3)
     config = Config().with_options({"policy.hidden": (4,)})
-    network = config.domain.model(config.algorithm, config.policy, family)
+    network = config.setup.domain.model(config.setup.algorithm, config.setup.policy, family)
     assert isinstance(network, PolicyModel)
     params = network.init(np.random.default_rng(0))
     record = {"task": None, "steps": 0, "episodes": 0, "seed": 0}

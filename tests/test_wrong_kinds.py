@@ -10,6 +10,7 @@ from expecting import refused, run
 
 import metarl
 from metarl import Config, RunError, UserError, resolve, train
+from metarl.config.setup import Setup
 from metarl.envs import check_task_family, make_family
 from metarl.policies.loading import newest_checkpoint
 
@@ -38,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
         lambda: resolve("icml2017", FAMILY),  # type: ignore[arg-type]
         lambda: make_family(FAMILY),  # type: ignore[arg-type]
         lambda: train(FAMILY, "run"),  # type: ignore[arg-type]
-        lambda: train(Config(family=FAMILY), "run"),  # type: ignore[arg-type]
+        lambda: train(Config(setup=Setup(family=FAMILY)), "run"),  # type: ignore[arg-type]
     ],
 )
 def test_a_family_object_is_refused_with_what_its_name_looks_like(tmp_path, monkeypatch, call):

@@ -148,7 +148,7 @@ def _plays(name: str, observation: gym.Space, action: gym.Space) -> bool:
         config = Config.of("navigation-2d", name)
         env, tasks = partial(_Env, observation, action), Uniform({"x": (0.0, 1.0)})
         family = GymnasiumFamily(name="spaces", env=env, tasks=tasks, horizon=2)
-        config.domain.model(config.algorithm, config.policy, family)
+        config.setup.domain.model(config.setup.algorithm, config.setup.policy, family)
 
     return _allowed(make)
 
@@ -156,6 +156,6 @@ def _plays(name: str, observation: gym.Space, action: gym.Space) -> bool:
 def _learns(name: str, family: str) -> bool:
     def make() -> None:
         config = Config.of(family, name)
-        config.domain.model(config.algorithm, config.policy, find_family(family))
+        config.setup.domain.model(config.setup.algorithm, config.setup.policy, find_family(family))
 
     return _allowed(make)

@@ -17,7 +17,8 @@ from metarl.algorithms.named_parts import BASELINES, OUTER, find_outer
 from metarl.cli import main
 from metarl.cli.options import help_texts, with_options
 from metarl.cli.parsing import Flag, flags_by_field
-from metarl.config.options import CHOICES, Config
+from metarl.config.options import Config, RunOptions
+from metarl.config.setup import CHOICES
 from metarl.models.distributions import DISTRIBUTIONS
 from metarl.models.network_parts import POLICY_NETWORKS, PREDICTOR_NETWORKS
 from metarl.parts import Part
@@ -72,12 +73,10 @@ def entries(kind: type) -> list[Entry]:
 def config_entries(config: Config, kind: type) -> list[Entry]:
     """Return the options of a command that changes a config."""
     found = entries(with_options(kind, config))
-    fields = {field.name: field for field in dataclasses.fields(Config)}
+    fields = {field.name: field for field in dataclasses.fields(RunOptions)}
     return [
         dataclasses.replace(entry, default=MACHINE)
-        if entry.key in fields
-        and fields[entry.key].default_factory is not dataclasses.MISSING
-        and isinstance(getattr(config, entry.key), int)
+        if entry.key in fields and fields[entry.key].default_factory is not dataclasses.MISSING
         else entry
         for entry in found
     ]
@@ -161,7 +160,7 @@ def command_page() -> str:
     lines = []
     for name, text in main.commands().items():
         kind, _ = main.command_of(name)
-        config = Config.of("", "maml-trpo") if hasattr(kind, "starting") else None
+        config = Config.of("", "maml-trpo") if hasattr(kind, "usual") else None
         made = with_options(kind, config) if config else kind
         words = [f"metarl {name}", *(metavar for metavar, _ in _names(made))]
         words += ["[OPTIONS]"] * bool(dataclasses.fields(made))
@@ -225,7 +224,7 @@ def algorithm_entries(name: str) -> list[Entry]:
     config = Config.of(usual_family(algorithm), name)
     return [
         entry
-        for section, part in config.algorithm.sections().items()
+        for section, part in config.setup.algorithm.sections().items()
         if section in SECTIONS
         for entry in part_entries(part)
     ]

@@ -31,6 +31,8 @@ GROUPS = {
             "metarl.train",
             "metarl.resolve",
             "metarl.Config",
+            "metarl.Setup",
+            "metarl.config.options.RunOptions",
             "metarl.RunError",
             "metarl.CheckpointError",
             "metarl.UserError",

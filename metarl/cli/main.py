@@ -66,12 +66,10 @@ def _run(arguments: list[str]) -> int:
     if hasattr(kind, "rewritten"):
         rest = kind.rewritten(rest)
     common = {"prog": f"metarl {name}", "description": commands()[name]}
-    if hasattr(kind, "starting"):
-        from metarl.cli.options import given, with_options
+    if hasattr(kind, "usual"):
+        from metarl.cli.options import configured
 
-        config = kind.starting(rest)
-        command = parse(with_options(kind, config), rest, **common)
-        command.config = kind.resolved(config, rest, given(command, config, rest))
+        command = configured(kind, rest, **common)
     else:
         if not {"-h", "--help"}.isdisjoint(rest):
             _join_help_lines(kind)

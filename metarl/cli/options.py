@@ -9,6 +9,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -16,12 +17,16 @@ import tyro
 from metarl.algorithms import Algorithm, find_algorithm
 from metarl.algorithms.named_parts import BASELINES, OUTER
 from metarl.cli.arguments import peek, said
-from metarl.cli.parsing import first_name, flags_of
-from metarl.config.options import CHOICES, Config, default_workers
+from metarl.cli.parsing import first_name, flags_of, parse
+from metarl.config.options import Config, default_workers
 from metarl.config.resolve import resolve, usual_preset
+from metarl.config.setup import CHOICES, Setup
 from metarl.envs.errors import UserError
 from metarl.envs.registry import parse_options
 from metarl.models.distributions import DISTRIBUTIONS
+
+AUTO = "auto"
+"""Value of --resume that also starts a run."""
 
 _CHOICE_TEXTS = {
     "outer": f"Outer optimizer: {', '.join(OUTER)}, a class of torch.optim such as adamw, or"
@@ -32,36 +37,37 @@ _CHOICE_TEXTS = {
 }
 
 
-def _choice_text(section: str, config: Config) -> str:
+def _choice_text(section: str, setup: Setup) -> str:
     if section == "policy.network":
-        names = ", ".join(config.domain.networks)
+        names = ", ".join(setup.domain.networks)
         return f"Network: {names}, or module:attribute of a torch.nn.Module."
     return _CHOICE_TEXTS[section]
 
 
 def with_options(kind: type, config: Config) -> type:
-    """Return a command's dataclass with a field for every option of a config."""
+    """Return a command's dataclass with a field for every option of a config.
+
+    An option that the command sets in another way is in its `without`.
+    """
+    setup, without = config.setup, getattr(kind, "without", ())
     fields: list[tuple[str, Any, Any]] = [
         _field("family", Annotated[str, tyro.conf.Positional, tyro.conf.arg(
-            metavar="[FAMILY]", help=help_texts(Config)["family"])], config.family),
-        _field("preset", Annotated[str | None, _arg("preset", Config)], config.preset),
-        _field("algorithm", Annotated[str, _arg("algorithm", Config)], config.algorithm.source),
-        _field("family_options", Annotated[tuple[str, ...], _arg("family_options", Config)], ()),
+            metavar="[FAMILY]", help=help_texts(Setup)["family"])], setup.family),
+        _field("preset", Annotated[str | None, _arg("preset", Setup)], setup.preset),
+        _field("algorithm", Annotated[str, _arg("algorithm", Setup)], setup.algorithm.source),
+        _field("family_options", Annotated[tuple[str, ...], _arg("family_options", Setup)], ()),
     ]  # fmt: skip
-    kinds = typing.get_type_hints(Config)
-    for name in config.own:
-        if name not in config.hidden_options:
-            annotation = Annotated[kinds[name], _arg(name, Config)]
-            fields.append(_field(name, annotation, getattr(config, name)))
     for section, part in config.sections().items():
         if section in CHOICES:
-            text = _choice_text(section, config)
+            text = _choice_text(section, setup)
             annotation = Annotated[str, tyro.conf.arg(name=section, help=text)]
             name = section.replace(".", "__")
             fields.append(_field(name, annotation, part.source or part.name))  # type: ignore[attr-defined]
         hints = typing.get_type_hints(type(part))
         for name in part.option_fields():
             key = part.key(name)
+            if key in without:
+                continue
             annotation = Annotated[hints[name], _arg(name, type(part), key)]
             fields.append(_field(key.replace(".", "__"), annotation, getattr(part, name)))
     own = [
@@ -74,20 +80,11 @@ def with_options(kind: type, config: Config) -> type:
     return dataclasses.make_dataclass(kind.__name__, fields + own, kw_only=True)
 
 
-def given(command: Any, config: Config, arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the values of config options that a command line gives, by key."""
-    keys = ["preset", "algorithm", "family_options", *config.options()]
-    values = {key: getattr(command, key.replace(".", "__")) for key in said(arguments, keys)}
-    values["family"] = command.family
-    values["family_options"] = parse_options(values.get("family_options", ()))
-    return values
-
-
 def family_named(kind: type, arguments: Sequence[str]) -> str:
     """Return the family that a command line names, at any position; "" for none."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0]
-    config = Config(algorithm=_algorithm_named(arguments))
+    config = Config(setup=Setup(algorithm=_algorithm_named(arguments)))
     for name, word in _chosen(arguments).items():
         with contextlib.suppress(UserError):  # a network of data sets; parsing reports errors
             config = config.with_options({name: word})
@@ -115,31 +112,59 @@ def _family_options(arguments: Sequence[str]) -> dict[str, Any]:
     return parse_options(given)
 
 
-def starting_config(
-    kind: type, arguments: Sequence[str], *, family: str, preset: str = ""
-) -> Config:
-    """Return the config that the flags of a command line modify.
+def configured(kind: type, arguments: Sequence[str], **common: str) -> Any:
+    """Parse a command line into a command that has the config of its options as `config`.
 
     Args:
-        kind: dataclass of the command.
-        family: default family.
-        preset: default preset; by default the usual one of the family.
+        kind: dataclass of the command. `usual` returns the family and the preset for the family
+            that is named; "" for the usual preset of that family.
+        common: other arguments of `parse`.
     """
-    family = family_named(kind, arguments) or family
+    folder = peek(arguments, "--resume") if hasattr(kind, "resume") else None
+    resumed = None
+    if folder not in (None, AUTO):
+        from metarl.policies.loading import run_config
+
+        resumed = run_config(Path(folder))
+    start = resumed or _start(kind, arguments)
+    command = parse(with_options(kind, start), arguments, **common)
+    setup, keys = start.setup, start.options()
+    values = {k: getattr(command, k.replace(".", "__")) for k in said(arguments, list(keys))}
+    options = parse_options(command.family_options)
+    if resumed is not None:
+        _check_same(command, setup)
+        options = {**setup.family_options, **options}
+        start = dataclasses.replace(start, setup=dataclasses.replace(setup, family_options=options))
+        command.config = start.with_options(values)
+        return command
+    if "workers" in keys:
+        values.setdefault("workers", default_workers())
+    values["family_options"] = options
+    command.config = resolve(setup.preset, setup.family, setup.algorithm.source, values)
+    return command
+
+
+def _start(kind: Any, arguments: Sequence[str]) -> Config:
+    """Return the config that the flags of a command line modify: a preset's."""
+    family, usual = kind.usual(family_named(kind, arguments))
     algorithm = _algorithm_named(arguments)
-    named = peek(arguments, "--preset") or preset or usual_preset(family)
+    named = peek(arguments, "--preset") or usual or usual_preset(family)
     values: dict[str, Any] = {**_chosen(arguments), "family_options": _family_options(arguments)}
     config = resolve(None if named == "None" else named, family, algorithm, values)
-    return dataclasses.replace(config, workers=default_workers())
+    return config.with_options({"workers": default_workers()}, known_only=True)
 
 
-def resolved_config(start: Config, said: Mapping[str, Any]) -> Config:
-    """Return the config with the given values and the values that follow from them."""
-    apart = ("family", "preset", "algorithm")
-    values = {key: value for key, value in said.items() if key not in apart}
-    if "workers" in start.options():
-        values.setdefault("workers", start.workers)
-    return resolve(start.preset, start.family, start.algorithm.source, values)
+def _check_same(command: Any, setup: Setup) -> None:
+    """Raise UserError if the words name another family, preset or algorithm than the run's."""
+    own = {
+        "family": setup.family, "preset": setup.preset, "algorithm": setup.algorithm.source,
+    }  # fmt: skip
+    for key, value in own.items():
+        if (named := getattr(command, key)) != value:
+            raise UserError(
+                f"the run to resume has the {key} {value}, not {named}: remove that, or start a new"
+                " run"
+            )
 
 
 def _field(name: str, annotation: Any, default: Any) -> tuple[str, Any, Any]:

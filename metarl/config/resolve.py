@@ -16,6 +16,7 @@ else:
 
 from metarl.algorithms import Algorithm, find_algorithm
 from metarl.config.options import Config
+from metarl.config.setup import Setup
 from metarl.envs.errors import UserError, check_name, did_you_mean, kind_of
 from metarl.envs.registry import (
     SUCH_AS,
@@ -161,22 +162,22 @@ def resolve(
     config = config.with_options(of_all, known_only=True)
     if recipe is not None:
         variant = str(options.get("variant"))
-        values = recipe.values(family, variant, config.algorithm)
+        values = recipe.values(family, variant, config.setup.algorithm)
         config = config.with_options(values, known_only=True)
     config = config.with_options(chosen.own_options(), known_only=True)
     config = config.with_options(usual.get(chosen.name, {}), known_only=True)
     return config.with_options(said)
 
 
-def reference_step_sizes(config: Config, algorithm: str) -> tuple[float, ...]:
+def reference_step_sizes(setup: Setup, algorithm: str) -> tuple[float, ...]:
     """Return the inner step sizes for the evaluation of a reference algorithm.
 
-    These are the preset's step sizes. Empty if the preset has none or the config differs from it.
+    These are the preset's step sizes. Empty if the preset has none or the setup differs from it.
     """
-    if config.preset is None:
+    if setup.preset is None:
         return ()
-    usual = resolve(config.preset, config.family).inner.sizes_in_evaluation
-    if config.inner.sizes_in_evaluation != usual:
+    usual = resolve(setup.preset, setup.family).setup.algorithm.inner.sizes_in_evaluation
+    if setup.algorithm.inner.sizes_in_evaluation != usual:
         return ()
-    found = find_recipe(config.preset).references.get(config.family, {})
+    found = find_recipe(setup.preset).references.get(setup.family, {})
     return tuple(found.get(algorithm, ()))

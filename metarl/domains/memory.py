@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from metarl.distributed.process_group import local_ranks
 from metarl.envs.errors import UserError
 from metarl.envs.memory import available
 from metarl.learning.advantages import CHUNK
@@ -106,18 +107,17 @@ def need(
     )
 
 
-def check_memory(needed: Need, name: str, processes: int = 1) -> None:
+def check_memory(needed: Need, name: str) -> None:
     """Refuse a run that cannot fit into memory; warn if an update may not fit.
 
     Args:
-        needed: memory need of one process.
+        needed: memory need of one process; ranks on this machine have the same need each.
         name: name of the family.
-        processes: number of processes that share the memory, with the same need each.
 
     Raises:
         UserError: the rollouts and the baseline alone exceed the free memory.
     """
-    free = available()
+    free, processes = available(), local_ranks()
     least, total = processes * needed.least, processes * needed.total
     if free is None or total <= free:
         return

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metarl.algorithms import Algorithm
 from metarl.distributed.chunk_pool import ChunkPool, slices
-from metarl.distributed.process_group import ALONE, CHUNK, ProcessGroup, local_ranks
+from metarl.distributed.process_group import ALONE, CHUNK, ProcessGroup
 from metarl.domains.domain import (
     Domain,
     ModelOptions,
@@ -159,6 +159,21 @@ def make_policy(
     )
 
 
+def policy_of_parameters(params: Params, options: ModelOptions, context: int) -> PolicyModel | None:
+    """Return the policy of parameters that determine its sizes: a Gaussian for vectors.
+
+    It needs no family. None for other models.
+    """
+    images = any(p.dim() == 4 for p in params.values())
+    if images or not {"log_std", "layer0.weight"} <= params.keys():
+        return None
+    assert isinstance(options, PolicyOptions)
+    size = params["layer0.weight"].shape[0] - context
+    observations = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+    actions = gym.spaces.Box(-1.0, 1.0, params["log_std"].shape)
+    return make_policy(options, observations, actions, context)
+
+
 def _check_bounds(mode: ActionMode, distribution: Distribution, actions: gym.spaces.Box) -> None:
     """Raise UserError if the policy's actions cannot be mapped to the bounds of a Box."""
     if mode == "scale" and not bounded(actions).any():
@@ -262,7 +277,7 @@ class Environments(TaskSource):
             threads=self.pool.threads,
             baseline=algorithm.baseline,
         )
-        check_memory(needed, self.family.name, local_ranks())
+        check_memory(needed, self.family.name)
 
     def open(self, key: RandomKey, baseline: Params, tasks: Tasks | None = None) -> EpisodeSamples:
         return EpisodeSamples(key, *self.draw_tasks(key, tasks), source=self, baseline=baseline)

@@ -25,9 +25,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metarl.config.options import Config, available_threads
+from metarl.config.options import available_threads
 from metarl.distributed.chunk_pool import ChunkPool
-from metarl.distributed.process_group import ALONE, ProcessGroup
 from metarl.envs import GymnasiumFamily, MujocoFamily, TaskFamily
 from metarl.envs.errors import UserError
 from metarl.envs.seeds import foreign_seed
@@ -43,29 +42,31 @@ from metarl.models.policies import PolicyModel
 from metarl.models.settings import own_settings
 from metarl.runs.checkpoints import machine, versions
 from metarl.sampling.rollouts import RandomKey
-from metarl.sampling.spaces import env_action
+from metarl.sampling.spaces import ActionMode, env_action
 from metarl.sampling.trajectories import Rollout
 from metarl.sampling.workers import make_collector
 from metarl.training.trainer import Trainer
 
 
-def benchmark(
-    config: Config, repeats: int = 3, process_group: ProcessGroup = ALONE
-) -> dict[str, Any]:
+def benchmark(trainer: Trainer, repeats: int = 3) -> dict[str, Any]:
     """Run one warm-up iteration and `repeats` measured ones; return rates, seconds and memory.
+
+    It closes the trainer.
 
     Rates are env steps per second over all ranks. Seconds and memory are for this rank. All values
     are medians over the iterations. The ceiling is missing (None) without native physics.
     """
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
-    if config.trial is not None:
+    setup, run, algorithm = trainer.setup, trainer.run, trainer.algorithm
+    if algorithm.trial is not None:
         raise UserError(
-            f"benchmark replays single episodes, but {config.algorithm.name} plays trials: measure"
+            f"benchmark replays single episodes, but {algorithm.name} plays trials: measure"
             " another algorithm, such as maml-trpo"
         )
+    process_group = trainer.process_group
     rows: list[dict[str, Any]] = []
-    with process_group.errors_shared(), Trainer(config, process_group) as trainer:
+    with trainer:
         family = trainer.domain.environments(trainer.family)
         trainer.iterate()
         for _ in range(repeats):
@@ -75,17 +76,15 @@ def benchmark(
             row["calls"] = process_group.traffic.calls - before.calls
             row["bytes"] = process_group.traffic.bytes - before.bytes
             row["steps"] = process_group.total(sum(rollout.env_steps for rollout in seen))
-            key = RandomKey(
-                config.seed, row["iteration"] - 1, first_task=trainer.source.block.start
-            )
+            key = RandomKey(run.seed, row["iteration"] - 1, first_task=trainer.source.block.start)
             keys = [dataclasses.replace(key, inner_step=k) for k in range(len(seen))]
             pairs = list(zip(seen, keys, strict=True))
             row["seconds_ceiling"] = sum(physics_seconds(trainer, *pair) for pair in pairs)
-            if not config.workers or family.parallel:
+            if not run.workers or family.parallel:
                 row |= _parts_of_sampling(trainer, pairs, row)
             rows.append(row)
     peak = _peak_memory()
-    flops = network_flops(config) if process_group.size == 1 else None
+    flops = network_flops(trainer) if process_group.size == 1 else None
     native = isinstance(family, MujocoFamily)
 
     def median(values: list[float]) -> float:
@@ -104,15 +103,15 @@ def benchmark(
         "machine": machine(),
         "versions": versions(),
         "ranks": process_group.size,
-        "threads": config.threads,
-        "family": config.family,
-        "preset": config.preset,
-        "algorithm": config.algorithm.name,
-        "tasks": config.tasks,
-        "episodes": config.episodes,
+        "threads": run.threads,
+        "family": setup.family,
+        "preset": setup.preset,
+        "algorithm": algorithm.name,
+        "tasks": run.tasks,
+        "episodes": run.episodes,
         "horizon": family.horizon,
-        "hidden": list(config.options().get("policy.hidden", ())),
-        "fisher_fraction": getattr(config.outer, "fisher_fraction", None),
+        "hidden": list(setup.options().get("policy.hidden", ())),
+        "fisher_fraction": getattr(algorithm.outer, "fisher_fraction", None),
         "repeats": repeats,
         "ceiling_env_steps_per_second": ceiling,
         "collect_env_steps_per_second": collect,
@@ -164,15 +163,15 @@ def _peak_memory() -> int | None:
 
 def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
     """Return rates at 40 environments, policy included, and their ratios; medians."""
-    config, domain = trainer.config, trainer.domain
+    run, domain, mode = trainer.run, trainer.domain, trainer.setup.action_mode
     family, policy = domain.environments(trainer.family), domain.policy(trainer.model)
     count, episodes = 8, 5
-    tasks, key = family.tasks.grid(count), RandomKey(config.seed)
+    tasks, key = family.tasks.grid(count), RandomKey(run.seed)
     adapter = trainer.inner_loop.adapter
     fast, slow, _ = adapter.split(trainer.state.params)
     params = adapter.params(stack(fast, count), slow, count)
     params = {**params, **trainer.meta_policy().context(tasks)}
-    workers = min(config.workers or available_threads(), count)
+    workers = min(run.workers or available_threads(), count)
     make = [partial(family.make, task) for task in tasks for _ in range(episodes)]
     names = ("plain_loop", "async_vector_env", "one_process", "workers")
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -182,8 +181,8 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
         closing.callback(vector.close)
         collectors = {
             name: make_collector(
-                family, policy, count, episodes, ChunkPool(1), config.action_mode,
-                workers=number, timeout=config.worker_timeout,
+                family, policy, count, episodes, ChunkPool(1), mode,
+                workers=number, timeout=run.worker_timeout,
             )
             for name, number in (("one_process", 0), ("workers", workers))
         }  # fmt: skip
@@ -194,14 +193,14 @@ def _compare_processes(trainer: Trainer, repeats: int) -> dict[str, Any]:
             closing.callback(env.close)
         for _ in range(1 + repeats):  # the first one is a warm-up
             start = time.perf_counter()
-            steps = _step_all(vector, family.horizon, policy, params, count, config)
+            steps = _step_all(vector, family.horizon, policy, params, count, key, mode)
             seconds["async_vector_env"].append((time.perf_counter() - start) / steps)
             for name, collector in collectors.items():
                 start = time.perf_counter()
                 rollout = collector.collect(params, tasks, key)
                 seconds[name].append((time.perf_counter() - start) / rollout.env_steps)
                 if name == "one_process":
-                    seconds["plain_loop"].append(loop_seconds(family, plain, rollout, key, config))
+                    seconds["plain_loop"].append(loop_seconds(family, plain, rollout, key, mode))
     each = {name: np.array(values[1:]) for name, values in seconds.items()}
     return {
         "environments": count * episodes,
@@ -224,12 +223,12 @@ def loop_seconds(
     envs: Sequence[gym.Env],
     rollout: Rollout,
     key: RandomKey,
-    config: Config,
+    mode: ActionMode,
 ) -> float:
     """Return the seconds per env step of a plain loop that replays a rollout's actions."""
     episodes = rollout.valid.shape[1]
     actions = [
-        env_action(action.numpy(), env.action_space, config.action_mode)
+        env_action(action.numpy(), env.action_space, mode)
         for env, action in zip(envs, rollout.action, strict=True)
     ]
     lengths = rollout.valid.sum(-1).tolist()
@@ -253,14 +252,15 @@ def _step_all(
     policy: PolicyModel,
     params: Params,
     tasks: int,
-    config: Config,
+    key: RandomKey,
+    mode: ActionMode,
 ) -> int:
     """Step a vector environment with the policy, record everything, and return the env steps."""
     episodes = env.num_envs // tasks
-    rng = RandomKey(config.seed).noise(0)
+    rng = key.noise(0)
     noise = torch.from_numpy(policy.noise(rng, tasks, episodes * steps)).chunk(steps, dim=1)
     seen: list[Any] = []
-    observation, _ = env.reset(seed=config.seed)
+    observation, _ = env.reset(seed=key.seed)
     with torch.inference_mode():
         state = policy.initial_state(params, tasks, episodes)
         for t in range(steps):
@@ -268,9 +268,7 @@ def _step_all(
             output, state = policy.step(params, batch, state)
             dist = policy.head(params, output)
             action = policy.sample(dist, noise[t])
-            act = env_action(
-                action.flatten(0, 1).numpy(), env.single_action_space, config.action_mode
-            )
+            act = env_action(action.flatten(0, 1).numpy(), env.single_action_space, mode)
             observation, reward, terminated, truncated, _ = env.step(act)
             seen.append((batch, dist, action, reward, terminated, truncated))
     return env.num_envs * steps

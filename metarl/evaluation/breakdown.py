@@ -15,7 +15,6 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from metarl.config.options import Config
 from metarl.distributed.chunk_pool import slices
 from metarl.domains.reinforcement import Environments
 from metarl.envs import MujocoFamily, TaskVectorEnv
@@ -46,16 +45,16 @@ def physics_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> float
 
     Contact forces are excluded, because they are fetched one simulation at a time.
     """
-    family, config = trainer.family, trainer.config
+    family, run = trainer.family, trainer.run
     if not isinstance(family, MujocoFamily):
         return 0.0
     tasks = rollout.tasks.numpy()
     env = family.make_vec(
-        len(tasks), config.episodes, autoreset_mode=AutoresetMode.DISABLED, threads=config.threads
+        len(tasks), run.episodes, autoreset_mode=AutoresetMode.DISABLED, threads=run.threads
     )
     env.set_tasks(tasks)
     env.reset(seed=[s for t in range(len(tasks)) for s in key.episode_seeds(t, env.episodes)])
-    action = env_action(rollout.action.numpy(), env.single_action_space, config.action_mode)
+    action = env_action(rollout.action.numpy(), env.single_action_space, trainer.setup.action_mode)
     control = (action / np.float32(family.action_scale)).astype(np.float64)
     control = np.ascontiguousarray(
         control.reshape(env.num_envs, -1, control.shape[-1]).swapaxes(0, 1)
@@ -76,7 +75,7 @@ def physics_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> float
 
 def inference_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> float:
     """Return the seconds of the network and the sampling of actions at a rollout's observations."""
-    config, policy = trainer.config, trainer.model
+    policy, mode = trainer.model, trainer.setup.action_mode
     assert isinstance(policy, PolicyModel)
     space = _source(trainer).action_space
     tasks, episodes, horizon = rollout.valid.shape
@@ -95,7 +94,7 @@ def inference_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> flo
             for t in range(horizon):
                 output, state = policy.step(own, rollout.observation[shard, :, t], state)
                 action = policy.sample(policy.head(own, output), noise[:, :, t])
-                env_action(action.numpy(), space, config.action_mode)
+                env_action(action.numpy(), space, mode)
 
     start = time.perf_counter()
     trainer.pool.map(one, _shards(trainer, tasks))
@@ -104,11 +103,11 @@ def inference_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> flo
 
 def environment_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> float:
     """Return the seconds of `reset` and `step` for a rollout's actions, physics included."""
-    config, family = trainer.config, trainer.domain.environments(trainer.family)
+    family, mode = trainer.domain.environments(trainer.family), trainer.setup.action_mode
     tasks = rollout.tasks.numpy()
     episodes, horizon = rollout.valid.shape[1:]
     space = _source(trainer).action_space
-    actions = env_action(rollout.action.numpy(), space, config.action_mode)
+    actions = env_action(rollout.action.numpy(), space, mode)
     shards = _shards(trainer, len(tasks)) if family.parallel else [slice(0, len(tasks))]
     disabled = AutoresetMode.DISABLED
     envs = [family.make_vec(s.stop - s.start, episodes, autoreset_mode=disabled) for s in shards]
@@ -135,15 +134,16 @@ def environment_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> f
     return seconds
 
 
-def network_flops(config: Config) -> int:
+def network_flops(trainer: Trainer) -> int:
     """Return the floating-point operations of the networks' products in an iteration.
 
     They are counted on one thread. Sampling is included.
     """
-    with Trainer(dataclasses.replace(config, threads=1)) as trainer:
-        trainer.iterate()  # the first iteration also checks densities
+    alone = dataclasses.replace(trainer.run, threads=1)
+    with Trainer(trainer.setup, alone) as counted:
+        counted.iterate()  # the first iteration also checks densities
         with FlopCounterMode(display=False) as counter:
-            trainer.iterate()
+            counted.iterate()
         return counter.get_total_flops()
 
 

@@ -19,6 +19,7 @@ from metarl.evaluation.statistics import (
     interquartile_mean,
     interquartile_mean_interval,
 )
+from metarl.plain_json import finite
 
 RowRole = Literal[Role, "nearest-prototype", "from-scratch"]
 """Role of a row of an evaluation: its algorithm's role, or a reference without an algorithm."""
@@ -270,14 +271,3 @@ def _mean(values: Floats) -> float:
     """Return the mean of the known values; NaN without any."""
     found = known(values)
     return float(found.mean()) if len(found) else math.nan
-
-
-def finite(value: Any) -> Any:
-    """Return JSON values, with null for each number that is not finite."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value

@@ -176,14 +176,14 @@ def evaluate(
         except NonFiniteError as error:
             raise UserError(f"{family.name}: {error}") from error
     setting = {
-        "family": first.config.family,
-        "family_options": {**first.config.family_options, **(family_options or {})},
+        "family": first.setup.family,
+        "family_options": {**first.setup.family_options, **(family_options or {})},
         "family_overrides": dict(family_options or {}),
         "family_changes": changes,
-        "preset": first.config.preset,
+        "preset": first.setup.preset,
         "components": list(family.tasks.names),
         "units": dict(family.units),
-        "unit": first.config.domain.unit,
+        "unit": first.setup.domain.unit,
         "tasks": used.tolist(),
         "chosen": choice.chosen is not None,
         "outside_training": (~first.source.tasks.contains(used)).tolist(),
@@ -229,9 +229,10 @@ def _evaluated_family(
     if overrides:
         # Files of older versions contain no fingerprint of the family.
         before = fingerprint(family, spaces_of(family))
-        policies = [replace(p, trained_on={**before, **p.trained_on}) for p in policies]
-        config = first.config
-        family = find_family(config.family, **{**config.family_options, **overrides})
+        policies = [
+            replace(p, record={**p.record, "family": {**before, **p.trained_on}}) for p in policies
+        ]
+        family = find_family(first.setup.family, **{**first.setup.family_options, **overrides})
     else:
         for policy in policies[1:]:
             policy.check_family(family)

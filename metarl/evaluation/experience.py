@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from metarl.evaluation.curves import Curve, Experience, finite
+from metarl.evaluation.curves import Curve, Experience
 from metarl.evaluation.evaluator import Evaluator, Options, Sizes
+from metarl.plain_json import finite
 from metarl.policies.meta_policy import MetaPolicy
 
 

@@ -31,7 +31,7 @@ def grouped(what: Sequence[str | Path]) -> dict[str, dict[str, MetaPolicy]]:
     """
     names = list(map(str, what))
     loaded = [load(name) for name in names]
-    same = alike(list(map(_setting, loaded)), [member.config.seed for member in loaded])
+    same = alike(list(map(_setting, loaded)), [member.run_options.seed for member in loaded])
     groups = [{names[i]: loaded[i] for i in group} for group in same]
     found = [next(iter(group.values())).algorithm for group in groups]
     called = {}  # a reference has its own name; a second one is named like other policies
@@ -68,7 +68,7 @@ def seeds_of(what: What | Sequence[What], name: str) -> list[MetaPolicy]:
     for member in members[1:]:
         if found := changes(members[0].trained_on, member.trained_on):
             raise UserError(
-                f"{name}: policies trained on different versions of {members[0].config.family}:"
+                f"{name}: policies trained on different versions of {members[0].setup.family}:"
                 f" {'; '.join(found)}; evaluate them one by one"
             )
     return members
@@ -76,7 +76,7 @@ def seeds_of(what: What | Sequence[What], name: str) -> list[MetaPolicy]:
 
 def _setting(policy: MetaPolicy) -> Any:
     """Return what seeds of one policy have in common. An algorithm may have no importable name."""
-    return but_seed(policy.record["config"]), policy.algorithm, policy.config.policy
+    return but_seed(policy.record["config"]), policy.setup
 
 
 def references_of(
@@ -95,12 +95,12 @@ def references_of(
     if references is not None and not isinstance(references, Mapping):
         raise UserError(f"references must be policies by name, got {kind_of(references)}")
     others = {key: seeds_of(other, key) for key, other in (references or {}).items()}
-    family, options = first.config.family, dict(first.config.family_options)
+    family, options = first.setup.family, dict(first.setup.family_options)
     for key, group in others.items():
-        config = group[0].config
-        if (config.family, dict(config.family_options)) != (family, options):
+        setup = group[0].setup
+        if (setup.family, dict(setup.family_options)) != (family, options):
             raise UserError(
-                f"{key} was trained on {config.family} {dict(config.family_options)}, not on"
+                f"{key} was trained on {setup.family} {dict(setup.family_options)}, not on"
                 f" {family} {options}: their returns are not comparable"
             )
         if key == name:

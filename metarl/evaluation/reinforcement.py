@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from metarl.distributed.chunk_pool import ChunkPool
-from metarl.distributed.process_group import ProcessGroup, local_ranks
+from metarl.distributed.process_group import ProcessGroup
 from metarl.domains.memory import check_memory, need
 from metarl.domains.reinforcement import PolicyOptions, spaces_of
 from metarl.envs import TaskFamily, guard
@@ -144,7 +144,7 @@ class PolicyEvaluator(Evaluator):
                 info_keys=len(kept), chunks=self.pool.threads,
                 threads=self.pool.threads,
             )  # fmt: skip
-            check_memory(needed, family.name, local_ranks())
+            check_memory(needed, family.name)
             self._collectors[kind] = make_collector(
                 family, policy, len(self.tasks), options.episodes, self.pool, mode,
                 workers=workers, timeout=timeout, info_keys=kept,
@@ -185,7 +185,7 @@ class PolicyEvaluator(Evaluator):
             used,
             self._of_all(np.stack(scores), axis=1),
             algorithm.name,
-            [member.config.seed for member in members],
+            [member.run_options.seed for member in members],
             {name: values.T for name, values in zip(names, means, strict=True)},
             {name: self._of_all(values)[:PATHS] for name, values in paths.items()},
             self._of_all(np.mean(success, axis=0)),
@@ -225,7 +225,7 @@ class PolicyEvaluator(Evaluator):
         self, like: MetaPolicy, learning_rate: float
     ) -> tuple[dict[str, Curve], dict[str, Curve]]:
         """Return the curves of our training, and of stable-baselines3's PPO if it is installed."""
-        options, advantage = like.config.policy, like.config.advantage
+        options, advantage = like.setup.policy, like.algorithm.advantage
         assert isinstance(options, PolicyOptions)
         assert advantage is not None
         policy = scratch_policy(options, self.family)
@@ -240,7 +240,7 @@ class PolicyEvaluator(Evaluator):
                 experienced[method] = found.curve(after, seed)
 
         trainer = ScratchTrainer(policy, len(self.tasks), seed, learning_rate)
-        collector = self._collector(policy, options.action, like.config.worker_timeout)
+        collector = self._collector(policy, options.action, like.run_options.worker_timeout)
         found = train_from_scratch(
             trainer, collector, self.tasks, advantage, self.pool, self.key, max(in_rows, against)
         )
@@ -275,13 +275,13 @@ class PolicyEvaluator(Evaluator):
         The last array counts the steps before each return, [tasks, K + 1]: of all episodes of the
         inner steps, or of the episodes of one trial.
         """
-        tasks, config, options = len(self.tasks), policy.config, self.options
+        tasks, options = len(self.tasks), self.options
         loop, meta = policy.inner_loop(self.pool, sizes)
         context = policy.context(self.tasks)
         trial, episodes = policy.algorithm.trial, options.steps + 1
         family = self.family if trial is None else trial.family(self.family, episodes)
         collector = self._collector(
-            policy.policy, config.action_mode, config.worker_timeout, family
+            policy.policy, policy.setup.action_mode, policy.run_options.worker_timeout, family
         )
 
         def collect(params: Params, k: int, deterministic: bool = False) -> Rollout:

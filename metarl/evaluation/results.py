@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from metarl.envs.errors import UserError
-from metarl.evaluation.curves import ROLES, Curve, difference, finite, known
+from metarl.evaluation.curves import ROLES, Curve, difference, known
 from metarl.evaluation.experience import ExperienceCurve
 from metarl.evaluation.frames import Columns, columns, experience_columns, to_frame, write_csv
 from metarl.evaluation.statistics import CVAR, FEWEST, Floats, bootstrap_interval
 from metarl.evaluation.tables import as_text, experience_table, tables, task_table
-from metarl.plain_json import plain
+from metarl.plain_json import finite, plain
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from scipy import stats
 Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
+TAIL = 0.5 - 0.95 / 2.0
+"""Probability below and above an interval."""
+
 CVAR = 0.1
 """Fraction of the worst tasks; their mean is the conditional value at risk."""
 
@@ -59,32 +62,31 @@ def _mean(samples: Floats) -> Floats:
 
 
 def bootstrap_interval(
-    values: Floats, statistic: Callable[[Floats], Floats] = _mean, *, level: float = 0.95
+    values: Floats, statistic: Callable[[Floats], Floats] = _mean
 ) -> tuple[float, float]:
-    """Return the interval of a statistic of n tasks, by resampling whole tasks.
+    """Return the 95 % interval of a statistic of n tasks, by resampling whole tasks.
 
     The expanded percentile bootstrap (Hesterberg 2015, arXiv:1411.5279, section 3.3). Its
-    percentiles are at Phi(-sqrt(n / (n - 1)) t_{n-1}), since (1 - level) / 2 is too narrow for few
-    tasks. For means of normal values, it is nearly Student's interval. The bounds are NaN for fewer
-    than two tasks.
+    percentiles are at Phi(-sqrt(n / (n - 1)) t_{n-1}), since 2.5 % is too narrow for few tasks. For
+    means of normal values, it is nearly Student's interval. The bounds are NaN for fewer than two
+    tasks.
 
     Args:
         values: [n, ...]; the values of a task stay together.
         statistic: maps samples [resamples, n, ...] to [resamples]; by default their means.
-        level: nominal coverage of the true value.
     """
     n = len(values)
     if n < 2:
         return math.nan, math.nan
     picks = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
-    reach = math.sqrt(n / (n - 1)) * stats.t.ppf(0.5 - level / 2.0, n - 1)
+    reach = math.sqrt(n / (n - 1)) * stats.t.ppf(TAIL, n - 1)
     tail = float(stats.norm.cdf(reach))
     low, high = np.quantile(statistic(values[picks]), (tail, 1.0 - tail))
     return float(low), float(high)
 
 
-def interquartile_mean_interval(scores: Floats, *, level: float = 0.95) -> tuple[float, float]:
-    """Return the interval of the interquartile mean of scores [seeds, tasks].
+def interquartile_mean_interval(scores: Floats) -> tuple[float, float]:
+    """Return the 95 % interval of the interquartile mean of scores [seeds, tasks].
 
     Seeds and tasks are both resampled as a whole: a seed is one trained policy, good or bad at all
     tasks at once. With few seeds, the variation between seeds is hard to estimate: simulated
@@ -101,5 +103,5 @@ def interquartile_mean_interval(scores: Floats, *, level: float = 0.95) -> tuple
     known = means[np.isfinite(means)]
     if not len(known):
         return math.nan, math.nan
-    low, high = np.quantile(known, (0.5 - level / 2.0, 0.5 + level / 2.0))
+    low, high = np.quantile(known, (TAIL, 1.0 - TAIL))
     return float(low), float(high)

@@ -11,6 +11,7 @@ from metarl.config.resolve import reference_step_sizes
 from metarl.envs.errors import NonFiniteError, UserError
 from metarl.evaluation.evaluator import Evaluator, Sizes
 from metarl.evaluation.groups import START
+from metarl.plain_json import finite
 from metarl.policies.meta_policy import MetaPolicy
 
 FACTORS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
@@ -48,12 +49,12 @@ class StepSizes:
         """Return the step sizes of a reference: given, tuned, or as its preset has them."""
         algorithm = members[0].algorithm
         given = self.given.get(self.arguments.get(algorithm.role, ""), ())
-        usual = reference_step_sizes(members[0].config, algorithm.name)
+        usual = reference_step_sizes(members[0].setup, algorithm.name)
         return self._of(name, members, given, usual)
 
     def start(self, start: MetaPolicy) -> Sizes:
         """Return the step sizes of the random initialization; by default the evaluated policy's."""
-        usual = reference_step_sizes(start.config, START) or self.given["step_sizes"]
+        usual = reference_step_sizes(start.setup, START) or self.given["step_sizes"]
         return self._of(START, [start], self.given[self.arguments["untrained"]], usual)
 
     def _of(
@@ -73,10 +74,7 @@ class StepSizes:
 
     def to_json(self) -> dict[str, Any]:
         """Return what was tried, plain JSON values."""
-        return {
-            name: [[f, value if math.isfinite(value) else None] for f, value in values.items()]
-            for name, values in self.tried.items()
-        }
+        return finite({n: [[f, x] for f, x in tried.items()] for n, tried in self.tried.items()})
 
 
 def _tuned(evaluator: Evaluator, members: Sequence[MetaPolicy]) -> dict[float, float]:

@@ -138,7 +138,7 @@ class PredictorEvaluator(Evaluator):
             used,
             np.stack(scores),
             algorithm.name,
-            [member.config.seed for member in members],
+            [member.run_options.seed for member in members],
             functions=functions,
             measure=self.measure,
             role=algorithm.role,
@@ -148,11 +148,9 @@ class PredictorEvaluator(Evaluator):
         self, like: MetaPolicy, learning_rate: float
     ) -> tuple[dict[str, Curve], dict[str, Curve]]:
         """Return the curve of training a random initialization on each support alone."""
-        config = like.config
         if like.algorithm.task_conditioned:  # training uses only examples
-            plain = config.domain.algorithm(Algorithm(name="from-scratch"), config.family)
-            config = dataclasses.replace(config, algorithm=plain)
-            like = dataclasses.replace(like, config=config)
+            plain = like.domain.algorithm(Algorithm(name="from-scratch"), like.setup.family)
+            like = MetaPolicy(like.params, dataclasses.replace(like.setup, algorithm=plain))
         start = random_meta_policy(like, self.key.seed)
         loop, meta = start.inner_loop(self.pool)
         parts = []

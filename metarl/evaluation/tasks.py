@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from metarl.envs.errors import UserError, check_one_of, check_whole
+from metarl.envs.single import task_vector
 from metarl.envs.tasks import TaskDistribution
 from metarl.evaluation.statistics import Floats
 from metarl.sampling.rollouts import RandomKey
@@ -61,7 +62,7 @@ class TaskChoice:
         for key, selects in (("drawn", drawn), ("split", split != "test")):
             if selects:
                 raise UserError(f"{key} selects held-out tasks: it has no effect on chosen tasks")
-        rows = [distribution.vector(dict(zip(names, map(float, x), strict=True))) for x in array]
+        rows = [task_vector(distribution, row) for row in array]
         return TaskChoice(distribution, len(rows), seed, drawn, np.stack(rows))
 
     def tasks(self, split: Split) -> tuple[Floats, RandomKey]:

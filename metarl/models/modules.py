@@ -341,12 +341,10 @@ class ModuleNetwork(Network):
             )
         if not torch.equal(x, given):
             raise UserError(f"policy.network {self.label} changes its input in place")
-        leaves = [p for p in module.parameters() if p.requires_grad]
-        names = ["its parameters"]
-        groups = [leaves]
+        groups = {"its parameters": [p for p in module.parameters() if p.requires_grad]}
         if context is not None:
-            names, groups = [*names, "the context input"], [*groups, [context]]
-        for name, group in zip(names, groups, strict=True):
+            groups["the context input"] = [context]  # type: ignore[list-item]
+        for name, group in groups.items():
             slopes: tuple[Tensor | None, ...] = ()
             if found.requires_grad:
                 slopes = torch.autograd.grad(

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from metarl.config.options import Config
+from metarl.config.setup import Setup
 from metarl.domains.reinforcement import spaces_of
 from metarl.learning.adapter import FACTOR
+from metarl.models.networks import Params
 from metarl.models.settings import own_settings
 from metarl.policies.meta_policy import MetaPolicy
 from metarl.policies.policy import Policy
@@ -43,7 +45,7 @@ def shipped() -> list[str]:
     )
 
 
-def run_config(folder: Path, given: Config | None = None) -> Config:
+def run_config(folder: Path, given: Setup | None = None) -> Config:
     """Return the config of a run folder.
 
     Args:
@@ -56,7 +58,7 @@ def run_config(folder: Path, given: Config | None = None) -> Config:
     return _config_of(folder / "config.json", read_record(folder), given)
 
 
-def _config_of(path: Path, record: Mapping[str, Any], given: Config | None = None) -> Config:
+def _config_of(path: Path, record: Mapping[str, Any], given: Setup | None = None) -> Config:
     try:
         return Config.from_json(record["config"], given)
     except KeyError as error:
@@ -65,14 +67,24 @@ def _config_of(path: Path, record: Mapping[str, Any], given: Config | None = Non
         raise CheckpointError(f"{path} contains a config that cannot be used: {error}") from error
 
 
+def _meta_policy(
+    path: Path, params: Params, metadata: Mapping[str, Any], given: Setup | None = None
+) -> MetaPolicy:
+    """Return the meta-policy of a file's parameters and metadata."""
+    config = _config_of(path, metadata, given)
+    origin = {key: value for key, value in metadata["config"].items() if key == "origin"}
+    record = {"config": config.to_json() | origin, "family": metadata.get("family") or {}}
+    return MetaPolicy(params, config.setup, record=record)
+
+
 @own_settings()
-def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
+def load(what: str | Path, setup: Setup | None = None) -> MetaPolicy:
     """Return a meta-policy.
 
     Args:
         what: a run folder (its newest checkpoint is read); a checkpoint file of a run; a
             file that `MetaPolicy.save` wrote; or the name of a shipped policy.
-        config: config of the run, if its algorithm, network or distribution has no importable name.
+        setup: setup of the run, if its algorithm, network or distribution has no importable name.
 
     Raises:
         CheckpointError: no policy is found, or its file is damaged.
@@ -82,9 +94,9 @@ def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
     if path.is_dir():
         newest = newest_checkpoint(path)
         try:
-            return load(newest, config)
+            return load(newest, setup)
         except CheckpointError as error:
-            older = newest_good(path, int(newest.stem), partial(load, config=config))
+            older = newest_good(path, int(newest.stem), partial(load, setup=setup))
             if older is None:
                 raise
             good = checkpoint_path(path, older)
@@ -110,10 +122,6 @@ def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
         )
     if metadata.get("kind") not in ("policy", "checkpoint"):
         raise CheckpointError(f"{path} contains no policy but {metadata.get('kind')!r}")
-    config = _config_of(path, metadata, config)
-    state = {
-        n.removeprefix("baseline."): t for n, t in tensors.items() if n.startswith("baseline.")
-    }
     others = ("outer.", "baseline.", "callback.")
     params = {n.removeprefix("meta."): t for n, t in tensors.items() if not n.startswith(others)}
     counts = (k for k in ("iteration", "env_steps") if k in metadata)
@@ -122,9 +130,17 @@ def load(what: str | Path, config: Config | None = None) -> MetaPolicy:
         provenance["versions"] = metadata["versions"]
     if not params:
         raise CheckpointError(f"{path} contains no policy")
-    meta = MetaPolicy(params, config, provenance, metadata.get("family") or {}, state)
-    shapes = config.domain.adapter(config.algorithm, meta.model).shapes()
-    return dataclasses.replace(meta, params=checkpoints.in_shapes(path, params, shapes))
+    meta = _meta_policy(path, params, metadata, setup)
+    shapes = meta.domain.adapter(meta.algorithm, meta.model).shapes()
+    baseline = {
+        n.removeprefix("baseline."): t for n, t in tensors.items() if n.startswith("baseline.")
+    }
+    return dataclasses.replace(
+        meta,
+        params=checkpoints.in_shapes(path, params, shapes),
+        provenance=provenance,
+        baseline=baseline,
+    )
 
 
 @own_settings()
@@ -147,8 +163,7 @@ def load_policy(path: str | Path) -> Policy:
         if metadata.get("kind") not in ("policy", "checkpoint"):
             raise CheckpointError(f"{path} contains no policy but {metadata.get('kind')!r}")
         raise CheckpointError(f"{path} is an initialization: metarl adapt creates a policy from it")
-    config = _config_of(path, metadata)
-    meta = MetaPolicy(tensors, config, trained_on=metadata.get("family") or {})
+    meta = _meta_policy(path, tensors, metadata)
     shapes = meta.policy.shapes()
     if meta.policy.context_dim:
         shapes["context"] = (meta.policy.context_dim,)
@@ -158,8 +173,8 @@ def load_policy(path: str | Path) -> Policy:
         space = spaces_of(meta.family)[1]
     params = checkpoints.in_shapes(path, tensors, shapes)
     return Policy(
-        meta.policy, params, space, meta.played.horizon, config.action_mode, metadata["adapted"],
-        meta.record,
+        meta.policy, params, space, meta.played.horizon, meta.setup.action_mode,
+        metadata["adapted"], meta.record,
     )  # fmt: skip
 
 

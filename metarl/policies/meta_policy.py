@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from metarl.algorithms import Algorithm
-from metarl.config.options import Config
+from metarl.config.options import RunOptions
+from metarl.config.setup import Setup
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.domains.domain import Domain, context_dim, scaled_tasks
-from metarl.domains.reinforcement import PolicyOptions, make_policy
+from metarl.domains.reinforcement import policy_of_parameters
 from metarl.envs import TaskFamily, guard
 from metarl.envs.checks.start import log_finding, start_findings
 from metarl.envs.errors import UserError, check_whole, kind_of
 from metarl.envs.family import Family
 from metarl.envs.registry import find_family
+from metarl.envs.single import task_vector
 from metarl.learning.adapter import FACTOR
 from metarl.learning.advantages import to_batch
 from metarl.learning.inner_loop import InnerLoop
@@ -40,9 +41,9 @@ from metarl.models.settings import own_settings
 from metarl.policies.adapted_predictor import AdaptedPredictor, as_examples
 from metarl.policies.online import OnlineAdapter
 from metarl.policies.policy import Policy
-from metarl.runs import checkpoints, fingerprint
+from metarl.runs import checkpoints
 from metarl.runs.files import as_path
-from metarl.runs.fingerprint import Fingerprint, Spaces
+from metarl.runs.fingerprint import Fingerprint, Spaces, fingerprint, notices
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.trajectories import Rollout
@@ -57,12 +58,12 @@ class MetaPolicy:
     params: Params = field(repr=False)
     """Meta-parameters by name, float32, not stacked. Network parameters, such as `layer0.weight`
     [inputs, outputs]; also learned step sizes or the fitted factor of step sizes, if any."""
-    config: Config
-    """Config of the training."""
+    setup: Setup
+    """Task family, algorithm and model."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Iterations, env steps and versions of the training."""
-    trained_on: Fingerprint = field(default_factory=dict)
-    """Fingerprint of the family in training; empty if unknown."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """`config` of the training and fingerprint of the `family`, as files contain them."""
     baseline: Params = field(default_factory=dict, repr=False)
     """State of the baseline, if it has one."""
 
@@ -70,16 +71,18 @@ class MetaPolicy:
         # Copies: the parameters of a running training or of another policy must not change it.
         for name in ("params", "baseline"):
             object.__setattr__(self, name, copied(getattr(self, name)))
-        for name in ("provenance", "trained_on"):
+        if not self.record:
+            object.__setattr__(self, "record", {"config": self.setup.to_json(), "family": {}})
+        for name in ("provenance", "record"):
             object.__setattr__(self, name, copy.deepcopy(dict(getattr(self, name))))
 
     @classmethod
-    def of(cls, params: Mapping[str, ArrayLike | Tensor], config: Config) -> MetaPolicy:
+    def of(cls, params: Mapping[str, ArrayLike | Tensor], setup: Setup) -> MetaPolicy:
         """Return the meta-policy of parameters from elsewhere, such as another library.
 
         Args:
             params: every parameter of the network by name, see `params`; converted to float32.
-            config: says which network, family and algorithm they are for.
+            setup: network, family and algorithm that they are for.
 
         Raises:
             UserError: a parameter is missing, unknown, of another shape or not finite.
@@ -90,19 +93,38 @@ class MetaPolicy:
             tensors = {name: torch.as_tensor(p, dtype=torch.float32) for name, p in params.items()}
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"params must be arrays or tensors of numbers: {error}") from error
-        model = config.domain.model(config.algorithm, config.policy, cls({}, config).source)
-        shapes = config.domain.adapter(config.algorithm, model).shapes()
-        return cls(checkpoints.in_shapes("params", tensors, shapes), config)
+        model = setup.domain.model(setup.algorithm, setup.policy, cls({}, setup).source)
+        shapes = setup.domain.adapter(setup.algorithm, model).shapes()
+        return cls(checkpoints.in_shapes("params", tensors, shapes), setup)
 
     @property
     def algorithm(self) -> Algorithm:
         """Algorithm of the training."""
-        return self.config.algorithm
+        return self.setup.algorithm
 
     @property
     def domain(self) -> Domain:
         """Reinforcement or supervised learning."""
-        return self.config.domain
+        return self.setup.domain
+
+    @property
+    def trained_on(self) -> Fingerprint:
+        """Fingerprint of the family in training; empty if unknown."""
+        return self.record["family"]
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """Policy that the training started from, its iteration and checksum; empty: random."""
+        return self.record["config"].get("origin", {})
+
+    @cached_property
+    def run_options(self) -> RunOptions:
+        """Options of the training run; the defaults if there was none."""
+        usual, options = (
+            RunOptions(policies=self.setup.policy.policies),
+            self.record["config"]["options"],
+        )
+        return usual.with_options({k: options[k] for k in usual.options() if k in options})
 
     @cached_property
     def source(self) -> Family:
@@ -112,7 +134,7 @@ class MetaPolicy:
             UserError: the family cannot be created, or the policy cannot be used with its
                 changes. Changes of its horizon or task range are logged in one line.
         """
-        family = find_family(self.config.family, **self.config.family_options)
+        family = find_family(self.setup.family, **self.setup.family_options)
         self.check_family(family)
         return family
 
@@ -121,7 +143,7 @@ class MetaPolicy:
         if found := self.family_changes(family):
             _log.warning(
                 "%s was trained with other settings (then -> now): %s",
-                self.config.family, "; ".join(found),
+                self.setup.family, "; ".join(found),
             )  # fmt: skip
 
     def check_spaces(self, observation: gym.Space, action: gym.Space) -> None:
@@ -137,13 +159,7 @@ class MetaPolicy:
         Raises:
             UserError: the policy cannot be used with the family.
         """
-        now = fingerprint.fingerprint(family, spaces)
-        if found := fingerprint.obstacles(self.trained_on, now):
-            raise UserError(
-                f"this policy was trained on a different {self.config.family} (then -> now):"
-                f" {'; '.join(found)}; restore the family, or train on it again"
-            )
-        return fingerprint.notices(self.trained_on, now)
+        return notices(self.setup.family, self.trained_on, fingerprint(family, spaces))
 
     @property
     def family(self) -> TaskFamily:
@@ -168,17 +184,10 @@ class MetaPolicy:
     @cached_property
     def model(self) -> Model:
         """Model that adapts: the policy, or the predictor of supervised tasks."""
-        images = any(p.dim() == 4 for p in self.params.values())
-        if not {"log_std", "layer0.weight"} <= self.params.keys() or images:
-            return self.domain.model(self.algorithm, self.config.policy, self.source)
-        # The parameters determine the sizes of a Gaussian for vectors, so it needs no family.
-        assert isinstance(self.config.policy, PolicyOptions)
-        dim = self.family.tasks.dim if self.algorithm.task_conditioned else 0
+        dim = self.source.tasks.dim if self.algorithm.task_conditioned else 0
         context = context_dim(self.algorithm, dim)
-        observation = self.params["layer0.weight"].shape[0] - context
-        seen = gym.spaces.Box(-np.inf, np.inf, (observation,), np.float32)
-        actions = gym.spaces.Box(-1.0, 1.0, self.params["log_std"].shape)
-        return make_policy(self.config.policy, seen, actions, context)
+        found = policy_of_parameters(self.params, self.setup.policy, context)
+        return found or self.domain.model(self.algorithm, self.setup.policy, self.source)
 
     @property
     def policy(self) -> PolicyModel:
@@ -194,10 +203,10 @@ class MetaPolicy:
     ) -> tuple[InnerLoop, Params]:
         """Return the inner loop and the meta-parameters that it starts from.
 
-        The step sizes are the given ones; else the config's for evaluation; else the learned ones;
-        else the training step sizes.
+        The step sizes are the given ones; else the algorithm's for evaluation; else the learned
+        ones; else the training step sizes.
         """
-        given = checked_sizes("step_sizes", step_sizes) or self.config.inner.sizes_in_evaluation
+        given = checked_sizes("step_sizes", step_sizes) or self.algorithm.inner.sizes_in_evaluation
         adapter = self.domain.adapter(self.algorithm, self.model)
         params = copied(self.params)
         if given:
@@ -215,11 +224,6 @@ class MetaPolicy:
         return to_batch(self.policy, rollout, advantage, baseline, self.baseline, pool)
 
     @property
-    def record(self) -> dict[str, Any]:
-        """Config and fingerprint of the family in training, as files contain them."""
-        return {"config": self.config.to_json(), "family": dict(self.trained_on)}
-
-    @property
     def digest(self) -> str:
         """Fingerprint of the parameters: SHA-256, hexadecimal."""
         whole = hashlib.sha256()
@@ -232,7 +236,7 @@ class MetaPolicy:
     def training_step_sizes(self) -> tuple[float, ...]:
         """Step sizes in training, including sizes fitted to a KL; not the learned ones."""
         factor = float(self.params[FACTOR]) if FACTOR in self.params else 1.0
-        return tuple(factor * size for size in self.config.inner.sizes_in_training)
+        return tuple(factor * size for size in self.algorithm.inner.sizes_in_training)
 
     def context(self, tasks: NDArray[Any]) -> Params:
         """Return the policy's observation of tasks [T, task_dim], as an entry of its parameters."""
@@ -267,20 +271,19 @@ class MetaPolicy:
             NonFiniteError: a sample or an adapted parameter is not finite, or every episode of a
                 step diverged (a subclass of UserError).
         """
-        check_whole("steps", steps, 0)
-        check_whole("episodes", episodes, 1)
-        check_whole("seed", seed, 0)
-        steps, episodes, seed = int(steps), int(episodes), int(seed)
+        steps = check_whole("steps", steps, 0)
+        episodes = check_whole("episodes", episodes, 1)
+        seed = check_whole("seed", seed, 0)
         if isinstance(env, gym.vector.VectorEnv):
             raise UserError("adapt takes one environment, got a vector environment")
-        given = None if isinstance(env, gym.Env) else self._task(env)
+        given = None if isinstance(env, gym.Env) else task_vector(self.family.tasks, env)
         if given is not None:
             _ = self._checked_at_start  # logged at the first call
         elif self.algorithm.task_conditioned:
             raise UserError("an oracle needs the task vector: pass it instead of an environment")
         context = {} if given is None else self.context(given[None])
         steps = steps if self.algorithm.takes_inner_steps else 0
-        mode = self.config.action_mode
+        mode = self.setup.action_mode
 
         def sample(params: Params, k: int) -> Batch:
             rollout = collect_episodes(
@@ -311,20 +314,6 @@ class MetaPolicy:
         horizon = self.played.horizon
         return Policy(self.policy, params, space, horizon, mode, provenance, self.record)
 
-    def _task(self, value: ArrayLike) -> NDArray[np.float64]:
-        """Return a task vector of the family."""
-        names = self.family.tasks.names
-        try:
-            task = np.asarray(value, np.float64)
-        except (TypeError, ValueError):
-            task = np.array(np.nan)
-        if task.shape != (len(names),) or not np.isfinite(task).all():
-            raise UserError(
-                f"adapt takes an environment, or a task of {len(names)} finite numbers"
-                f" ({', '.join(names)}), got {value!r}"
-            )
-        return task
-
     @own_settings()
     def adapt_to(
         self,
@@ -350,8 +339,7 @@ class MetaPolicy:
         model = self.domain.predictor(self.model)
         if self.algorithm.task_conditioned:
             raise UserError("an oracle observes its task and does not adapt")
-        check_whole("steps", steps, 0)
-        steps = int(steps)
+        steps = check_whole("steps", steps, 0)
         support = as_examples(model, inputs, targets)
         with ChunkPool(1) as pool:
             loop, meta = self.inner_loop(pool, step_sizes)
@@ -386,7 +374,7 @@ class MetaPolicy:
                 f"{self.algorithm.name} takes no inner steps, so there is nothing to adapt: use"
                 " MetaPolicy.adapt, and act with the policy"
             )
-        check_whole("seed", seed, 0)
+        seed = check_whole("seed", seed, 0)
         if action_space is not None and not isinstance(action_space, gym.Space):
             raise UserError(f"action_space must be a space, got {kind_of(action_space)}")
         if action_space is None:
@@ -394,9 +382,9 @@ class MetaPolicy:
                 self.check_spaces(env.observation_space, env.action_space)
                 action_space = env.action_space
         loop, params = self.inner_loop(ChunkPool(1), step_sizes)
-        horizon, mode = self.family.horizon, self.config.action_mode
+        horizon, mode = self.family.horizon, self.setup.action_mode
         return OnlineAdapter(
-            loop, params, self.batch, action_space, horizon, mode, self.record, int(seed)
+            loop, params, self.batch, action_space, horizon, mode, self.record, seed
         )
 
     def save(self, path: str | Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from metarl.envs.errors import UserError
 from metarl.envs.family import Family
 from metarl.plain_json import json_text
 
@@ -62,13 +63,20 @@ def changes(old: Fingerprint, new: Fingerprint) -> list[str]:
     return _differences(old, new, tuple(old))
 
 
-def obstacles(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """Return the differences that make a policy unusable."""
-    return _differences(old, new, _NEEDED)
+def notices(family: str, old: Fingerprint, new: Fingerprint) -> list[str]:
+    """Return the differences that leave a policy usable but change its results.
 
+    Args:
+        family: name of the family that the policy was trained on.
 
-def notices(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """Return the differences that leave a policy usable but change its results."""
+    Raises:
+        UserError: there are differences that make the policy unusable.
+    """
+    if found := _differences(old, new, _NEEDED):
+        raise UserError(
+            f"this policy was trained on a different {family} (then -> now):"
+            f" {'; '.join(found)}; restore the family, or train on it again"
+        )
     return _differences(old, new, [key for key in old if key not in (*_NEEDED, *_SHOWN_NOWHERE)])
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metarl.plain_json import json_text
+from metarl.plain_json import finite, json_text
 from metarl.runs.files import GrowingFile, set_aside, write_atomically
 
 _log = logging.getLogger(__name__)
@@ -334,7 +333,4 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    finite = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-    }
-    return (json_text(finite) + "\n").encode()
+    return (json_text(finite(row)) + "\n").encode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,15 +61,12 @@ def collect_episodes(
     horizon: int,
     key: RandomKey,
     mode: ActionMode = "clip",
-    deterministic: bool = False,
-    task: Sequence[float] | NDArray = (),
 ) -> Rollout:
     """Sample episodes of an environment.
 
     Args:
         params: parameters of one policy, not stacked.
         horizon: maximum length of an episode, whatever the limit of the environment.
-        task: task that the rollout records; the environment is not changed.
 
     Raises:
         UserError: the environment's spaces do not fit the policy.
@@ -95,7 +92,7 @@ def collect_episodes(
         seen = torch.from_numpy(buffer.observation[0, e, t : t + 1])
         output, state = policy.step(params, seen, state if t else policy.initial_state(params, 1))
         dist = policy.head(params, output)
-        action = policy.mode(dist) if deterministic else policy.sample(dist, noise[e, t])
+        action = policy.sample(dist, noise[e, t])
         buffer.action[0, e, t] = action[0].numpy()
         buffer.output[0, e, t] = output[0].numpy()
         return env_action(action[0].numpy(), env.action_space, mode)
@@ -115,4 +112,4 @@ def collect_episodes(
     if buffer.diverged.all():
         raise NonFiniteError(f"the simulation diverged in every episode of {episodes}")
     stacked = {name: p.detach()[None] for name, p in params.items()}
-    return buffer.rollout(policy, stacked, np.asarray(task, np.float64)[None])
+    return buffer.rollout(policy, stacked, np.empty((1, 0)))

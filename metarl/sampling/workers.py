@@ -25,7 +25,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import util
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -293,24 +293,15 @@ class WorkerCollector:
     def _finish(self) -> None:
         """Wait until every worker has finished its order; replace the ones that fail."""
         faults: Counter[tuple[int, str]] = Counter()
-        working = [worker for worker in self._workers if worker.busy]
-        while working:
-            _wait(working)
-            for worker in list(working):
-                reply = worker.poll()
-                if reply is None:
-                    continue
-                if reply.kind in ("ready", "done"):
-                    working.remove(worker)
-                    continue
-                worker.busy = True  # no further order is sent
-                if worker.share.check and not worker.ready and reply.kind != "refused":
-                    worker.restart()  # without a check: its environments may have failed
-                    continue
+        for worker, reply in _replies(self._workers):
+            if reply.kind in ("ready", "done"):
+                continue
+            worker.busy = True  # no further order is sent
+            if not worker.share.check or worker.ready or reply.kind == "refused":
                 fault = worker.share.index, reply.kind
                 faults[fault] += 1
                 self._judge(reply, faults[fault], worker.ready)
-                worker.restart()
+            worker.restart()  # without a check: its environments may have failed
 
     def _judge(self, reply: Reply, times: int, started: bool) -> None:
         """Raise if a fault is permanent; otherwise log it before a new worker repeats the share."""
@@ -333,15 +324,10 @@ class WorkerCollector:
             for worker in closing:
                 worker.timeout = min(worker.timeout, CLOSE_SECONDS)
                 worker.submit(None, worker.tasks)
-            while closing:
-                _wait(closing)
-                for worker in list(closing):
-                    reply = worker.poll()
-                    if reply is None:
-                        continue
-                    closing.remove(worker)
-                    if reply.kind != "done":
-                        _log.warning("%s: %s%s", self.family.name, reply.text, _where(reply))
+            for worker, reply in _replies(closing):
+                worker.busy = False
+                if reply.kind != "done":
+                    _log.warning("%s: %s%s", self.family.name, reply.text, _where(reply))
         finally:
             self._finalizer()
 
@@ -366,10 +352,15 @@ def _where(reply: Reply) -> str:
     return f" ({places[0 if reply.kind == 'hung' else -1]})"  # a dump starts with the innermost
 
 
-def _wait(workers: Sequence[_Worker]) -> None:
-    """Wait until a worker replies or ends, or until the next check of their progress."""
-    tick = min(0.5, min(worker.limit for worker in workers) / 4.0)
-    wait([x for w in workers for x in (w.channel, w.process.sentinel)], tick)
+def _replies(workers: Sequence[_Worker]) -> Iterator[tuple[_Worker, Reply]]:
+    """Yield each reply or fault until no worker is busy."""
+    while busy := [worker for worker in workers if worker.busy]:
+        # Until a worker replies or ends, or until the next check of their progress.
+        tick = min(0.5, min(worker.limit for worker in busy) / 4.0)
+        wait([x for w in busy for x in (w.channel, w.process.sentinel)], tick)
+        for worker in busy:
+            if (reply := worker.poll()) is not None:
+                yield worker, reply
 
 
 def _kill(workers: list[_Worker]) -> None:

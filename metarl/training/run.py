@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from metarl.algorithms import Algorithm
 from metarl.config.options import Config
 from metarl.distributed.process_group import ALONE, ProcessGroup
 from metarl.envs import guard
@@ -106,22 +107,21 @@ def train(
     with contextlib.ExitStack() as stack:
         recorder = None
         with process_group.errors_shared():
-            policy = None
+            policy, started_from = None, {}
             if process_group.is_main:
                 resume = not is_free(folder) if resume == "auto" else resume
-                started_from: dict[str, Any] = {}
                 if resume:
-                    started_from = _recorded_origin(folder, config, init)
+                    started_from = _recorded_origin(folder, init)
                 elif init is not None:
                     policy = init if isinstance(init, MetaPolicy) else load(init)
                     started_from = origin(
-                        "" if policy is init else str(init), policy, config.baseline
+                        "" if policy is init else str(init), policy, config.setup.algorithm.baseline
                     )
-                config = dataclasses.replace(config, origin=started_from)
                 _check_folder(folder, config, bool(resume))
-            config = dataclasses.replace(config, origin=process_group.from_main(config.origin))
             # Errors of the config and the family are raised before the folder is created.
-            trainer = stack.enter_context(Trainer(config, process_group))
+            trainer = stack.enter_context(new_trainer(config, process_group))
+            if found := process_group.from_main(started_from):
+                trainer.record["config"]["origin"] = found
             if process_group.is_main:
                 if policy is not None:
                     _start_from(policy, trainer, notice)
@@ -138,7 +138,7 @@ def train(
         loop = _Loop(trainer, folder, recorder, watchers)
         stack.push(loop.close)
         if display is True:
-            display = bar = ProgressBar(config.family, config.iterations)
+            display = bar = ProgressBar(config.setup.family, config.run.iterations)
             stack.callback(bar.close)
         try:
             with stop_by_ctrl_c(quiet=not process_group.is_main) as interrupted:
@@ -154,6 +154,11 @@ def train(
         if reason:
             meta = dataclasses.replace(meta, provenance={**meta.provenance, "stopped": reason})
         return meta
+
+
+def new_trainer(config: Config, process_group: ProcessGroup = ALONE) -> Trainer:
+    """Return the trainer of a run at its start. Close it, or use it as a context manager."""
+    return Trainer(config.setup, config.run, process_group)
 
 
 class _Loop:
@@ -192,7 +197,7 @@ class _Loop:
     ) -> None:
         """Iterate to the end of the run, or until it is stopped."""
         process_group, state = self.trainer.process_group, self.trainer.state
-        total = self.trainer.config.iterations
+        total = self.trainer.run.iterations
         watched, proposed = process_group.from_main((bool(self.callbacks), self.callbacks.proposes))
         ends = lambda: process_group.any(stop() or bool(self.seen.stopped))  # noqa: E731
         while state.iteration < total and not ends():
@@ -235,12 +240,11 @@ class _Loop:
 
     def _proposed_tasks(self) -> Tasks | None:
         """Return the tasks that a callback of rank 0 proposes for the next iteration."""
-        trainer = self.trainer
-        config, group = trainer.config, trainer.process_group
+        trainer, run, group = self.trainer, self.trainer.run, self.trainer.process_group
         found = None
         if group.is_main:
             iteration = trainer.state.iteration
-            found = self.callbacks.tasks(config.seed, iteration, config.tasks, trainer.family)
+            found = self.callbacks.tasks(run.seed, iteration, run.tasks, trainer.family)
         return group.from_main(found)
 
     def _iteration(self, row: dict[str, Any], rollouts: list[Rollout]) -> Iteration:
@@ -254,19 +258,19 @@ class _Loop:
         return Iteration(self.seen, row["iteration"], row, tasks, pre, post, rollouts)
 
 
-def schedule_change(config: Config, planned: int, iteration: int) -> str | None:
+def schedule_change(algorithm: Algorithm, total: int, planned: int, iteration: int) -> str | None:
     """Return, in words, what changes in a run's schedules if its planned end changes.
 
     Args:
-        config: config of the continued run.
-        planned: originally planned total number of iterations.
+        algorithm: algorithm of the run.
+        total: total number of iterations of the continued run.
+        planned: originally planned number.
         iteration: number of completed iterations.
 
     Returns:
         None if nothing depends on the run's length.
     """
-    total = config.iterations
-    parts = [part.change(planned, total, iteration) for part in (config.outer, config.meta)]
+    parts = [part.change(planned, total, iteration) for part in (algorithm.outer, algorithm.meta)]
     found = "; ".join(filter(None, parts))
     return f"{total} iterations instead of {planned}: {found}" if found else None
 
@@ -285,9 +289,9 @@ def _check_arguments(config: Any, resume: Any, start: int | None, init: Any) -> 
         raise UserError("init starts a new run, but resume continues one: remove one of them")
 
 
-def _recorded_origin(folder: Path, config: Config, init: Any) -> dict[str, Any]:
+def _recorded_origin(folder: Path, init: Any) -> dict[str, Any]:
     """Return the origin of a run to continue; RunError if it is not the given one."""
-    found = dict(run_config(folder, config).origin)
+    found = read_record(folder)["config"].get("origin", {})
     if init is None:
         return found
     is_policy = isinstance(init, MetaPolicy)
@@ -304,7 +308,7 @@ def _check_folder(folder: Path, config: Config, resume: bool) -> None:
     """Raise RunError if a run cannot start in a folder, or with `resume` continue there."""
     if not resume:
         check_free(folder)
-    elif found := differences(run_config(folder, config).to_json(), config.to_json()):
+    elif found := differences(run_config(folder, config.setup).to_json(), config.to_json()):
         raise RunError(
             f"{folder} was trained with other options: {found[0]}; remove that option, or start"
             " a new run"
@@ -313,15 +317,15 @@ def _check_folder(folder: Path, config: Config, resume: bool) -> None:
 
 def _start_from(policy: MetaPolicy, trainer: Trainer, notice: Callable[[str], object]) -> None:
     """Copy the meta-parameters of a policy to a new run."""
-    config, state = trainer.config, trainer.state
-    name = config.origin["policy"]
-    state.params, left = transferred(policy, trainer.meta_policy(), name)
-    state.outer = config.outer.init(state.params)
-    if "baseline" in config.origin:
+    algorithm, state, start = trainer.algorithm, trainer.state, trainer.meta_policy()
+    name = start.origin["policy"]
+    state.params, left = transferred(policy, start, name)
+    state.outer = algorithm.outer.init(state.params)
+    if "baseline" in start.origin:
         shapes = {key: tuple(value.shape) for key, value in state.baseline.items()}
         state.baseline = in_shapes(f"the baseline of init {name}", policy.baseline, shapes)
     if left:
-        notice(f"{config.algorithm.name} does not use these parameters of init: {', '.join(left)}")
+        notice(f"{algorithm.name} does not use these parameters of init: {', '.join(left)}")
 
 
 @contextlib.contextmanager
@@ -345,7 +349,7 @@ def _continued(
     folder: Path, trainer: Trainer, start: int | None, notice: Callable[[str], object]
 ) -> Iterator[Callable[[], None]]:
     """Hold the folder of a continued run, and load its state into the trainer."""
-    config, record = trainer.config, trainer.record
+    total, record = trainer.run.iterations, trainer.record
     with locked(folder) as check:
         planned = read_record(folder)["config"]["options"]["iterations"]
         check_family(folder, record)
@@ -353,9 +357,9 @@ def _continued(
         iteration = trainer.state.iteration
         if not iteration:  # it may have been killed before its first checkpoint
             save_checkpoint(folder, record, trainer.state)
-        if iteration < config.iterations != planned:
-            change = schedule_change(config, planned, iteration)
+        if iteration < total != planned:
+            change = schedule_change(trainer.algorithm, total, planned, iteration)
             if change is not None:
                 notice(change)
-            plan(folder, config.iterations)
+            plan(folder, total)
         yield check

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarl.config.options import Config
+from metarl.config.options import RunOptions
+from metarl.config.setup import Setup
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.distributed.process_group import ALONE, ProcessGroup, device_of
 from metarl.domains.domain import TaskSamples
@@ -63,17 +64,18 @@ class Trainer:
     """Environments, threads and state of a run. Close it, or use it as a context manager.
 
     Args:
-        config: config of the run.
+        setup: family, algorithm and model.
+        run: options of the run.
         process_group: processes that share its tasks.
     """
 
-    def __init__(self, config: Config, process_group: ProcessGroup = ALONE) -> None:
-        self.config, self.process_group = config, process_group
-        check_device(config.device)
-        self.family = find_family(config.family, **config.family_options)
+    def __init__(self, setup: Setup, run: RunOptions, process_group: ProcessGroup = ALONE) -> None:
+        self.setup, self.run, self.process_group = setup, run, process_group
+        check_device(run.device)
+        self.family = find_family(setup.family, **setup.family_options)
         self.domain = domain_of(self.family)
-        self.algorithm = config.algorithm
-        self.model = self.domain.model(self.algorithm, config.policy, self.family)
+        self.algorithm = setup.algorithm
+        self.model = self.domain.model(self.algorithm, setup.policy, self.family)
         adapter = self.domain.adapter(self.algorithm, self.model)
         self.state = self._initial_state(adapter)
         self.tasks: Tasks = np.empty((0, self.family.tasks.dim))
@@ -81,36 +83,37 @@ class Trainer:
         self._first = True
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(own_settings())
-        self.pool = self._stack.enter_context(ChunkPool(config.threads, process_group))
+        self.pool = self._stack.enter_context(ChunkPool(run.threads, process_group))
         self.source = self.domain.source(
             self.family, self.algorithm, adapter, self.pool, **self._sampling()
         )
         self._stack.callback(self.source.close)
-        self.fingerprint = fingerprint(self.family, self.source.spaces)
-        self.record = {"config": config.to_json(), "family": self.fingerprint}
+        self.record = {
+            "config": setup.to_json(run.options()),
+            "family": fingerprint(self.family, self.source.spaces),
+        }
         """Config and family as the files of a run contain them."""
         self.inner_loop = InnerLoop(adapter, self.pool)
 
     def _initial_state(self, adapter: Adapter) -> State:
-        config = self.config
-        params = adapter.init(self.model.init(stream(config.seed, 0, "init")))
+        algorithm, seed = self.algorithm, self.run.seed
+        params = adapter.init(self.model.init(stream(seed, 0, "init")))
         baseline: Params = {}
-        if config.baseline is not None:
+        if algorithm.baseline is not None:
             assert isinstance(self.model, PolicyModel)
-            rng = stream(config.seed, 0, "baseline")
-            shape = self.algorithm.baseline_shape(self.model.observation_shape)
-            baseline = config.baseline.init(shape, rng)
-        return State(params, config.outer.init(params), baseline)
+            shape = algorithm.baseline_shape(self.model.observation_shape)
+            baseline = algorithm.baseline.init(shape, stream(seed, 0, "baseline"))
+        return State(params, algorithm.outer.init(params), baseline)
 
     def _sampling(self) -> dict[str, Any]:
-        config = self.config
-        options: dict[str, Any] = {"tasks": config.tasks, "stratified": config.stratified}
-        if config.policy.policies:
+        run = self.run
+        options: dict[str, Any] = {"tasks": run.tasks, "stratified": run.stratified}
+        if run.policies:
             options |= {
-                "episodes": config.episodes,
-                "options": config.policy,
-                "workers": config.workers,
-                "timeout": config.worker_timeout,
+                "episodes": run.episodes,
+                "options": self.setup.policy,
+                "workers": run.workers,
+                "timeout": run.worker_timeout,
             }
         return options
 
@@ -184,15 +187,15 @@ class Trainer:
     @property
     def progress(self) -> float:
         """Progress of the run, from 0 to 1."""
-        return self.state.iteration / self.config.iterations
+        return self.state.iteration / self.run.iterations
 
     def _key(self) -> RandomKey:
         first = self.source.block.start
-        return RandomKey(self.config.seed, self.state.iteration, first_task=first)
+        return RandomKey(self.run.seed, self.state.iteration, first_task=first)
 
     def _adapt(self, samples: TaskSamples) -> Adapted:
         """Adapt to each task. On a data set, only sample: the meta-gradient adapts by itself."""
-        inner, query = self.config.inner, self.algorithm.meta.needs_query
+        inner, query = self.algorithm.inner, self.algorithm.meta.needs_query
         options: dict[str, Any] = {"steps": inner.steps, "query": query}
         params, tasks = self.state.params, self.source.tasks
         if self.source.independent_of_policy:
@@ -218,7 +221,7 @@ class Trainer:
         return Update(new, outer, stats, finite)
 
     def _sampled(self, adapted: Adapted, samples: TaskSamples) -> Sampled:
-        config, algorithm = self.config, self.algorithm
+        run, algorithm = self.run, self.algorithm
         loss = algorithm.outer_loss or self.domain.outer_loss(self.model)
         objective = Objective(
             algorithm.outer.loss(loss),
@@ -228,7 +231,7 @@ class Trainer:
         iteration = self.state.iteration
 
         def permutation(n: int) -> Tensor:
-            return torch.from_numpy(stream(config.seed, iteration, "fisher").permutation(n))
+            return torch.from_numpy(stream(run.seed, iteration, "fisher").permutation(n))
 
         return Sampled(
             self.inner_loop.adapter,
@@ -236,8 +239,8 @@ class Trainer:
             self.pool,
             objective,
             progress=self.progress,
-            chunk=self.source.chunk(adapted.batches, config.device),
-            device=device_of(config.device),
+            chunk=self.source.chunk(adapted.batches, run.device),
+            device=device_of(run.device),
             permutation=permutation,
         )
 
@@ -260,7 +263,7 @@ class Trainer:
 
     def _inner_metrics(self, adapted: Adapted) -> dict[str, float]:
         """Return the size of the first inner step, and its share of signal."""
-        if not self.config.inner.steps:
+        if not self.algorithm.inner.steps:
             return dict(_NO_INNER_STEP)
         adapter = self.inner_loop.adapter
         return {
@@ -298,7 +301,7 @@ class Trainer:
             "env_steps": state.env_steps,
             "versions": versions(),
         }
-        return MetaPolicy(state.params, self.config, provenance, self.fingerprint, state.baseline)
+        return MetaPolicy(state.params, self.setup, provenance, self.record, state.baseline)
 
 
 class IterationClock:

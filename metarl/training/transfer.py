@@ -25,7 +25,7 @@ def origin(name: str, policy: MetaPolicy, baseline: Baseline | None) -> dict[str
         baseline: baseline of the run. If the policy's is equal and has a state, the run starts with
             this state, and the record contains its names.
     """
-    algorithm, family = policy.algorithm.name, policy.config.family
+    algorithm, family = policy.algorithm.name, policy.setup.family
     kept = list(policy.baseline) if policy.algorithm.baseline == baseline else []
     return {
         **({"baseline": kept} if kept else {}),
@@ -50,13 +50,13 @@ def transferred(policy: MetaPolicy, start: MetaPolicy, name: str) -> tuple[Param
     Raises:
         UserError: the policy has another network, or other sizes of observations or actions.
     """
-    family = start.config.family
+    family = start.setup.family
     if policy.domain is not start.domain:
         raise UserError(
             f"init {name} is for {policy.domain.name} learning, but {family} is for"
             f" {start.domain.name} learning"
         )
-    there, here = (_function(p.record["config"]["options"]) for p in (policy, start))
+    there, here = (_function(p.setup.options()) for p in (policy, start))
     for option in {**there, **here}:
         if there.get(option) != here.get(option):
             wanted, flag = _words(there, option), option.replace("_", "-")
@@ -88,4 +88,4 @@ def _function(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _words(options: Mapping[str, Any], name: str) -> str:
     value = options.get(name, "none")
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

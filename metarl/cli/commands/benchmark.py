@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from metarl.cli.options import family_named, resolved_config, starting_config
 from metarl.cli.streams import say
-from metarl.config.options import Config
 from metarl.distributed.process_group import LIMIT_SECONDS, joined
-from metarl.envs.errors import UserError
 from metarl.envs.registry import data_names, is_built_in, make_family
 from metarl.plain_json import json_text
 
@@ -28,31 +24,26 @@ class Benchmark:
     rank_timeout: float = LIMIT_SECONDS
     """Under torchrun: seconds of waiting for a rank after which it is considered dead."""
 
+    without: ClassVar = ("iterations", "checkpoint_every")
+    """Options of the config that this command does not have: `repeats` sets the length."""
+
     @staticmethod
-    def starting(arguments: Sequence[str]) -> Config:
-        """Return the config that the flags modify: a preset's."""
-        family = family_named(Benchmark, arguments)
+    def usual(family: str) -> tuple[str, str]:
+        """Return the family and the preset if none are given."""
         if family in data_names():
             make_family(family)  # raises: no simulation to measure
         preset = "pearl2019" if not family or is_built_in(family) else ""
-        return starting_config(Benchmark, arguments, family="half-cheetah-dir", preset=preset)
-
-    @staticmethod
-    def resolved(config: Config, arguments: Sequence[str], said: Mapping[str, Any]) -> Config:
-        """Return the config that results from the given options."""
-        for key in ("iterations", "checkpoint_every"):
-            if key in said:
-                flag = f"--{key.replace('_', '-')}"
-                raise UserError(f"{flag} has no effect: --repeats sets the number of iterations")
-        return resolved_config(config, said)
+        return family or "half-cheetah-dir", preset
 
 
 def benchmark(command: Any) -> int:
     """Run `metarl benchmark`."""
     from metarl.evaluation import benchmark as measuring
+    from metarl.training.run import new_trainer
 
     with joined(command.rank_timeout) as process_group:
-        result = measuring.benchmark(command.config, command.repeats, process_group)
+        with process_group.errors_shared(), new_trainer(command.config, process_group) as trainer:
+            result = measuring.benchmark(trainer, command.repeats)
         if process_group.is_main:
             say(json_text(result, indent=2) if command.json else measuring.table(result))
     return 0

@@ -147,8 +147,8 @@ def report(command: Report) -> int:
         folder,
         out,
         f"metarl: {short_name(what)}",
-        adapts=policy.config.inner.steps > 0,
-        stratified=policy.config.stratified,
+        adapts=policy.algorithm.inner.steps > 0,
+        stratified=policy.run_options.stratified,
         run=json.loads(config.read_text("utf-8")) if config.exists() else None,
         no_video=why,
     )

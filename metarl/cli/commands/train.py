@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -15,8 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from metarl.algorithms import find_algorithm
-from metarl.cli.arguments import peek
-from metarl.cli.options import family_named, resolved_config, starting_config
+from metarl.cli.options import AUTO, family_named
 from metarl.cli.streams import note, say
 from metarl.config.options import Config
 from metarl.distributed.process_group import LIMIT_SECONDS, ProcessGroup, joined
@@ -25,8 +23,6 @@ from metarl.envs.registry import data_names, option_defaults
 from metarl.runs.stopping import Stop
 
 IMPORTS = ("metarl.training.run",)
-
-_AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,33 +52,17 @@ class Train:
         return _family_flags(arguments)
 
     @staticmethod
-    def starting(arguments: Sequence[str]) -> Config:
-        """Return the config that the flags modify: of a preset, or of the run to continue."""
-        folder = peek(arguments, "--resume")
-        if folder not in (None, _AUTO):
-            from metarl.policies.loading import run_config
-
-            return run_config(Path(folder))
-        return starting_config(Train, arguments, family="")
-
-    @staticmethod
-    def resolved(config: Config, arguments: Sequence[str], said: Mapping[str, Any]) -> Config:
-        """Return the config that results from the given options."""
-        if peek(arguments, "--resume") in (None, _AUTO):
-            return resolved_config(config, said)
-        _check_same(config, said)
-        options = {**config.family_options, **said.get("family_options", {})}
-        config = dataclasses.replace(config, family_options=options)
-        values = {k: v for k, v in said.items() if k in config.options()}
-        return config.with_options(values)
+    def usual(family: str) -> tuple[str, str]:
+        """Return the family and the preset if none are given."""
+        return family, ""
 
 
 def train(command: Any) -> int:
     """Run `metarl train`."""
-    config = command.config
-    if not config.family:
+    setup, run = command.config.setup, command.config.run
+    if not setup.family:
         raise UserError("name a task family: metarl train FAMILY (metarl families lists them)")
-    auto = command.resume == Path(_AUTO)
+    auto = command.resume == Path(AUTO)
     resume = None if auto else command.resume
     if resume is not None and command.out not in (None, resume):
         raise UserError(f"--resume continues in {resume}; remove --out")
@@ -93,9 +73,9 @@ def train(command: Any) -> int:
         )
     if resume is None and command.start is not None:
         raise UserError(f"--from {command.start} needs the run: --resume FOLDER")
-    name = config.family.replace(":", "-")
-    algorithm = re.sub(r"[^\w.+-]+", "-", config.algorithm.name)
-    parts = (name, config.preset or "default", algorithm, str(config.seed))
+    name = setup.family.replace(":", "-")
+    algorithm = re.sub(r"[^\w.+-]+", "-", setup.algorithm.name)
+    parts = (name, setup.preset or "default", algorithm, str(run.seed))
     folder = resume or command.out or Path("runs") / "-".join(parts)
     with joined(command.rank_timeout) as process_group:
         return _train(command, folder, "auto" if auto else resume is not None, process_group)
@@ -109,21 +89,22 @@ def _train(
     from metarl.training.progress import ProgressBar
     from metarl.training.run import train as train_in
 
-    config = command.config
+    config: Config = command.config
+    setup, algorithm, iterations = config.setup, config.setup.algorithm, config.run.iterations
     callbacks = [find_callback(name) for name in command.callback]
     callbacks += [LOGGERS[name]() for name in dict.fromkeys(command.log)]
-    bar = ProgressBar(config.family, config.iterations)
+    bar = ProgressBar(setup.family, iterations)
 
     def tell(line: str, show: Callable[[str], object] = say) -> None:
         if process_group.is_main:
             show(line)
 
     def started() -> None:
-        preset = f", preset {config.preset}," if config.preset else ""
-        tell(f"{config.algorithm.name} on {config.family}{preset} in {folder}", note)
-        usual = find_algorithm(config.algorithm.source or config.algorithm).outer.name
-        if config.outer.name != usual:
-            tell(f"the outer optimizer is {config.outer.name} instead of {usual}", note)
+        preset = f", preset {setup.preset}," if setup.preset else ""
+        tell(f"{algorithm.name} on {setup.family}{preset} in {folder}", note)
+        usual = find_algorithm(algorithm.source or algorithm).outer.name
+        if algorithm.outer.name != usual:
+            tell(f"the outer optimizer is {algorithm.outer.name} instead of {usual}", note)
 
     signals = (signal.SIGINT, signal.SIGTERM)
     with Stop(signals, _leave, quiet=not process_group.is_main) as stop:
@@ -146,14 +127,14 @@ def _train(
     done, reason = meta.provenance["iteration"], meta.provenance.get("stopped")
     if reason:
         tell(f"stopped after iteration {done}: {reason}")
-    elif done < config.iterations:
+    elif done < iterations:
         again = f"metarl train --resume {quote(str(folder))}"
         tell(f"stopped after iteration {done}; continue with: {again}")
         return 128 + (stop.signal or signal.SIGTERM)  # on another rank, if not on this one
     elif process_group.is_main and not bar.shown:
         tell(f"nothing to do: {folder} has its {done} iterations; set more with --iterations")
         return 0
-    tell(f"done: {done} iterations, {meta.provenance['env_steps']:,} {config.domain.unit}")
+    tell(f"done: {done} iterations, {meta.provenance['env_steps']:,} {setup.domain.unit}")
     tell(f"next: metarl evaluate {quote(str(folder))}")
     return 0
 
@@ -189,16 +170,3 @@ def _family_flags(arguments: Sequence[str]) -> list[str]:
         place = words.index("--family-options") + 1
         return [*words[:place], *found, *words[place:]]
     return [*words, "--family-options", *found]
-
-
-def _check_same(config: Config, said: Mapping[str, Any]) -> None:
-    """Raise UserError if the words name another family, preset or algorithm than the run's."""
-    own = {
-        "family": config.family, "preset": config.preset, "algorithm": config.algorithm.source,
-    }  # fmt: skip
-    for key, value in own.items():
-        if said.get(key, value) != value:
-            raise UserError(
-                f"the run to resume has the {key} {value}, not {said[key]}: remove that, or"
-                " start a new run"
-            )
