@@ -32,6 +32,7 @@ from metarl.distributed.process_group import ALONE, ProcessGroup
 from metarl.envs import GymnasiumFamily, MujocoFamily, TaskFamily
 from metarl.envs.errors import UserError
 from metarl.envs.seeds import foreign_seed
+from metarl.envs.trials import episode_seed
 from metarl.models.networks import Params, stack
 from metarl.models.policies import PolicyModel
 from metarl.models.settings import own_settings
@@ -39,6 +40,7 @@ from metarl.runs.checkpoints import machine, versions
 from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.spaces import env_action
 from metarl.sampling.trajectories import Rollout
+from metarl.sampling.trials import episodes_of
 from metarl.sampling.workers import make_collector
 from metarl.training.trainer import Trainer
 
@@ -53,11 +55,6 @@ def benchmark(
     """
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
-    if config.trial is not None:
-        raise UserError(
-            f"benchmark replays single episodes, but {config.algorithm.name} plays trials: measure"
-            " another algorithm, such as maml-trpo"
-        )
     rows: list[dict[str, Any]] = []
     with process_group.errors_shared(), Trainer(config, process_group) as trainer:
         family = trainer.domain.environments(trainer.family)
@@ -90,7 +87,7 @@ def benchmark(
     collect, train = rate("seconds_rollout"), rate("seconds_iteration")
     phases = sorted({key for row in rows for key in row if key.startswith("seconds_")})
     # After the end of the trainer's own workers.
-    alone = process_group.size == 1 and not family.parallel
+    alone = process_group.size == 1 and not family.parallel and config.trial is None
     processes = _compare_processes(trainer, repeats) if alone else None
     result: dict[str, Any] = {
         "machine": machine(),
@@ -102,7 +99,8 @@ def benchmark(
         "algorithm": config.algorithm.name,
         "tasks": config.tasks,
         "episodes": config.episodes,
-        "horizon": family.horizon,
+        "horizon": config.algorithm.played(family).horizon,
+        "network": config.options()["policy.network"],
         "hidden": list(config.options().get("policy.hidden", ())),
         "fisher_fraction": getattr(config.outer, "fisher_fraction", None),
         "repeats": repeats,
@@ -256,8 +254,16 @@ def _step_all(
 def replay(trainer: Trainer, rollout: Rollout, key: RandomKey) -> float:
     """Return the seconds of physics alone for a rollout's actions; 0 if not native.
 
-    Contact forces are excluded, because they are fetched one simulation at a time.
+    A trial is replayed episode by episode. Contact forces are excluded, because they are fetched
+    one simulation at a time.
     """
+    trial = trainer.config.trial
+    parts = [rollout] if trial is None else episodes_of(rollout, trial.episodes)
+    return sum(_replay(trainer, part, key, k) for k, part in enumerate(parts))
+
+
+def _replay(trainer: Trainer, rollout: Rollout, key: RandomKey, episode: int) -> float:
+    """Return the seconds of physics for one episode of every trial."""
     family, config = trainer.family, trainer.config
     if not isinstance(family, MujocoFamily):
         return 0.0
@@ -266,7 +272,8 @@ def replay(trainer: Trainer, rollout: Rollout, key: RandomKey) -> float:
         len(tasks), config.episodes, autoreset_mode=AutoresetMode.DISABLED, threads=config.threads
     )
     env.set_tasks(tasks)
-    env.reset(seed=[s for t in range(len(tasks)) for s in key.episode_seeds(t, env.episodes)])
+    seeds = [s for t in range(len(tasks)) for s in key.episode_seeds(t, env.episodes)]
+    env.reset(seed=[episode_seed(s, episode) for s in seeds])
     action = env_action(rollout.action.numpy(), env.single_action_space, config.action_mode)
     control = (action / np.float32(family.action_scale)).astype(np.float64)
     control = np.ascontiguousarray(
@@ -294,7 +301,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['family']}{preset}, {result['tasks']} tasks x"
         f" {result['episodes']} episodes x {result['horizon']} steps,"
-        f" network {'-'.join(map(str, result['hidden']))}, {result['threads']} threads"
+        f" network {'-'.join(map(str, result['hidden'])) or result['network']},"
+        f" {result['threads']} threads"
         f"{on_ranks}",
         f"{result['machine']['processor']}, torch {result['versions']['torch']},"
         f" mujoco {result['versions']['mujoco']}",
