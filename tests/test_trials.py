@@ -159,7 +159,7 @@ def test_the_next_step_mode_starts_a_new_trial():
 @pytest.mark.parametrize("name", mostly_slow(["tabular-mdp", "cartpole-length"], "tabular-mdp"))
 def test_trials_pass_the_checks_of_a_family(name):
     found = check_task_family(TrialFamily.of(base_of(name), 2))
-    assert not [f for f in found if f.level == "error"], found
+    assert not [f for f in found if f.severity == "fault"], found
 
 
 def test_seeds_of_episodes_are_functions_of_trial_and_episode():
