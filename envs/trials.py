@@ -84,6 +84,10 @@ class TrialFamily(TaskFamily):
     def make_vec(self, num_tasks: int, episodes: int, **options: Any) -> TrialVectorEnv:
         return TrialVectorEnv(self, num_tasks, episodes, **options)
 
+    def wrap(self, env: gym.Env[Any, Any]) -> TrialEnv:
+        """Return trials of an environment of your own, with the spaces of the base family."""
+        return TrialEnv(env, self)
+
     def optimal_return(self, tasks: Tasks) -> NDArray[np.float64] | None:
         """Return the best mean return of a trial if the task is known, [n], or None."""
         best = self.base.optimal_return(tasks)
@@ -122,7 +126,9 @@ class TrialVectorEnv(TaskVectorEnv):
             family,
             num_tasks,
             episodes,
-            observation_space=_trial_space(family, inner),
+            observation_space=_trial_space(
+                family.name, inner.single_observation_space, inner.single_action_space
+            ),
             action_space=inner.single_action_space,
             autoreset_mode=autoreset_mode,
             metadata={k: v for k, v in inner.metadata.items() if k != "autoreset_mode"},
@@ -196,11 +202,54 @@ class TrialVectorEnv(TaskVectorEnv):
         self._inner.close()
 
 
-def _trial_space(family: TrialFamily, env: TaskVectorEnv) -> gym.spaces.Box:
+class TrialEnv(gym.Wrapper[NDArray[Any], Any, Any, Any]):
+    """One environment whose episode is a trial of several episodes; see `TrialFamily`."""
+
+    def __init__(self, env: gym.Env[Any, Any], family: TrialFamily) -> None:
+        super().__init__(env)
+        name = type(env.unwrapped).__name__
+        self.observation_space = _trial_space(name, env.observation_space, env.action_space)
+        self._family = family
+        self._seed: int | None = None
+        self._options: dict[str, Any] | None = None
+        self._number = self._steps = 0  # episode of the trial, and steps of the episode
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[Any], dict[str, Any]]:
+        """Start a trial. Every episode has the same `options`."""
+        self._seed, self._options, self._number, self._steps = seed, options, 0, 0
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self._joined(observation, ()), info
+
+    def step(self, action: Any) -> tuple[NDArray[Any], float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._steps += 1
+        ended = bool(terminated or truncated or self._steps >= self._family.base.horizon)
+        info = {**info, EPISODE: float(self._number)}
+        over = ended and self._number == self._family.count - 1
+        if ended and not over:
+            self._number, self._steps = self._number + 1, 0
+            seed = episode_seed(self._seed, self._number)
+            observation, _ = self.env.reset(seed=seed, options=self._options)
+        taken = _numbers(np.asarray(action)[None], self.action_space)[0]
+        return self._joined(observation, (*taken, reward, ended)), float(reward), False, over, info
+
+    def _joined(self, observation: Any, before: Sequence[Any]) -> NDArray[Any]:
+        """Return an observation of the trial; what came before is 0 at its start."""
+        shape, dtype = self.observation_space.shape, self.observation_space.dtype
+        assert shape is not None
+        seen = np.zeros(shape, dtype)
+        start = len(observation)
+        seen[:start] = observation
+        seen[start : start + len(before)] = before
+        return seen
+
+
+def _trial_space(name: str, seen: gym.Space, action: gym.Space) -> gym.spaces.Box:
     """Return the space of a trial's observations."""
-    seen, action = env.single_observation_space, env.single_action_space
     if not isinstance(seen, gym.spaces.Box) or len(seen.shape) != 1:
-        raise UserError(f"{family.name}: trials need observations that are a flat Box, got {seen}")
+        raise UserError(f"{name}: trials need observations that are a flat Box, got {seen}")
     counts = categories(action)
     if counts is None:
         assert isinstance(action, gym.spaces.Box)

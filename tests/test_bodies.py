@@ -454,7 +454,9 @@ def test_the_physics_ceiling_replays_the_states_of_the_rollout(name, action, mon
         )
         assert len({int(n) for n in seen[0].valid.sum(-1).flatten()}) > 1 or name == "ant-dir"
         for k, rollout in enumerate(seen):
-            assert physics_seconds(trainer, rollout, RandomKey(config.run.seed, 0, inner_step=k)) > 0.0
+            assert (
+                physics_seconds(trainer, rollout, RandomKey(config.run.seed, 0, inner_step=k)) > 0.0
+            )
     for env, rollout in zip(made, seen, strict=True):
         last = rollout.last_observation.flatten(0, 1).numpy()
         root = {"ant-dir": 2, "hopper-params": 1, "humanoid-dir": 2}[name]

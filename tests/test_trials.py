@@ -16,10 +16,12 @@ import metarl
 from metarl.config.options import Config
 from metarl.distributed.chunk_pool import ChunkPool
 from metarl.domains.reinforcement import make_policy
-from metarl.envs import TrialFamily, check_task_family, make_family
+from metarl.envs import MujocoFamily, TrialFamily, check_task_family, make_family
 from metarl.envs.processes import pack, unpack
 from metarl.envs.trials import EPISODE, episode_seed
 from metarl.evaluation.benchmark import benchmark
+from metarl.evaluation.breakdown import physics_seconds
+from metarl.evaluation.tables import sampled
 from metarl.learning.advantages import Advantages, estimate
 from metarl.learning.baselines import LinearFeatures, ZeroBaseline
 from metarl.learning.critic import Critic
@@ -111,6 +113,27 @@ def test_a_trial_is_several_episodes_of_one_ordinary_environment(name):
     env.close()
 
 
+@pytest.mark.parametrize("name", ["cartpole-length", "navigation-2d"])
+def test_trials_of_ones_own_environment_are_those_of_the_family(name):
+    longer = base_of(name)
+    base = dataclasses.replace(longer, horizon=7)  # the family's horizon holds, not the env's
+    family, task = TrialFamily.of(base, 3), base.tasks.grid(1)[0]
+    env = family.wrap(longer.make(task))
+    env.action_space.seed(0)
+    actions = [env.action_space.sample() for _ in range(family.horizon)]
+    for seed in (3, 4):
+        steps, last = played_alone(base, task, seed, actions, 3)
+        observation, _ = env.reset(seed=seed)
+        for action, (seen, reward, over, number) in zip(actions, steps, strict=False):
+            np.testing.assert_allclose(observation, np.array(seen, np.float32), rtol=1e-6)
+            assert env.observation_space.contains(observation)
+            observation, earned, terminated, truncated, info = env.step(action)
+            assert (earned, terminated, truncated) == (reward, False, over)
+            assert info[EPISODE] == number
+        np.testing.assert_allclose(observation, np.array(last, np.float32), rtol=1e-6)
+    env.close()
+
+
 def test_the_next_step_mode_starts_a_new_trial():
     env = TrialFamily.of(counting_family(), 2).make_vec(2, 2)  # it observes the steps of an episode
     observation, _ = env.reset(seed=3)
@@ -136,7 +159,7 @@ def test_the_next_step_mode_starts_a_new_trial():
 @pytest.mark.parametrize("name", mostly_slow(["tabular-mdp", "cartpole-length"], "tabular-mdp"))
 def test_trials_pass_the_checks_of_a_family(name):
     found = check_task_family(TrialFamily.of(base_of(name), 2))
-    assert not [f for f in found if f.level == "error"], found
+    assert not [f for f in found if f.severity == "fault"], found
 
 
 def test_seeds_of_episodes_are_functions_of_trial_and_episode():
@@ -325,6 +348,7 @@ def test_an_evaluation_has_the_return_of_each_episode_of_a_trial(meta, undrawn):
     longer = metarl.evaluate(meta, tasks=4, episodes=5, steps=5, threads=1)
     assert longer.curve.per_task.shape == (4, 6)
     assert found.to_json()["adapts_in"] == "episode"
+    assert "5 trials" in sampled(found.to_json())
     assert "2 episodes" in found.table()
     collected = {}
     for k, part in enumerate(np.moveaxis(found.curve.per_episode[0], 1, 0)):
@@ -362,20 +386,43 @@ def test_a_policy_of_trials_is_played_saved_and_exported(meta, tmp_path, capsys)
     assert run("export", str(tmp_path / "run"), "--out", str(tmp_path / "policy.pt")) == 0
     with refused("rl2"):
         meta.adapter()
+    with meta.family.make(task) as own:
+        with refused("wrap"):
+            meta.adapt(own)
+        env = meta.played.wrap(own)
+        with meta.played.make(task) as played:
+            assert meta.adapt(env).play(env, seed=4) == meta.adapt(task).play(played, seed=4)
     assert same_params(load(tmp_path / "run"), meta)
 
 
 def test_trials_are_refused_where_they_have_no_meaning():
     with refused("rl2", "sinusoid"):
         new_trainer(metarl.resolve(None, "sinusoid", "rl2"))
-    with refused("rl2"):
-        benchmark(new_trainer(small()))
     with refused("trial.episodes", 0):
         metarl.resolve(None, "bandit", "rl2", {"trial.episodes": 0})
     with refused("trial.episodes"):
         metarl.resolve(None, "bandit", "maml-trpo", {"trial.episodes": 2})
     with refused("inner.step_sizes"):
         metarl.resolve(None, "bandit", "rl2", {"inner.step_sizes": (0.1,)})
+
+
+def test_the_benchmark_replays_the_last_episode_of_each_trial(monkeypatch):
+    values = {"iterations": 1, "tasks": 2, "episodes": 3, "policy.units": 7}
+    config = Config.of("hopper-params", "rl2", {"horizon": 40}).with_options(values)
+    made, make_vec = [], MujocoFamily.make_vec
+    with new_trainer(config) as trainer:
+        seen: list = []
+        trainer.iterate(on_rollouts=seen.extend)
+        monkeypatch.setattr(
+            MujocoFamily, "make_vec", lambda *a, **k: made.append(make_vec(*a, **k)) or made[-1]
+        )
+        assert physics_seconds(trainer, seen[0], RandomKey(config.run.seed, 0)) > 0.0
+    first, last = (env.sim.qpos[:, 1:].astype(np.float32) for env in made)
+    observed = seen[0].last_observation.flatten(0, 1).numpy()[:, : last.shape[1]]
+    assert np.array_equal(observed, last)
+    assert not np.array_equal(first, last)
+    result = benchmark(new_trainer(config), repeats=1)
+    assert (result["horizon"], result["network"]) == (80, "gru")
 
 
 @pytest.mark.learning

@@ -9,20 +9,18 @@ for each iteration:
                 x = (observation, previous action, previous reward, end of an episode)
                 action, h ~ pi_theta(x, h)
     A = advantages of the return of the whole trial
-    repeat N times, on the same trials:
-        g = d/dtheta mean clipped surrogate of A
-        theta = Adam step along g
+    g = d/dtheta mean surrogate of A
+    theta = TRPO step along g                               mean KL of the policies <= max_kl
 
-E is trial.episodes, N is outer.steps. Likelihood ratios are clipped to 1 +- outer.clip. Adam's step
-size is outer.learning_rate. h has policy.units components.
+E is trial.episodes, outer.max_kl bounds the step. h has policy.units components.
 """
 
 from __future__ import annotations
 
 from metarl.algorithms.algorithm import Algorithm
-from metarl.learning.gradient_steps import ClippedSurrogate
 from metarl.learning.inner_update import NoInnerUpdate
 from metarl.learning.meta_gradients.unrolled import FirstOrder
+from metarl.learning.trust_region import TrustRegion
 from metarl.sampling.trials import Trials
 
 rl2 = Algorithm(
@@ -31,7 +29,7 @@ rl2 = Algorithm(
     citation="Duan et al. 2016, arXiv:1611.02779",
     inner=NoInnerUpdate(),
     meta=FirstOrder(),
-    outer=ClippedSurrogate(),
+    outer=TrustRegion(max_kl=0.05),
     trial=Trials(),
     network="gru",
 )

@@ -59,11 +59,6 @@ def benchmark(trainer: Trainer, repeats: int = 3) -> dict[str, Any]:
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
     setup, run, algorithm = trainer.setup, trainer.run, trainer.algorithm
-    if algorithm.trial is not None:
-        raise UserError(
-            f"benchmark replays single episodes, but {algorithm.name} plays trials: measure"
-            " another algorithm, such as maml-trpo"
-        )
     process_group = trainer.process_group
     rows: list[dict[str, Any]] = []
     with trainer:
@@ -97,7 +92,7 @@ def benchmark(trainer: Trainer, repeats: int = 3) -> dict[str, Any]:
     collect, train = rate("seconds_rollout"), rate("seconds_iteration")
     phases = sorted({key for row in rows for key in row if key.startswith("seconds_")})
     # After the end of the trainer's own workers.
-    alone = process_group.size == 1 and not family.parallel
+    alone = process_group.size == 1 and not family.parallel and algorithm.trial is None
     processes = _compare_processes(trainer, repeats) if alone else None
     result: dict[str, Any] = {
         "machine": machine(),
@@ -109,7 +104,8 @@ def benchmark(trainer: Trainer, repeats: int = 3) -> dict[str, Any]:
         "algorithm": algorithm.name,
         "tasks": run.tasks,
         "episodes": run.episodes,
-        "horizon": family.horizon,
+        "horizon": algorithm.played(family).horizon,
+        "network": setup.options()["policy.network"],
         "hidden": list(setup.options().get("policy.hidden", ())),
         "fisher_fraction": getattr(algorithm.outer, "fisher_fraction", None),
         "repeats": repeats,
@@ -306,7 +302,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['family']}{preset}, {result['tasks']} tasks x"
         f" {result['episodes']} episodes x {result['horizon']} steps,"
-        f" network {'-'.join(map(str, result['hidden']))}, {result['threads']} threads"
+        f" network {'-'.join(map(str, result['hidden'])) or result['network']},"
+        f" {result['threads']} threads"
         f"{on_ranks}",
         f"{result['machine']['processor']}, torch {result['versions']['torch']},"
         f" mujoco {result['versions']['mujoco']}",

@@ -18,11 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from metarl.distributed.chunk_pool import slices
 from metarl.domains.reinforcement import Environments
 from metarl.envs import MujocoFamily, TaskVectorEnv
+from metarl.envs.trials import episode_seed
 from metarl.models.networks import stack
 from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.spaces import env_action
 from metarl.sampling.trajectories import Rollout
+from metarl.sampling.trials import episodes_of
 from metarl.training.trainer import Trainer
 
 _REPEATS = 50
@@ -43,8 +45,16 @@ def _shards(trainer: Trainer, tasks: int) -> list[slice]:
 def physics_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> float:
     """Return the seconds of physics alone for a rollout's actions; 0 if not native.
 
-    Contact forces are excluded, because they are fetched one simulation at a time.
+    A trial is replayed episode by episode. Contact forces are excluded, because they are fetched
+    one simulation at a time.
     """
+    trial = trainer.algorithm.trial
+    parts = [rollout] if trial is None else episodes_of(rollout, trial.episodes)
+    return sum(_replay(trainer, part, key, k) for k, part in enumerate(parts))
+
+
+def _replay(trainer: Trainer, rollout: Rollout, key: RandomKey, episode: int) -> float:
+    """Return the seconds of physics for one episode of every trial."""
     family, run = trainer.family, trainer.run
     if not isinstance(family, MujocoFamily):
         return 0.0
@@ -53,7 +63,8 @@ def physics_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> float
         len(tasks), run.episodes, autoreset_mode=AutoresetMode.DISABLED, threads=run.threads
     )
     env.set_tasks(tasks)
-    env.reset(seed=[s for t in range(len(tasks)) for s in key.episode_seeds(t, env.episodes)])
+    seeds = [s for t in range(len(tasks)) for s in key.episode_seeds(t, env.episodes)]
+    env.reset(seed=[episode_seed(s, episode) for s in seeds])
     action = env_action(rollout.action.numpy(), env.single_action_space, trainer.setup.action_mode)
     control = (action / np.float32(family.action_scale)).astype(np.float64)
     control = np.ascontiguousarray(
@@ -103,7 +114,8 @@ def inference_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> flo
 
 def environment_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> float:
     """Return the seconds of `reset` and `step` for a rollout's actions, physics included."""
-    family, mode = trainer.domain.environments(trainer.family), trainer.setup.action_mode
+    family = trainer.algorithm.played(trainer.domain.environments(trainer.family))
+    mode = trainer.setup.action_mode
     tasks = rollout.tasks.numpy()
     episodes, horizon = rollout.valid.shape[1:]
     space = _source(trainer).action_space

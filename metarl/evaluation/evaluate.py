@@ -196,6 +196,9 @@ def evaluate(
         "policy": first.digest,
         "tried_step_factors": sizes.to_json(),
     }
+    if first.algorithm.trial is not None:
+        each = f"{options.steps + 1} episodes of {family.horizon} steps"
+        setting["samples"] = f"{options.episodes} trials of {each}"
     if options.experience:
         setting["experience"] = options.experience
         setting["episodes_per_step"] = options.step_episodes()

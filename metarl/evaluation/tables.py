@@ -167,6 +167,12 @@ def described(evaluation: Mapping[str, Any]) -> str:
     return found
 
 
+def sampled(evaluation: Mapping[str, Any]) -> str:
+    """Describe the samples of an evaluation in words."""
+    own = evaluation.get("adapts_in", "step")
+    return evaluation["samples"] + (" for each inner step" if own == "step" else " on each task")
+
+
 def _cells(
     means: Sequence[float | None], intervals: Sequence[Sequence[float | None]], digits: int
 ) -> list[str]:

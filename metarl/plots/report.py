@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metarl.evaluation.tables import Table, described, experience_table, tables
+from metarl.evaluation.tables import Table, described, experience_table, sampled, tables
 from metarl.plain_json import json_text
 from metarl.plots.video import to_webm
 from metarl.runs.checkpoints import machine, versions
@@ -138,7 +138,7 @@ def _setting(evaluation: Mapping[str, Any]) -> str:
     text = (
         f"{evaluation['algorithm']} on {evaluation['family']}{options}{after};"
         f" evaluated on {described(evaluation)}{how} with"
-        f" {evaluation['samples']} for each inner step."
+        f" {sampled(evaluation)}."
         " ± is half the width of the 95 % bootstrap interval over tasks."
     )
     return f"<p>{html.escape(text)}</p>"

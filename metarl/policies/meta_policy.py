@@ -47,6 +47,7 @@ from metarl.runs.fingerprint import Fingerprint, Spaces, fingerprint, notices
 from metarl.sampling.episodes import collect_episodes
 from metarl.sampling.rollouts import RandomKey
 from metarl.sampling.trajectories import Rollout
+from metarl.sampling.trials import check_plays_trials
 
 _log = logging.getLogger(__name__)
 
@@ -259,7 +260,8 @@ class MetaPolicy:
             env: a Gymnasium environment with the spaces of the training family, or a task vector
                 [task_dim] of that family. An oracle needs the task vector and takes no inner step.
             steps: inner steps; 0 returns the initialization unchanged. RL^2 takes none: its policy
-                plays trials, see `played`, and learns about the task in its state.
+                learns about the task in its state. It plays trials: `played.make(task)`, or
+                `played.wrap(env)` for an environment of your own.
             episodes: episodes sampled for each step.
             seed: seed of the environment's resets and of the actions.
             step_sizes: one for each step, the last repeated. Default: the evaluation step sizes;
@@ -281,6 +283,8 @@ class MetaPolicy:
             _ = self._checked_at_start  # logged at the first call
         elif self.algorithm.task_conditioned:
             raise UserError("an oracle needs the task vector: pass it instead of an environment")
+        elif self.algorithm.trial is not None:
+            check_plays_trials(env, self.policy.observation_shape)
         context = {} if given is None else self.context(given[None])
         steps = steps if self.algorithm.takes_inner_steps else 0
         mode = self.setup.action_mode

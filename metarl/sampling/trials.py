@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from metarl.envs import TaskFamily
+from metarl.envs.errors import UserError
 from metarl.envs.trials import EPISODE, SUCCESS, TrialFamily
 from metarl.parts import Part
 from metarl.sampling.trajectories import Rollout
@@ -30,6 +32,16 @@ class Trials(Part):
     def family(self, base: TaskFamily, episodes: int | None = None) -> TrialFamily:
         """Return the family of trials, by default of as many episodes as in training."""
         return TrialFamily.of(base, self.episodes if episodes is None else episodes)
+
+
+def check_plays_trials(env: Any, shape: Sequence[int]) -> None:
+    """Raise UserError unless an environment has the observations of trials, [*shape]."""
+    found = env.observation_space
+    if getattr(found, "shape", None) != tuple(shape):
+        raise UserError(
+            f"the policy plays trials, with observations {list(shape)}, got {found}: adapt to"
+            " meta_policy.played.wrap(env), and act in that"
+        )
 
 
 def episodes_of(rollout: Rollout, count: int) -> list[Rollout]:

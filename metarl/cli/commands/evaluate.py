@@ -14,7 +14,7 @@ from metarl.cli.streams import say
 from metarl.config.options import default_workers
 from metarl.envs.errors import UserError
 from metarl.envs.registry import parse_options
-from metarl.evaluation.tables import described
+from metarl.evaluation.tables import described, sampled
 from metarl.plain_json import json_text
 
 IMPORTS = ("metarl.evaluation.evaluate", "metarl.plots.figures")
@@ -129,7 +129,7 @@ def evaluate(command: Evaluate) -> int:
         return 0
     setting = result.setting
     options = "".join(f" {k}={v}" for k, v in setting["family_options"].items())
-    said = f"{described(setting)}; {setting['samples']} for each inner step"
+    said = f"{described(setting)}; {sampled(result.to_json())}"
     say(f"{setting['family']}{options}: {said}\n")
     if command.per_task:
         say(f"{result.task_table()}\n")
