@@ -7,7 +7,7 @@ defaults. The first trial uses the defaults. All trials have the same number of 
 is evaluated on validation tasks after a quarter, after half and at the end of its iterations. It
 ends early if it is worse than the median of the trials before it. The defaults and the best trials
 are trained again with further seeds, and the best mean over the seeds wins. It is written to
-best.toml.
+best.toml, and printed as a command.
 
 The same command continues an interrupted search; more trials extend it. It needs the extra `tune`.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
 import shutil
 import statistics
 import warnings
@@ -113,16 +114,20 @@ class Result:
     core_seconds: float
 
 
+def given_options(arguments: Arguments) -> dict[str, Any]:
+    """Return the options of all trials, by key."""
+    try:
+        return flat(tomllib.loads("\n".join(arguments.options)))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"options must be name=value in TOML: {error}") from error
+
+
 def starting_point(arguments: Arguments) -> Config:
     """Return the config of the first trial."""
     preset = arguments.preset or usual_preset(arguments.family)
-    try:
-        said = tomllib.loads("\n".join(arguments.options))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"options must be name=value in TOML: {error}") from error
+    said = {**given_options(arguments), "threads": 1}
     said["family_options"] = parse_options(arguments.family_options)
-    said["threads"] = 1
-    base = metarl.resolve(preset, arguments.family, arguments.algorithm, flat(said))
+    base = metarl.resolve(preset, arguments.family, arguments.algorithm, said)
     if not base.outer.learns:
         raise UserError(f"{base.algorithm.name} does not learn, so it has no options to tune")
     family = MetaPolicy({}, base).family
@@ -135,10 +140,10 @@ def starting_point(arguments: Arguments) -> Config:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested tables as one table with dotted keys; `family_options` stays a table."""
+    """Return nested tables as one table with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        nested = isinstance(value, Mapping) and key != "family_options"
+        nested = isinstance(value, Mapping)
         found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return found
 
@@ -274,7 +279,7 @@ def load_study(arguments: Arguments, started: int = 0) -> optuna.Study:
 
 
 def check_study(arguments: Arguments, study: optuna.Study, config: Config) -> None:
-    """Raise UserError if the study was started with other settings; store those of a new one."""
+    """Raise UserError if the study has other settings. A new study stores its settings."""
     same = ("env_steps", "validation_tasks", "validation_episodes", "steps", "fixed", "spread")
     settings = {name: getattr(arguments, name) for name in same}
     settings |= {"seed": arguments.seeds[0], "config": config.to_json()}
@@ -363,12 +368,27 @@ def write_results(arguments: Arguments, finalists: list[tuple[FrozenTrial, list[
         cells = [str(values[key]) for key in keys]
         cells.append(", ".join(f"{x:.1f}" for x in known) or "ended early")
         lines.append(f"| {trial.number} | {' | '.join(cells)} |")
-    (arguments.out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
     values = options_of(config, finalists[0][0].params)
-    best = [f'[families.{arguments.family}.algorithms."{arguments.algorithm}"]']
+    lines += ["", command(arguments, values)]
+    (arguments.out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
+    best = [f'[families."{arguments.family}".algorithms."{arguments.algorithm}"]']
     best += [f"{k} = {list(v) if isinstance(v, tuple) else v}" for k, v in values.items()]
     (arguments.out / "best.toml").write_text("\n".join(best) + "\n", "utf-8")
-    print("\n".join(best))
+    print(command(arguments, values))
+
+
+def command(arguments: Arguments, values: Mapping[str, Any]) -> str:
+    """Return the command that trains with the values of a search."""
+    words = ["metarl", "train", arguments.family, "--algorithm", arguments.algorithm]
+    words += ["--preset", arguments.preset] if arguments.preset else []
+    words += ["--family-options", *arguments.family_options] if arguments.family_options else []
+    for key, value in {**given_options(arguments), **values}.items():
+        flag = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return shlex.join(words)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shlex
 import sys
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -12,6 +13,7 @@ import tomllib
 
 import metarl
 from metarl.algorithms import algorithms
+from metarl.cli.main import main as cli
 
 pytest.importorskip("optuna")
 
@@ -98,7 +100,7 @@ def test_ranges_contain_the_defaults_of_every_algorithm(arguments):
                 assert space.low <= value <= space.high, (name, family, key)
 
 
-def test_a_search_ends_with_the_best_mean_over_seeds(arguments):
+def test_a_search_ends_with_the_best_mean_over_seeds(arguments, tmp_path):
     finalists = run(arguments, Inline())
     numbers = [trial.number for trial, _ in finalists]
     assert 0 in numbers  # the defaults
@@ -112,6 +114,13 @@ def test_a_search_ends_with_the_best_mean_over_seeds(arguments):
     chosen = config.with_options(tune.flat(values))
     expected = config.with_options(tune.options_of(config, finalists[0][0].params))
     assert chosen.options() == expected.options()
+    command = (arguments.out / "table.md").read_text("utf-8").splitlines()[-1]
+    words = [*shlex.split(command)[1:], "--iterations", "1", "--tasks", "2"]
+    assert cli([*words, "--out", str(tmp_path / "run")]) == 0
+    trained = metarl.load(tmp_path / "run").config
+    for key in ("iterations", "tasks", "checkpoint_every", "threads", "workers"):
+        trained = dataclasses.replace(trained, **{key: getattr(chosen, key)})
+    assert trained.options() == chosen.options()
     assert len(list((arguments.out / "results").iterdir())) == 5 + len(numbers)
     assert not list((arguments.out / "runs").iterdir())
 
