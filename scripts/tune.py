@@ -89,8 +89,6 @@ class Arguments:
     """Options of all trials, as name=value in TOML, such as tasks=40 or inner.step_sizes=[0.1]."""
     jobs: int = 1
     """Number of trainings at the same time, with one thread each."""
-    keep_runs: bool = False
-    """Keep the run folders; by default, a run is deleted after its evaluation."""
 
     def check(self) -> None:
         """Raise UserError if a number is out of range."""
@@ -256,8 +254,7 @@ def trained(
     result = Result(found, reason, sum(row["seconds_processor"] for row in rows))
     store.parent.mkdir(parents=True, exist_ok=True)
     store.write_text(json.dumps(dataclasses.asdict(result)), "utf-8")
-    if not arguments.keep_runs:
-        shutil.rmtree(folder)
+    shutil.rmtree(folder)
     return result
 
 
