@@ -2,7 +2,8 @@
 
     python scripts/compare_algorithms.py navigation-2d --env-steps 5000000 --out runs/compare
 
-The last checkpoint of each run is evaluated on the same held-out tasks after one inner step. The
+Each algorithm has the preset's options for it, which scripts/tune.py finds with equal effort. The
+last checkpoint of each run is evaluated on the same held-out tasks after one inner step. The
 oracle, which observes its task, is evaluated before any step. The plot shows training tasks; for
 pretrained, it shows the return before any step.
 
@@ -67,8 +68,6 @@ def run_config(arguments: Arguments, name: str, seed: int) -> Config:
     if arguments.tasks is not None:
         said["tasks"] = arguments.tasks
     base = metarl.resolve(arguments.preset, arguments.family, name, said)
-    # As in the papers, not as in a preset.
-    base = base.with_options({"meta.second_order": 1.0}, known_only=True)
     algorithm, run = base.setup.algorithm, base.run
     rollouts = algorithm.inner.steps + algorithm.meta.needs_query
     horizon = metarl.MetaPolicy({}, base.setup).family.horizon

@@ -2,13 +2,14 @@
 
     python scripts/tune.py promp half-cheetah-dir --out runs/tune/promp --trials 24
 
-The search covers the options to which parts declare a range (`metarl.parts.tunable`). The first
-trial uses the defaults. All trials have the same number of env steps. A trial is evaluated on
-validation tasks after a quarter, after half and at the end of its iterations. It ends early if it
-is worse than the median of the trials before it. The best trials are trained again with further
-seeds, and the best mean over the seeds wins. It is written to best.toml.
+The search covers the options to which parts declare a range (`metarl.parts.tunable`), near their
+defaults. The first trial uses the defaults. All trials have the same number of env steps. A trial
+is evaluated on validation tasks after a quarter, after half and at the end of its iterations. It
+ends early if it is worse than the median of the trials before it. The defaults and the best trials
+are trained again with further seeds, and the best mean over the seeds wins. It is written to
+best.toml, and printed as a command.
 
-The same command continues an interrupted search. It needs the extra `tune`.
+The same command continues an interrupted search; more trials extend it. It needs the extra `tune`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
 import shutil
 import statistics
 import warnings
@@ -72,7 +74,11 @@ class Arguments:
     steps: int = 1
     """Number of inner steps before the return that is compared."""
     finalists: int = 3
-    """Number of best trials that are trained with further seeds."""
+    """Number of best trials that are trained with further seeds, in addition to the defaults."""
+    fixed: tuple[str, ...] = ()
+    """Options that keep their defaults, such as policy.initial_std."""
+    spread: float = 10.0
+    """Largest factor between a default and a value of the search, for logarithmic ranges."""
     seeds: tuple[int, ...] = (1001, 1002, 1003)
     """Seeds: the first for trials, the others for finalists. Compare algorithms with others."""
     preset: str | None = None
@@ -83,14 +89,14 @@ class Arguments:
     """Options of all trials, as name=value in TOML, such as tasks=40 or inner.step_sizes=[0.1]."""
     jobs: int = 1
     """Number of trainings at the same time, with one thread each."""
-    keep_runs: bool = False
-    """Keep the run folders; by default, a run is deleted after its evaluation."""
 
     def check(self) -> None:
         """Raise UserError if a number is out of range."""
         for name in ("trials", "env_steps", "finalists", "jobs"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.spread < 1.0:
+            raise UserError(f"spread must be at least 1, got {self.spread}")
         if not self.seeds:
             raise UserError("seeds must not be empty")
 
@@ -106,16 +112,20 @@ class Result:
     core_seconds: float
 
 
+def given_options(arguments: Arguments) -> dict[str, Any]:
+    """Return the options of all trials, by key."""
+    try:
+        return flat(tomllib.loads("\n".join(arguments.options)))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"options must be name=value in TOML: {error}") from error
+
+
 def starting_point(arguments: Arguments) -> Config:
     """Return the config of the first trial."""
     preset = arguments.preset or usual_preset(arguments.family)
-    try:
-        said = tomllib.loads("\n".join(arguments.options))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"options must be name=value in TOML: {error}") from error
+    said = {**given_options(arguments), "threads": 1}
     said["family_options"] = parse_options(arguments.family_options)
-    said["threads"] = 1
-    base = metarl.resolve(preset, arguments.family, arguments.algorithm, flat(said))
+    base = metarl.resolve(preset, arguments.family, arguments.algorithm, said)
     if not base.setup.algorithm.outer.learns:
         raise UserError(f"{base.setup.algorithm.name} does not learn, so it has no options to tune")
     family = MetaPolicy({}, base.setup).family
@@ -128,16 +138,16 @@ def starting_point(arguments: Arguments) -> Config:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested tables as one table with dotted keys; `family_options` stays a table."""
+    """Return nested tables as one table with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        nested = isinstance(value, Mapping) and key != "family_options"
+        nested = isinstance(value, Mapping)
         found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return found
 
 
-def search_space(config: Config) -> dict[str, BaseDistribution]:
-    """Return the distribution of each option that has a range, by key."""
+def search_space(arguments: Arguments, config: Config) -> dict[str, BaseDistribution]:
+    """Return the distribution of each option that is searched, by key."""
     space: dict[str, BaseDistribution] = {}
     for section, part in config.sections().items():
         if section == "inner" and config.setup.algorithm.task_conditioned:
@@ -147,16 +157,29 @@ def search_space(config: Config) -> dict[str, BaseDistribution]:
             if isinstance(default, int):
                 space[part.key(name)] = IntDistribution(int(found.low), int(found.high))
             elif default != ():
-                space[part.key(name)] = FloatDistribution(found.low, found.high, log=found.log)
+                first, low, high = first_of(default), found.low, found.high
+                if found.log and low <= first <= high:
+                    low, high = (
+                        max(low, first / arguments.spread),
+                        min(high, first * arguments.spread),
+                    )
+                space[part.key(name)] = FloatDistribution(low, high, log=found.log)
+    for key in arguments.fixed:
+        if space.pop(key, None) is None and key not in config.options():
+            raise UserError(f"fixed has the unknown option {key!r}")
     return space
 
 
-def first_values(config: Config) -> dict[str, float]:
+def first_of(value: Any) -> Any:
+    """Return the first entry of a tuple, or the value."""
+    return value[0] if isinstance(value, tuple) else value
+
+
+def first_values(arguments: Arguments, config: Config) -> dict[str, float]:
     """Return the defaults within the search space; of a tuple, its first entry."""
     options, found = config.options(), {}
-    for key, space in search_space(config).items():
-        default = options[key][0] if isinstance(options[key], tuple) else options[key]
-        found[key] = min(max(default, space.low), space.high)  # type: ignore[attr-defined]
+    for key, space in search_space(arguments, config).items():
+        found[key] = min(max(first_of(options[key]), space.low), space.high)  # type: ignore[attr-defined]
     return found
 
 
@@ -224,36 +247,61 @@ def trained(
             policy = metarl.train(config, folder, resume="auto", callbacks=[compare])
             found = None if reason else score(policy, arguments)
         except (NonFiniteError, metarl.RunError) as error:  # options that do not learn
-            reason = str(error)
+            rows, reason = read_metrics(folder), str(error)
+            if isinstance(error, metarl.RunError) and not (rows and "skipped" in rows[-1]):
+                raise
     rows = read_metrics(folder)
     result = Result(found, reason, sum(row["seconds_processor"] for row in rows))
     store.parent.mkdir(parents=True, exist_ok=True)
     store.write_text(json.dumps(dataclasses.asdict(result)), "utf-8")
-    if not arguments.keep_runs:
-        shutil.rmtree(folder)
+    shutil.rmtree(folder)
     return result
 
 
-def load_study(arguments: Arguments) -> optuna.Study:
-    """Return the study in the output folder, a new one if it does not exist."""
+def load_study(arguments: Arguments, started: int = 0) -> optuna.Study:
+    """Return the study in the output folder, a new one if it does not exist.
+
+    Args:
+        started: number of trials before the next one, which it seeds.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(
         study_name=f"{arguments.algorithm} on {arguments.family}",
         storage=JournalStorage(JournalFileBackend(str(arguments.out / "study.log"))),
         direction="maximize",
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=arguments.seeds[0], n_startup_trials=8),
+        sampler=optuna.samplers.TPESampler(seed=arguments.seeds[0] + started, n_startup_trials=5),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED),
     )
+
+
+def check_study(arguments: Arguments, study: optuna.Study, config: Config) -> None:
+    """Raise UserError if the study has other settings. A new study stores its settings."""
+    same = ("env_steps", "validation_tasks", "validation_episodes", "steps", "fixed", "spread")
+    settings = {name: getattr(arguments, name) for name in same}
+    settings |= {"seed": arguments.seeds[0], "config": config.to_json()}
+    settings = json.loads(json.dumps(settings))
+    known = study.user_attrs.get("settings")
+    if known is None:
+        study.set_user_attr("settings", settings)
+    elif changed := [name for name in settings if settings[name] != known.get(name)]:
+        raise UserError(
+            f"the search in {arguments.out} was started with another {changed[0]}; choose another"
+            " --out"
+        )
 
 
 def search(arguments: Arguments, pool: Executor) -> list[FrozenTrial]:
     """Run the trials; return the complete ones, best first."""
     study, config = load_study(arguments), starting_point(arguments)
-    space = search_space(config)
+    check_study(arguments, study, config)
+    space = search_space(arguments, config)
     if not study.trials:
-        study.enqueue_trial(first_values(config))
+        study.enqueue_trial(first_values(arguments, config))
     running: dict[Future[Result], int] = {}
+
+    def started() -> int:
+        return sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
 
     def submit(number: int, trial_id: int, values: Mapping[str, float]) -> None:
         name = f"trial-{number:03d}"
@@ -262,9 +310,9 @@ def search(arguments: Arguments, pool: Executor) -> list[FrozenTrial]:
 
     for left in study.get_trials(states=(TrialState.RUNNING,)):  # of an interrupted search
         submit(left.number, left._trial_id, left.params)
-    while running or len(study.trials) < arguments.trials:
-        while len(running) < arguments.jobs and len(study.trials) < arguments.trials:
-            trial = study.ask(space)
+    while running or started() < arguments.trials:
+        while len(running) < arguments.jobs and started() < arguments.trials:
+            trial = load_study(arguments, started()).ask(space)
             submit(trial.number, trial._trial_id, trial.params)
         for job in wait(running, return_when=FIRST_COMPLETED).done:
             number, result = running.pop(job), job.result()
@@ -279,15 +327,17 @@ def finals(
     arguments: Arguments, best: list[FrozenTrial], pool: Executor
 ) -> list[tuple[FrozenTrial, list[float]]]:
     """Train the finalists with all seeds; return them with their scores, best mean first."""
+    chosen = best[: arguments.finalists]
+    chosen += [trial for trial in best[arguments.finalists :] if trial.number == 0]  # the defaults
     jobs = {
         (trial.number, seed): pool.submit(
             trained, arguments, trial.params, seed, f"trial-{trial.number:03d}-seed-{seed}"
         )
-        for trial in best[: arguments.finalists]
+        for trial in chosen
         for seed in arguments.seeds[1:]
     }
     found = []
-    for trial in best[: arguments.finalists]:
+    for trial in chosen:
         scores = [trial.value]
         scores += [jobs[trial.number, seed].result().score for seed in arguments.seeds[1:]]
         found.append((trial, [float("-inf") if x is None else x for x in scores]))
@@ -299,7 +349,7 @@ def write_results(arguments: Arguments, finalists: list[tuple[FrozenTrial, list[
     config, trials = starting_point(arguments), load_study(arguments).trials
     files = (arguments.out / "results").glob("*.json")
     seconds = [json.loads(file.read_text("utf-8"))["core_seconds"] for file in files]
-    keys = list(search_space(config))
+    keys = list(search_space(arguments, config))
     lines = [
         f"{arguments.algorithm} on {arguments.family}: {len(trials)} trials of"
         f" {arguments.env_steps / 1e6:g}M env steps, {len(seconds)} trainings,"
@@ -315,12 +365,27 @@ def write_results(arguments: Arguments, finalists: list[tuple[FrozenTrial, list[
         cells = [str(values[key]) for key in keys]
         cells.append(", ".join(f"{x:.1f}" for x in known) or "ended early")
         lines.append(f"| {trial.number} | {' | '.join(cells)} |")
-    (arguments.out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
     values = options_of(config, finalists[0][0].params)
-    best = [f'[families.{arguments.family}.algorithms."{arguments.algorithm}"]']
+    lines += ["", command(arguments, values)]
+    (arguments.out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
+    best = [f'[families."{arguments.family}".algorithms."{arguments.algorithm}"]']
     best += [f"{k} = {list(v) if isinstance(v, tuple) else v}" for k, v in values.items()]
     (arguments.out / "best.toml").write_text("\n".join(best) + "\n", "utf-8")
-    print("\n".join(best))
+    print(command(arguments, values))
+
+
+def command(arguments: Arguments, values: Mapping[str, Any]) -> str:
+    """Return the command that trains with the values of a search."""
+    words = ["metarl", "train", arguments.family, "--algorithm", arguments.algorithm]
+    words += ["--preset", arguments.preset] if arguments.preset else []
+    words += ["--family-options", *arguments.family_options] if arguments.family_options else []
+    for key, value in {**given_options(arguments), **values}.items():
+        flag = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return shlex.join(words)
 
 
 @contextlib.contextmanager
@@ -336,7 +401,7 @@ def processes(jobs: int) -> Iterator[Executor]:
 
 def main(arguments: Arguments) -> int:
     arguments.check()
-    starting_point(arguments)  # errors before anything is written
+    search_space(arguments, starting_point(arguments))  # errors before anything is written
     arguments.out.mkdir(parents=True, exist_ok=True)
     with processes(arguments.jobs) as pool:
         best = search(arguments, pool)

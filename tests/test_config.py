@@ -291,6 +291,28 @@ def test_values_of_an_algorithm_in_a_recipe_are_options_of_it(name):
         assert {key for key, _ in scoped(values)} <= set(known), algorithm
 
 
+def test_values_of_an_algorithm_on_a_family_take_effect(monkeypatch):
+    of_reptile = {"outer.learning_rate": 0.02, "outer.adam.steps": 3, "policy.output_scale": 0.3}
+    family = find_recipe("metarl2026").families["navigation-2d"]
+    monkeypatch.setitem(family, "algorithms", {**family["algorithms"], "reptile": of_reptile})
+    reptile = find_algorithm("reptile")
+    config = resolve("metarl2026", "navigation-2d", reptile)
+    assert (config.outer.learning_rate, config.outer.steps) == (0.02, 3)
+    assert config.options()["policy.output_scale"] == 0.3
+    # Options that a user changed in the algorithm remain.
+    own = dataclasses.replace(reptile, outer=reptile.outer.with_options({"learning_rate": 0.007}))
+    config = resolve("metarl2026", "navigation-2d", own)
+    assert (config.outer.learning_rate, config.outer.steps) == (0.007, 3)
+    for name in recipes():
+        for family, tables in find_recipe(name).families.items():
+            for algorithm, values in tables.get("algorithms", {}).items():
+                options = resolve(name, family, algorithm).options()
+                for key, value in scoped(values):
+                    section, *_, option = key.split(".")
+                    key = f"{section}.{option}"
+                    assert options[key] == (tuple(value) if isinstance(value, list) else value)
+
+
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_every_algorithm_takes_every_recipe(name):
     recipe = find_recipe(name)

@@ -317,13 +317,16 @@ def test_a_script_continues_a_run_only_with_the_same_options(monkeypatch, tmp_pa
     assert not (tmp_path / "next").exists()
 
 
-def test_algorithms_are_compared_with_the_meta_gradients_of_their_papers(monkeypatch):
+def test_algorithms_are_compared_with_the_options_of_the_preset(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     compare = importlib.import_module("compare_algorithms")
     arguments = compare.Arguments("half-cheetah-dir", Path("unused"))
     for name in compare.OF_POLICIES:
+        expected = metarl.resolve(arguments.preset, arguments.family, name, {"threads": 1})
         options = compare.run_config(arguments, name, 0).options()
-        assert options.get("meta.second_order", 1.0) == 1.0
+        for key in ("iterations", "checkpoint_every"):
+            options[key] = getattr(expected, key)
+        assert options == expected.options()
 
 
 def test_a_record_keeps_its_seeds_and_references(monkeypatch):

@@ -160,6 +160,11 @@ class Algorithm:
         parts = {name: getattr(self, name) for name in SECTIONS}
         return {name: part for name, part in parts.items() if part is not None}
 
+    def option(self, key: str) -> Any:
+        """Return the value of an option by its key; None without such an option."""
+        section, _, name = key.rpartition(".")
+        return getattr(self.sections().get(section), name, None)
+
     def own_options(self) -> dict[str, Any]:
         """Return the options that the algorithm sets, by key."""
         return {

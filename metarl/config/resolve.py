@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -14,7 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from metarl.algorithms import Algorithm, find_algorithm
+from metarl.algorithms import Algorithm, algorithms, find_algorithm
 from metarl.config.options import Config
 from metarl.config.setup import Setup
 from metarl.envs.errors import UserError, check_name, did_you_mean, kind_of
@@ -51,21 +51,30 @@ class Recipe:
 
     def values(self, family: str, variant: str, algorithm: Algorithm) -> dict[str, Any]:
         """Return the values for a family and an algorithm; later ones override earlier ones."""
-        own = self.families.get(family, {})
-        found: dict[str, Any] = {}
-        for part in (
+        tables = (
             self.options,
             self.variants.get(variant, {}),
             self.algorithms.get(algorithm.name, {}),
-            own.get("options", {}),
-            own.get("algorithms", {}).get(algorithm.name, {}),
-        ):
-            for key, value in _flat(part).items():
-                section, *scope, name = key.split(".") if "." in key else ("", key)
-                if scope and scope != [getattr(algorithm, section).name]:
-                    continue
-                found[f"{section}.{name}" if section else name] = value
-        return found
+            self.families.get(family, {}).get("options", {}),
+        )
+        return _merged(tables, algorithm)
+
+    def own_values(self, family: str, algorithm: Algorithm) -> dict[str, Any]:
+        """Return the values for exactly this algorithm on this family."""
+        tables = self.families.get(family, {}).get("algorithms", {})
+        return _merged([tables.get(algorithm.name, {})], algorithm)
+
+
+def _merged(tables: Iterable[Values], algorithm: Algorithm) -> dict[str, Any]:
+    """Return the values of tables that apply to the parts of an algorithm."""
+    found: dict[str, Any] = {}
+    for table in tables:
+        for key, value in _flat(table).items():
+            section, *scope, name = key.split(".") if "." in key else ("", key)
+            if scope and scope != [getattr(algorithm, section).name]:
+                continue
+            found[f"{section}.{name}" if section else name] = value
+    return found
 
 
 def _flat(values: Values, prefix: str = "") -> dict[str, Any]:
@@ -122,8 +131,8 @@ def resolve(
     """Return the config of a run.
 
     Later values override earlier ones: the defaults, the family's values (supervised tasks), the
-    preset's, the algorithm's, and the overrides. A family with variants uses the preset's variant,
-    unless its options select another.
+    preset's, the algorithm's, the preset's for this algorithm on this family, and the overrides. A
+    family with variants uses the preset's variant, unless its options select another.
 
     Args:
         preset: the name of a recipe, such as "icml2017"; None: no preset.
@@ -166,6 +175,10 @@ def resolve(
         config = config.with_options(values, known_only=True)
     config = config.with_options(chosen.own_options(), known_only=True)
     config = config.with_options(usual.get(chosen.name, {}), known_only=True)
+    if recipe is not None and (found := recipe.own_values(family, chosen)):
+        named = algorithms()[chosen.name]
+        same = {k: v for k, v in found.items() if chosen.option(k) == named.option(k)}
+        config = config.with_options(same, known_only=True)  # what a user changed remains
     return config.with_options(said)
 
 

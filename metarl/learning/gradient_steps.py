@@ -31,7 +31,7 @@ class GradientSteps(OuterOptimizer):
     arguments: ClassVar[tuple[str, ...]] = ()
     """Options that are arguments of the optimizer."""
 
-    learning_rate: float = tunable(1e-3, 1e-4, 3e-2, log=True)
+    learning_rate: float = tunable(1e-3, 3e-4, 3e-2, log=True)
     """Step size of the optimizer."""
     steps: int = tunable(1, 1, 10)
     """Gradient steps on one iteration's samples."""

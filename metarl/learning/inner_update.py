@@ -44,7 +44,7 @@ class InnerUpdate(Part):
 
     steps: int = 1
     """Gradient steps per task in training, each on new episodes."""
-    step_sizes: tuple[float, ...] = tunable((0.1,), 3e-3, 3.0, log=True)
+    step_sizes: tuple[float, ...] = tunable((0.1,), 3e-3, 10.0, log=True)
     """Size of each inner step. The last size repeats for later steps."""
     test_step_sizes: tuple[float, ...] = ()
     """Size of each inner step in evaluation; by default the learned sizes, else the training
@@ -168,7 +168,7 @@ class ProximalUpdate(InnerUpdate):
     """Size of each update; by default 0.5 / proximal."""
     updates: int = 8
     """Gradient steps on each batch."""
-    proximal: float = tunable(10.0, 0.1, 100.0, log=True)
+    proximal: float = tunable(10.0, 0.1, 300.0, log=True)
     """Coefficient of the proximal term towards the initialization (lambda). If step_sizes are
     given, the default is half of the inverse of the first."""
     backtrack: bool = False
