@@ -168,7 +168,7 @@ def table(arguments: Arguments) -> str:
 
 
 def main(arguments: Arguments) -> int:
-    families = {metarl.load(policy).config.family for policy in arguments.policies}
+    families = {metarl.load(policy).setup.family for policy in arguments.policies}
     if families != {arguments.family}:
         raise UserError(f"name run folders of rl2 on {arguments.family}, got {sorted(families)}")
     print(table(arguments))

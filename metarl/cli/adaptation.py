@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,11 +112,10 @@ def film(
 ) -> Any:
     """Return a video of a meta-policy before and after adaptation, or of an adapted policy."""
     from metarl.plots import video as videos
-    from metarl.policies.loading import load, load_policy
-    from metarl.runs import checkpoints
+    from metarl.policies.loading import is_adapted, load, load_policy
 
     videos.prepare()
-    if Path(what).is_file() and checkpoints.load(Path(what))[1].get("kind") == "adapted":
+    if is_adapted(what):
         policy = load_policy(what)
         family, played = families_of(policy)
         task = policy.provenance["task"] if not texts else parse_task(family, texts)

@@ -55,8 +55,7 @@ class Options:
     def __post_init__(self) -> None:
         least = {"episodes": 1, "steps": 0, "seed": 0, "workers": 0, "experience": 0}
         for key, smallest in least.items():
-            check_whole(key, getattr(self, key), smallest)
-            object.__setattr__(self, key, int(getattr(self, key)))
+            object.__setattr__(self, key, check_whole(key, getattr(self, key), smallest))
         self.step_episodes()
 
     def step_episodes(self) -> tuple[int, ...]:

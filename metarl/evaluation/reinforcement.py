@@ -142,7 +142,6 @@ class PolicyEvaluator(Evaluator):
                 policy, tasks=len(self.tasks), episodes=options.episodes, horizon=family.horizon,
                 rollouts=options.steps + 1, workers=0 if family.parallel else workers,
                 info_keys=len(kept), chunks=self.pool.threads,
-                threads=self.pool.threads,
             )  # fmt: skip
             check_memory(needed, family.name)
             self._collectors[kind] = make_collector(

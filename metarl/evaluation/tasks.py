@@ -51,8 +51,7 @@ class TaskChoice:
         except (TypeError, ValueError):  # strings, or ragged
             array = np.empty(0)
         if np.isscalar(tasks) or array.ndim == 0:
-            check_whole("tasks", tasks, 1)
-            return TaskChoice(distribution, int(array), seed, drawn)
+            return TaskChoice(distribution, check_whole("tasks", tasks, 1), seed, drawn)
         names = distribution.names
         if array.ndim != 2 or array.shape[-1] != len(names) or not array.size:
             raise UserError(

@@ -67,6 +67,19 @@ def _config_of(path: Path, record: Mapping[str, Any], given: Setup | None = None
         raise CheckpointError(f"{path} contains a config that cannot be used: {error}") from error
 
 
+def is_adapted(what: str | Path) -> bool:
+    """Whether this is a file of an adapted policy, not of an initialization."""
+    return Path(what).is_file() and _read(Path(what))[1]["kind"] == "adapted"
+
+
+def _read(path: Path) -> tuple[Params, dict[str, Any]]:
+    """Return the tensors and metadata of a file, which must contain a policy."""
+    tensors, metadata = checkpoints.load(path)
+    if metadata.get("kind") not in ("policy", "checkpoint", "adapted"):
+        raise CheckpointError(f"{path} contains no policy but {metadata.get('kind')!r}")
+    return tensors, metadata
+
+
 def _meta_policy(
     path: Path, params: Params, metadata: Mapping[str, Any], given: Setup | None = None
 ) -> MetaPolicy:
@@ -114,14 +127,12 @@ def load(what: str | Path, setup: Setup | None = None) -> MetaPolicy:
             resources.files("metarl") / "trained" / f"{what}.safetensors"
         ) as file:
             return load(file)
-    tensors, metadata = checkpoints.load(path)
-    if metadata.get("kind") == "adapted":
+    tensors, metadata = _read(path)
+    if metadata["kind"] == "adapted":
         raise CheckpointError(
             f"{path} is a policy adapted to one task, not an initialization: metarl record shows"
             " it, metarl.load_policy reads it"
         )
-    if metadata.get("kind") not in ("policy", "checkpoint"):
-        raise CheckpointError(f"{path} contains no policy but {metadata.get('kind')!r}")
     others = ("outer.", "baseline.", "callback.")
     params = {n.removeprefix("meta."): t for n, t in tensors.items() if not n.startswith(others)}
     counts = (k for k in ("iteration", "env_steps") if k in metadata)
@@ -158,10 +169,8 @@ def load_policy(path: str | Path) -> Policy:
     path = as_path("an adapted policy", path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: metarl adapt creates a policy from a run")
-    tensors, metadata = checkpoints.load(path)
-    if metadata.get("kind") != "adapted":
-        if metadata.get("kind") not in ("policy", "checkpoint"):
-            raise CheckpointError(f"{path} contains no policy but {metadata.get('kind')!r}")
+    tensors, metadata = _read(path)
+    if metadata["kind"] != "adapted":
         raise CheckpointError(f"{path} is an initialization: metarl adapt creates a policy from it")
     meta = _meta_policy(path, tensors, metadata)
     shapes = meta.policy.shapes()

@@ -72,10 +72,9 @@ class MetaPolicy:
         # Copies: the parameters of a running training or of another policy must not change it.
         for name in ("params", "baseline"):
             object.__setattr__(self, name, copied(getattr(self, name)))
-        if not self.record:
-            object.__setattr__(self, "record", {"config": self.setup.to_json(), "family": {}})
-        for name in ("provenance", "record"):
-            object.__setattr__(self, name, copy.deepcopy(dict(getattr(self, name))))
+        record = self.record or {"config": self.setup.to_json(), "family": {}}
+        object.__setattr__(self, "record", copy.deepcopy(dict(record)))
+        object.__setattr__(self, "provenance", copy.deepcopy(dict(self.provenance)))
 
     @classmethod
     def of(cls, params: Mapping[str, ArrayLike | Tensor], setup: Setup) -> MetaPolicy:
@@ -121,10 +120,8 @@ class MetaPolicy:
     @cached_property
     def run_options(self) -> RunOptions:
         """Options of the training run; the defaults if there was none."""
-        usual, options = (
-            RunOptions(policies=self.setup.policy.policies),
-            self.record["config"]["options"],
-        )
+        usual = RunOptions(policies=self.setup.policy.policies)
+        options = self.record["config"]["options"]
         return usual.with_options({k: options[k] for k in usual.options() if k in options})
 
     @cached_property

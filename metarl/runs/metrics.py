@@ -145,22 +145,18 @@ class Events:
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add scalars by tag."""
-        from tensorboard.compat.proto.summary_pb2 import (
-            Summary,  # pyright: ignore[reportAttributeAccessIssue]
-        )
-
-        self.add(
-            Summary(value=[Summary.Value(tag=t, simple_value=v) for t, v in values.items()]), step
-        )
+        self._add_values(*({"tag": t, "simple_value": v} for t, v in values.items()), step=step)
 
     def add_image(self, tag: str, data: bytes) -> None:
         """Add a PNG image, or a GIF for a video."""
+        self._add_values({"tag": tag, "image": {"encoded_image_string": data, "colorspace": 3}})
+
+    def _add_values(self, *values: dict[str, Any], step: int = 0) -> None:
         from tensorboard.compat.proto.summary_pb2 import (
             Summary,  # pyright: ignore[reportAttributeAccessIssue]
         )
 
-        image = Summary.Image(encoded_image_string=data, colorspace=3)
-        self.add(Summary(value=[Summary.Value(tag=tag, image=image)]), 0)
+        self.add(Summary(value=list(values)), step)
 
     def add_config(self, text: str) -> None:
         """Add a config, given as JSON, as text and as hyperparameters."""

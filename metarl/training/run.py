@@ -118,10 +118,11 @@ def train(
                         "" if policy is init else str(init), policy, config.setup.algorithm.baseline
                     )
                 _check_folder(folder, config, bool(resume))
+            started_from = process_group.from_main(started_from)
             # Errors of the config and the family are raised before the folder is created.
             trainer = stack.enter_context(new_trainer(config, process_group))
-            if found := process_group.from_main(started_from):
-                trainer.record["config"]["origin"] = found
+            if started_from:
+                trainer.record["config"]["origin"] = started_from
             if process_group.is_main:
                 if policy is not None:
                     _start_from(policy, trainer, notice)

@@ -35,8 +35,7 @@ def export(command: Export) -> int:
     """Run `metarl export`."""
     from metarl.policies.export import CHECKED, SUFFIXES, Format
     from metarl.policies.export import export as write
-    from metarl.policies.loading import load, load_policy
-    from metarl.runs import checkpoints
+    from metarl.policies.loading import is_adapted, load, load_policy
 
     what = one_of(command.what)
     check_file("--out", command.out, tuple(SUFFIXES.values()))
@@ -47,8 +46,7 @@ def export(command: Export) -> int:
             f"--out {command.out} has the suffix of {said}, but --format is {command.format}"
         )
     kind = command.format or said or "torchscript"
-    adapted = Path(what).is_file() and checkpoints.load(Path(what))[1].get("kind") == "adapted"
-    if adapted:
+    if is_adapted(what):
         if command.task:
             raise UserError(f"{what} is already adapted: remove --task")
         policy = load_policy(what)
