@@ -4,7 +4,7 @@
 | --- | --- |
 | `{commands}` | all commands and their options |
 | `{api-index}`, `{api} PAGE` | the list of public names; the reference of one page |
-| `{paper}` | paper and file of the algorithm that the page is named after |
+| `{paper}` | paper and file of the page's algorithm |
 | `{pseudocode}` | its pseudocode |
 | `{spaces}` | spaces and data sets that it supports |
 | `{results}` | its rows in the tables of docs/results |
@@ -84,7 +84,7 @@ TEXTS: dict[str, Callable[..., str]] = {
 
 
 OF_PAGE = ("paper", "pseudocode", "spaces", "results", "algorithm-options")
-"""Directives of the algorithm that a page is named after."""
+"""Directives whose argument is by default the algorithm that a page is named after."""
 
 
 class Generated(SphinxDirective):
@@ -93,7 +93,8 @@ class Generated(SphinxDirective):
     optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        arguments = [self.env.docname.rpartition("/")[2]] if self.name in OF_PAGE else self.arguments
+        page = [self.env.docname.rpartition("/")[2]] if self.name in OF_PAGE else []
+        arguments = self.arguments or page
         return self.parse_text_to_nodes(TEXTS[self.name](*arguments), allow_section_headings=True)
 
 
