@@ -141,7 +141,7 @@ def repetitions(
 
 
 def commands(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a block of the commands that write the rows, and of one training of the main rows."""
+    """Return a block of the commands that write the rows."""
     lines = ["```bash"]
     for one in records:
         words = f"python scripts/reproduce.py {one['row']} --seeds {listed(one['seeds'])}"
@@ -151,8 +151,6 @@ def commands(records: Sequence[dict[str, Any]]) -> list[str]:
             if count > 1:
                 words += f" --reference-seeds {listed(range(count))}"
         lines.append(words)
-    main = [one for one in records if one["row"] in PICTURED]
-    lines += [one["command"].replace("SEED", str(one["seeds"][0])) for one in main]
     return [*lines, "```"]
 
 

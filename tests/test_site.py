@@ -121,7 +121,7 @@ def test_defaults_are_shown_as_words_of_a_command_line(value, text):
 def test_an_algorithm_has_its_page(name):
     page = PAGES[name]
     for directive in ("paper", "pseudocode", "spaces", "algorithm-options"):
-        assert f"```{{{directive}}} {name}\n```" in page
+        assert re.search(rf"^```{{{directive}}}.*\n```$", page, re.M)
     assert "\n## Results\n" in page
     assert re.search(r"arXiv:\d{4}\.\d{5}", find_algorithm(name).citation)
     index = (DOCS / "algorithms" / "index.md").read_text()
@@ -141,14 +141,13 @@ def test_pseudocode_names_options_that_the_algorithm_has(name):
 def test_the_commands_of_an_algorithms_page_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"^## Example\n\n```bash\n(.*?)```", PAGES[name], re.M | re.S)
-    train, evaluate = (shlex.split(line)[1:] for line in block.splitlines())
+    train = shlex.split(block.splitlines()[0])[1:]
     small = ["--iterations", "1", "--tasks", "2", "--threads", "1"]
     if "characters" in train:
         small += ["--policy.filters", "4"]
     else:
         small += ["--episodes", "2"]
     assert run(*train, *small) == 0
-    assert evaluate[:2] == ["evaluate", train[-1]]
 
 
 def test_supported_spaces_follow_the_domains():

@@ -96,7 +96,7 @@ def results(name: str) -> str:
             if name in labels.values() and " step" in head:
                 shown = [row for row in rows if labels[row] in (name, "maml-trpo")]
                 lines = "\n".join([head, line, *shown])
-                found.append(f"[{title}](../results/{file}), made by\n\n{command}\n\n{lines}\n")
+                found.append(f"From [{title}](../results/{file}):\n\n{command}\n\n{lines}\n")
     if not found:
         raise ValueError(f"no table of docs/results has a row for {name}")
     return "\n".join(found)

@@ -4,11 +4,11 @@
 | --- | --- |
 | `{commands}` | all commands and their options |
 | `{api-index}`, `{api} PAGE` | the list of public names; the reference of one page |
-| `{paper} NAME` | an algorithm's paper and file |
-| `{pseudocode} NAME` | its pseudocode |
-| `{spaces} NAME` | spaces and data sets that it supports |
-| `{results} NAME` | its rows in the tables of docs/results |
-| `{algorithm-options} NAME` | its options |
+| `{paper}` | paper and file of the page's algorithm |
+| `{pseudocode}` | its pseudocode |
+| `{spaces}` | spaces and data sets that it supports |
+| `{results}` | its rows in the tables of docs/results |
+| `{algorithm-options}` | its options |
 """
 
 from __future__ import annotations
@@ -83,15 +83,19 @@ TEXTS: dict[str, Callable[..., str]] = {
 }
 
 
+OF_PAGE = ("paper", "pseudocode", "spaces", "results", "algorithm-options")
+"""Directives whose argument is by default the algorithm that a page is named after."""
+
+
 class Generated(SphinxDirective):
     """Insert Markdown made by a function of `TEXTS`."""
 
     optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        return self.parse_text_to_nodes(
-            TEXTS[self.name](*self.arguments), allow_section_headings=True
-        )
+        page = [self.env.docname.rpartition("/")[2]] if self.name in OF_PAGE else []
+        arguments = self.arguments or page
+        return self.parse_text_to_nodes(TEXTS[self.name](*arguments), allow_section_headings=True)
 
 
 @cache

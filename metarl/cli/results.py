@@ -85,7 +85,7 @@ def evaluate_into(
 
 
 def _experience_files(result: EvaluationResult, folder: Path) -> list[Path]:
-    """Write returns against experience as figure and CSV; remove those of an earlier evaluation."""
+    """Write returns against experience as figure and CSV; replace files of earlier evaluations."""
     from metarl.plots.figures import plot_experience
 
     for suffix in (".png", ".svg", ".csv"):

@@ -93,7 +93,7 @@ class Curve:
     """Return of each episode, [seeds, tasks, K + 1, episodes]; NaN if it diverged; None for a data
     set."""
     unit: str = "inner step"
-    """What a policy adapts in: inner steps, or episodes of a trial."""
+    """Unit of adaptation: inner steps, or episodes of a trial."""
     episode_success: Floats | None = None
     """1 for an episode with success, else 0, [seeds, tasks, K + 1, episodes]."""
     experience: Experience | None = None

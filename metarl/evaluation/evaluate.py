@@ -73,8 +73,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure a meta-policy's returns after 0 ... `steps` inner steps on held-out tasks.
 
-    A policy of RL^2 takes no inner steps. Its returns after k steps are those of the episode after
-    k episodes of a trial; `episodes` counts trials.
+    A policy of RL^2 takes no inner steps. Its return after k steps is the return of episode k + 1
+    of a trial; `episodes` counts trials.
 
     Returns:
         an `EvaluationResult`. `table()` and `verdict()` return text, `to_json()` returns the

@@ -93,7 +93,7 @@ class OneTask:
     policy: Policy | None = None
     """The adapted policy, if it can be saved."""
     unit: str = "inner step"
-    """What the policy adapts in: inner steps, or episodes of a trial."""
+    """Unit of adaptation: inner steps, or episodes of a trial."""
 
 
 class Evaluator(ABC):

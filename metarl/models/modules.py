@@ -282,7 +282,7 @@ class ModuleNetwork(Network):
         """Return how many numbers a forward pass keeps for one input.
 
         Raises:
-            UserError: the module is no function of one sample and the parameters.
+            UserError: the output depends on more than one sample and the parameters.
         """
         kept = [math.prod(self.input_shape)]
 

@@ -42,7 +42,7 @@ def _title(setting: Mapping[str, Any]) -> str:
 
 
 def _label(name: str, curve: Curve) -> str:
-    """Return the label of a row: a reference's role, unless the row has a name of its own."""
+    """Return the label of a row: a reference's role, unless the row has another name."""
     named = name != curve.algorithm
     return label_of(name) if named else _REFERENCES.get(curve.role, label_of(name))
 

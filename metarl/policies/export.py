@@ -32,8 +32,8 @@ def export(policy: Policy, path: Path, kind: Format, observations: gym.Space) ->
     """Write a policy to a file and return the largest difference between both policies' actions.
 
     The file maps observations [n, ...] (float32, images uint8) to the most likely actions. The file
-    of a recurrent policy also has the tensors of `Policy.initial_state(n)` as inputs, and those of
-    the next state as outputs.
+    of a recurrent policy also has the tensors of `Policy.initial_state(n)` as inputs, and the
+    tensors of the next state as outputs.
 
     Args:
         observations: observation space; the observations for the comparison are sampled from it.

@@ -61,7 +61,7 @@ class _Episode:
 class OnlineAdapter:
     """Adapter of a meta-policy to one task from given transitions. It steps no environment itself.
 
-    In a loop of your own:
+    In your own loop:
 
         adapter = meta_policy.adapter()
         while ...:
