@@ -297,12 +297,13 @@ def test_values_of_an_algorithm_on_a_family_take_effect(monkeypatch):
     monkeypatch.setitem(family, "algorithms", {**family["algorithms"], "reptile": of_reptile})
     reptile = find_algorithm("reptile")
     config = resolve("metarl2026", "navigation-2d", reptile)
-    assert (config.outer.learning_rate, config.outer.steps) == (0.02, 3)
+    outer = config.setup.algorithm.outer
+    assert (outer.learning_rate, outer.steps) == (0.02, 3)
     assert config.options()["policy.output_scale"] == 0.3
     # Options that a user changed in the algorithm remain.
     own = dataclasses.replace(reptile, outer=reptile.outer.with_options({"learning_rate": 0.007}))
-    config = resolve("metarl2026", "navigation-2d", own)
-    assert (config.outer.learning_rate, config.outer.steps) == (0.007, 3)
+    outer = resolve("metarl2026", "navigation-2d", own).setup.algorithm.outer
+    assert (outer.learning_rate, outer.steps) == (0.007, 3)
     for name in recipes():
         for family, tables in find_recipe(name).families.items():
             for algorithm, values in tables.get("algorithms", {}).items():

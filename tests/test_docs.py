@@ -325,7 +325,7 @@ def test_algorithms_are_compared_with_the_options_of_the_preset(monkeypatch):
         expected = metarl.resolve(arguments.preset, arguments.family, name, {"threads": 1})
         options = compare.run_config(arguments, name, 0).options()
         for key in ("iterations", "checkpoint_every"):
-            options[key] = getattr(expected, key)
+            options[key] = getattr(expected.run, key)
         assert options == expected.options()
 
 

@@ -80,10 +80,8 @@ def test_the_search_is_near_the_defaults(arguments):
     space = tune.search_space(near, config)
     assert "inner.min_kl" not in space
     rate = space["outer.learning_rate"]
-    assert (rate.low, rate.high) == (
-        0.5 * config.outer.learning_rate,
-        2 * config.outer.learning_rate,
-    )
+    default = config.setup.algorithm.outer.learning_rate
+    assert (rate.low, rate.high) == (0.5 * default, 2 * default)
     assert space["outer.clip"] == tune.search_space(arguments, config)["outer.clip"]
     with pytest.raises(metarl.UserError, match="fixed"):
         tune.search_space(dataclasses.replace(arguments, fixed=("inner.max_kl",)), config)
@@ -117,10 +115,7 @@ def test_a_search_ends_with_the_best_mean_over_seeds(arguments, tmp_path):
     command = (arguments.out / "table.md").read_text("utf-8").splitlines()[-1]
     words = [*shlex.split(command)[1:], "--iterations", "1", "--tasks", "2"]
     assert cli([*words, "--out", str(tmp_path / "run")]) == 0
-    trained = metarl.load(tmp_path / "run").config
-    for key in ("iterations", "tasks", "checkpoint_every", "threads", "workers"):
-        trained = dataclasses.replace(trained, **{key: getattr(chosen, key)})
-    assert trained.options() == chosen.options()
+    assert metarl.load(tmp_path / "run").setup.options() == chosen.setup.options()
     assert len(list((arguments.out / "results").iterdir())) == 5 + len(numbers)
     assert not list((arguments.out / "runs").iterdir())
 
