@@ -274,7 +274,7 @@ _PHASES = {
     "iteration": "iteration",
     "rollout": "  sampling",
     "ceiling": "    physics",
-    "rollout_environment": "    rest of the environment",
+    "rollout_environment": "    environment",
     "rollout_inference": "    inference",
     "rollout_rest": "    copies and waiting",
     "adapt": "  adaptation",
@@ -282,16 +282,23 @@ _PHASES = {
     "gradient": "  gradient",
     "conjugate_gradient": "  Fisher products",
     "line_search": "  line search",
+    "evaluate": "  evaluation of the step",
+    "ranks": "waiting for ranks",
+    "update": "all but sampling",
+    "processor": "processor time",
 }
 
 
 def _phases(result: dict[str, Any]) -> list[tuple[str, float]]:
-    """Return the phases with their seconds, nested, then the other ones."""
-    seconds = dict(result["seconds"])
+    """Return the phases with their seconds, nested."""
+    seconds, shown = result["seconds"], dict(_PHASES)
     if result["ceiling_env_steps_per_second"] is None:
-        del seconds["ceiling"]
-    known = [(label, seconds.pop(key)) for key, label in _PHASES.items() if key in seconds]
-    return known + [(f"{key} (in all)", value) for key, value in seconds.items()]
+        del shown["ceiling"]
+    else:
+        shown["rollout_environment"] = "    rest of the environment"
+    if result["ranks"] == 1:
+        del shown["ranks"]
+    return [(label, seconds[key]) for key, label in shown.items() if key in seconds]
 
 
 def table(result: dict[str, Any]) -> str:
