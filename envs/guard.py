@@ -71,11 +71,6 @@ def register(name: str, setting: Setting) -> None:
         _quick = {**_quick, name: setting}
 
 
-def forget() -> None:
-    """Forget the settings of user code: it starts with metarl's again, as in a new process."""
-    _theirs.clear()
-
-
 class _Guard:
     """Context manager for one call of user code."""
 

@@ -15,8 +15,8 @@ from expecting import run
 
 from metarl.algorithms import algorithms, find_algorithm
 from metarl.cli import main
-from metarl.cli.options import help_texts, with_options
-from metarl.cli.parsing import flags_of
+from metarl.cli.options import with_options
+from metarl.cli.parsing import flags_of, help_texts
 from metarl.config.options import Config
 from metarl.parts import Part
 

@@ -15,8 +15,8 @@ from metarl.algorithms import Algorithm, algorithms, find_algorithm
 from metarl.algorithms.algorithm import SECTIONS
 from metarl.algorithms.named_parts import BASELINES, OUTER, find_outer
 from metarl.cli import main
-from metarl.cli.options import help_texts, with_options
-from metarl.cli.parsing import Flag, flags_by_field
+from metarl.cli.options import with_options
+from metarl.cli.parsing import Flag, flags_by_field, help_texts
 from metarl.config.options import Config, RunOptions
 from metarl.config.setup import CHOICES
 from metarl.models.distributions import DISTRIBUTIONS

@@ -9,7 +9,6 @@ import ast
 import dataclasses
 import importlib
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
@@ -82,16 +81,12 @@ def _run(arguments: list[str]) -> int:
 
 def _join_help_lines(kind: Any) -> None:
     """Make each option's help text one paragraph; tyro would keep the line breaks of the source."""
-    from docstring_parser import parse_from_object  # tyro uses it to read docstrings
+    from metarl.cli.parsing import help_texts
 
-    documented = (parent for parent in kind.__mro__ if dataclasses.is_dataclass(parent))
-    texts = {p.arg_name: p.description for c in documented for p in parse_from_object(c).params}
-    hints = typing.get_type_hints(kind)
+    texts = help_texts(kind)
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            _join_help_lines(hints[field.name])
-        elif text := texts.get(field.name):
-            field.metadata = MappingProxyType({"help": " ".join(text.split())})
+        if text := texts.get(field.name):
+            field.metadata = MappingProxyType({"help": text})
 
 
 def command_of(name: str) -> tuple[Any, Callable[[Any], int]]:

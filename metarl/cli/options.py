@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import re
 import typing
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +15,7 @@ import tyro
 from metarl.algorithms import Algorithm, find_algorithm
 from metarl.algorithms.named_parts import BASELINES, OUTER
 from metarl.cli.arguments import peek, said
-from metarl.cli.parsing import first_name, flags_of, parse
+from metarl.cli.parsing import first_name, flags_of, help_texts, parse
 from metarl.config.options import Config, default_workers
 from metarl.config.resolve import resolve, usual_preset
 from metarl.config.setup import CHOICES, Setup
@@ -174,22 +172,3 @@ def _field(name: str, annotation: Any, default: Any) -> tuple[str, Any, Any]:
 def _arg(name: str, kind: type, key: str | None = None) -> Any:
     flag = (key or name).replace("_", "-")
     return tyro.conf.arg(name=flag, help=help_texts(kind).get(name, ""))
-
-
-@cache
-def help_texts(kind: type) -> Mapping[str, str]:
-    """Return the documentation of a dataclass's fields by name, each as one paragraph."""
-    from docstring_parser import parse, parse_from_object
-
-    texts: dict[str, str] = {}
-    for parent in reversed(kind.__mro__):
-        found = []
-        if optimizer := parent.__dict__.get("optimizer"):
-            found += parse(optimizer.__doc__ or "").params
-        if dataclasses.is_dataclass(parent):
-            found += parse_from_object(parent).params
-        for entry in found:
-            # torch also writes the default, and tyro adds it again.
-            text = re.sub(r"\(default: .*\)$", "", " ".join((entry.description or "").split()))
-            texts[entry.arg_name] = text.strip()
-    return texts

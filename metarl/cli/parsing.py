@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import tyro
@@ -233,3 +235,22 @@ def _switch_hint(word: str, flags: dict[str, Flag]) -> str:
         return ""
     switch = next((f.switch_off for f in flags.values() if f.kind is bool), "--no-NAME")
     return f": a switch is turned off as in {switch}"
+
+
+@cache
+def help_texts(kind: type) -> Mapping[str, str]:
+    """Return the documentation of a dataclass's fields by name, each as one paragraph."""
+    from docstring_parser import parse, parse_from_object
+
+    texts: dict[str, str] = {}
+    for parent in reversed(kind.__mro__):
+        found = []
+        if optimizer := parent.__dict__.get("optimizer"):
+            found += parse(optimizer.__doc__ or "").params
+        if dataclasses.is_dataclass(parent):
+            found += parse_from_object(parent).params
+        for entry in found:
+            # torch also writes the default, and tyro adds it again.
+            text = re.sub(r"\(default: .*\)$", "", " ".join((entry.description or "").split()))
+            texts[entry.arg_name] = text.strip()
+    return texts

@@ -172,8 +172,6 @@ class OnlineAdapter:
             raise UserError(
                 f"observations must be {list(policy.observation_shape)}, got {list(seen.shape)}"
             )
-        if not np.isfinite(seen).all():
-            raise UserError(f"observations must be finite, got {seen[~np.isfinite(seen)][0]}")
         if not abs(reward) <= _LARGEST:
             raise UserError(f"reward must be a finite number of float32, got {reward}")
         check_action(action, self._space)

@@ -147,8 +147,6 @@ class Policy:
             raise UserError(
                 f"observations must be [{numbers}] or [n, {numbers}], got {list(seen.shape)}"
             )
-        if not np.isfinite(seen).all():
-            raise UserError(f"observations must be finite, got {seen[~np.isfinite(seen)][0]}")
         batch = torch.from_numpy(seen[None] if one else seen)
         before = self._checked_state(state, None if one else len(seen))
         with torch.inference_mode():

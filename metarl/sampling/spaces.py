@@ -25,7 +25,8 @@ def as_observation(observation: Any, policy: PolicyModel) -> NDArray:
     """Return observations of any shape as the array that a policy reads.
 
     Raises:
-        UserError: the observations are not an array (a Dict or Tuple), or images are not bytes.
+        UserError: the observations are not an array (a Dict or Tuple), images are not bytes, or a
+            number is not finite.
     """
     try:
         seen = np.asarray(observation)
@@ -41,6 +42,8 @@ def as_observation(observation: Any, policy: PolicyModel) -> NDArray:
             raise UserError(f"images must be bytes of 0 to 255, got {seen.dtype}")
         if seen.size and not (seen.min() >= 0 and seen.max() <= 255):
             raise UserError(f"images must be bytes of 0 to 255, got {seen.min()} to {seen.max()}")
+    if not np.isfinite(found).all():
+        raise UserError(f"observations must be finite, got {found[~np.isfinite(found)][0]}")
     return found
 
 

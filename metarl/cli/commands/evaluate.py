@@ -86,6 +86,10 @@ class Evaluate:
     as in training."""
 
 
+_OF_THE_COMMAND = ("what", "out", "csv", "per_task", "json", "rank_timeout")
+"""Options that are not arguments of `evaluate_into` by the same name."""
+
+
 def evaluate(command: Evaluate) -> int:
     """Run `metarl evaluate`."""
     from metarl.distributed.process_group import LIMIT_SECONDS, joined
@@ -93,31 +97,12 @@ def evaluate(command: Evaluate) -> int:
     if command.task and command.tasks != Evaluate.tasks:
         raise UserError("--tasks is a number of held-out tasks: it has no effect with --task")
     check_file("--csv", command.csv, (".csv",))
+    options = {name: value for name, value in vars(command).items() if name not in _OF_THE_COMMAND}
+    options["family_options"] = parse_options(command.family_options)
+    options["episodes_per_step"] = command.episodes_per_step or None
     limit = LIMIT_SECONDS if command.rank_timeout is None else command.rank_timeout
     with joined(limit) as process_group, process_group.errors_shared():
-        found = evaluate_into(
-            command.what,
-            command.out,
-            tasks=command.tasks,
-            task=command.task,
-            family_options=parse_options(command.family_options),
-            episodes=command.episodes,
-            steps=command.steps,
-            seed=command.seed,
-            step_sizes=command.step_sizes,
-            random_step_sizes=command.random_step_sizes,
-            pretrained_step_sizes=command.pretrained_step_sizes,
-            tune_step_sizes=command.tune_step_sizes,
-            deterministic=command.deterministic,
-            drawn=command.drawn,
-            experience=command.experience,
-            episodes_per_step=command.episodes_per_step or None,
-            from_scratch=command.from_scratch,
-            scratch_learning_rate=command.scratch_learning_rate,
-            threads=command.threads,
-            workers=command.workers,
-            process_group=process_group,
-        )
+        found = evaluate_into(command.what, command.out, process_group=process_group, **options)
     if found is None:
         return 0
     result, files = found
