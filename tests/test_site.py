@@ -15,7 +15,7 @@ from expecting import run
 
 from metarl.algorithms import algorithms, find_algorithm
 from metarl.cli import main
-from metarl.cli.options import with_options
+from metarl.cli.options import command_type
 from metarl.cli.parsing import flags_of, help_texts
 from metarl.config.options import Config
 from metarl.parts import Part
@@ -80,7 +80,7 @@ def test_the_command_line_page_has_every_option_of_every_command():
     for name, text in sections.items():
         kind, _ = main.command_of(name)
         if hasattr(kind, "usual"):
-            flags = set(flags_of(with_options(kind, Config.of("", "maml-trpo"))))
+            flags = set(flags_of(command_type(kind, Config.of("", "maml-trpo"))))
             own = {flag for flag in flags if "." not in flag}
             assert flags - own <= everything | _of_algorithms()
         else:

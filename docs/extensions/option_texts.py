@@ -15,7 +15,7 @@ from metarl.algorithms import Algorithm, algorithms, find_algorithm
 from metarl.algorithms.algorithm import SECTIONS
 from metarl.algorithms.named_parts import BASELINES, OUTER, find_outer
 from metarl.cli import main
-from metarl.cli.options import with_options
+from metarl.cli.options import command_type
 from metarl.cli.parsing import Flag, flags_by_field, help_texts
 from metarl.config.options import Config, RunOptions
 from metarl.config.setup import CHOICES
@@ -72,7 +72,7 @@ def entries(kind: type) -> list[Entry]:
 
 def config_entries(config: Config, kind: type) -> list[Entry]:
     """Return the options of a command that changes a config."""
-    found = entries(with_options(kind, config))
+    found = entries(command_type(kind, config))
     fields = {field.name: field for field in dataclasses.fields(RunOptions)}
     return [
         dataclasses.replace(entry, default=MACHINE)
@@ -161,7 +161,7 @@ def command_page() -> str:
     for name, text in main.commands().items():
         kind, _ = main.command_of(name)
         config = Config.of("", "maml-trpo") if hasattr(kind, "usual") else None
-        made = with_options(kind, config) if config else kind
+        made = command_type(kind, config) if config else kind
         words = [f"metarl {name}", *(metavar for metavar, _ in _names(made))]
         words += ["[OPTIONS]"] * bool(dataclasses.fields(made))
         lines += [f"## metarl {name}\n", f"{text}\n", f"```text\n{' '.join(words)}\n```\n"]

@@ -42,7 +42,7 @@ def _choice_text(section: str, setup: Setup) -> str:
     return _CHOICE_TEXTS[section]
 
 
-def with_options(kind: type, config: Config) -> type:
+def command_type(kind: type, config: Config) -> type:
     """Return a command's dataclass with a field for every option of a config.
 
     An option that the command sets in another way is in its `without`.
@@ -86,7 +86,7 @@ def family_named(kind: type, arguments: Sequence[str]) -> str:
     for name, word in _chosen(arguments).items():
         with contextlib.suppress(UserError):  # a network of data sets; parsing reports errors
             config = config.with_options({name: word})
-    flags = flags_of(with_options(kind, config))
+    flags = flags_of(command_type(kind, config))
     return first_name(arguments, [name for name, flag in flags.items() if flag.kind is bool])
 
 
@@ -125,7 +125,7 @@ def configured(kind: type, arguments: Sequence[str], **common: str) -> Any:
 
         resumed = run_config(Path(folder))
     start = resumed or _start(kind, arguments)
-    command = parse(with_options(kind, start), arguments, **common)
+    command = parse(command_type(kind, start), arguments, **common)
     setup, keys = start.setup, start.options()
     values = {k: getattr(command, k.replace(".", "__")) for k in said(arguments, list(keys))}
     options = parse_options(command.family_options)

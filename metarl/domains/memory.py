@@ -16,7 +16,7 @@ import numpy as np
 from metarl.distributed.process_group import local_ranks
 from metarl.envs.errors import UserError
 from metarl.envs.memory import available
-from metarl.learning.advantages import CHUNK
+from metarl.learning.advantages import TASKS_AT_ONCE
 from metarl.learning.baselines import Baseline
 from metarl.models.policies import PolicyModel
 from metarl.sampling.rollouts import RolloutBuffer
@@ -100,7 +100,7 @@ def need(
         0
         if baseline is None
         else baseline.peak_bytes(
-            episodes * horizon, policy.observation_shape, min(CHUNK * threads, tasks)
+            episodes * horizon, policy.observation_shape, min(TASKS_AT_ONCE * threads, tasks)
         ),
         tasks,
         episodes,

@@ -1,4 +1,4 @@
-"""Adapter and inner update: theta' = theta - alpha grad L(theta), once for each batch.
+"""Adapter and inner update: theta' = theta - alpha grad L(theta), `updates` times on each batch.
 
 All tasks adapt at once. Their losses are summed, never averaged. A parameter leaf has a task axis,
 so the gradient of the sum contains each task's gradient.

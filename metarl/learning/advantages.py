@@ -19,7 +19,7 @@ from metarl.parts import Part, tunable
 from metarl.sampling.trajectories import Rollout
 from metarl.sampling.trials import baseline_input
 
-CHUNK = 2
+TASKS_AT_ONCE = 2
 """Number of tasks whose advantages are estimated at once, so that their features stay in cache."""
 
 _BLOCK = 1024  # steps per matrix of discounts
@@ -134,7 +134,7 @@ def estimate(
             advantage, scale = normalize(advantage, valid)
         return advantage.float(), scale
 
-    advantages, scales = zip(*pool.map(one, slices(len(rollout.valid), CHUNK)), strict=True)
+    advantages, scales = zip(*pool.map(one, slices(len(rollout.valid), TASKS_AT_ONCE)), strict=True)
     return torch.cat(advantages), torch.cat(scales)
 
 

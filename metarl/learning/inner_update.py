@@ -43,7 +43,7 @@ class InnerUpdate(Part):
     section: ClassVar[str] = "inner"
 
     steps: int = 1
-    """Gradient steps per task in training, each on new episodes."""
+    """Inner steps per task in training, each on new episodes."""
     step_sizes: tuple[float, ...] = tunable((0.1,), 3e-3, 10.0, log=True)
     """Size of each inner step. The last size repeats for later steps."""
     test_step_sizes: tuple[float, ...] = ()
@@ -106,8 +106,8 @@ class GradientUpdate(InnerUpdate):
     """Gradient steps of given sizes, or of larger sizes fitted to a KL."""
 
     updates: int = 1
-    """Gradient steps on each batch. More than one on episodes requires an inner loss with
-    likelihood ratios."""
+    """Gradient updates within an inner step, on the same batch. More than one on episodes requires
+    an inner loss with likelihood ratios."""
     min_kl: float = tunable(0.0, 0.0, 1.0, of_policies=True)
     """Lower bound on the mean KL of the first inner step; 0: off. If step_sizes change policies
     less, training scales all sizes up to it, and the policy keeps the factor."""
@@ -167,7 +167,7 @@ class ProximalUpdate(InnerUpdate):
     step_sizes: tuple[float, ...] = ()
     """Size of each update; by default 0.5 / proximal."""
     updates: int = 8
-    """Gradient steps on each batch."""
+    """Gradient updates within an inner step, on the same batch."""
     proximal: float = tunable(10.0, 0.1, 300.0, log=True)
     """Coefficient of the proximal term towards the initialization (lambda). If step_sizes are
     given, the default is half of the inverse of the first."""

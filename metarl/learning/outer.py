@@ -25,8 +25,8 @@ Schedule = Literal["constant", "cosine"]
 class OuterOptimizer(Part, ABC):
     """Base class of outer optimizers. The fields are the options `outer.*`.
 
-    An optimizer uses only the problem: its `gradient`, and `evaluate` and `linearize` if it has
-    them.
+    An optimizer uses only the problem: its `gradient`, and if it has them `evaluate`, `linearize`
+    and the samples.
     """
 
     section: ClassVar[str] = "outer"

@@ -85,7 +85,7 @@ class Trainer:
         self._stack.enter_context(own_settings())
         self.pool = self._stack.enter_context(ChunkPool(run.threads, process_group))
         self.source = self.domain.source(
-            self.family, self.algorithm, adapter, self.pool, **self._sampling()
+            self.family, self.algorithm, adapter, self.pool, **self._source_options()
         )
         self._stack.callback(self.source.close)
         self.record = {
@@ -105,7 +105,7 @@ class Trainer:
             baseline = algorithm.baseline.init(shape, stream(seed, 0, "baseline"))
         return State(params, algorithm.outer.init(params), baseline)
 
-    def _sampling(self) -> dict[str, Any]:
+    def _source_options(self) -> dict[str, Any]:
         run = self.run
         options: dict[str, Any] = {"tasks": run.tasks, "stratified": run.stratified}
         if run.policies:
@@ -157,8 +157,8 @@ class Trainer:
             adapted = self._adapt(samples)  # samples support and query episodes on the way
             inner = self._inner_metrics(adapted)
             clock.adapted(samples.seconds)
-            objective = self._meta_objective(adapted, samples)
-            update = self._outer_step(objective, adapted.meta)  # takes the meta-gradient
+            problem = self._problem(adapted, samples)
+            update = self._outer_step(problem, adapted.meta)  # takes the meta-gradient
         except NonFiniteError as error:
             update = Update(theta, state.outer)
             update.skip(str(error))
@@ -206,21 +206,21 @@ class Trainer:
         min_kl = getattr(inner, "min_kl", 0.0)
         return self.inner_loop.run(samples.sample, params, tasks, min_kl=min_kl, **options)
 
-    def _meta_objective(self, adapted: Adapted, samples: TaskSamples) -> Problem:
+    def _problem(self, adapted: Adapted, samples: TaskSamples) -> Problem:
         """Return the meta-objective on the samples; the outer optimizer differentiates it."""
-        return self.algorithm.meta.problem(self._sampled(adapted, samples))
+        return self.algorithm.meta.problem(self._inputs(adapted, samples))
 
-    def _outer_step(self, objective: Problem, theta: Params) -> Update:
+    def _outer_step(self, problem: Problem, theta: Params) -> Update:
         """Step from theta, the meta-parameters with the step size factor of the inner loop."""
         optimizer = self.algorithm.outer
         rate = optimizer.rate(self.progress)
-        new, outer, stats = optimizer.step(objective, theta, self.state.outer, rate)
+        new, outer, stats = optimizer.step(problem, theta, self.state.outer, rate)
         # The factor and the observation statistics have no gradient, but weight decay changes them.
         new = {**new, **self.inner_loop.adapter.without_gradient(theta)}
         finite = stats.pop("finite") and all(bool(p.isfinite().all()) for p in new.values())
         return Update(new, outer, stats, finite)
 
-    def _sampled(self, adapted: Adapted, samples: TaskSamples) -> Sampled:
+    def _inputs(self, adapted: Adapted, samples: TaskSamples) -> Sampled:
         run, algorithm = self.run, self.algorithm
         loss = algorithm.outer_loss or self.domain.outer_loss(self.model)
         objective = Objective(

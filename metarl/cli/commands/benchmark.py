@@ -15,7 +15,7 @@ IMPORTS = ("metarl.evaluation.benchmark",)
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Options of `metarl benchmark`; `with_options` adds the options of the config."""
+    """Options of `metarl benchmark`; `command_type` adds the options of the config."""
 
     repeats: int = 3
     """Measured iterations, after one warm-up iteration."""

@@ -27,7 +27,7 @@ IMPORTS = ("metarl.training.run",)
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Options of `metarl train`; `with_options` adds the options of the config."""
+    """Options of `metarl train`; `command_type` adds the options of the config."""
 
     out: Path | None = None
     """New run folder; by default runs/FAMILY-PRESET-ALGORITHM-SEED."""
