@@ -93,7 +93,9 @@ class TaskDistribution(ABC):
                 )
         missing = [name for name in self.names if name not in components]
         if missing:
-            raise UserError(f"task component {missing[0]!r} is missing")
+            raise UserError(
+                f"task component {missing[0]!r} is missing (components: {', '.join(self.names)})"
+            )
         task = np.array([components[name] for name in self.names], np.float64)
         if not np.isfinite(task).all():
             raise UserError(f"a task must be finite numbers, got {dict(components)}")

@@ -183,6 +183,13 @@ def test_an_option_of_a_part_that_is_not_chosen_is_refused(family, algorithm, ke
     assert run("train", family, "--algorithm", algorithm, "--preset", "None", flag, "1") == 2
 
 
+def test_an_option_of_another_algorithm_names_it(capsys):
+    with refused("inner.decay", "dice-maml"):
+        resolve(None, "navigation-2d", "maml-trpo", {"inner.decay": 0.5})
+    assert run("train", "navigation-2d", "--inner.decay", "0.5") == 2
+    assert mentions(capsys.readouterr().err, "--inner.decay", "dice-maml")
+
+
 def test_a_file_with_an_unknown_option_or_without_a_part_is_refused():
     data = Config.of("navigation-2d", "maml-trpo").to_json()
     with refused("outer.nonsense"):

@@ -62,6 +62,13 @@ point, gusts, unseeded, doubles, alone, counted = map(
 one_simulator, class_task = family(OneSimulator), family(ClassTask)
 
 
+def set_another_name(env, task):
+    env.unwrapped.taks = task
+
+
+misspelt = family(set_task=set_another_name)
+
+
 @pytest.fixture
 def fresh(monkeypatch):
     """Set back what the classes count."""
@@ -86,6 +93,7 @@ WARNED = {
     "doubles": "float64",
     "one_simulator": "--workers",
     "class_task": "rewards",
+    "misspelt": "taks",
 }
 
 

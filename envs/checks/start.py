@@ -1,10 +1,10 @@
 """Quick part of `metarl check` for the start of a run.
 
 A user's family is checked for a fraction of a second. The same seed must give the same episode, two
-copies must not share state, and observations must have the type of their space. For this, two
-copies are made and closed again. The global generators are restored, so the run's random numbers
-do not change. An environment that fails here also fails in the run, which reports the place;
-therefore nothing is reported here.
+copies must not share state, and observations must have the type of their space. Setting a task must
+do more than add an attribute. For this, two copies are made and closed again. The global generators
+are restored, so the run's random numbers do not change. An environment that fails here also fails
+in the run, which reports the place; therefore nothing is reported here.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from metarl.envs import guard
 from metarl.envs.checks.copies import action_pairs, shared, unseeded
 from metarl.envs.checks.environments import conversion
 from metarl.envs.checks.global_generators import kept, watched
-from metarl.envs.checks.traces import close, play, play_beside
+from metarl.envs.checks.tasks import new_attribute
+from metarl.envs.checks.traces import close, named_task, play, play_beside
 from metarl.envs.errors import UserError, add_note
 from metarl.envs.family import TaskFamily
+from metarl.envs.gymnasium.family import GymnasiumFamily
 from metarl.envs.registry import is_built_in
 from metarl.envs.seeds import training_seeds
 from metarl.envs.trials import TrialFamily
@@ -133,6 +135,14 @@ def _look(
         return
     if late():
         return
-    together = play_beside(one, made(tasks[1]), (seeds[0], seeds[1]), marked(pairs[:steps]))
+    two = made(tasks[1])
+    together = play_beside(one, two, (seeds[0], seeds[1]), marked(pairs[:steps]))
     if (difference := first.first_difference(together)) is not None:
         yield shared(difference, used)
+        return
+    if late() or not isinstance(family, GymnasiumFamily) or family.set_task is None:
+        return
+    other = play(two, seeds[0], marked(mine[:steps]))
+    if first.first_difference(other) is None and (added := new_attribute(family, tasks[1])):
+        pair = " and ".join(named_task(family, task) for task in tasks)
+        yield f"observations and rewards were the same for {pair}: {added}"

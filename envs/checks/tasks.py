@@ -39,6 +39,7 @@ from metarl.envs.gymnasium.family import GymnasiumFamily
 from metarl.envs.processes import Parcel, pack, unpack
 from metarl.envs.seeds import training_seeds
 from metarl.envs.tasks import Tasks, Uniform
+from metarl.envs.vector import Floats
 
 MOST_COMPONENTS = 8  # of a task that are varied one by one
 
@@ -164,15 +165,24 @@ def _why_equal(family: TaskFamily, tasks: Tasks) -> str:
                 f"reset loses the task: {same}, but not if it is set after the reset; reset must"
                 " not change the values that set_task sets"
             )
+    if added := new_attribute(family, tasks[0]):
+        return f"{same}: {added}"
+    return Doubt(f"{same}: step must depend on the values that set_task sets{elsewhere}")
+
+
+def new_attribute(family: GymnasiumFamily, task: Floats) -> str:
+    """Return a finding if setting a task adds an attribute to the environment, else ""."""
     env = family.make_bare()
     known = set(dir(env.unwrapped))
-    family.apply_task(env, tasks[0])
-    for made in sorted(set(vars(env.unwrapped)) - known):
-        return (
-            f"{same}: set_task sets a new attribute {made!r}, which the environment did not have"
-            f"{did_you_mean(made, known)}"
-        )
-    return Doubt(f"{same}: step must depend on the values that set_task sets{elsewhere}")
+    family.apply_task(env, task)
+    added = sorted(set(vars(env.unwrapped)) - known)
+    close(env)
+    if not added:
+        return ""
+    return (
+        f"set_task sets a new attribute {added[0]!r}, which the environment did not have"
+        f"{did_you_mean(added[0], known)}"
+    )
 
 
 def check_pickling(family: TaskFamily) -> Iterator[str]:

@@ -249,7 +249,9 @@ _GYMNASIUMS_OWN = (
 
 
 def short(value: Any) -> str:
-    """Return the repr of a value, shortened to a hundred characters."""
+    """Return the number of values of a tuple, or a repr, shortened to a hundred characters."""
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"
 

@@ -60,8 +60,8 @@ def parse_task(family: Family, texts: Sequence[str]) -> NDArray[np.float64]:
         family.tasks.names, task, *family.tasks.bounds(), strict=True
     ):
         if not low <= value <= high:
-            outside = f"{name}={value:g} is outside the training tasks, [{low:g}, {high:g}]"
-            note(f"note: {outside}")
+            outside = f"{name}={value:g} is outside the training tasks"
+            note(f"note: {outside}, which are from {low:g} to {high:g}")
     return task
 
 

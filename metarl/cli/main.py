@@ -64,7 +64,7 @@ def _run(arguments: list[str]) -> int:
     rest = arguments[1:]
     if hasattr(kind, "rewritten"):
         rest = kind.rewritten(rest)
-    common = {"prog": f"metarl {name}", "description": commands()[name]}
+    common: dict[str, Any] = {"prog": f"metarl {name}", "description": commands()[name]}
     if hasattr(kind, "usual"):
         from metarl.cli.options import configured
 

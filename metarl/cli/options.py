@@ -18,7 +18,7 @@ from metarl.cli.arguments import peek, said
 from metarl.cli.parsing import first_name, flags_of, help_texts, parse
 from metarl.config.options import Config, default_workers
 from metarl.config.resolve import resolve, usual_preset
-from metarl.config.setup import CHOICES, Setup
+from metarl.config.setup import CHOICES, Setup, owners
 from metarl.envs.errors import UserError
 from metarl.envs.registry import parse_options
 from metarl.models.distributions import DISTRIBUTIONS
@@ -125,7 +125,8 @@ def configured(kind: type, arguments: Sequence[str], **common: str) -> Any:
 
         resumed = run_config(Path(folder))
     start = resumed or _start(kind, arguments)
-    command = parse(command_type(kind, start), arguments, **common)
+    kind = command_type(kind, start)
+    command = parse(kind, arguments, hint=lambda flag: owners(flag[2:].replace("-", "_")), **common)
     setup, keys = start.setup, start.options()
     values = {k: getattr(command, k.replace(".", "__")) for k in said(arguments, list(keys))}
     options = parse_options(command.family_options)

@@ -11,7 +11,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -64,11 +64,19 @@ class Flag:
             raise UserError(f"{self.name} must be {wanted}, got {word!r}{several}") from error
 
 
-def parse(kind: type, arguments: Sequence[str], *, prog: str, description: str) -> Any:
+def parse(
+    kind: type,
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    hint: Callable[[str], str] = lambda name: "",
+) -> Any:
     """Parse a command line into a command.
 
     Args:
         kind: dataclass of the command's options, without nested dataclasses.
+        hint: returns what is known about an unknown option, "" if nothing.
 
     Raises:
         UserError: a word is not understood.
@@ -77,7 +85,7 @@ def parse(kind: type, arguments: Sequence[str], *, prog: str, description: str) 
     words = list(arguments)
     if {"-h", "--help"}.isdisjoint(words):
         try:
-            words = _checked(words, flags_of(kind), _names(kind))
+            words = _checked(words, flags_of(kind), _names(kind), hint)
         except UserError as error:
             raise UserError(f"{error} ({prog} --help lists the options)") from error
     with contextlib.redirect_stdout(results()):
@@ -164,7 +172,9 @@ def _names(kind: type) -> int | None:
     return found
 
 
-def _checked(words: Sequence[str], flags: dict[str, Flag], names: int | None) -> list[str]:
+def _checked(
+    words: Sequence[str], flags: dict[str, Flag], names: int | None, hint: Callable[[str], str]
+) -> list[str]:
     """Check all words and return them with the names first."""
     found: list[str] = []
     rest: list[str] = []
@@ -184,7 +194,7 @@ def _checked(words: Sequence[str], flags: dict[str, Flag], names: int | None) ->
             # A section's switch is turned off by --section.no-name.
             section, _, last = name.removeprefix("--no-").rpartition(".")
             near = f"--{section}.no-{last}" if name.startswith("--no-") and section else name
-            raise UserError(f"unknown option {name!r}{did_you_mean(near, flags)}")
+            raise UserError(f"unknown option {name!r}{hint(name) or did_you_mean(near, flags)}")
         values = [value] if equals else []
         if flag.kind is bool and not flag.choices:
             if equals:

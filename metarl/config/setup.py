@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from metarl.algorithms import Algorithm, find_algorithm
+from metarl.algorithms import Algorithm, algorithms, find_algorithm
 from metarl.algorithms.algorithm import SECTIONS
 from metarl.algorithms.named_parts import find_baseline, find_outer
 from metarl.domains.domain import Domain, ModelOptions
@@ -23,6 +23,16 @@ from metarl.sampling.spaces import ActionMode
 
 CHOICES = ("outer", "baseline", "policy.network", "policy.distribution")
 """Parts that are options themselves: a name, `module:attribute` or an object."""
+
+
+def owners(key: str) -> str:
+    """Return "; it is an option of promp" for an option of other algorithms, else ""."""
+    names = [
+        name
+        for name, found in algorithms().items()
+        if any(key in map(part.key, part.option_fields()) for part in found.sections().values())
+    ]
+    return f"; it is an option of {', '.join(names[:3])}" if names else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +126,8 @@ class Setup:
                 changed.setdefault(owner[key], {})[key.rpartition(".")[2]] = value
             elif key not in chosen and not known_only:
                 known = [*other, *chosen, *owner]
-                raise UserError(f"unknown option {key!r}{did_you_mean(key, known)}")
+                hint = owners(key) or did_you_mean(key, known)
+                raise UserError(f"unknown option {key!r}{hint}")
         return setup._with_parts({n: sections[n].with_options(v) for n, v in changed.items()})
 
     def _with_part(self, name: str, what: Any) -> Setup:

@@ -171,7 +171,10 @@ def record(
         modes = probe.metadata.get("render_modes") or []
         drawn_at = float(probe.metadata.get("render_fps") or FPS)
     if "rgb_array" not in modes:
-        raise UserError(f"no video: {family.name} has no render mode rgb_array")
+        raise UserError(
+            f"no video: {family.name} has no render mode rgb_array; list it in the"
+            ' metadata of the environment ("render_modes") and return frames from render'
+        )
     if amiss is not None and isinstance(family, MujocoFamily):
         raise UserError(amiss)
     rate = speed * drawn_at

@@ -65,7 +65,7 @@ class MetaPolicy:
     """Iterations, env steps and versions of the training."""
     record: Mapping[str, Any] = field(default_factory=dict)
     """`config` of the training and fingerprint of the `family`, as files contain them."""
-    baseline: Params = field(default_factory=dict, repr=False)
+    baseline: Params = field(default_factory=dict)
     """State of the baseline, if it has one."""
 
     def __post_init__(self) -> None:
@@ -75,6 +75,10 @@ class MetaPolicy:
         record = self.record or {"config": self.setup.to_json(), "family": {}}
         object.__setattr__(self, "record", copy.deepcopy(dict(record)))
         object.__setattr__(self, "provenance", copy.deepcopy(dict(self.provenance)))
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.params.values())
+        return f"<MetaPolicy {self.algorithm.name} on {self.setup.family}, {size:,} parameters>"
 
     @classmethod
     def of(cls, params: Mapping[str, ArrayLike | Tensor], setup: Setup) -> MetaPolicy:
