@@ -85,7 +85,7 @@ class TrialFamily(TaskFamily):
         return TrialVectorEnv(self, num_tasks, episodes, **options)
 
     def wrap(self, env: gym.Env[Any, Any]) -> TrialEnv:
-        """Return trials of an environment of your own, with the spaces of the base family."""
+        """Return trials of your own environment, with the spaces of the base family."""
         return TrialEnv(env, self)
 
     def optimal_return(self, tasks: Tasks) -> NDArray[np.float64] | None:

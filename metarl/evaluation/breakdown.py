@@ -1,7 +1,7 @@
 """Seconds of the parts of sampling, each alone, and rates of arithmetic and of memory.
 
-They show what limits the speed on a machine. The parts replay a rollout. What they leave of the
-seconds of sampling are copies, cold caches and threads that wait for each other.
+They show what limits the speed on a machine. The parts replay a rollout. The rest of the
+seconds of sampling goes to copies, cold caches and threads that wait for each other.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class MetaPolicy:
 
     @cached_property
     def run_options(self) -> RunOptions:
-        """Options of the training run; the defaults if there was none."""
+        """Options of the training run; without a run, the defaults."""
         usual = RunOptions(policies=self.setup.policy.policies)
         options = self.record["config"]["options"]
         return usual.with_options({k: options[k] for k in usual.options() if k in options})
@@ -262,7 +262,7 @@ class MetaPolicy:
                 [task_dim] of that family. An oracle needs the task vector and takes no inner step.
             steps: inner steps; 0 returns the initialization unchanged. RL^2 takes none: its policy
                 learns about the task in its state. It plays trials: `played.make(task)`, or
-                `played.wrap(env)` for an environment of your own.
+                `played.wrap(env)` for your own environment.
             episodes: episodes sampled for each step.
             seed: seed of the environment's resets and of the actions.
             step_sizes: one for each step, the last repeated. Default: the evaluation step sizes;
