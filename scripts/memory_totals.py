@@ -142,7 +142,7 @@ def table(arguments: Arguments) -> str:
     assert isinstance(family, TabularFamily)
     count, rng = arguments.episodes, np.random.default_rng(0)
     published = PUBLISHED.get((arguments.family, count), {})
-    lines = [("method", f"total of {count} episodes", "Duan et al. 2016")]
+    lines = [("method", f"total of {count} episode{'s' * (count > 1)}", "Duan et al. 2016")]
     tasks = family.tasks.sample(rng, 5000)
 
     def add(name: str, value: float, error: float = 0.0) -> None:

@@ -109,7 +109,7 @@ TABLE = {
     "pretrained": Row(batches=1, curvature=NO_CURVATURE),
     "oracle": Row(batches=1, context=2, curvature=NO_CURVATURE),
     "random": Row(outer=NoUpdate, curvature=NO_CURVATURE),
-    "rl2": Row(steps={"max_kl": 0.05}, batches=1, curvature=NO_CURVATURE),
+    "rl2": Row(batches=1, curvature=NO_CURVATURE),
 }  # fmt: skip
 
 

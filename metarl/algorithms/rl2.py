@@ -29,7 +29,7 @@ rl2 = Algorithm(
     citation="Duan et al. 2016, arXiv:1611.02779",
     inner=NoInnerUpdate(),
     meta=FirstOrder(),
-    outer=TrustRegion(max_kl=0.05),
+    outer=TrustRegion(),
     trial=Trials(),
     network="gru",
 )
