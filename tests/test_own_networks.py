@@ -411,6 +411,14 @@ def test_an_object_without_a_name_trains_and_resumes_if_it_is_passed_again(tmp_p
     longer = metarl.resolve(None, "navigation-2d", overrides=values)
     meta = metarl.train(longer, tmp_path / "run", resume=True)
     metarl.evaluate(meta, tasks=2, episodes=1, steps=1, threads=1)
+    policy, file = meta.adapt([0.1, 0.2], episodes=2), tmp_path / "adapted.safetensors"
+    policy.save(file)
+    with refused("policy.network", error=CheckpointError):
+        metarl.load_policy(file)
+    again, seen = metarl.load_policy(file, config.setup), np.zeros(2, np.float32)
+    np.testing.assert_array_equal(
+        again.act(seen, deterministic=True), policy.act(seen, deterministic=True)
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["maml-trpo", "cavia", "oracle"])

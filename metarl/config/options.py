@@ -132,9 +132,9 @@ class Config:
 
 def _given_as_object(what: str, name: str, option: str) -> UserError:
     return UserError(
-        f"{what} {name} was given as an object and cannot be imported: load the run with"
-        f" metarl.load(folder, setup=config.setup), where config is the one that trained it, or"
-        f" train with {option} module:attribute"
+        f"{what} {name} was given as an object and cannot be imported: give metarl.load or"
+        f" metarl.load_policy the setup of the config that trained it, setup=config.setup, or train"
+        f" with {option} module:attribute"
     )
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from metarl.config.options import Config
 from metarl.config.setup import Setup
-from metarl.domains.reinforcement import spaces_of
 from metarl.learning.adapter import FACTOR
 from metarl.models.networks import Params
 from metarl.models.settings import own_settings
@@ -155,11 +154,12 @@ def load(what: str | Path, setup: Setup | None = None) -> MetaPolicy:
 
 
 @own_settings()
-def load_policy(path: str | Path) -> Policy:
+def load_policy(path: str | Path, setup: Setup | None = None) -> Policy:
     """Return an adapted policy from a file that `metarl adapt` or `Policy.save` wrote.
 
     Args:
         path: the file.
+        setup: setup of the run, if its algorithm, network or distribution has no importable name.
 
     Raises:
         CheckpointError: the file is missing, damaged or not an adapted policy.
@@ -172,14 +172,13 @@ def load_policy(path: str | Path) -> Policy:
     tensors, metadata = _read(path)
     if metadata["kind"] != "adapted":
         raise CheckpointError(f"{path} is an initialization: metarl adapt creates a policy from it")
-    meta = _meta_policy(path, tensors, metadata)
+    if "actions" not in metadata:
+        raise CheckpointError(f"{path} does not contain its action space")
+    meta = _meta_policy(path, tensors, metadata, setup)
     shapes = meta.policy.shapes()
     if meta.policy.context_dim:
         shapes["context"] = (meta.policy.context_dim,)
-    if "actions" in metadata:
-        space = space_from_json(metadata["actions"])
-    else:  # a file of an older version
-        space = spaces_of(meta.family)[1]
+    space = space_from_json(metadata["actions"])
     params = checkpoints.in_shapes(path, tensors, shapes)
     return Policy(
         meta.policy, params, space, meta.played.horizon, meta.setup.action_mode,

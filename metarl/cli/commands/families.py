@@ -26,7 +26,7 @@ def families(command: Families) -> int:
         try:
             family = make_family(name)
         except UserError as error:  # not installed, or an error of a package
-            say(f"{name}\n    error: {error}")
+            say(f"{name}\n    not available: {error}")
             continue
         tasks = f"{family.tasks.describe()}; horizon {family.horizon}"
         say(f"{name}\n    {family.description}\n    tasks: {tasks}")
