@@ -197,7 +197,7 @@ def evaluate(
         "tried_step_factors": sizes.to_json(),
     }
     if first.algorithm.trial is not None:
-        each = f"{options.steps + 1} episodes of {family.horizon} steps"
+        each = f"{options.steps + 1} episodes of {setting['horizon']} steps"
         setting["samples"] = f"{options.episodes} trials of {each}"
     if options.experience:
         setting["experience"] = options.experience
