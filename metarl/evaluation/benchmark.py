@@ -61,6 +61,7 @@ def benchmark(trainer: Trainer, repeats: int = 3) -> dict[str, Any]:
     setup, run, algorithm = trainer.setup, trainer.run, trainer.algorithm
     process_group = trainer.process_group
     rows: list[dict[str, Any]] = []
+    peak: int | None = None
     with trainer:
         family = trainer.domain.environments(trainer.family)
         trainer.iterate()
@@ -72,13 +73,13 @@ def benchmark(trainer: Trainer, repeats: int = 3) -> dict[str, Any]:
             row["bytes"] = process_group.traffic.bytes - before.bytes
             row["steps"] = process_group.total(sum(rollout.env_steps for rollout in seen))
             key = RandomKey(run.seed, row["iteration"] - 1, first_task=trainer.source.block.start)
+            peak = peak or _peak_memory()  # of training, before the first replay
             keys = [dataclasses.replace(key, inner_step=k) for k in range(len(seen))]
             pairs = list(zip(seen, keys, strict=True))
             row["seconds_ceiling"] = sum(physics_seconds(trainer, *pair) for pair in pairs)
             if not run.workers or family.parallel:
                 row |= _parts_of_sampling(trainer, pairs, row)
             rows.append(row)
-    peak = _peak_memory()
     flops = network_flops(trainer) if process_group.size == 1 else None
     native = isinstance(family, MujocoFamily)
 
