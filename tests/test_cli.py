@@ -229,6 +229,7 @@ def test_families_algorithms_help_and_version_are_printed(capsys):
 
 def test_benchmark_prints_one_object(capsys):
     arguments = ["--tasks", "2", "--episodes", "2", "--repeats", "1", "--threads", "2", "--json"]
+    arguments += ["--workers", "0"]  # MuJoCo without batches steps in workers by default
     assert run("benchmark", *arguments, "--family-options", "horizon=20") == 0
     result = json.loads(capsys.readouterr().out)
     for key in [
