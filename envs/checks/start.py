@@ -2,9 +2,9 @@
 
 A user's family is checked for a fraction of a second. The same seed must give the same episode, two
 copies must not share state, and observations must have the type of their space. Setting a task must
-do more than add an attribute. For this, two copies are made and closed again. The global generators
-are restored, so the run's random numbers do not change. An environment that fails here also fails
-in the run, which reports the place; therefore nothing is reported here.
+do more than add an attribute. For this, two or three copies are made and closed. The global
+generators are restored, so the run's random numbers do not change. An environment that fails here
+also fails in the run, which reports the place; therefore nothing is reported here.
 """
 
 from __future__ import annotations

@@ -15,13 +15,12 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from metarl.distributed.chunk_pool import slices
 from metarl.domains.reinforcement import Environments
 from metarl.envs import MujocoFamily, TaskVectorEnv
 from metarl.envs.trials import episode_seed
 from metarl.models.networks import stack
 from metarl.models.policies import PolicyModel
-from metarl.sampling.rollouts import RandomKey
+from metarl.sampling.rollouts import RandomKey, shards
 from metarl.sampling.spaces import env_action
 from metarl.sampling.trajectories import Rollout
 from metarl.sampling.trials import episodes_of
@@ -35,11 +34,6 @@ _MEMORY = 2**24  # numbers of an array that no cache holds
 def _source(trainer: Trainer) -> Environments:
     assert isinstance(trainer.source, Environments)
     return trainer.source
-
-
-def _shards(trainer: Trainer, tasks: int) -> list[slice]:
-    """Return the tasks of each thread, as in sampling."""
-    return slices(tasks, -(-tasks // min(trainer.pool.threads, tasks)))
 
 
 def physics_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> float:
@@ -92,7 +86,7 @@ def inference_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> flo
     tasks, episodes, horizon = rollout.valid.shape
     adapter = trainer.inner_loop.adapter
     fast, slow, _ = adapter.split(trainer.state.params)
-    params = {**adapter.params(stack(fast, tasks), slow, tasks)}
+    params = adapter.params(stack(fast, tasks), slow, tasks)
     if rollout.context is not None:
         params["context"] = rollout.context
 
@@ -108,21 +102,18 @@ def inference_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> flo
                 env_action(action.numpy(), space, mode)
 
     start = time.perf_counter()
-    trainer.pool.map(one, _shards(trainer, tasks))
+    trainer.pool.map(one, shards(_source(trainer).played, tasks, trainer.pool.threads))
     return time.perf_counter() - start
 
 
 def environment_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> float:
     """Return the seconds of `reset` and `step` for a rollout's actions, physics included."""
-    family = trainer.algorithm.played(trainer.domain.environments(trainer.family))
-    mode = trainer.setup.action_mode
-    tasks = rollout.tasks.numpy()
+    source, disabled = _source(trainer), AutoresetMode.DISABLED
+    family, tasks = source.played, rollout.tasks.numpy()
     episodes, horizon = rollout.valid.shape[1:]
-    space = _source(trainer).action_space
-    actions = env_action(rollout.action.numpy(), space, mode)
-    shards = _shards(trainer, len(tasks)) if family.parallel else [slice(0, len(tasks))]
-    disabled = AutoresetMode.DISABLED
-    envs = [family.make_vec(s.stop - s.start, episodes, autoreset_mode=disabled) for s in shards]
+    actions = env_action(rollout.action.numpy(), source.action_space, trainer.setup.action_mode)
+    parts = shards(family, len(tasks), trainer.pool.threads)
+    envs = [family.make_vec(s.stop - s.start, episodes, autoreset_mode=disabled) for s in parts]
 
     def one(shard: tuple[slice, TaskVectorEnv]) -> None:
         where, env = shard
@@ -137,9 +128,9 @@ def environment_seconds(trainer: Trainer, rollout: Rollout, key: RandomKey) -> f
 
     start = time.perf_counter()
     if family.parallel:
-        trainer.pool.map(one, zip(shards, envs, strict=True))
+        trainer.pool.map(one, zip(parts, envs, strict=True))
     else:
-        one((shards[0], envs[0]))
+        one((parts[0], envs[0]))
     seconds = time.perf_counter() - start
     for env in envs:
         env.close()

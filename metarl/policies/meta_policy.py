@@ -77,8 +77,7 @@ class MetaPolicy:
         object.__setattr__(self, "provenance", copy.deepcopy(dict(self.provenance)))
 
     def __repr__(self) -> str:
-        size = sum(p.numel() for p in self.params.values())
-        return f"<MetaPolicy {self.algorithm.name} on {self.setup.family}, {size:,} parameters>"
+        return f"<MetaPolicy {self.algorithm.name} on {self.setup.family}>"
 
     @classmethod
     def of(cls, params: Mapping[str, ArrayLike | Tensor], setup: Setup) -> MetaPolicy:
@@ -387,10 +386,8 @@ class MetaPolicy:
                 self.check_spaces(env.observation_space, env.action_space)
                 action_space = env.action_space
         loop, params = self.inner_loop(ChunkPool(1), step_sizes)
-        horizon, mode = self.family.horizon, self.setup.action_mode
-        return OnlineAdapter(
-            loop, params, self.batch, action_space, horizon, mode, self.record, seed
-        )
+        limits = self.family.horizon, self.setup.action_mode
+        return OnlineAdapter(loop, params, self.batch, action_space, *limits, self.record, seed)
 
     def save(self, path: str | Path) -> None:
         """Write a policy file that `load` reads.

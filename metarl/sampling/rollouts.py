@@ -211,6 +211,12 @@ def clear_after_the_end(buffer: RolloutBuffer) -> None:
             array[~buffer.valid] = 0
 
 
+def shards(family: TaskFamily, tasks: int, threads: int) -> list[slice]:
+    """Return the tasks of each thread; all in one if environments may not run in parallel."""
+    count = min(threads, tasks) if family.parallel else 1
+    return slices(tasks, -(-tasks // count))
+
+
 class Collector:
     """Sampler of rollouts of a fixed number of tasks and episodes of a family.
 
@@ -232,8 +238,7 @@ class Collector:
         self.mode: ActionMode = mode
         self.info_keys = tuple(info_keys)
         self.num_tasks, self.episodes = num_tasks, episodes
-        shards = min(pool.threads, num_tasks) if family.parallel else 1
-        self._slices = slices(num_tasks, -(-num_tasks // shards))
+        self._slices = shards(family, num_tasks, pool.threads)
         with guard.user_code():
             self._envs = [
                 family.make_vec(s.stop - s.start, episodes, autoreset_mode=AutoresetMode.DISABLED)
@@ -270,13 +275,13 @@ class Collector:
                 deterministic,
             )  # fmt: skip
 
-        shards = zip(self._slices, self._envs, strict=True)
+        parts = zip(self._slices, self._envs, strict=True)
         with guard.restored():
             if self.family.parallel:
-                self.pool.map(fill, shards)
+                self.pool.map(fill, parts)
             else:  # in the thread that created them: an OpenGL context belongs to its thread
-                for shard in shards:
-                    fill(shard)
+                for part in parts:
+                    fill(part)
         clear_after_the_end(buffer)
         return buffer.rollout(self.policy, detached, tasks)
 
